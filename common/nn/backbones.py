@@ -1,0 +1,30 @@
+"""Backbones by name, and the pixel statistics that their public weights were trained with."""
+
+from flax import linen as nn
+
+from common.errors import UserError
+from common.nn.resnet import RESNETS, ResNet
+
+BACKBONES = (*RESNETS,)
+
+_IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
+def make_backbone(name: str, **fields) -> nn.Module:
+    """Returns the trunk `name` (one of `BACKBONES`).
+
+    `fields`: norm, norm_groups, frozen_stages, remat, dtype; drop_path_rate (EfficientNet only).
+    """
+    _check(name)
+    return ResNet(name, **fields)
+
+
+def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of RGB pixels (0..255) that the public weights expect."""
+    _check(name)
+    return _IMAGENET
+
+
+def _check(name: str) -> None:
+    if name not in BACKBONES:
+        raise UserError(f"backbone: found {name!r}, expected one of {', '.join(BACKBONES)}")
