@@ -1,0 +1,551 @@
+"""The dataset directory: a flat, memory-mapped annotation index beside photos left as they are.
+
+    dataset.json    {"format": 1, "name", "source", "image_root", "num_images", "num_boxes", ...}
+    classes.csv     label,name in the official order (labels are unique, names need not be)
+    hierarchy.json  nested {"LabelName", "Subcategory": [...]} under a virtual root
+    report.json     rows dropped or repaired while converting, by reason, with examples
+    splits/*.npy    int64 image indices
+    index/*.npy     the arrays of `_INDEX`, opened with mmap: 12 M boxes cost page cache, not heap
+    masks.bin       JSON texts, one a box: {"png": path} | COCO polygons | COCO RLE (optional)
+
+Shape legend: N images, M boxes of all images, L verified image labels of all images, K classes.
+Boxes are xmin, ymin, xmax, ymax, normalised to [0, 1], continuous and half-open.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8
+
+from common.errors import UserError
+
+FORMAT = 1
+
+# Bits of `box_flags`.
+GROUP_OF = 1
+OCCLUDED = 2
+TRUNCATED = 4
+DEPICTION = 8
+INSIDE = 16
+
+# File stem -> (dtype, columns or None for a vector); 'S' arrays have their own fixed width.
+_INDEX: dict[str, tuple[str, int | None]] = {
+    "image_size": ("int32", 2),
+    "box_offsets": ("int64", None),
+    "boxes": ("float32", 4),
+    "box_class": ("int32", None),
+    "box_flags": ("uint8", None),
+    "label_offsets": ("int64", None),
+    "label_class": ("int32", None),
+    "label_confidence": ("uint8", None),
+    "mask_offsets": ("int64", None),
+}
+_STRINGS = ("image_id", "image_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An opened dataset directory; every array is a read-only memory map.
+
+    Attributes:
+      directory: where it lies.
+      meta: content of dataset.json.
+      class_labels: (K,) unique labels (for OpenImages the MIDs) in the official order.
+      class_names: (K,) names to show; not necessarily unique.
+      hierarchy: nested dictionary of labels under a virtual root.
+      splits: names of the splits.
+      image_ids: (N,) bytes.
+      image_paths: (N,) bytes, relative to `image_root` (or absolute).
+      image_sizes: (N, 2) height and width in pixels after EXIF rotation, 0 where unknown.
+      box_offsets: (N + 1,) rows of `boxes` that belong to image i: box_offsets[i]:box_offsets[i+1].
+      boxes: (M, 4) normalised.
+      box_classes: (M,) class indices 0..K-1.
+      box_flags: (M,) bits GROUP_OF, OCCLUDED, TRUNCATED, DEPICTION, INSIDE.
+      label_offsets: (N + 1,) like box_offsets for the verified image-level labels.
+      label_classes: (L,) class indices.
+      label_confidences: (L,) 1 verified present, 0 verified absent.
+      image_id_order: (N,) indices that sort `image_ids`.
+      mask_offsets: (M + 1,) byte ranges in masks.bin, or None when the set has no masks.
+    """
+
+    directory: Path
+    meta: dict[str, Any]
+    class_labels: list[str]
+    class_names: list[str]
+    hierarchy: dict[str, Any]
+    splits: list[str]
+    image_ids: np.ndarray
+    image_paths: np.ndarray
+    image_sizes: Int32[np.ndarray, "N 2"]
+    box_offsets: Int64[np.ndarray, " N+1"]
+    boxes: Float32[np.ndarray, "M 4"]
+    box_classes: Int32[np.ndarray, " M"]
+    box_flags: UInt8[np.ndarray, " M"]
+    label_offsets: Int64[np.ndarray, " N+1"]
+    label_classes: Int32[np.ndarray, " L"]
+    label_confidences: UInt8[np.ndarray, " L"]
+    image_id_order: Int32[np.ndarray, " N"]
+    mask_offsets: Int64[np.ndarray, " M+1"] | None
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike, image_root: str | None = None) -> "Dataset":
+        """Opens a dataset directory without reading the arrays.
+
+        Args:
+          directory: what `scripts.prepare_data` wrote.
+          image_root: overrides the recorded folder (or gs:// prefix) of the photos.
+
+        Raises:
+          UserError: no dataset there, another format, or an index file that is missing or cut.
+        """
+        directory = Path(directory)
+        meta = _read_json(directory / "dataset.json", hint="run python -m scripts.prepare_data")
+        if meta.get("format") != FORMAT:
+            raise UserError(
+                f"{directory}/dataset.json: field format is {meta.get('format')!r}, "
+                f"this code reads {FORMAT}: prepare the data again"
+            )
+        if image_root is not None:
+            meta["image_root"] = image_root
+        labels, names = read_classes(directory / "classes.csv")
+        arrays = {name: _load(directory, name) for name in (*_STRINGS, "image_id_order")}
+        for name in _INDEX:
+            optional = name == "mask_offsets" and not meta.get("has_masks")
+            arrays[name] = None if optional else _load(directory, name)
+        _check_lengths(directory, meta, arrays)
+        return cls(
+            directory=directory,
+            meta=meta,
+            class_labels=labels,
+            class_names=names,
+            hierarchy=_read_json(directory / "hierarchy.json"),
+            splits=sorted(path.stem for path in (directory / "splits").glob("*.npy")),
+            image_ids=arrays["image_id"],
+            image_paths=arrays["image_path"],
+            image_sizes=arrays["image_size"],
+            box_offsets=arrays["box_offsets"],
+            boxes=arrays["boxes"],
+            box_classes=arrays["box_class"],
+            box_flags=arrays["box_flags"],
+            label_offsets=arrays["label_offsets"],
+            label_classes=arrays["label_class"],
+            label_confidences=arrays["label_confidence"],
+            image_id_order=arrays["image_id_order"],
+            mask_offsets=arrays["mask_offsets"],
+        )
+
+    @property
+    def num_images(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_labels)
+
+    @property
+    def image_root(self) -> str:
+        """Folder or gs:// prefix of the photos; the dataset directory when none is recorded."""
+        return self.meta["image_root"] or str(self.directory)
+
+    def split(self, name: str) -> Int64[np.ndarray, " n"]:
+        """Image indices of a split; a `UserError` names the known splits when there is no such."""
+        if name not in self.splits:
+            raise UserError(
+                f"{self.directory}: no split {name!r}; it has {', '.join(self.splits) or 'none'}"
+            )
+        return np.load(self.directory / "splits" / f"{name}.npy")
+
+    def image_id(self, index: int) -> str:
+        return self.image_ids[index].decode()
+
+    def image_file(self, index: int) -> str:
+        """Full path (or gs:// address) of a photo."""
+        return os.path.join(self.image_root, self.image_paths[index].decode())
+
+    def image_boxes(
+        self, index: int
+    ) -> tuple[Float32[np.ndarray, "n 4"], Int32[np.ndarray, " n"], UInt8[np.ndarray, " n"]]:
+        """Normalised boxes, class indices and flags of one image."""
+        rows = slice(self.box_offsets[index], self.box_offsets[index + 1])
+        return self.boxes[rows], self.box_classes[rows], self.box_flags[rows]
+
+    def image_labels(self, index: int) -> tuple[Int32[np.ndarray, " n"], UInt8[np.ndarray, " n"]]:
+        """Classes verified at image level and their confidences (1 present, 0 absent)."""
+        rows = slice(self.label_offsets[index], self.label_offsets[index + 1])
+        return self.label_classes[rows], self.label_confidences[rows]
+
+    def image_masks(self, index: int) -> list[Any]:
+        """One entry a box: None, {"png": full path}, polygon list or RLE dictionary."""
+        first, last = int(self.box_offsets[index]), int(self.box_offsets[index + 1])
+        if self.mask_offsets is None:
+            return [None] * (last - first)
+        offsets = np.asarray(self.mask_offsets[first : last + 1])
+        with open(self.directory / "masks.bin", "rb") as file:
+            file.seek(offsets[0])
+            data = file.read(int(offsets[-1] - offsets[0]))
+        ends = offsets - offsets[0]
+        texts = [data[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        masks = [json.loads(text) if text else None for text in texts]
+        root = self.meta.get("mask_root") or str(self.directory)
+        for mask in masks:
+            if isinstance(mask, dict) and "png" in mask:
+                mask["png"] = os.path.join(root, mask["png"])
+        return masks
+
+    def find_images(self, image_ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
+        """Indices of the images with these ids, -1 where the set has no such image."""
+        width = self.image_ids.dtype.itemsize
+        encoded = [image_id.encode() for image_id in image_ids]
+        # Longer queries would make NumPy copy the whole table to their width.
+        fits = np.array([len(query) <= width for query in encoded], bool)
+        queries = np.array(
+            [query if fit else b"" for query, fit in zip(encoded, fits, strict=True)],
+            dtype=self.image_ids.dtype,
+        )
+        if not self.num_images or not len(queries):
+            return np.full(len(encoded), -1, np.int64)
+        place = np.searchsorted(self.image_ids, queries, sorter=self.image_id_order)
+        index = self.image_id_order[np.minimum(place, self.num_images - 1)].astype(np.int64)
+        return np.where(fits & (self.image_ids[index] == queries), index, -1)
+
+
+class DatasetWriter:
+    """Writes a dataset directory piece by piece; it appears under its name only when complete.
+
+    Use it as a context manager: an exception inside removes what was written.
+
+        with DatasetWriter(path, "trees", ["tree"], ["Tree"], None, image_root) as writer:
+            index = writer.add_image("a", "a.jpg", (480, 640), boxes, classes)
+            writer.add_split("train", [index])
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        name: str,
+        class_labels: Sequence[str],
+        class_names: Sequence[str],
+        hierarchy: Mapping[str, Any] | None,
+        image_root: str = "",
+        *,
+        source: str = "",
+        has_masks: bool = False,
+        overwrite: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ):
+        """Starts a dataset.
+
+        Args:
+          directory: final place; refused when it exists, unless `overwrite`.
+          name: name of the set.
+          class_labels: unique labels in the official order.
+          class_names: names in the same order.
+          hierarchy: nested dictionary under a virtual root; None writes a flat one.
+          image_root: absolute folder or gs:// prefix of the photos; '' when the paths are absolute
+            or relative to the dataset directory.
+          source: free text, where the annotations came from.
+          has_masks: whether `masks` will be given.
+          overwrite: replace an existing dataset (other folders are never replaced).
+          extra: further fields of dataset.json.
+
+        Raises:
+          UserError: the output exists, or a label is given twice.
+        """
+        self.directory = Path(directory).absolute()
+        self._overwrite = overwrite
+        check_output(self.directory, overwrite)
+        repeated = {label for label in class_labels if list(class_labels).count(label) > 1}
+        if repeated:
+            raise UserError(f"{name}: class labels given twice: {sorted(repeated)[:5]}")
+        self.num_classes = len(class_labels)
+        self.num_images = self.num_boxes = self.num_labels = self._mask_bytes = 0
+        self._has_masks = has_masks
+        self._strings: dict[str, list[np.ndarray]] = {name: [] for name in _STRINGS}
+        self._meta = {"format": FORMAT, "name": name, "source": source, "image_root": image_root}
+        self._extra = dict(extra or {})
+        self.temporary = self.directory.with_name(f"{self.directory.name}.tmp-{os.getpid()}")
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        for folder in ("index", "splits"):
+            (self.temporary / folder).mkdir(parents=True)
+        names = [key for key in _INDEX if has_masks or key != "mask_offsets"]
+        self._arrays = {
+            key: _NpyAppender(self.temporary / "index" / f"{key}.npy", *_INDEX[key])
+            for key in names
+        }
+        for key in names:
+            if key.endswith("offsets"):
+                self._arrays[key].append(np.zeros(1, np.int64))
+        self._masks = open(self.temporary / "masks.bin", "wb") if has_masks else None
+        with open(self.temporary / "classes.csv", "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["label", "name"])
+            rows.writerows(zip(class_labels, class_names, strict=True))
+        self.write_json("hierarchy.json", hierarchy or flat_hierarchy(class_labels))
+
+    def add_image(
+        self,
+        image_id: str,
+        path: str,
+        size: Sequence[int] = (0, 0),
+        boxes: Any = (),
+        classes: Sequence[int] = (),
+        flags: Sequence[int] | None = None,
+        label_classes: Sequence[int] = (),
+        label_confidences: Sequence[int] = (),
+        masks: Sequence[Any] | None = None,
+    ) -> int:
+        """Adds one image with n boxes, returns its index.
+
+        Args:
+          image_id: unique id.
+          path: of the photo, relative to `image_root`.
+          size: height, width in pixels, 0 when unknown.
+          boxes: (n, 4) normalised.
+          classes: (n,) class indices.
+          flags: (n,) bits, 0 by default.
+          label_classes: verified image-level classes.
+          label_confidences: 1 present, 0 absent, for each of `label_classes`.
+          masks: (n,) JSON values or None.
+        """
+        texts = [b"" if m is None else json.dumps(m).encode() for m in masks or []]
+        texts = texts or [b""] * len(classes)
+        self.add_images(
+            [image_id],
+            [path],
+            np.reshape(np.asarray(size, np.int32), (1, 2)),
+            [len(classes)],
+            np.reshape(np.asarray(boxes, np.float32), (-1, 4)),
+            np.asarray(classes, np.int32),
+            np.zeros(len(classes), np.uint8) if flags is None else np.asarray(flags, np.uint8),
+            [len(label_classes)],
+            np.asarray(label_classes, np.int32),
+            np.asarray(label_confidences, np.uint8),
+            [len(text) for text in texts],
+            b"".join(texts),
+        )
+        return self.num_images - 1
+
+    def add_images(
+        self,
+        image_ids: Sequence[str],
+        image_paths: Sequence[str],
+        image_sizes: Int32[np.ndarray, "n 2"],
+        box_counts: Sequence[int],
+        boxes: Float32[np.ndarray, "m 4"],
+        box_classes: Int32[np.ndarray, " m"],
+        box_flags: UInt8[np.ndarray, " m"],
+        label_counts: Sequence[int],
+        label_classes: Int32[np.ndarray, " l"],
+        label_confidences: UInt8[np.ndarray, " l"],
+        mask_lengths: Sequence[int] | None = None,
+        mask_bytes: bytes = b"",
+    ) -> None:
+        """Adds n images with their boxes (and labels) one after the other.
+
+        Raises:
+          ValueError: columns of different lengths or class indices outside 0..K-1 (a programming
+            error: converters clean their input before).
+        """
+        num_boxes, num_labels = len(boxes), len(label_classes)
+        if not len(image_ids) == len(image_paths) == len(image_sizes) == len(box_counts):
+            raise ValueError("image columns of different lengths")
+        if not num_boxes == len(box_classes) == len(box_flags) == int(np.sum(box_counts)):
+            raise ValueError("box columns and box_counts do not agree")
+        if not num_labels == len(label_confidences) == int(np.sum(label_counts)):
+            raise ValueError("label columns and label_counts do not agree")
+        for classes in (box_classes, label_classes):
+            if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
+                raise ValueError(f"class index outside 0..{self.num_classes - 1}")
+        if not len(image_ids):
+            return
+        for key, strings in zip(_STRINGS, (image_ids, image_paths), strict=True):
+            self._strings[key].append(np.array([text.encode() for text in strings], dtype="S"))
+        self._arrays["image_size"].append(image_sizes)
+        self._arrays["boxes"].append(boxes)
+        self._arrays["box_class"].append(box_classes)
+        self._arrays["box_flags"].append(box_flags)
+        self._arrays["label_class"].append(label_classes)
+        self._arrays["label_confidence"].append(label_confidences)
+        self._arrays["box_offsets"].append(self.num_boxes + np.cumsum(box_counts, dtype=np.int64))
+        self._arrays["label_offsets"].append(
+            self.num_labels + np.cumsum(label_counts, dtype=np.int64)
+        )
+        if self._masks is not None:
+            lengths = np.zeros(num_boxes, np.int64) if mask_lengths is None else mask_lengths
+            if len(lengths) != num_boxes or int(np.sum(lengths)) != len(mask_bytes):
+                raise ValueError("mask_lengths do not agree with the boxes or the bytes")
+            self._arrays["mask_offsets"].append(
+                self._mask_bytes + np.cumsum(lengths, dtype=np.int64)
+            )
+            self._masks.write(mask_bytes)
+            self._mask_bytes += len(mask_bytes)
+        self.num_images += len(image_ids)
+        self.num_boxes += num_boxes
+        self.num_labels += num_labels
+
+    def add_split(self, name: str, indices: Sequence[int]) -> None:
+        """Writes a split; an existing one of that name is replaced."""
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise UserError(f"split name {name!r}: use letters, digits, '.', '_' and '-'")
+        indices = np.asarray(indices, np.int64)
+        np.save(self.temporary / "splits" / f"{name}.npy", indices)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes one more JSON file (report.json) into the directory."""
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        (self.temporary / name).write_text(text, encoding="utf-8")
+
+    def close(self) -> None:
+        """Completes the directory and moves it to its name."""
+        for array in self._arrays.values():
+            array.close()
+        if self._masks is not None:
+            self._masks.close()
+        for key, parts in self._strings.items():
+            strings = np.concatenate(parts) if parts else np.zeros(0, "S1")
+            np.save(self.temporary / "index" / f"{key}.npy", strings)
+            if key == "image_id":
+                self._save_order(strings)
+        self._meta |= {
+            "num_images": self.num_images,
+            "num_boxes": self.num_boxes,
+            "num_labels": self.num_labels,
+            "num_classes": self.num_classes,
+            "has_masks": self._has_masks,
+            **self._extra,
+        }
+        self.write_json("dataset.json", self._meta)
+        check_output(self.directory, self._overwrite)
+        old = None
+        if self.directory.exists():
+            old = self.directory.with_name(f"{self.directory.name}.old-{os.getpid()}")
+            os.replace(self.directory, old)
+        os.replace(self.temporary, self.directory)
+        if old is not None:
+            shutil.rmtree(old)
+
+    def _save_order(self, image_ids: np.ndarray) -> None:
+        order = np.argsort(image_ids, kind="stable").astype(np.int32)
+        ordered = image_ids[order]
+        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+        if len(repeated):
+            raise UserError(
+                f"{self._meta['name']}: image id {ordered[repeated[0]].decode()!r} is given to "
+                "two images, ids must be unique"
+            )
+        np.save(self.temporary / "index" / "image_id_order.npy", order)
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, error_type: type | None, *_: Any) -> None:
+        try:
+            if error_type is None:
+                self.close()
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+class _NpyAppender:
+    """A .npy file that grows by rows; the header is completed by `close`."""
+
+    _HEADER = 128  # bytes, room for any number of rows
+
+    def __init__(self, path: Path, dtype: str, columns: int | None):
+        self._dtype = np.dtype(dtype)
+        self._columns = columns
+        self._rows = 0
+        self._file = open(path, "wb", buffering=1 << 18)
+        self._file.write(b" " * self._HEADER)
+
+    def append(self, rows: np.ndarray) -> None:
+        rows = np.ascontiguousarray(rows, self._dtype)
+        if rows.shape[1:] != (() if self._columns is None else (self._columns,)):
+            raise ValueError(f"{self._file.name}: rows of shape {rows.shape}")
+        self._file.write(rows.data)
+        self._rows += len(rows)
+
+    def close(self) -> None:
+        shape = (self._rows,) if self._columns is None else (self._rows, self._columns)
+        header = repr({"descr": self._dtype.str, "fortran_order": False, "shape": shape})
+        magic = b"\x93NUMPY\x01\x00" + (self._HEADER - 10).to_bytes(2, "little")
+        self._file.seek(0)
+        self._file.write(magic + header.encode().ljust(self._HEADER - 11) + b"\n")
+        self._file.close()
+
+
+def flat_hierarchy(class_labels: Sequence[str]) -> dict[str, Any]:
+    """All classes side by side under a virtual root."""
+    return {"LabelName": "/root", "Subcategory": [{"LabelName": label} for label in class_labels]}
+
+
+def read_classes(path: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """Labels and names of a classes.csv (header label,name)."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if not rows or rows[0] != ["label", "name"] or any(len(row) != 2 for row in rows):
+        raise UserError(f"{path}: expected two columns with the header label,name")
+    return [row[0] for row in rows[1:]], [row[1] for row in rows[1:]]
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Refuses an output that exists, unless it is a dataset and may be replaced."""
+    if not os.path.lexists(directory):
+        return
+    if not overwrite:
+        raise UserError(f"{directory} exists: choose another output or add --overwrite")
+    if not (directory / "dataset.json").is_file():
+        raise UserError(f"{directory} exists and is no dataset directory: it will not be replaced")
+
+
+def _read_json(path: Path, hint: str = "the directory is incomplete") -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path.parent} is no dataset directory, no {path.name}: {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON ({error})") from error
+
+
+def _load(directory: Path, name: str) -> np.ndarray:
+    path = directory / "index" / f"{name}.npy"
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: broken or missing index file ({error})") from error
+
+
+def _check_lengths(directory: Path, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+    images, boxes = meta["num_images"], meta["num_boxes"]
+    labels = meta["num_labels"]
+    expected = {
+        "image_id": images,
+        "image_path": images,
+        "image_size": images,
+        "image_id_order": images,
+        "box_offsets": images + 1,
+        "label_offsets": images + 1,
+        "boxes": boxes,
+        "box_class": boxes,
+        "box_flags": boxes,
+        "label_class": labels,
+        "label_confidence": labels,
+        "mask_offsets": boxes + 1,
+    }
+    for name, array in arrays.items():
+        if array is not None and len(array) != expected[name]:
+            raise UserError(
+                f"{directory}/index/{name}.npy: {len(array)} rows, dataset.json says "
+                f"{expected[name]}: prepare the data again"
+            )
