@@ -1,0 +1,102 @@
+"""Faster R-CNN, ResNet-50 with FPN, OpenImages Challenge 2019: the paper's baseline.
+
+    python -m detection.train --config=configs/detection/r50.py --config.data.dir=DIR --workdir=WORK
+
+Hardware: any number N of accelerators with 2 images each (--config.data.batch_size=2N; 64 here).
+Schedule: 13 epochs, learning rate 0.001 -> 0.004 N over the first epoch, x 0.1 at epochs 9 and 11;
+          `r50.py:26` is the long schedule (26 epochs, drops at 18 and 22).
+Paper:    validation mAP@0.5 58.88 with uniform, 64.64 with class-aware sampling (table 1).
+"""
+
+import ml_collections
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    epochs = int(arg or 13)
+    decay = {13: (9, 11), 26: (18, 22)}.get(epochs, (round(0.7 * epochs), round(0.85 * epochs)))
+    config = ml_collections.ConfigDict()
+    config.name = "r50"
+    config.seed = 0
+
+    config.data = dict(
+        dir="",  # dataset directory written by scripts.prepare_data
+        train_split="train",
+        eval_split="validation",
+        sampler="class_aware",  # uniform | class_aware | full_class_batch
+        batch_size=64,  # images of all devices together
+        canvas=(800, 1333),  # height, width; photos are fitted into it and padded
+        pad_multiple=32,
+        max_boxes=100,  # ground-truth boxes of a photo; the rest is a random subset
+        flip=True,
+        scale_jitter=(1.0, 1.0),  # shrinks or enlarges the photo before it is fitted
+        group_of="ordinary",  # ordinary | drop: what a group-of box is in training
+        on_image_error="fatal",  # fatal | skip
+        num_threads=0,  # 0: as many as tf.data sees fit
+        prefetch=2,  # batches
+    )
+
+    config.model = dict(
+        backbone="resnet50",
+        pretrained="",  # file written by scripts.convert_weights; empty: random weights
+        norm="frozen",  # frozen | batch (per device) | sync | group
+        frozen_stages=1,  # the stem and this many stages are not trained
+        remat=False,  # recompute backbone activations in the backward pass
+        dtype="bfloat16",  # of matmuls and convolutions; parameters and losses are float32
+        fpn_channels=256,
+        anchors=dict(
+            scales=(8.0,),  # in strides
+            ratios=(0.5, 1.0, 2.0),
+            ratio_convention="h/w",  # FACTS 13, item 17
+            centre=0.5,  # of a cell; 0 puts anchors on cell corners (torchvision)
+        ),
+        rpn=dict(
+            loss=dict(
+                positive_iou=0.7, negative_iou=0.3, best_match_iou=0.3,
+                num_samples=256, positive_fraction=0.5, beta=1.0 / 9.0,
+            ),
+            train_proposals=dict(pre_nms=2000, post_nms=2000, nms_iou=0.7),
+            test_proposals=dict(pre_nms=1000, post_nms=1000, nms_iou=0.7),
+        ),
+        box_head=dict(
+            width=1024,
+            pool_size=7,
+            aligned=True,  # half-pixel RoIAlign (FACTS 9.7)
+            stds=(0.1, 0.1, 0.2, 0.2),
+            sample=dict(
+                num_samples=512, positive_fraction=0.25, positive_iou=0.5, negative_iou=0.5
+            ),
+            loss=dict(beta=1.0, normaliser="sampled"),  # sampled | positive (FACTS 13, item 7)
+        ),
+        loss_weights=dict(rpn_class=1.0, rpn_box=1.0, box_class=1.0, box_regression=1.0),
+        detections=dict(
+            score_threshold=0.001, iou_threshold=0.5, max_candidates=4096, max_detections=300
+        ),
+    )
+
+    config.optimizer = dict(
+        learning_rate_per_image=0.002,  # 0.004 N for N accelerators with 2 images each
+        warmup_start=0.001,
+        warmup_epochs=1.0,
+        warmup_steps=0,  # when positive, instead of warmup_epochs
+        num_epochs=epochs,
+        decay_epochs=decay,
+        decay_factor=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        clip_norm=35.0,  # 0: off
+    )
+
+    config.checkpoint = dict(
+        every_steps=2000,
+        keep_last=2,
+        keep_epochs=True,  # epoch ends stay on disk for scripts.average_checkpoints
+    )
+    config.evaluation = dict(
+        batch_size=32,
+        every_epochs=0,  # 0: only at the end, 1: after each epoch
+        metric="openimages",  # openimages | coco
+        expand_predictions=True,  # copy detections to parent classes before scoring (paper section 1)
+    )
+    config.log = dict(every_steps=50, stall_seconds=1800)
+    return config

@@ -1,0 +1,53 @@
+"""Feature pyramid network (Lin et al. 2017): one width and semantics for all strides."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from common.nn.conv import Conv
+
+
+def upsample_nearest(x: Float[Array, "B h w C"], height: int, width: int) -> Array:
+    """Doubles both sides by repetition, cut to (height, width) when the finer level is odd."""
+    batch, h, w, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, h, 2, w, 2, channels))
+    return x.reshape(batch, 2 * h, 2 * w, channels)[:, :height, :width]
+
+
+class FPN(nn.Module):
+    """Levels P2..P5 from taps c2..c5 by top-down addition, and P6 = every second cell of P5.
+
+    No norm and no activation, Xavier-uniform kernels. P6 serves the proposal network only.
+    """
+
+    channels: int = 256
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, taps: Mapping[str, Float[Array, "B h w c"]]) -> dict[str, Array]:
+        """Maps {'c2': stride 4, ..., 'c5': stride 32} to {'p2': ..., 'p6': stride 64}."""
+        init = nn.initializers.xavier_uniform()
+        names = sorted(taps, reverse=True)
+        merged = {}
+        above = None
+        for name in names:
+            level = name[1:]
+            x = Conv(
+                self.channels, (1, 1), use_bias=True, dtype=self.dtype, kernel_init=init,
+                name=f"lateral{level}",
+            )(taps[name])
+            if above is not None:
+                x = x + upsample_nearest(above, x.shape[1], x.shape[2])
+            merged[level] = above = x
+        pyramid = {
+            f"p{level}": Conv(
+                self.channels, (3, 3), use_bias=True, dtype=self.dtype, kernel_init=init,
+                name=f"output{level}",
+            )(x)
+            for level, x in sorted(merged.items())
+        }
+        top = max(int(level) for level in merged)
+        pyramid[f"p{top + 1}"] = pyramid[f"p{top}"][:, ::2, ::2]
+        return pyramid

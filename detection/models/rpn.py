@@ -1,0 +1,172 @@
+"""Region proposal network: class-free boxes from anchors.
+
+Shape legend
+  B  images
+  L  pyramid levels
+  A  anchors per location
+  N  anchors of all levels
+  n  anchors of one level: H * W * A
+  P  proposals per image
+  M  padded ground-truth boxes
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from common import boxes as box_ops
+from common.nms import nms_mask
+from common.nn.conv import Conv
+from detection import losses, matching
+
+
+class Proposals(NamedTuple):
+    """Boxes that may hold an object, best first."""
+
+    boxes: Float[Array, "B P 4"]
+    valid: Bool[Array, "B P"]
+
+
+class RPNHead(nn.Module):
+    """3x3 convolution, ReLU, then one objectness logit and four deltas per anchor."""
+
+    num_anchors: int
+    channels: int = 256
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, levels: Sequence[Float[Array, "B H W C"]]
+    ) -> tuple[list[Float[Array, "B n"]], list[Float[Array, "B n 4"]]]:
+        """Returns logits and deltas of each level, in anchor order of `detection.anchors`."""
+        init = nn.initializers.normal(0.01)
+        options = dict(use_bias=True, dtype=self.dtype, kernel_init=init)
+        shared = Conv(self.channels, (3, 3), name="conv", **options)
+        objectness = Conv(self.num_anchors, (1, 1), name="objectness", **options)
+        regression = Conv(4 * self.num_anchors, (1, 1), name="deltas", **options)
+        logits, deltas = [], []
+        for x in levels:
+            x = nn.relu(shared(x))
+            batch = x.shape[0]
+            logits.append(objectness(x).reshape(batch, -1).astype(jnp.float32))
+            deltas.append(regression(x).reshape(batch, -1, 4).astype(jnp.float32))
+        return logits, deltas
+
+
+def propose(
+    logits: Sequence[Float[Array, "B n"]],
+    deltas: Sequence[Float[Array, "B n 4"]],
+    anchors: Sequence[Float[Array, "n 4"]],
+    image_size: Float[Array, "B 2"],
+    *,
+    pre_nms: int,
+    post_nms: int,
+    nms_iou: float,
+    min_size: float = 0.0,
+) -> Proposals:
+    """The best boxes: top `pre_nms` of each level, NMS within the level, top `post_nms` over levels.
+
+    Args:
+      logits: objectness of each level.
+      deltas: box regression of each level (standard deviations 1).
+      anchors: of each level, pixels.
+      image_size: content height, width; boxes are clipped to it.
+      pre_nms: candidates kept per level.
+      post_nms: proposals kept per image (P).
+      nms_iou: overlap above which the weaker candidate of a level is dropped.
+      min_size: shortest allowed side, pixels.
+    """
+    boxes, scores = [], []
+    for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
+        count = min(pre_nms, level_logits.shape[1])
+        top, index = jax.lax.top_k(level_logits, count)
+        chosen = jnp.take_along_axis(level_deltas, index[..., None], axis=1)
+        decoded = box_ops.clip(box_ops.decode(chosen, level_anchors[index]), image_size)
+        # All levels share one padded shape, so that one batched NMS serves the pyramid.
+        missing = pre_nms - count
+        boxes.append(jnp.pad(decoded, ((0, 0), (0, missing), (0, 0))))
+        scores.append(jnp.pad(top, ((0, 0), (0, missing)), constant_values=-jnp.inf))
+    boxes = jnp.stack(boxes, axis=1)  # (B, L, pre_nms, 4)
+    scores = jnp.stack(scores, axis=1)
+    sides = boxes[..., 2:] - boxes[..., :2]
+    valid = (sides > min_size).all(axis=-1) & jnp.isfinite(scores)
+    suppress = jax.vmap(jax.vmap(nms_mask, (0, 0, 0, None)), (0, 0, 0, None))
+    keep = suppress(boxes, scores, valid, nms_iou)
+    batch = boxes.shape[0]
+    scores = jnp.where(keep, scores, -jnp.inf).reshape(batch, -1)
+    count = min(post_nms, scores.shape[1])
+    top, index = jax.lax.top_k(scores, count)
+    boxes = jnp.take_along_axis(boxes.reshape(batch, -1, 4), index[..., None], axis=1)
+    return Proposals(boxes, jnp.isfinite(top))
+
+
+def rpn_losses(
+    keys: Array,
+    logits: Sequence[Float[Array, "B n"]],
+    deltas: Sequence[Float[Array, "B n 4"]],
+    anchors: Sequence[Float[Array, "n 4"]],
+    image_size: Float[Array, "B 2"],
+    truth: Float[Array, "B M 4"],
+    truth_valid: Bool[Array, "B M"],
+    image_valid: Bool[Array, "B"],
+    *,
+    positive_iou: float = 0.7,
+    negative_iou: float = 0.3,
+    best_match_iou: float = 0.3,
+    num_samples: int = 256,
+    positive_fraction: float = 0.5,
+    beta: float = 1.0 / 9.0,
+    allowed_border: float | None = None,
+) -> dict[str, Float[Array, ""]]:
+    """Objectness and box losses over sampled anchors, both divided by the number of samples.
+
+    Args:
+      keys: (B,) random keys, one an image.
+      logits, deltas, anchors: per level, as in `propose`.
+      image_size: content height, width of each image, pixels.
+      truth: ground-truth boxes, pixels.
+      truth_valid: which of them are real.
+      image_valid: images that count.
+      positive_iou, negative_iou, best_match_iou: see `matching.match`.
+      num_samples: anchors trained on per image.
+      positive_fraction: largest share of positives among them.
+      beta: where smooth L1 turns linear.
+      allowed_border: anchors that leave the image by more than this many pixels are not trained on;
+        None trains on all (detectron2).
+    """
+    logits = jnp.concatenate(logits, axis=1)
+    deltas = jnp.concatenate(deltas, axis=1)
+    anchors = jnp.concatenate(anchors, axis=0)
+
+    def assign(key, size, boxes, boxes_valid):
+        inside = jnp.ones(anchors.shape[0], bool)
+        if allowed_border is not None:
+            limit = jnp.concatenate([size[::-1], size[::-1]])
+            low, high = anchors >= -allowed_border, anchors <= limit + allowed_border
+            inside = (low & high).all(axis=-1)
+        found = matching.match(
+            anchors, inside, boxes, boxes_valid, positive_iou=positive_iou,
+            negative_iou=negative_iou, best_match_iou=best_match_iou,
+        )
+        index, positive, valid = matching.sample(
+            key, found.positive, found.negative, num_samples, positive_fraction
+        )
+        target = box_ops.encode(boxes[found.index[index]], anchors[index])
+        return index, positive, valid, target
+
+    index, positive, valid, target = jax.vmap(assign)(keys, image_size, truth, truth_valid)
+    target = jax.lax.stop_gradient(target)
+    valid &= image_valid[:, None]
+    logits = jnp.take_along_axis(logits, index, axis=1)
+    deltas = jnp.take_along_axis(deltas, index[..., None], axis=1)
+    classification = losses.sigmoid_cross_entropy(logits, positive)
+    regression = losses.smooth_l1(deltas - target, beta).sum(axis=-1)
+    count = jnp.maximum(valid.sum(), 1)
+    return {
+        "rpn_class": losses.weighted_mean(classification, valid),
+        "rpn_box": jnp.where(positive & valid, regression, 0.0).sum() / count,
+    }
