@@ -3,9 +3,10 @@
 from flax import linen as nn
 
 from common.errors import UserError
+from common.nn.efficientnet import EFFICIENTNETS, EfficientNet
 from common.nn.resnet import RESNETS, ResNet
 
-BACKBONES = (*RESNETS,)
+BACKBONES = (*RESNETS, *EFFICIENTNETS)
 
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
@@ -16,7 +17,7 @@ def make_backbone(name: str, **fields) -> nn.Module:
     `fields`: norm, norm_groups, frozen_stages, remat, dtype; drop_path_rate (EfficientNet only).
     """
     _check(name)
-    return ResNet(name, **fields)
+    return ResNet(name, **fields) if name in RESNETS else EfficientNet(name, **fields)
 
 
 def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

