@@ -1,0 +1,156 @@
+"""Processes, the device mesh, and the way between host memory and global arrays.
+
+One 1-D mesh `data` over all devices: parameters are replicated, batches are split along their
+first axis. The same code runs on one CPU, on one accelerator and on a pod slice of many hosts.
+
+Shapes: B global batch, b = B / processes the rows of one process.
+"""
+
+import glob
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from common.errors import UserError
+
+DATA_AXIS = "data"
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize() -> None:
+    """Joins the other processes of the run. Call it first, before anything asks for devices.
+
+    With `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` set, these say who takes part. On Cloud TPU, JAX finds the hosts of the slice
+    by itself. Otherwise the run is this process alone. Further calls do nothing.
+
+    Raises:
+      UserError: some of the three variables are set but not all, or one is not a valid number.
+    """
+    if jax.distributed.is_initialized():
+        return
+    values = {name: os.environ.get(name, "") for name in _VARIABLES}
+    if not any(values.values()):
+        if _on_cloud_tpu():
+            jax.distributed.initialize()
+        return
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        raise UserError(
+            f"environment: {', '.join(missing)} not set, expected all or none of "
+            f"{', '.join(_VARIABLES)}"
+        )
+    address, count, index = values.values()
+    if ":" not in address:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS: found {address!r}, expected host:port")
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise UserError(
+            f"JAX_PROCESS_ID: found {index!r} of JAX_NUM_PROCESSES={count!r}, expected whole "
+            "numbers with 0 <= id < number"
+        )
+    jax.distributed.initialize(
+        coordinator_address=address, num_processes=int(count), process_id=int(index)
+    )
+
+
+def _on_cloud_tpu() -> bool:
+    """Whether this is a host of a TPU slice, found without starting a backend."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms.split(","):
+        return False
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    if "TPU_SKIP_MDS_QUERY" in os.environ and "TPU_WORKER_HOSTNAMES" not in os.environ:
+        return False  # one host that was told not to look for others
+    return bool(glob.glob("/dev/accel[0-9]*")) or (
+        bool(glob.glob("/dev/vfio/[0-9]*")) and "TPU_ACCELERATOR_TYPE" in os.environ
+    )
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A 1-D mesh over `devices` (default: all of the run), grouped by process.
+
+    The order makes the rows of a process contiguous, so that row i of the global batch is slot i
+    of the plan on any number of hosts. (`jax.make_mesh` may follow the torus instead; for one
+    all-reduce over all devices the order does not matter.)
+    """
+    devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+    """Equal parts of the first axis on the devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def to_global(host_batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes one global array (B, ...) of the rows (b, ...) that each process holds.
+
+    Process p contributes rows [p b, (p + 1) b). No data crosses between processes.
+
+    Raises:
+      UserError: b is not a multiple of this process's devices.
+    """
+    sharding = batch_sharded(mesh)
+    num_local = len(mesh.local_devices)
+    for name, rows in host_batch.items():
+        if rows.shape[0] % num_local:
+            raise UserError(
+                f"batch: {name} has {rows.shape[0]} rows for the {num_local} devices of this "
+                "process, expected a multiple (choose batch_size as a multiple of the devices)"
+            )
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows)
+        for name, rows in host_batch.items()
+    }
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts host values, the same in every process, on all devices."""
+    sharding = replicated(mesh)
+
+    def put(value):
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda _: value)
+
+    return jax.tree.map(put, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Fetches global arrays as NumPy: replicated ones whole, split ones this process's rows."""
+
+    def local_rows(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        if array.is_fully_replicated:
+            return np.asarray(array.addressable_data(0))
+        shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+        return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+    # Starts all transfers before waiting for the first.
+    for array in jax.tree.leaves(tree):
+        array.copy_to_host_async()
+    return jax.tree.map(local_rows, tree)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes what the run writes once (logs, config, tables)."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here. `name` must be the same in all of them."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,102 @@
+"""Stops a run that diverged and shows where a run hangs."""
+
+import faulthandler
+import math
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from common.errors import UserError
+
+_MAX_IDS = 32  # image ids spelled out in an error
+
+
+class TrainingDiverged(UserError):
+    """A loss or gradient norm is not finite."""
+
+
+def check_finite(metrics: Mapping[str, float], step: int, image_ids: Sequence[str]) -> None:
+    """Stops the run at the first value that is NaN or infinite.
+
+    Args:
+      metrics: loss terms, gradient norm and so on, already on the host.
+      step: that the values belong to.
+      image_ids: of this process's images in that step.
+
+    Raises:
+      TrainingDiverged: naming each bad term, the step and the image ids.
+    """
+    bad = {name: float(v) for name, v in metrics.items() if not math.isfinite(float(v))}
+    if not bad:
+        return
+    terms = ", ".join(f"{name} = {value}" for name, value in bad.items())
+    ids = ", ".join(str(i) for i in image_ids[:_MAX_IDS])
+    if len(image_ids) > _MAX_IDS:
+        ids += f" and {len(image_ids) - _MAX_IDS} more"
+    raise TrainingDiverged(
+        f"training diverged at step {step}: {terms}; image ids: {ids or 'unknown'}. "
+        "Look at these images, or lower the learning rate, warm up longer or clip gradients; "
+        "the same command goes on from the last checkpoint."
+    )
+
+
+class StallWatchdog:
+    """Prints the stacks of all threads when no step finished for a while; the run goes on.
+
+    The usual reasons are a host that waits in a collective for another one that died, and an input
+    file system that stopped answering. Compiling counts as no step, so choose a longer time.
+
+        with StallWatchdog(seconds=600) as watchdog:
+            for step in ...:
+                ...
+                watchdog.beat(step)
+    """
+
+    def __init__(self, seconds: float, file: TextIO | None = None):
+        """`seconds` without a step before stacks are printed; 0 turns the watchdog off.
+
+        Args:
+          seconds: see above.
+          file: with a file descriptor, default the process's stderr.
+        """
+        self._seconds = seconds
+        self._file = file
+        self._last_beat = time.monotonic()
+        self._last_step: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stall-watchdog", daemon=True)
+
+    def __enter__(self) -> "StallWatchdog":
+        if self._seconds > 0:
+            self._last_beat = time.monotonic()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def beat(self, step: int) -> None:
+        """Says that `step` finished."""
+        self._last_step = step
+        self._last_beat = time.monotonic()
+
+    def _watch(self) -> None:
+        deadline = self._last_beat + self._seconds
+        while not self._stop.wait(max(deadline - time.monotonic(), 0.0)):
+            now = time.monotonic()
+            if now < self._last_beat + self._seconds:
+                deadline = self._last_beat + self._seconds
+                continue
+            self._dump(now - self._last_beat)
+            deadline = now + self._seconds  # again only after as long a time
+
+    def _dump(self, seconds: float) -> None:
+        file = self._file or sys.__stderr__
+        after = "the start" if self._last_step is None else f"step {self._last_step}"
+        file.write(f"stall: no step finished for {seconds:.0f} s after {after}; stacks follow\n")
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)

@@ -1,0 +1,151 @@
+"""The work directory of a run: its config, and one line of metrics per report.
+
+    config.json     what the run was started with; a second start must agree with it
+    metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps, no step twice
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from common.errors import UserError
+
+_MAX_NAMED = 5  # differing fields spelled out in an error
+
+
+def prepare_workdir(
+    workdir: str | os.PathLike, config: ConfigDict, may_differ: Sequence[str] = ()
+) -> epath.Path:
+    """Creates the work directory, or makes sure that an existing one is of the same config.
+
+    Process 0 writes `config.json` (sorted, atomic); all processes check.
+
+    Args:
+      workdir: local folder or `gs://` prefix.
+      config: of this run.
+      may_differ: fields, or prefixes of fields, that may change between starts of one run, such as
+        'num_epochs' or 'log'; `config.json` then takes the new values.
+
+    Returns:
+      the path of the work directory.
+
+    Raises:
+      UserError: the directory holds a run of another config (names the fields that differ), an
+        unreadable `config.json`, or cannot be written.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / "config.json"
+    new = _plain(config)
+    if path.exists():
+        old = read_config(workdir)
+        if old == new:
+            return workdir
+        _refuse_differences(workdir, _flatten(old), _flatten(new), may_differ)
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(new, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot write the work directory: {error}") from error
+    return workdir
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The `config.json` of a work directory as plain nested dictionaries."""
+    path = epath.Path(workdir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file, expected the work directory of a run") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file so that it is seen whole or not at all."""
+    path = epath.Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class MetricsLog:
+    """Appends lines to `metrics.jsonl`; a resumed run goes on where its checkpoint stands."""
+
+    def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
+        """Drops lines of steps past `start_step`, and a last line cut short by a kill."""
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        if self._path.exists():
+            text = self._path.read_text()
+            kept = "".join(_lines_up_to(text, start_step))
+            if kept != text:
+                write_text(self._path, kept)
+        self._file = self._path.open("a")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line, visible to readers at once."""
+        self._file.write(json.dumps({"step": int(step), **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_up_to(text: str, last_step: int):
+    for line in text.splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # the line that a kill cut short
+        if step <= last_step and line.endswith("\n"):
+            yield line
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples as lists, other objects by name."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat = {}
+    for name, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}.{name}" if prefix else name))
+    return flat
+
+
+def _refuse_differences(
+    workdir: epath.Path, old: dict[str, Any], new: dict[str, Any], may_differ: Sequence[str]
+) -> None:
+    def allowed(field: str) -> bool:
+        return any(field == prefix or field.startswith(prefix + ".") for prefix in may_differ)
+
+    absent = object()
+
+    def show(value: Any) -> str:
+        return "nothing" if value is absent else json.dumps(value)
+
+    differences = [
+        f"config.{field}: work directory has {show(old.get(field, absent))}, "
+        f"command has {show(new.get(field, absent))}"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field, absent) != new.get(field, absent) and not allowed(field)
+    ]
+    if not differences:
+        return
+    named = "; ".join(differences[:_MAX_NAMED])
+    if len(differences) > _MAX_NAMED:
+        named += f"; and {len(differences) - _MAX_NAMED} more fields"
+    raise UserError(
+        f"{workdir}: work directory of another config ({named}). "
+        "Choose another --workdir, or the config of this one."
+    )
