@@ -1,16 +1,25 @@
-"""Losses of a two-stage detector, in float32, each reduced to one number over the global batch."""
+"""Losses of a two-stage detector, in float32.
+
+A reduced loss is this device's share: its sum over its own images, divided by a count taken over
+all devices of `axis_name`. Shares add up to the loss of the global batch, and so do their gradients.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def weighted_mean(values: Float[Array, "..."], weights: Array) -> Float[Array, ""]:
-    """Sum of `values` where `weights` says so, over the sum of weights (0 when nothing counts)."""
-    weights = weights.astype(jnp.float32)
-    # `where` before the product: a padded slot may hold inf, and inf * 0 is NaN.
-    total = jnp.where(weights > 0, values * weights, 0.0).sum()
-    return total / jnp.maximum(weights.sum(), 1.0)
+def global_sum(x: Array, axis_name: str | None) -> Array:
+    """Sum over the devices of `axis_name`; `x` itself outside of a device axis."""
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def share(
+    values: Float[Array, "..."], wanted: Bool[Array, "..."], count: Array, axis_name: str | None
+) -> Float[Array, ""]:
+    """This device's share of the mean: sum of `values` where `wanted`, over the global `count`."""
+    count = jnp.maximum(global_sum(count, axis_name), 1)
+    return jnp.where(wanted, values, 0.0).sum() / count
 
 
 def smooth_l1(error: Float[Array, "..."], beta: float) -> Float[Array, "..."]:

@@ -6,8 +6,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from common.training.distributed import DATA_AXIS
 from detection.models.faster_rcnn import FasterRCNN
 
 
@@ -25,51 +28,70 @@ def init_variables(model: FasterRCNN, seed: int, batch: Mapping[str, jax.ShapeDt
     """Random parameters and statistics; only the shapes of `batch` matter. Call under `jit`."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(batch))
     key = jax.random.key(seed)
-    variables = model.init({"params": key, "sampling": key, "drop_path": key}, zeros, train=True)
+    streams = {"params": key, "sampling": key, "drop_path": key}
+    # Parameters do not depend on the devices, and outside of them there is no axis to sum over.
+    variables = model.clone(axis_name=None).init(streams, zeros, train=True)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
 def make_train_step(
-    model: FasterRCNN, tx: optax.GradientTransformation, seed: int
+    model: FasterRCNN, tx: optax.GradientTransformation, mesh: Mesh, seed: int
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The update `(state, batch) -> (state, metrics)`, a pure function of (state, batch, seed).
 
+    Each device differentiates its share of the loss on its own images; one sum over devices, in
+    float32, makes the gradient of the global batch. Left to the partitioner instead, the loops of
+    NMS would synchronise all devices in every round and bfloat16 gradients would be summed in
+    bfloat16.
+
     Metrics: every loss term as `loss/...`, their sum `loss`, figures of the model, and the global
-    norms of gradients and parameters.
+    norm of the gradient.
     """
 
-    def train_step(state, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def device_gradients(params, batch_stats, key, batch):
         streams = {
             name: jax.random.fold_in(key, i) for i, name in enumerate(("sampling", "drop_path"))
         }
 
         def loss_fn(params):
             out, mutated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats}, batch, train=True,
+                {"params": params, "batch_stats": batch_stats}, batch, train=True,
                 rngs=streams, mutable=["batch_stats"],
             )
-            total = sum(out["losses"].values())
-            return total, (out, mutated.get("batch_stats", state.batch_stats))
+            return sum(out["losses"].values()), (out, mutated.get("batch_stats", batch_stats))
 
-        (total, (out, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, (out, new_stats) = jax.grad(loss_fn, has_aux=True)(params)
+        grads, out = jax.lax.psum((grads, out), DATA_AXIS)
+        return grads, out, new_stats
+
+    sharded_gradients = jax.shard_map(
+        device_gradients, mesh=mesh, in_specs=(P(), P(), P(), P(DATA_AXIS)), out_specs=P(),
+        check_vma=False,
+    )
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, out, batch_stats = sharded_gradients(state.params, state.batch_stats, key, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total, "gradient_norm": optax.global_norm(grads)}
-        metrics |= {f"loss/{name}": value for name, value in out["losses"].items()}
-        metrics |= out["monitor"]
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        metrics = {f"loss/{name}": value for name, value in out["losses"].items()}
+        metrics |= {"loss": sum(out["losses"].values()), "gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics | out["monitor"]
 
     return train_step
 
 
-def make_predict_step(model: FasterRCNN) -> Callable[[dict, Mapping[str, Array]], dict[str, Array]]:
+def make_predict_step(
+    model: FasterRCNN, mesh: Mesh
+) -> Callable[[dict, Mapping[str, Array]], dict[str, Array]]:
     """The inference step `(variables, batch) -> detections` of `FasterRCNN.detect`."""
 
-    def predict_step(variables, batch):
+    def detect(variables, batch):
         return model.apply(variables, batch, train=False)
 
-    return predict_step
+    return jax.shard_map(
+        detect, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=P(DATA_AXIS), check_vma=False
+    )
 
 
 def batch_shapes(

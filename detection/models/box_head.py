@@ -103,6 +103,7 @@ def box_head_losses(
     stds: tuple[float, float, float, float],
     beta: float,
     normaliser: str,
+    axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """Softmax cross-entropy over K + 1 and smooth L1 on the deltas of the true class.
 
@@ -113,6 +114,7 @@ def box_head_losses(
       stds: standard deviations by which deltas are divided.
       beta: where smooth L1 turns linear.
       normaliser: box loss is divided by the number of "sampled" or of "positive" regions.
+      axis_name: device axis over which regions are counted.
     """
     valid = targets.valid & image_valid[:, None]
     positive = valid & (targets.labels > 0)
@@ -124,18 +126,22 @@ def box_head_losses(
     regression = losses.smooth_l1(chosen - wanted, beta).sum(axis=-1)
     count = valid.sum() if normaliser == "sampled" else positive.sum()
     return {
-        "box_class": losses.weighted_mean(classification, valid),
-        "box_regression": jnp.where(positive, regression, 0.0).sum() / jnp.maximum(count, 1),
+        "box_class": losses.share(classification, valid, valid.sum(), axis_name),
+        "box_regression": losses.share(regression, positive, count, axis_name),
     }
 
 
 def head_accuracy(
-    logits: Float[Array, "B R K1"], targets: RoITargets, image_valid: Bool[Array, "B"]
+    logits: Float[Array, "B R K1"],
+    targets: RoITargets,
+    image_valid: Bool[Array, "B"],
+    axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """Share of positive regions whose class is right, and how many positives there are per image."""
     positive = targets.valid & image_valid[:, None] & (targets.labels > 0)
-    right = logits.argmax(axis=-1) == targets.labels
+    right = (logits.argmax(axis=-1) == targets.labels).astype(jnp.float32)
+    ones = jnp.ones_like(right)
     return {
-        "positive_accuracy": losses.weighted_mean(right.astype(jnp.float32), positive),
-        "positives_per_image": positive.sum() / jnp.maximum(image_valid.sum(), 1),
+        "positive_accuracy": losses.share(right, positive, positive.sum(), axis_name),
+        "positives_per_image": losses.share(ones, positive, image_valid.sum(), axis_name),
     }

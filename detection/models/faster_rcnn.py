@@ -56,14 +56,14 @@ class FasterRCNN(nn.Module):
 
     num_classes: int
     settings: ml_collections.FrozenConfigDict
-    norm_groups: int = 1
+    axis_name: str | None = None
 
     def setup(self):
         s = self.settings
         dtype = jnp.dtype(s.dtype)
         self.backbone = make_backbone(
             s.backbone, norm=s.norm, frozen_stages=s.frozen_stages, remat=s.remat,
-            norm_groups=self.norm_groups, dtype=dtype,
+            dtype=dtype,
         )
         self.fpn = FPN(s.fpn_channels, dtype=dtype)
         num_anchors = len(s.anchors.scales) * len(s.anchors.ratios)
@@ -103,23 +103,26 @@ class FasterRCNN(nn.Module):
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
         """{'losses': terms that are summed, 'monitor': figures that are only logged}.
 
-        Needs the random stream 'sampling'; what it draws for an image depends on the stream's key
-        and the image's slot in the global batch, never on the number of devices.
+        Both are this device's shares (`detection.losses`). Needs the random stream 'sampling', the
+        same key on all devices: what is drawn for an image depends on that key and on the image's
+        slot in the global batch, never on the number of devices.
         """
-        s = self.settings
+        s, axis_name = self.settings, self.axis_name
         pyramid = self.features(batch, train=True)
         levels = [pyramid[name] for name in sorted(pyramid)]
         anchors = self.anchors(levels)
         logits, deltas = self.rpn_head(levels)
 
         slots = jnp.arange(batch["image"].shape[0])
+        if axis_name is not None:
+            slots += jax.lax.axis_index(axis_name) * slots.size
         slot_keys = jax.vmap(jax.random.fold_in, (None, 0))
         rpn_keys = slot_keys(self.make_rng("sampling"), slots)
         roi_keys = slot_keys(self.make_rng("sampling"), slots)
 
         terms = rpn_ops.rpn_losses(
             rpn_keys, logits, deltas, anchors, batch["image_size"], batch["boxes"], batch["valid"],
-            batch["image_valid"], **s.rpn.loss,
+            batch["image_valid"], axis_name=axis_name, **s.rpn.loss,
         )
         proposals = rpn_ops.propose(
             *jax.lax.stop_gradient((logits, deltas)), anchors, batch["image_size"],
@@ -131,9 +134,11 @@ class FasterRCNN(nn.Module):
         class_logits, box_deltas = self.box_head(self.pool(levels, targets.boxes))
         terms |= box_head_ops.box_head_losses(
             class_logits, box_deltas, targets, batch["image_valid"], stds=s.box_head.stds,
-            **s.box_head.loss,
+            axis_name=axis_name, **s.box_head.loss,
         )
-        monitor = box_head_ops.head_accuracy(class_logits, targets, batch["image_valid"])
+        monitor = box_head_ops.head_accuracy(
+            class_logits, targets, batch["image_valid"], axis_name
+        )
         weights = s.loss_weights
         return {"losses": {k: v * weights.get(k, 1.0) for k, v in terms.items()}, "monitor": monitor}
 
@@ -160,15 +165,14 @@ class FasterRCNN(nn.Module):
 
 
 def build(
-    model_config: ml_collections.ConfigDict, num_classes: int, norm_groups: int = 1
+    model_config: ml_collections.ConfigDict, num_classes: int, axis_name: str | None = None
 ) -> FasterRCNN:
     """Makes the detector of a config.
 
     Args:
       model_config: `config.model`.
       num_classes: K, from the dataset directory.
-      norm_groups: number of groups of images that share batch-norm statistics when
-        `model.norm` is "batch" (the number of devices).
+      axis_name: device axis over which losses are counted and synchronised batch norm averages;
+        None when the model sees the whole batch.
     """
-    frozen = ml_collections.FrozenConfigDict(model_config)
-    return FasterRCNN(num_classes, frozen, norm_groups)
+    return FasterRCNN(num_classes, ml_collections.FrozenConfigDict(model_config), axis_name)

@@ -121,6 +121,7 @@ def rpn_losses(
     positive_fraction: float = 0.5,
     beta: float = 1.0 / 9.0,
     allowed_border: float | None = None,
+    axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """Objectness and box losses over sampled anchors, both divided by the number of samples.
 
@@ -137,6 +138,7 @@ def rpn_losses(
       beta: where smooth L1 turns linear.
       allowed_border: anchors that leave the image by more than this many pixels are not trained on;
         None trains on all (detectron2).
+      axis_name: device axis over which samples are counted.
     """
     logits = jnp.concatenate(logits, axis=1)
     deltas = jnp.concatenate(deltas, axis=1)
@@ -165,8 +167,8 @@ def rpn_losses(
     deltas = jnp.take_along_axis(deltas, index[..., None], axis=1)
     classification = losses.sigmoid_cross_entropy(logits, positive)
     regression = losses.smooth_l1(deltas - target, beta).sum(axis=-1)
-    count = jnp.maximum(valid.sum(), 1)
+    count = valid.sum()
     return {
-        "rpn_class": losses.weighted_mean(classification, valid),
-        "rpn_box": jnp.where(positive & valid, regression, 0.0).sum() / count,
+        "rpn_class": losses.share(classification, valid, count, axis_name),
+        "rpn_box": losses.share(regression, positive & valid, count, axis_name),
     }

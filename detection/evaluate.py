@@ -1,0 +1,99 @@
+"""Scores a trained detector on a split.
+
+    python -m detection.evaluate --config=... --workdir=WORK --split=validation
+
+Prints the result and writes WORK/evaluation/STEP/{detections.parquet, metrics.json}.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common.cli import run_main
+from common.data.dataset import Dataset
+from common.errors import UserError
+from common.evaluation.coco import evaluate_coco
+from common.evaluation.openimages import evaluate_openimages
+from common.training import distributed
+from common.training.checkpoint import Checkpoints
+from common.training.workdir import write_text
+from detection import setup
+from detection.models.faster_rcnn import FasterRCNN
+from detection.predict import predict_split
+
+METRICS = {"openimages": evaluate_openimages, "coco": evaluate_coco}
+
+
+def restore_variables(config: ConfigDict, model: FasterRCNN, workdir: str, mesh: Mesh, step=None):
+    """Parameters and statistics of a checkpoint (the newest by default), and its step."""
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
+    step = step or checkpoints.latest_step()
+    if step is None:
+        raise UserError(f"{workdir}: no checkpoint found, expected one under checkpoints/")
+    variables = checkpoints.restore_params(
+        step, setup.abstract(setup.variable_shapes(config, model), mesh)
+    )
+    checkpoints.close()
+    return variables, step
+
+
+def evaluate_variables(
+    config: ConfigDict,
+    model: FasterRCNN,
+    dataset: Dataset,
+    mesh: Mesh,
+    variables: dict,
+    step: int,
+    folder: Path,
+    *,
+    split: str | None = None,
+    say: Callable = print,
+) -> dict[str, float]:
+    """Detects in a split, scores the table and writes both; returns the summary figures.
+
+    Every host detects its part; the first one scores. Per-class figures are in metrics.json only.
+    """
+    if config.evaluation.metric not in METRICS:
+        raise UserError(
+            f"config.evaluation.metric: found {config.evaluation.metric!r}, expected one of "
+            f"{', '.join(METRICS)}"
+        )
+    split = split or config.data.eval_split
+    table = folder / f"{split}.parquet"
+    predict_split(config, model, variables, dataset, split, mesh, table, step=step, say=say)
+    if not distributed.is_main_process():
+        return {}
+    results = METRICS[config.evaluation.metric](dataset, split, table)
+    write_text(folder / f"{split}_metrics.json", json.dumps(results, indent=1) + "\n")
+    summary = {k: v for k, v in results.items() if "PerformanceByCategory" not in k}
+    for name, value in summary.items():
+        say(f"step {step}  {split}  {name} = {value:.4f}", flush=True)
+    return summary
+
+
+SPLIT = flags.DEFINE_string("split", None, "Split to score; default: config.data.eval_split.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
+
+
+def main(_):
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    distributed.initialize()
+    mesh = distributed.make_mesh()
+    dataset = setup.open_dataset(config)
+    model = setup.build_model(config, dataset.num_classes)
+    variables, step = restore_variables(config, model, workdir, mesh, STEP.value)
+    folder = Path(workdir) / "evaluation" / f"{step}"
+    evaluate_variables(
+        config, model, dataset, mesh, variables, step, folder, split=SPLIT.value,
+        say=print if jax.process_index() == 0 else lambda *_, **__: None,
+    )
+
+
+if __name__ == "__main__":
+    setup.define_flags()
+    run_main(main)

@@ -1,0 +1,101 @@
+"""Runs a detector over a split and writes the detections table.
+
+Shape legend: b images of this host's part of a batch, D detections per image.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common.data.dataset import Dataset
+from common.data.input import eval_batches
+from common.detections import DetectionsWriter
+from common.training import distributed
+from common.training.progress import Progress
+from detection.models.faster_rcnn import FasterRCNN
+from detection.train_step import make_predict_step
+
+INFERENCE_FIELDS = ("image", "image_size", "image_valid")
+
+
+def predict_split(
+    config: ConfigDict,
+    model: FasterRCNN,
+    variables: dict,
+    dataset: Dataset,
+    split: str,
+    mesh: Mesh,
+    output: Path,
+    *,
+    step: int,
+    say: Callable = print,
+) -> None:
+    """Detects in every image of a split and writes one table (a folder of shards with many hosts).
+
+    Args:
+      config: of the run.
+      model: detector.
+      variables: {'params', 'batch_stats'} on the mesh.
+      dataset: where the photos are listed.
+      split: which of them.
+      mesh: all devices.
+      output: Parquet file, or folder when there are several processes.
+      step: of the checkpoint, for the table's metadata.
+      say: where progress lines go.
+    """
+    batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
+    predict = jax.jit(make_predict_step(model, mesh))
+    labels = np.array(dataset.class_labels)
+    indices = dataset.split(split)
+    metadata = {
+        "model": config.name,
+        "config": config.to_dict(),
+        "dataset": dataset.meta.get("name", str(dataset.directory)),
+        "split": split,
+        "step": step,
+        "expanded": False,
+    }
+    num_batches = -(-len(indices) // batch_size)
+    progress = Progress(num_batches, batch_size, mesh.size)
+    writer = DetectionsWriter(
+        output, metadata, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    with writer:
+        batches = eval_batches(
+            dataset, split, config.data, batch_size=batch_size,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )
+        ahead = None  # the host writes batch i while the devices work on i + 1
+        for number, host_batch in enumerate(batches, start=1):
+            batch = distributed.to_global({k: host_batch[k] for k in INFERENCE_FIELDS}, mesh)
+            found = predict(variables, batch)
+            if ahead is not None:
+                _write(writer, *ahead, dataset, labels)
+            ahead = (host_batch, found)
+            progress.step_done(number)
+            if number % max(num_batches // 10, 1) == 0:
+                say(f"detect {split}: {progress.line(number, {})}", flush=True)
+        if ahead is not None:
+            _write(writer, *ahead, dataset, labels)
+    distributed.barrier("predict_split")
+
+
+def _write(writer, host_batch, found, dataset, labels) -> None:
+    found = distributed.to_host(found)
+    # (b, 1, 4): from canvas pixels to shares of the photo.
+    height, width = host_batch["image_size"][:, None, :1], host_batch["image_size"][:, None, 1:]
+    boxes = found["boxes"] / np.concatenate([width, height, width, height], axis=-1)
+    boxes = np.clip(boxes, 0.0, 1.0)
+    for slot in np.flatnonzero(host_batch["image_valid"]):
+        sides = boxes[slot, :, 2:] > boxes[slot, :, :2]
+        rows = found["valid"][slot] & sides.all(axis=-1)
+        writer.add(
+            dataset.image_id(host_batch["image_index"][slot]),
+            labels[found["classes"][slot][rows]],
+            found["scores"][slot][rows],
+            boxes[slot][rows],
+        )
