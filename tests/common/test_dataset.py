@@ -14,8 +14,14 @@ def _write(directory, **options):
         directory, "toy", ["/m/a", "/m/b"], ["Mouse", "Mouse"], None, "/photos", **options
     ) as writer:
         first = writer.add_image(
-            "b", "x/b.jpg", (10, 20), [[0, 0, 0.5, 1], [0.1, 0.2, 0.3, 0.4]], [1, 0],
-            flags=[GROUP_OF, 0], label_classes=[0, 1], label_confidences=[0, 1],
+            "b",
+            "x/b.jpg",
+            (10, 20),
+            [[0, 0, 0.5, 1], [0.1, 0.2, 0.3, 0.4]],
+            [1, 0],
+            flags=[GROUP_OF, 0],
+            label_classes=[0, 1],
+            label_confidences=[0, 1],
         )
         second = writer.add_image("ä", "ä.jpg")
         third = writer.add_image("c", "c.png", (5, 6), [[0, 0, 1, 1]], [1])
@@ -58,8 +64,9 @@ def test_masks_come_back_as_they_were_given(tmp_path):
     with DatasetWriter(
         tmp_path / "d", "toy", ["a"], ["a"], None, has_masks=True, extra={"mask_root": "/masks"}
     ) as writer:
-        writer.add_image("1", "1.jpg", boxes=[[0, 0, 1, 1]] * 3, classes=[0] * 3,
-                         masks=[polygon, None, rle])
+        writer.add_image(
+            "1", "1.jpg", boxes=[[0, 0, 1, 1]] * 3, classes=[0] * 3, masks=[polygon, None, rle]
+        )
         writer.add_image("2", "2.jpg", boxes=[[0, 0, 1, 1]], classes=[0], masks=[{"png": "x.png"}])
         writer.add_image("3", "3.jpg", boxes=[[0, 0, 1, 1]], classes=[0])
     dataset = Dataset.open(tmp_path / "d")
@@ -78,9 +85,10 @@ def test_photos_without_a_recorded_root_lie_in_the_dataset_directory(tmp_path):
 
 
 def test_nothing_is_left_after_a_failure(tmp_path):
-    with pytest.raises(RuntimeError), DatasetWriter(
-        tmp_path / "d", "toy", ["a"], ["a"], None
-    ) as writer:
+    with (
+        pytest.raises(RuntimeError),
+        DatasetWriter(tmp_path / "d", "toy", ["a"], ["a"], None) as writer,
+    ):
         writer.add_image("1", "1.jpg")
         raise RuntimeError("disk on fire")
     assert list(tmp_path.iterdir()) == []
@@ -114,9 +122,10 @@ def test_user_errors_name_what_is_wrong(tmp_path):
 
 
 def test_two_images_of_one_id_are_refused(tmp_path):
-    with pytest.raises(UserError, match="image id 'x'"), DatasetWriter(
-        tmp_path / "d", "toy", ["a"], ["a"], None
-    ) as writer:
+    with (
+        pytest.raises(UserError, match="image id 'x'"),
+        DatasetWriter(tmp_path / "d", "toy", ["a"], ["a"], None) as writer,
+    ):
         writer.add_image("x", "1.jpg")
         writer.add_image("x", "2.jpg")
     assert not (tmp_path / "d").exists()

@@ -1,0 +1,133 @@
+"""Turns the official files of a detection data set into a dataset directory (one for all formats).
+
+    python -m scripts.prepare_data openimages --source=DIR --images=DIR --output=DIR
+    python -m scripts.prepare_data coco       --source='DIR/inst*.json' --images=DIR --output=DIR
+    python -m scripts.prepare_data objects365 --source=DIR --images=DIR --output=DIR
+    python -m scripts.prepare_data voc        --source=DIR --output=DIR
+    python -m scripts.prepare_data tfds       --source=NAME[:VERSION] --data_dir=DIR --output=DIR
+
+Rows that mean nothing are dropped or repaired, counted by reason on the screen and listed in
+report.json; --strict refuses them. The directory appears when it is complete, or not at all.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from common.cli import run_main
+from common.data.convert.assemble import Options, write_dataset
+from common.data.convert.report import Report
+from common.data.dataset import check_output
+from common.errors import UserError
+
+FORMATS = ("openimages", "coco", "objects365", "voc", "tfds")
+
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Folder or file(s) of the annotations.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Dataset directory to write.", required=True)
+_IMAGES = flags.DEFINE_string(
+    "images", None, "Folder of the photos, found by id below it; or an address like gs://bucket/x."
+)
+_IMAGE_PATTERN = flags.DEFINE_string(
+    "image_pattern", "", "Path of a photo below --images, such as 'train/{id}.jpg': no listing."
+)
+_SPLITS = flags.DEFINE_string("splits", None, 'JSON {"name": [ids]} that adds or replaces splits.')
+_STRICT = flags.DEFINE_bool("strict", False, "Refuse input with rows to drop or repair.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing dataset directory.")
+_READ_SIZES = flags.DEFINE_bool(
+    "read_sizes", None, "Read photo sizes from headers (default: for up to 200,000 photos)."
+)
+_CHECK_PHOTOS = flags.DEFINE_bool(
+    "check_photos", False, "Decode every photo once, to find cut ones."
+)
+_CLASSES = flags.DEFINE_string("classes", None, "Class list (label,name); openimages and voc.")
+_HIERARCHY = flags.DEFINE_string("hierarchy", None, "Hierarchy JSON.")
+_TASK = flags.DEFINE_enum(
+    "task",
+    "detection",
+    ["detection", "segmentation"],
+    "openimages: which of the challenge's files.",
+)
+_MASKS = flags.DEFINE_string(
+    "masks", None, "openimages: folder of the mask PNGs (default: source)."
+)
+_ONE_BASED = flags.DEFINE_enum(
+    "voc_one_based",
+    "auto",
+    ["auto", "true", "false"],
+    "voc: pixels count from 1 and the last one is inside, as in the official sets; auto = where "
+    "<source><database> says that the file is of the official VOC.",
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "tfds: folder of the prepared TFDS data sets.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 2 or argv[1] not in FORMATS:
+        raise UserError(f"expected one of {', '.join(FORMATS)}; found {' '.join(argv[1:]) or '-'}")
+    started = time.monotonic()
+    output = Path(_OUTPUT.value)
+    check_output(output.absolute(), _OVERWRITE.value)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    report = Report(strict=_STRICT.value)
+    options = Options(
+        output=output,
+        images=_IMAGES.value,
+        image_pattern=_IMAGE_PATTERN.value,
+        splits=_path(_SPLITS.value),
+        read_sizes=_READ_SIZES.value,
+        check_photos=_CHECK_PHOTOS.value,
+        overwrite=_OVERWRITE.value,
+    )
+    # Beside the output: spooled masks and photos move there without a copy.
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.absolute().parent) as spool:
+        annotations = _read(argv[1], report, Path(spool))
+        write_dataset(annotations, options, report)
+    print(f"done in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _read(format_name: str, report: Report, spool: Path):
+    hierarchy, classes = _path(_HIERARCHY.value), _path(_CLASSES.value)
+    if classes is not None and format_name not in ("openimages", "voc"):
+        raise UserError(f"--classes: {format_name} brings its own class list")
+    if format_name == "openimages":
+        from common.data.convert.openimages import read_openimages
+
+        return read_openimages(
+            Path(_SOURCE.value),
+            report,
+            spool,
+            task=_TASK.value,
+            classes=classes,
+            hierarchy=hierarchy,
+            mask_folder=_path(_MASKS.value),
+        )
+    if format_name in ("coco", "objects365"):
+        from common.data.convert.coco import read_coco
+
+        return read_coco(_SOURCE.value, report, spool, name=format_name, hierarchy=hierarchy)
+    if format_name == "voc":
+        from common.data.convert.voc import read_voc
+
+        return read_voc(
+            Path(_SOURCE.value),
+            report,
+            classes=classes,
+            hierarchy=hierarchy,
+            one_based=_ONE_BASED.value,
+        )
+    # TensorFlow takes seconds to import: only here.
+    from common.data.convert.tfds import read_tfds
+
+    return read_tfds(_SOURCE.value, _DATA_DIR.value, spool, hierarchy=hierarchy)
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value) if value else None
+
+
+if __name__ == "__main__":
+    run_main(main)
