@@ -9,6 +9,8 @@ from common.nn.resnet import RESNETS, ResNet
 BACKBONES = (*RESNETS, *EFFICIENTNETS)
 
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+# TensorFlow's lite models: efficientnet_lite_builder.py (MEAN_RGB, STDDEV_RGB)
+_LITE = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
 
 
 def make_backbone(name: str, **fields) -> nn.Module:
@@ -23,7 +25,7 @@ def make_backbone(name: str, **fields) -> nn.Module:
 def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of RGB pixels (0..255) that the public weights expect."""
     _check(name)
-    return _IMAGENET
+    return _LITE if "lite" in name else _IMAGENET
 
 
 def _check(name: str) -> None:
