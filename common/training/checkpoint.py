@@ -1,0 +1,420 @@
+"""Checkpoints of a run: asynchronous, atomic, restored bit for bit.
+
+    DIRECTORY/1000/model/      params and batch_stats: what evaluation and export need
+    DIRECTORY/1000/training/   everything else of the state: step, optimiser state
+    DIRECTORY/1000/extra/      JSON
+
+The state may be any pytree (a `flax.struct` dataclass, named tuples of optax): on disk it is a
+plain nested dictionary of arrays by path, so that it can be read without the code that wrote it.
+All processes of a run share DIRECTORY (a common file system or `gs://`) and call each method.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from common.errors import UserError
+
+_MODEL_FIELDS = ("params", "batch_stats")
+_MAX_NAMED = 4  # differing parameters spelled out in an error
+_COMMITTED = "commit_success.txt"  # orbax writes it last
+
+
+class Checkpoints:
+    """The checkpoints in one directory.
+
+    Opening and reading change nothing on disk, so that evaluation may run next to training.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_every_steps: int | None = None,
+    ):
+        """Opens a directory, which may not exist yet.
+
+        Args:
+          directory: such as WORKDIR/checkpoints.
+          keep_last: how many of the newest stay.
+          keep_every_steps: multiples of this stay as well; with the steps of an epoch, the epoch
+            ends that `scripts.average_checkpoints` needs.
+        """
+        self.directory = epath.Path(directory).absolute()
+        self._keep_last = keep_last
+        self._keep_every_steps = keep_every_steps
+        self._manager: ocp.CheckpointManager | None = None  # made by the first save
+        self._failed = False
+        _silence_orbax_tracebacks()
+        for path in self._half_written():
+            _print_once(f"note: {path}: half-written checkpoint, ignored")
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], wait: bool = False) -> None:
+        """Copies the state to the host, then writes it in the background.
+
+        The checkpoint appears by a rename once it is complete. A step that exists is left alone.
+
+        Args:
+          step: number of finished steps.
+          state: pytree of arrays with the fields 'params' and 'batch_stats' at the top.
+          extra: anything that JSON can hold.
+          wait: until it is on disk.
+
+        Raises:
+          UserError: this or the previous write failed, such as on a full disk; earlier
+            checkpoints are intact.
+        """
+        if step in self.all_steps():
+            return
+        model, training = _split_fields(_to_nested_dict(state))
+        items = {"model": ocp.args.StandardSave(model), "extra": ocp.args.JsonSave(dict(extra))}
+        if training:
+            items["training"] = ocp.args.StandardSave(training)
+        with self._explaining_failures():
+            if self._manager is None:
+                self._manager = self._make_manager()
+            # `force`: orbax would silently skip a step older than the latest one.
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        if wait:
+            self.wait()
+
+    def check(self) -> None:
+        """Raises the error of a background write that has failed. Cheap; call it at log lines."""
+        if self._manager is not None:
+            with self._explaining_failures():
+                self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits until all saves are on disk.
+
+        Raises:
+          UserError: a write failed.
+        """
+        if self._manager is not None:
+            with self._explaining_failures():
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for saves and lets go of the threads."""
+        if self._manager is None:
+            return
+        if not self._failed:
+            self.wait()
+        manager, self._manager = self._manager, None
+        if not self._failed:
+            manager.close()
+
+    def all_steps(self) -> list[int]:
+        """Steps of complete checkpoints, ascending."""
+        return sorted(
+            int(path.name)
+            for path in self._children()
+            if path.name.isdecimal() and (path / _COMMITTED).exists()
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return max(self.all_steps(), default=None)
+
+    def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads one checkpoint.
+
+        Args:
+          step: None means the newest.
+          abstract_state: the tree to fill: `jax.ShapeDtypeStruct`s with shardings, which the
+            arrays get whatever they were saved with, or without, which gives NumPy arrays.
+
+        Returns:
+          the state, equal bit for bit to what was saved, and the `extra` of that save.
+
+        Raises:
+          UserError: no such step; a checkpoint of another model; a damaged checkpoint. There is
+            no silent fall-back to an older one.
+        """
+        step = self._choose_step(step)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_state)
+        names = [_name(path) for path, _ in paths]
+        model, training = _split_fields(_to_nested_dict(abstract_state))
+        restored = self._read(step, {"model": model, "training": training})
+        arrays = _flatten({**restored["model"], **restored["training"]})
+        return jax.tree.unflatten(treedef, [arrays[name] for name in names]), restored["extra"]
+
+    def restore_params(
+        self, step: int | None = None, abstract: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads what evaluation and export need: params and batch_stats.
+
+        Args:
+          step: None means the newest.
+          abstract: {'params': ..., 'batch_stats': ...}, as `abstract_state` of `restore`; None
+            takes what the checkpoint has, as NumPy arrays.
+
+        Returns:
+          {'params': ..., 'batch_stats': ...} (nested dictionaries) and the `extra` of the save.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        step = self._choose_step(step)
+        wanted = None if abstract is None else _to_nested_dict(dict(abstract))
+        restored = self._read(step, {"model": wanted})
+        return {field: restored["model"].get(field, {}) for field in _MODEL_FIELDS}, restored[
+            "extra"
+        ]
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        if jax.process_index() == 0:
+            for path in self._half_written():
+                path.rmtree()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep_last, keep_period=self._keep_every_steps
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _children(self) -> list[epath.Path]:
+        return sorted(self.directory.iterdir()) if self.directory.exists() else []
+
+    def _half_written(self) -> list[epath.Path]:
+        """What a killed save or an interrupted copy left behind (or one that is under way)."""
+        return [
+            path
+            for path in self._children()
+            if ".orbax-checkpoint-tmp" in path.name
+            or (path.name.isdecimal() and not (path / _COMMITTED).exists())
+        ]
+
+    def _choose_step(self, step: int | None) -> int:
+        self.wait()
+        steps = self.all_steps()
+        if not steps:
+            raise UserError(f"{self.directory}: no checkpoint found, expected at least one")
+        chosen = steps[-1] if step is None else step
+        if chosen not in steps:
+            known = ", ".join(map(str, steps))
+            raise UserError(f"{self.directory}: no checkpoint of step {chosen}, found {known}")
+        if jax.process_count() > 1:
+            first = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+            if first != chosen:
+                raise UserError(
+                    f"{self.directory}: process {jax.process_index()} sees checkpoint {chosen}, "
+                    f"process 0 sees {first}; expected one file system shared by all processes"
+                )
+        return chosen
+
+    def _read(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads items into the given nested dictionaries (None: as NumPy, whatever is there)."""
+        try:
+            saved = _saved_arrays(self.directory / str(step), tuple(wanted))
+            self._refuse_other_model(step, wanted, saved)
+            return _read_items(
+                self.directory / str(step),
+                {item: saved[item] if wanted[item] is None else wanted[item] for item in wanted},
+            )
+        except UserError:
+            raise
+        except Exception as error:  # tensorstore reports damage by several exception types
+            raise UserError(self._describe_damage(step, error)) from error
+
+    def _refuse_other_model(
+        self, step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]
+    ) -> None:
+        differences = []
+        for item, tree in wanted.items():
+            if tree is None:
+                continue
+            ours, theirs = _flatten(tree), _flatten(saved[item])
+            for name in sorted(ours.keys() | theirs.keys()):
+                has, needs = _describe(theirs.get(name)), _describe(ours.get(name))
+                if has != needs:
+                    differences.append(f"{name}: checkpoint has {has}, model has {needs}")
+        if differences:
+            named = "; ".join(differences[:_MAX_NAMED])
+            if len(differences) > _MAX_NAMED:
+                named += f"; and {len(differences) - _MAX_NAMED} more"
+            raise UserError(f"{self.directory / str(step)}: checkpoint of another model ({named})")
+
+    def _describe_damage(self, step: int, error: Exception) -> str:
+        path = self.directory / str(step)
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        others = [other for other in reversed(self.all_steps()) if other != step]
+        intact = next(filter(self._intact, others), None)
+        if intact is None:
+            advice = "no other checkpoint is intact"
+        elif intact < step:
+            advice = f"the newest intact one is step {intact}; to go on from it, remove {path}"
+        else:
+            advice = f"the newest intact one is step {intact}"
+        return f"{path}: damaged checkpoint ({reason}); {advice}"
+
+    def _intact(self, step: int) -> bool:
+        """Whether every byte can be read."""
+        path = self.directory / str(step)
+        try:
+            items = [item for item in ("model", "training") if (path / item).exists()]
+            _read_items(path, _saved_arrays(path, tuple(items)))
+        except Exception:  # whatever the damage is, the answer is no
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _explaining_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            if not _is_file_error(error):
+                raise
+            steps = self.all_steps()
+            earlier = f"the earlier checkpoint {steps[-1]} is intact" if steps else "none is lost"
+            if _is_disk_full(error):
+                reason = f"disk full{_free_space(self.directory)}"
+                advice = "free some space and run the same command again"
+            else:
+                reason = f"cannot write ({str(error).splitlines()[0][:200]})"
+                advice = "the same command goes on from there"
+            if jax.process_index() == 0:
+                for path in self._half_written():
+                    path.rmtree(missing_ok=True)
+            raise UserError(
+                f"{self.directory}: {reason} while saving a checkpoint; {earlier}; {advice}"
+            ) from error
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _to_nested_dict(tree: Any) -> dict[str, Any]:
+    """Any pytree as nested dictionaries by path; parts without arrays vanish."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = _name(path).split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
+    return nested
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _split_fields(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = {field: state[field] for field in _MODEL_FIELDS if field in state}
+    return model, {field: value for field, value in state.items() if field not in model}
+
+
+def _describe(leaf: Any) -> str:
+    if leaf is None:
+        return "nothing"
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            model=ocp.StandardCheckpointHandler(),
+            training=ocp.StandardCheckpointHandler(),
+            extra=ocp.JsonCheckpointHandler(),
+        )
+    )
+
+
+def _saved_arrays(path: epath.Path, items: tuple[str, ...]) -> dict[str, Any]:
+    """Shapes and dtypes of what a checkpoint holds, per item a nested dictionary."""
+    with _checkpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+    trees = {item: metadata[item] for item in items}
+    for item, tree in trees.items():
+        if tree is None and (item == "model" or (path / item).exists()):
+            raise ValueError(f"no metadata of {item}")
+    return {
+        item: {}
+        if tree is None
+        else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree.tree))
+        for item, tree in trees.items()
+    }
+
+
+def _read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the arrays of nested dictionaries of abstract arrays, and `extra`."""
+
+    def template(leaf):
+        if getattr(leaf, "sharding", None) is None:
+            return np.empty(leaf.shape, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    arguments = {
+        item: ocp.args.StandardRestore(jax.tree.map(template, tree))
+        for item, tree in wanted.items()
+        if tree
+    }
+    with _checkpointer() as checkpointer:
+        restored = checkpointer.restore(
+            path, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **arguments)
+        )
+    read = {item: restored[item] if item in arguments else {} for item in wanted}
+    return {**read, "extra": restored["extra"]}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_disk_full(error: Exception) -> bool:
+    return any(
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or os.strerror(errno.ENOSPC) in str(cause)
+        or os.strerror(errno.EDQUOT) in str(cause)
+        for cause in _causes(error)
+    )
+
+
+def _is_file_error(error: Exception) -> bool:
+    """tensorstore reports failures of the file system as ValueError with the number in the text."""
+    return _is_disk_full(error) or any(
+        isinstance(cause, OSError) or "os_error_code" in str(cause) for cause in _causes(error)
+    )
+
+
+def _free_space(directory: epath.Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(directory).free / 1e9:.2f} GB free)"
+    except OSError:  # not a local directory
+        return ""
+
+
+def _print_once(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class _OrbaxTracebackFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or record.exc_info is True:
+            return True
+        frames = traceback.extract_tb(record.exc_info[2])
+        return not any("orbax" in frame.filename for frame in frames)
+
+
+def _silence_orbax_tracebacks() -> None:
+    """Orbax logs each failure with its traceback and raises it too; the second one is ours."""
+    logger = logging.getLogger("absl")
+    if not any(isinstance(f, _OrbaxTracebackFilter) for f in logger.filters):
+        logger.addFilter(_OrbaxTracebackFilter())
