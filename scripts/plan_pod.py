@@ -1,0 +1,129 @@
+"""Compiles a detector's training step for a TPU slice, on a machine without TPU, and reports on it.
+
+    pip install libtpu
+    python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v3-512
+
+Prints memory per device and headroom, FLOPs per image, traffic between devices and compile time.
+Exits with status 1 when the program does not fit the device's memory.
+"""
+
+import os
+
+# Before JAX starts: the host computes nothing, and there is no TPU metadata server to ask.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+
+import dataclasses
+import json
+import time
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from common.cli import run_main
+from common.errors import UserError
+from common.training import distributed, topologies
+from common.training.optimizer import make_optimizer, make_schedule
+from common.training.workdir import write_text
+from detection import setup
+from detection.train_step import TrainState, batch_shapes, init_variables, make_train_step
+
+
+def compile_train_step(
+    config: ConfigDict, slice_name: str, num_classes: int, images_per_device: int
+) -> dict:
+    """Compiles the step and returns the report as plain values (bytes, seconds, counts)."""
+    slice_, devices = topologies.slice_devices(slice_name)
+    mesh = distributed.make_mesh(devices)
+    batch_size = images_per_device * mesh.size
+    model = setup.build_model(config, num_classes)
+    shapes = setup.variable_shapes(config, model)
+    schedule = make_schedule(config.optimizer, batch_size=batch_size, steps_per_epoch=1700)
+    tx = make_optimizer(config.optimizer, schedule, shapes["params"], setup.frozen_pattern(config))
+
+    def init_state():
+        variables = init_variables(model, config.seed, setup.init_batch(config))
+        params = variables["params"]
+        return TrainState(
+            jax.numpy.zeros((), int), params, variables["batch_stats"], tx.init(params)
+        )
+
+    data = config.data
+    replicated, sharded = distributed.replicated(mesh), distributed.batch_sharded(mesh)
+    batch = batch_shapes(data.canvas, data.pad_multiple, data.max_boxes, batch_size)
+    step = jax.jit(
+        make_train_step(model, tx, mesh, config.seed), donate_argnums=0,
+        in_shardings=(replicated, sharded), out_shardings=replicated,
+    )
+    start = time.perf_counter()
+    compiled = step.lower(jax.eval_shape(init_state), batch).compile()
+    seconds = time.perf_counter() - start
+    return {
+        "config": config.name,
+        "slice": slice_name,
+        "devices": mesh.size,
+        "images_per_device": images_per_device,
+        "global_batch": batch_size,
+        "canvas": list(batch["image"].shape[1:3]),
+        "num_classes": num_classes,
+        "parameters": sum(x.size for x in jax.tree.leaves(shapes["params"])),
+        "hbm_bytes": int(slice_.hbm_gib * topologies.GIB),
+        "memory_bytes": topologies.memory(compiled),
+        "flops_per_image": compiled.cost_analysis()["flops"] / images_per_device,
+        "collectives": [
+            dataclasses.asdict(c) for c in topologies.collectives(compiled.as_text())
+        ],
+        "compile_seconds": seconds,
+    }
+
+
+def print_report(report: dict) -> None:
+    """The report as a page for people."""
+    height, width = report["canvas"]
+    print(
+        f"{report['config']} on {report['slice']}: {report['devices']} devices x "
+        f"{report['images_per_device']} images of {height}x{width}, {report['num_classes']} "
+        f"classes, {report['parameters'] / 1e6:.1f} M parameters"
+    )
+    for name, size in report["memory_bytes"].items():
+        print(f"  memory {name:<12}{size / topologies.GIB:8.3f} GiB per device")
+    headroom = report["hbm_bytes"] - report["memory_bytes"]["total"]
+    print(
+        f"  memory {'headroom':<12}{headroom / topologies.GIB:8.3f} GiB under "
+        f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB"
+    )
+    print(f"  compute {report['flops_per_image'] / 1e12:.3f} TFLOP per image (loops counted once)")
+    for c in report["collectives"]:
+        print(
+            f"  traffic {c['kind']} {c['dtype']}: {c['count']} arrays, {c['bytes'] / 1e6:.3f} MB, "
+            f"largest {c['largest']}"
+        )
+    print(f"  compiled in {report['compile_seconds']:.0f} s")
+
+
+config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
+SLICE = flags.DEFINE_string("slice", "v3-512", f"One of {', '.join(topologies.SLICES)}.")
+NUM_CLASSES = flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
+IMAGES = flags.DEFINE_integer("images_per_device", 2, "Images of one device.")
+JSON = flags.DEFINE_string("json", None, "Also write the report here.")
+flags.mark_flag_as_required("config")
+
+
+def main(_):
+    report = compile_train_step(
+        flags.FLAGS.config, SLICE.value, NUM_CLASSES.value, IMAGES.value
+    )
+    print_report(report)
+    if JSON.value:
+        write_text(JSON.value, json.dumps(report, indent=1) + "\n")
+    if report["memory_bytes"]["total"] > report["hbm_bytes"]:
+        raise UserError(
+            f"{report['config']} needs {report['memory_bytes']['total'] / topologies.GIB:.2f} GiB "
+            f"per device of {SLICE.value}, expected at most "
+            f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB: try --config.model.remat=True or a "
+            "smaller canvas"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
