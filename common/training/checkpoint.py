@@ -154,7 +154,7 @@ class Checkpoints:
 
     def restore_params(
         self, step: int | None = None, abstract: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> dict[str, Any]:
         """Reads what evaluation and export need: params and batch_stats.
 
         Args:
@@ -163,17 +163,23 @@ class Checkpoints:
             takes what the checkpoint has, as NumPy arrays.
 
         Returns:
-          {'params': ..., 'batch_stats': ...} (nested dictionaries) and the `extra` of the save.
+          {'params': ..., 'batch_stats': ...}, nested dictionaries.
 
         Raises:
           UserError: as `restore`.
         """
         step = self._choose_step(step)
         wanted = None if abstract is None else _to_nested_dict(dict(abstract))
-        restored = self._read(step, {"model": wanted})
-        return {field: restored["model"].get(field, {}) for field in _MODEL_FIELDS}, restored[
-            "extra"
-        ]
+        model = self._read(step, {"model": wanted})["model"]
+        return {field: model.get(field, {}) for field in _MODEL_FIELDS}
+
+    def read_extra(self, step: int | None = None) -> dict[str, Any]:
+        """The `extra` of a save (None: of the newest) alone, cheap.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        return self._read(self._choose_step(step), {})["extra"]
 
     def _make_manager(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:

@@ -1,20 +1,23 @@
 """What a run reports: TensorBoard events, `metrics.jsonl`, and the size of the model."""
 
 import collections
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from clu import metric_writers, parameter_overview
 
 from common.training.distributed import is_main_process
-from common.training.workdir import MetricsLog, write_text
+from common.training.workdir import MetricsLog
 
 
-class MetricsWriter:
-    """Writes scalars to TensorBoard events and `metrics.jsonl`, in process 0 only."""
+class RunMetrics:
+    """Writes scalars to TensorBoard events and `metrics.jsonl`, in process 0 only.
+
+        with RunMetrics(workdir, start_step) as log:
+            log.write(step, {"loss": 1.25})
+    """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
         """`start_step`: of the checkpoint that the run goes on from; later lines are dropped."""
@@ -22,6 +25,12 @@ class MetricsWriter:
         if is_main_process():
             self._log = MetricsLog(workdir, start_step)
             self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+
+    def __enter__(self) -> "RunMetrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes host scalars for `step` (number of finished steps)."""
@@ -42,37 +51,33 @@ class MetricsWriter:
             self._events.close()
 
 
-def parameter_summary(params: Any, trained: Any, depth: int = 2) -> str:
-    """A table of parameter counts by module, for the start of a run.
+def log_parameter_overview(
+    params: Any, say: Callable[[str], Any] = print, trained: Any = None, depth: int = 2
+) -> None:
+    """Prints parameter counts by module, at the start of a run.
 
     Args:
-      params: nested dictionary of arrays or shapes.
-      trained: tree of bools like `params` (`optimizer.trained_mask`).
+      params: nested dictionary of arrays or shapes; values are not looked at.
+      say: takes the table.
+      trained: tree of bools like `params` (`optimizer.trained_mask`), adds a column.
       depth: how many levels of modules are told apart.
-
-    Returns:
-      lines `module  arrays  parameters  trained`, with the sum last.
     """
     rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    for (path, leaf), is_trained in zip(flat, jax.tree.leaves(trained), strict=True):
-        *modules, _ = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        size = int(np.prod(leaf.shape))
-        for name in ("/".join(modules[:depth]), "total"):
+    shapes = parameter_overview.flatten_dict(params)
+    masks = parameter_overview.flatten_dict(trained) if trained else {}
+    for path, leaf in shapes.items():
+        module = "/".join(path.split("/")[:-1][:depth])
+        size = math.prod(leaf.shape)
+        for name in (module, "total"):
             row = rows[name]
             row[0] += 1
             row[1] += size
-            row[2] += size if is_trained else 0
+            row[2] += size if masks.get(path, True) else 0
     rows["total"] = rows.pop("total")  # last
     width = max(map(len, rows))
-    lines = [f"{'module':<{width}}  {'arrays':>6}  {'parameters':>12}  {'trained':>12}"]
-    lines += [f"{name:<{width}}  {n:>6}  {p:>12,}  {t:>12,}" for name, (n, p, t) in rows.items()]
-    return "\n".join(lines)
-
-
-def write_parameter_overview(path: str | os.PathLike, params: Any) -> None:
-    """Writes the table of every parameter with its shape; only shapes of `params` are looked at."""
-    if is_main_process():
-        # Without statistics: they would be a computation that only this process takes part in.
-        table = parameter_overview.get_parameter_overview(params, include_stats=False)
-        write_text(path, table + "\n")
+    titles = ["parameters", "trained"] if trained else ["parameters"]
+    lines = [f"{'module':<{width}}  arrays" + "".join(f"{title:>14}" for title in titles)]
+    for name, (arrays, *sizes) in rows.items():
+        sizes = "".join(f"{size:>14,}" for size in sizes[: len(titles)])
+        lines.append(f"{name:<{width}}  {arrays:>6}{sizes}")
+    say("\n".join(lines))

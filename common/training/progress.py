@@ -96,6 +96,10 @@ class Progress:
           seconds_left.
         """
         if self._first is None or step <= self._first.step:
+            if self._first is not None:
+                # Metrics of the first step are here: it has not only been compiled, but run.
+                self._first = self._mark(step)
+                self._marks = collections.deque([self._first])
             return {}
         now = self._mark(step)
         if self._marks[-1].step < step:

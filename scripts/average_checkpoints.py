@@ -1,0 +1,134 @@
+"""Averages the parameters of several checkpoints of one run (paper section 6, FACTS 12.1).
+
+    python -m scripts.average_checkpoints --workdir=RUN --epochs=9-13 --output=RUN_AVERAGED
+    python -m scripts.average_checkpoints --workdir=RUN --steps=9000,10000,11000 --output=DIR
+
+The output is a work directory with one checkpoint that `evaluate` and `export` read. It is the
+plain mean of params and batch_stats. (The batch-norm statistics of averaged weights are not exactly
+the average of the statistics; with frozen norms they are.)
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+
+from common.cli import run_main
+from common.errors import UserError
+from common.training.checkpoint import Checkpoints
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Work directory to make.", required=True)
+_STEPS = flags.DEFINE_string("steps", None, "Checkpoints by step: 9000,10000,11000.")
+_EPOCHS = flags.DEFINE_string("epochs", None, "Checkpoints by epoch end: 9-13 or 9,11,13.")
+
+
+def main(_: Sequence[str]) -> None:
+    workdir, output = epath.Path(_WORKDIR.value), epath.Path(_OUTPUT.value)
+    if (_STEPS.value is None) == (_EPOCHS.value is None):
+        raise UserError("flags: expected exactly one of --steps and --epochs")
+    if output.exists():
+        raise UserError(f"--output={output}: exists already, expected a new directory")
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if _STEPS.value is not None:
+        steps = parse_numbers("--steps", _STEPS.value)
+    else:
+        steps = steps_of_epochs(checkpoints, parse_numbers("--epochs", _EPOCHS.value))
+
+    average = average_checkpoints(checkpoints, steps)
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    if (workdir / "config.json").exists():
+        (workdir / "config.json").copy(temporary / "config.json")
+    writer = Checkpoints(temporary / "checkpoints")
+    state = {"step": np.int32(steps[-1]), **average}
+    writer.save(steps[-1], state, {**checkpoints.read_extra(steps[-1]), "averaged_steps": steps}, wait=True)
+    writer.close()
+    temporary.rename(output)
+    print(f"wrote {output}: mean of {len(steps)} checkpoints, as step {steps[-1]}")
+
+
+def average_checkpoints(checkpoints: Checkpoints, steps: Sequence[int]) -> dict[str, Any]:
+    """Mean of params and batch_stats, in float64, holding one checkpoint at a time.
+
+    Returns:
+      {'params': ..., 'batch_stats': ...} in the dtypes of the checkpoints (whole numbers are
+      rounded).
+
+    Raises:
+      UserError: a step is missing, or checkpoints are of different models.
+    """
+    _refuse_missing(checkpoints, steps, {step: f"step {step}" for step in steps})
+    total = shapes = None
+    for step in steps:
+        print(f"reading {checkpoints.directory / str(step)}", flush=True)
+        variables = checkpoints.restore_params(step, shapes)
+        if total is None:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+            total = jax.tree.map(lambda x: np.zeros(x.shape, np.float64), variables)
+        jax.tree.map(lambda t, x: np.add(t, x.astype(np.float64), out=t), total, variables)
+        del variables
+
+    def mean(sum_: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        value = sum_ / len(steps)
+        return (np.rint(value) if np.issubdtype(like.dtype, np.integer) else value).astype(
+            like.dtype
+        )
+
+    return jax.tree.map(mean, total, shapes)
+
+
+def parse_numbers(flag: str, text: str) -> list[int]:
+    """'9-11,13' -> [9, 10, 11, 13]; ascending, at least one, none twice.
+
+    Raises:
+      UserError: anything else.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise UserError(f"{flag}={text}: found {part!r}, expected numbers such as 9,10 or 9-13")
+        first, last = int(match[1]), int(match[2] or match[1])
+        numbers += range(first, last + 1)
+    if not numbers or numbers != sorted(set(numbers)):
+        raise UserError(f"{flag}={text}: expected ascending numbers, none twice")
+    return numbers
+
+
+def steps_of_epochs(checkpoints: Checkpoints, epochs: Sequence[int]) -> list[int]:
+    """Steps of the checkpoints at the ends of epochs (counted from 1).
+
+    Raises:
+      UserError: the run recorded no `steps_per_epoch`, or kept no checkpoint of an epoch.
+    """
+    extra = checkpoints.read_extra()
+    if "steps_per_epoch" not in extra:
+        raise UserError(
+            f"{checkpoints.directory}: checkpoints record no steps_per_epoch, use --steps"
+        )
+    steps = [epoch * int(extra["steps_per_epoch"]) for epoch in epochs]
+    names = {s: f"epoch {e} (step {s})" for e, s in zip(epochs, steps, strict=True)}
+    _refuse_missing(checkpoints, steps, names)
+    return steps
+
+
+def _refuse_missing(
+    checkpoints: Checkpoints, steps: Sequence[int], names: dict[int, str]
+) -> None:
+    known = checkpoints.all_steps()
+    missing = [names[step] for step in steps if step not in known]
+    if missing:
+        raise UserError(
+            f"{checkpoints.directory}: no checkpoint of {', '.join(missing)}; "
+            f"found steps {', '.join(map(str, known)) or 'none'}"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
