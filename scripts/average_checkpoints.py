@@ -47,7 +47,8 @@ def main(_: Sequence[str]) -> None:
         (workdir / "config.json").copy(temporary / "config.json")
     writer = Checkpoints(temporary / "checkpoints")
     state = {"step": np.int32(steps[-1]), **average}
-    writer.save(steps[-1], state, {**checkpoints.read_extra(steps[-1]), "averaged_steps": steps}, wait=True)
+    extra = checkpoints.read_extra(steps[-1]) | {"averaged_steps": steps}
+    writer.save(steps[-1], state, extra, wait=True)
     writer.close()
     temporary.rename(output)
     print(f"wrote {output}: mean of {len(steps)} checkpoints, as step {steps[-1]}")
@@ -67,7 +68,7 @@ def average_checkpoints(checkpoints: Checkpoints, steps: Sequence[int]) -> dict[
     total = shapes = None
     for step in steps:
         print(f"reading {checkpoints.directory / str(step)}", flush=True)
-        variables = checkpoints.restore_params(step, shapes)
+        variables, _ = checkpoints.restore_params(step, shapes)
         if total is None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
             total = jax.tree.map(lambda x: np.zeros(x.shape, np.float64), variables)

@@ -154,7 +154,7 @@ class Checkpoints:
 
     def restore_params(
         self, step: int | None = None, abstract: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads what evaluation and export need: params and batch_stats.
 
         Args:
@@ -163,15 +163,15 @@ class Checkpoints:
             takes what the checkpoint has, as NumPy arrays.
 
         Returns:
-          {'params': ..., 'batch_stats': ...}, nested dictionaries.
+          {'params': ..., 'batch_stats': ...}, nested dictionaries, and the `extra` of the save.
 
         Raises:
           UserError: as `restore`.
         """
         step = self._choose_step(step)
         wanted = None if abstract is None else _to_nested_dict(dict(abstract))
-        model = self._read(step, {"model": wanted})["model"]
-        return {field: model.get(field, {}) for field in _MODEL_FIELDS}
+        read = self._read(step, {"model": wanted})
+        return {field: read["model"].get(field, {}) for field in _MODEL_FIELDS}, read["extra"]
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The `extra` of a save (None: of the newest) alone, cheap.
