@@ -62,6 +62,9 @@ _ONE_BASED = flags.DEFINE_enum(
     "voc: pixels count from 1 and the last one is inside, as in the official sets; auto = where "
     "<source><database> says that the file is of the official VOC.",
 )
+_IMAGE_ID = flags.DEFINE_enum(
+    "image_id", "id", ["id", "file_stem"], "coco, objects365: what identifies a photo."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "tfds: folder of the prepared TFDS data sets.")
 
 
@@ -108,7 +111,14 @@ def _read(format_name: str, report: Report, spool: Path):
     if format_name in ("coco", "objects365"):
         from common.data.convert.coco import read_coco
 
-        return read_coco(_SOURCE.value, report, spool, name=format_name, hierarchy=hierarchy)
+        return read_coco(
+            _SOURCE.value,
+            report,
+            spool,
+            name=format_name,
+            image_id=_IMAGE_ID.value,
+            hierarchy=hierarchy,
+        )
     if format_name == "voc":
         from common.data.convert.voc import read_voc
 

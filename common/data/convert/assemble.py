@@ -226,15 +226,19 @@ def _check_sizes(
         paths[i] = None
     told = sizes[rows]
     other = rows[readable & (told > 0).all(1) & (told != read).any(1)]
-    was = {int(i): tuple(sizes[i]) for i in other[:20]}
-    sizes[rows] = read
+    told_of = dict(zip(found, told.tolist(), strict=True))
+    read_of = dict(zip(found, read.tolist(), strict=True))
+    if annotations.mask_spool is None:  # else: polygons are in pixels of the annotated size
+        sizes[rows] = read
+    else:
+        sizes[rows] = np.where((told > 0).all(1, keepdims=True), told, read)
     report.add(
         "size in the annotations is not that of the photo",
         REPAIRED,
         [str(folder / paths[i]) for i in other],
         [annotations.images.ids[i] for i in other],
         lambda k: "annotated {}x{}, photo {}x{} (height x width)".format(
-            *was[int(other[k])], *sizes[other[k]]
+            *told_of[int(other[k])], *read_of[int(other[k])]
         ),
     )
 
