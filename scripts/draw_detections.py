@@ -1,0 +1,223 @@
+"""Draws detections next to the ground truth on the photos of a dataset.
+
+    python -m scripts.draw_detections --dataset=DIR --split=validation --detections=x.parquet \\
+        --output=pictures
+
+Left the boxes of the dataset, right the detections with class and score, one JPEG a photo, and
+`overview.jpg` with all of them. Of a split, the photos with the most ground-truth boxes are drawn;
+--image_ids chooses others.
+"""
+
+import colorsys
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from common.cli import run_main
+from common.data.dataset import Dataset
+from common.detections import DetectionsReader
+from common.errors import UserError
+
+_DATASET = flags.DEFINE_string("dataset", None, "dataset directory of scripts.prepare_data")
+_SPLIT = flags.DEFINE_string("split", None, "split whose photos are drawn")
+_DETECTIONS = flags.DEFINE_string("detections", None, "detections table: file or folder")
+_OUTPUT = flags.DEFINE_string("output", None, "folder to write the pictures into")
+_IMAGE_IDS = flags.DEFINE_list("image_ids", [], "photos to draw, in this order")
+_MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "photos drawn", lower_bound=1)
+_MIN_SCORE = flags.DEFINE_float("min_score", 0.4, "detections below stay out", 0.0, 1.0)
+_MAX_BOXES = flags.DEFINE_integer("max_boxes", 100, "detections drawn on a photo", lower_bound=1)
+_SIDE = flags.DEFINE_integer("side", 640, "longest side of a drawn photo, pixels", lower_bound=64)
+
+GAP = 8  # pixels between the two panels and between rows of the overview
+CAPTION = 24  # pixels above a panel
+MAX_OVERVIEW = 6  # photos in overview.jpg
+
+# (boxes (n, 4) normalised xmin ymin xmax ymax, colours (n,), texts (n,))
+Drawing = tuple[np.ndarray, Sequence[tuple[int, int, int]], Sequence[str]]
+
+
+def class_colour(index: int) -> tuple[int, int, int]:
+    """A bright colour; neighbouring class indices are far apart on the colour wheel."""
+    red, green, blue = colorsys.hsv_to_rgb(0.13 + index * 0.618034, 0.85, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def open_photo(path: str, side: int) -> Image.Image:
+    """The photo as RGB, upright, with its longest side at `side` pixels.
+
+    Raises:
+      UserError: it is missing, broken, or not on this machine.
+    """
+    try:
+        with Image.open(path) as image:
+            # The dataset's sizes and boxes are those of the photo after EXIF rotation.
+            photo = ImageOps.exif_transpose(image).convert("RGB")
+    # SyntaxError: what Pillow raises for broken PNG chunks.
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot read this photo ({error})") from error
+    scale = side / max(photo.size)
+    size = [max(1, round(length * scale)) for length in photo.size]
+    return photo.resize(size, Image.Resampling.LANCZOS)
+
+
+def draw_boxes(photo: Image.Image, drawing: Drawing) -> Image.Image:
+    """A copy of the photo with boxes; texts come last, so that no box hides them."""
+    panel = photo.copy()
+    draw = ImageDraw.Draw(panel)
+    font = ImageFont.load_default(size=11)
+    boxes, colours, texts = drawing
+    corners = np.asarray(boxes, np.float64).reshape(-1, 4) * np.tile(photo.size, 2)
+    limit = np.tile(photo.size, 2) - 1
+    corners = np.clip(corners, 0, limit)
+    for box, colour in zip(corners, colours, strict=True):
+        draw.rectangle(tuple(box), outline=colour, width=2)
+    for box, colour, text in zip(corners, colours, texts, strict=True):
+        if not text:
+            continue
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        x = min(box[0], max(0, photo.width - (right - left) - 2))
+        y = max(0, box[1] - (bottom - top) - 2)
+        draw.rectangle((x, y, x + right - left + 2, y + bottom - top + 2), fill=colour)
+        draw.text((x + 1 - left, y + 1 - top), text, fill=(0, 0, 0), font=font)
+    return panel
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Panels of equal height from left to right, each below its caption."""
+    width = sum(panel.width for _, panel in panels) + GAP * (len(panels) - 1)
+    picture = Image.new("RGB", (width, CAPTION + panels[0][1].height), (255, 255, 255))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    x = 0
+    for caption, panel in panels:
+        draw.text((x + 2, 2), caption, fill=(0, 0, 0), font=font)
+        picture.paste(panel, (x, CAPTION))
+        x += panel.width + GAP
+    return picture
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in two columns."""
+    columns = [pictures[0::2], pictures[1::2]]
+    columns = [column for column in columns if column]
+    widths = [max(picture.width for picture in column) for column in columns]
+    heights = [sum(picture.height + GAP for picture in column) - GAP for column in columns]
+    sheet = Image.new("RGB", (sum(widths) + GAP * (len(widths) - 1), max(heights)), (255,) * 3)
+    x = 0
+    for column, width in zip(columns, widths, strict=True):
+        y = 0
+        for picture in column:
+            sheet.paste(picture, (x, y))
+            y += picture.height + GAP
+        x += width + GAP
+    return sheet
+
+
+def choose_images(dataset: Dataset, split: str, image_ids: Sequence[str], limit: int) -> list[int]:
+    """Indices of the photos to draw: those named, else the ones with the most boxes of the split.
+
+    Raises:
+      UserError: an id that the dataset or the split does not have.
+    """
+    members = dataset.split(split)
+    if image_ids:
+        found = dataset.find_images(image_ids)
+        for image_id, index in zip(image_ids, found, strict=True):
+            if index < 0 or index not in members:
+                raise UserError(f"--image_ids: {image_id!r} is not in split {split!r}")
+        return [int(index) for index in found]
+    counts = dataset.box_offsets[members + 1] - dataset.box_offsets[members]
+    return [int(index) for index in members[np.argsort(-counts, kind="stable")[:limit]]]
+
+
+def ground_truth(dataset: Dataset, index: int) -> Drawing:
+    """Boxes of the dataset; the class is written where there is more than one."""
+    boxes, classes, _ = dataset.image_boxes(index)
+    several = len(np.unique(classes)) > 1
+    names = [dataset.class_names[c] if several else "" for c in classes]
+    return boxes, [class_colour(c) for c in classes], names
+
+
+def save_jpeg(picture: Image.Image, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    picture.save(temporary, format="JPEG", quality=88)
+    os.replace(temporary, path)
+
+
+def draw_split(
+    dataset: Dataset,
+    images: Sequence[int],
+    detections_of: Callable[[int], Drawing],
+    output: Path,
+    side: int,
+) -> list[Path]:
+    """Writes one picture for each image, and overview.jpg; returns their paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    pictures, paths = [], []
+    for index in images:
+        photo = open_photo(dataset.image_file(index), side)
+        truth, found = ground_truth(dataset, index), detections_of(index)
+        picture = side_by_side([
+            (f"ground truth: {len(truth[0])} boxes", draw_boxes(photo, truth)),
+            (f"detections: {len(found[0])} boxes", draw_boxes(photo, found)),
+        ])
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", dataset.image_id(index))  # ids may hold slashes
+        paths.append(output / f"{name}.jpg")
+        save_jpeg(picture, paths[-1])
+        pictures.append(picture)
+    paths.append(output / "overview.jpg")
+    save_jpeg(stack(pictures[:MAX_OVERVIEW]), paths[-1])
+    return paths
+
+
+def read_drawings(
+    path: Path, dataset: Dataset, images: Sequence[int], min_score: float, max_boxes: int
+) -> dict[int, Drawing]:
+    """Detections of the given images, streamed: a table of millions of rows fits.
+
+    Raises:
+      UserError: the table is broken, of other classes, or does not cover an image.
+    """
+    reader = DetectionsReader(path)
+    index_of = {}
+    for index in images:
+        code = reader.image_codes.get(dataset.image_id(index))
+        if code is None:
+            raise UserError(f"{path}: image {dataset.image_id(index)!r} is not covered by it")
+        index_of[code] = index
+    drawings: dict[int, Drawing] = {index: (np.zeros((0, 4)), [], []) for index in images}
+    for chunk in reader.chunks(dataset.class_labels):
+        for code in index_of.keys() & set(chunk.image_index.tolist()):
+            # Rows of an image are sorted by score: the best first.
+            rows = np.flatnonzero((chunk.image_index == code) & (chunk.scores >= min_score))
+            rows = rows[:max_boxes]
+            classes = chunk.label_index[rows]
+            texts = [
+                f"{dataset.class_names[c]} {score:.2f}"
+                for c, score in zip(classes, chunk.scores[rows], strict=True)
+            ]
+            drawings[index_of[code]] = chunk.boxes[rows], [class_colour(c) for c in classes], texts
+    return drawings
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    dataset = Dataset.open(_DATASET.value)
+    images = choose_images(dataset, _SPLIT.value, _IMAGE_IDS.value, _MAX_IMAGES.value)
+    if not images:
+        raise UserError(f"{_DATASET.value}: split {_SPLIT.value!r} has no images")
+    drawings = read_drawings(
+        Path(_DETECTIONS.value), dataset, images, _MIN_SCORE.value, _MAX_BOXES.value
+    )
+    paths = draw_split(dataset, images, drawings.__getitem__, Path(_OUTPUT.value), _SIDE.value)
+    print(f"wrote {len(paths)} pictures to {_OUTPUT.value}, all in one: {paths[-1]}", flush=True)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["dataset", "split", "detections", "output"])
+    run_main(main)
