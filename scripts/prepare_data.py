@@ -66,6 +66,7 @@ _IMAGE_ID = flags.DEFINE_enum(
     "image_id", "id", ["id", "file_stem"], "coco, objects365: what identifies a photo."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "tfds: folder of the prepared TFDS data sets.")
+_DOWNLOAD = flags.DEFINE_bool("download", False, "tfds: download and prepare the set if needed.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -132,7 +133,14 @@ def _read(format_name: str, report: Report, spool: Path):
     # TensorFlow takes seconds to import: only here.
     from common.data.convert.tfds import read_tfds
 
-    return read_tfds(_SOURCE.value, _DATA_DIR.value, spool, hierarchy=hierarchy)
+    return read_tfds(
+        _SOURCE.value,
+        report,
+        _DATA_DIR.value,
+        spool,
+        download=_DOWNLOAD.value,
+        hierarchy=hierarchy,
+    )
 
 
 def _path(value: str | None) -> Path | None:

@@ -15,14 +15,14 @@ BOX_COLUMNS = {
     "class": "int32",  # class index, -1 = not in the list
     "box": "float32",  # xmin, ymin, xmax, ymax, normalised
     "flags": "uint8",
-    "file": "uint16",  # index into Annotations.files
+    "file": "int32",  # index into Annotations.files
     "row": "int64",  # line number, annotation id or number of the object: for reports
 }
 LABEL_COLUMNS = {
     "image": "int32",
     "class": "int32",
     "confidence": "uint8",
-    "file": "uint16",
+    "file": "int32",
     "row": "int64",
 }
 # Where the JSON text of a box's mask lies in the spool file; length 0 = no mask.

@@ -158,7 +158,10 @@ def _photos(
     for i, size in images.sizes.items():
         sizes[i] = size
     if annotations.photo_folder is not None:
-        return [f"images/{images.files[i]}" for i in range(len(images))], sizes, ""
+        new = [images.ids[i] for i in sorted(candidates)]
+        report.add("split id without photo", DROPPED, str(options.splits), new)
+        files = [images.files.get(i) for i in range(len(images))]
+        return [file and f"images/{file}" for file in files], sizes, ""
     remote = options.images is not None and re.match(r"[a-z0-9]+://", options.images)
     if remote or options.image_pattern:
         pattern = options.image_pattern

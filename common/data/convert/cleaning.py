@@ -157,6 +157,43 @@ def check_pixel_xywh(
         )
 
 
+def check_pixel_corners(
+    boxes: Float[np.ndarray, "M 4"], height_width: Float[np.ndarray, "M 2"], where: str
+) -> None:
+    """Catches fractions for pixels, widths for corners and sizes of other photos, in VOC boxes.
+
+    Args:
+      boxes: as read, supposed to be corners in pixels.
+      height_width: size of the photo of each box in pixels.
+      where: the folder, for the message.
+
+    Raises:
+      UserError: says what the numbers look like.
+    """
+    good = np.isfinite(boxes).all(1) & (height_width > 2).all(1)
+    boxes, size = boxes[good], height_width[good]
+    if len(boxes) < _MIN_BOXES:
+        return
+    fractions = float((boxes <= 1.5).all(1).mean())
+    if fractions > 0.9:
+        raise UserError(
+            f"{where}: boxes look normalised ({fractions:.0%} end below 1.5); expected xmin, ymin, "
+            "xmax, ymax in pixels"
+        )
+    inverted = float((boxes[:, 2:] <= boxes[:, :2]).any(1).mean())
+    if inverted > 0.2:
+        raise UserError(
+            f"{where}: in {inverted:.0%} of the boxes a maximum is not above its minimum: "
+            "they look like x, y, width, height; expected xmin, ymin, xmax, ymax"
+        )
+    over = float((boxes[:, 2:] > size[:, ::-1] * 1.01 + 1).any(1).mean())
+    if over > 0.5:
+        raise UserError(
+            f"{where}: {over:.0%} of the boxes leave their photo; are width and height those of "
+            "the photos on which the boxes were drawn?"
+        )
+
+
 def check_class_ids(used: set[int], known: set[int], where: str) -> None:
     """Catches class ids that are off by one.
 

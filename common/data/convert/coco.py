@@ -271,7 +271,7 @@ def _add_boxes(
     columns.append(
         **{"class": class_, "image": image, "box": box, "row": row[keep]},
         flags=np.frombuffer(content.flags, np.uint8)[keep],
-        file=np.full(len(image), number, np.uint16),
+        file=np.full(len(image), number, np.int32),
         mask_start=np.frombuffer(content.mask_start, np.int64)[keep],
         mask_length=np.frombuffer(content.mask_length, np.int32)[keep],
     )

@@ -223,7 +223,7 @@ def _read_boxes(
         rows = np.arange(line, line + len(image))
         columns.append(
             **{"image": image, "class": class_, "box": box, "flags": flags, "row": rows},
-            file=np.full(len(image), file, np.uint16),
+            file=np.full(len(image), file, np.int32),
         )
         members.append(np.unique(image))
     return _members(members)
@@ -255,7 +255,7 @@ def _read_labels(
             **{"image": image[verified], "class": _class_indices(batch, class_index)[verified]},
             confidence=confidence[verified],
             row=(np.arange(len(image)) + line)[verified],
-            file=np.full(int(verified.sum()), file, np.uint16),
+            file=np.full(int(verified.sum()), file, np.int32),
         )
         members.append(np.unique(image))
     return _members(members)
