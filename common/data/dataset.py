@@ -5,7 +5,7 @@
     hierarchy.json  nested {"LabelName", "Subcategory": [...]} under a virtual root
     report.json     rows dropped or repaired while converting, by reason, with examples
     splits/*.npy    int64 image indices
-    index/*.npy     the arrays of `_INDEX`, opened with mmap: 12 M boxes cost page cache, not heap
+    index/*.npy     the arrays of `dataset_format.INDEX`, memory-mapped: page cache, not heap
     masks.bin       JSON texts, one a box: {"png": path} | COCO polygons | COCO RLE (optional)
 
 Shape legend: N images, M boxes of all images, L verified image labels of all images, K classes.
@@ -16,39 +16,38 @@ import csv
 import dataclasses
 import json
 import os
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
+from common.data.dataset_format import (
+    DEPICTION,
+    FORMAT,
+    GROUP_OF,
+    INDEX,
+    INSIDE,
+    OCCLUDED,
+    STRINGS,
+    TRUNCATED,
+)
+from common.data.dataset_writer import DatasetWriter, check_output, flat_hierarchy
 from common.errors import UserError
 
-FORMAT = 1
-
-# Bits of `box_flags`.
-GROUP_OF = 1
-OCCLUDED = 2
-TRUNCATED = 4
-DEPICTION = 8
-INSIDE = 16
-
-# File stem -> (dtype, columns or None for a vector); 'S' arrays have their own fixed width.
-_INDEX: dict[str, tuple[str, int | None]] = {
-    "image_size": ("int32", 2),
-    "box_offsets": ("int64", None),
-    "boxes": ("float32", 4),
-    "box_class": ("int32", None),
-    "box_flags": ("uint8", None),
-    "label_offsets": ("int64", None),
-    "label_class": ("int32", None),
-    "label_confidence": ("uint8", None),
-    "mask_offsets": ("int64", None),
-}
-_STRINGS = ("image_id", "image_path")
+__all__ = [
+    "DEPICTION",
+    "GROUP_OF",
+    "INSIDE",
+    "OCCLUDED",
+    "TRUNCATED",
+    "Dataset",
+    "DatasetWriter",
+    "check_output",
+    "flat_hierarchy",
+    "read_classes",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +115,8 @@ class Dataset:
         if image_root is not None:
             meta["image_root"] = image_root
         labels, names = read_classes(directory / "classes.csv")
-        arrays = {name: _load(directory, name) for name in (*_STRINGS, "image_id_order")}
-        for name in _INDEX:
+        arrays = {name: _load(directory, name) for name in (*STRINGS, "image_id_order")}
+        for name in INDEX:
             optional = name == "mask_offsets" and not meta.get("has_masks")
             arrays[name] = None if optional else _load(directory, name)
         _check_lengths(directory, meta, arrays)
@@ -217,276 +216,6 @@ class Dataset:
         return np.where(fits & (self.image_ids[index] == queries), index, -1)
 
 
-class DatasetWriter:
-    """Writes a dataset directory piece by piece; it appears under its name only when complete.
-
-    Use it as a context manager: an exception inside removes what was written.
-
-        with DatasetWriter(path, "trees", ["tree"], ["Tree"], None, image_root) as writer:
-            index = writer.add_image("a", "a.jpg", (480, 640), boxes, classes)
-            writer.add_split("train", [index])
-    """
-
-    def __init__(
-        self,
-        directory: str | os.PathLike,
-        name: str,
-        class_labels: Sequence[str],
-        class_names: Sequence[str],
-        hierarchy: Mapping[str, Any] | None,
-        image_root: str = "",
-        *,
-        source: str = "",
-        has_masks: bool = False,
-        overwrite: bool = False,
-        extra: Mapping[str, Any] | None = None,
-    ):
-        """Starts a dataset.
-
-        Args:
-          directory: final place; refused when it exists, unless `overwrite`.
-          name: name of the set.
-          class_labels: unique labels in the official order.
-          class_names: names in the same order.
-          hierarchy: nested dictionary under a virtual root; None writes a flat one.
-          image_root: absolute folder or gs:// prefix of the photos; '' when the paths are absolute
-            or relative to the dataset directory.
-          source: free text, where the annotations came from.
-          has_masks: whether `masks` will be given.
-          overwrite: replace an existing dataset (other folders are never replaced).
-          extra: further fields of dataset.json.
-
-        Raises:
-          UserError: the output exists, or a label is given twice.
-        """
-        self.directory = Path(directory).absolute()
-        self._overwrite = overwrite
-        check_output(self.directory, overwrite)
-        repeated = {label for label in class_labels if list(class_labels).count(label) > 1}
-        if repeated:
-            raise UserError(f"{name}: class labels given twice: {sorted(repeated)[:5]}")
-        self.num_classes = len(class_labels)
-        self.num_images = self.num_boxes = self.num_labels = self._mask_bytes = 0
-        self._has_masks = has_masks
-        self._strings: dict[str, list[np.ndarray]] = {name: [] for name in _STRINGS}
-        self._meta = {"format": FORMAT, "name": name, "source": source, "image_root": image_root}
-        self._extra = dict(extra or {})
-        self.temporary = self.directory.with_name(f"{self.directory.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        for folder in ("index", "splits"):
-            (self.temporary / folder).mkdir(parents=True)
-        names = [key for key in _INDEX if has_masks or key != "mask_offsets"]
-        self._arrays = {
-            key: _NpyAppender(self.temporary / "index" / f"{key}.npy", *_INDEX[key])
-            for key in names
-        }
-        for key in names:
-            if key.endswith("offsets"):
-                self._arrays[key].append(np.zeros(1, np.int64))
-        self._masks = open(self.temporary / "masks.bin", "wb") if has_masks else None
-        with open(self.temporary / "classes.csv", "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["label", "name"])
-            rows.writerows(zip(class_labels, class_names, strict=True))
-        self.write_json("hierarchy.json", hierarchy or flat_hierarchy(class_labels))
-
-    def add_image(
-        self,
-        image_id: str,
-        path: str,
-        size: Sequence[int] = (0, 0),
-        boxes: Any = (),
-        classes: Sequence[int] = (),
-        flags: Sequence[int] | None = None,
-        label_classes: Sequence[int] = (),
-        label_confidences: Sequence[int] = (),
-        masks: Sequence[Any] | None = None,
-    ) -> int:
-        """Adds one image with n boxes, returns its index.
-
-        Args:
-          image_id: unique id.
-          path: of the photo, relative to `image_root`.
-          size: height, width in pixels, 0 when unknown.
-          boxes: (n, 4) normalised.
-          classes: (n,) class indices.
-          flags: (n,) bits, 0 by default.
-          label_classes: verified image-level classes.
-          label_confidences: 1 present, 0 absent, for each of `label_classes`.
-          masks: (n,) JSON values or None.
-        """
-        texts = [b"" if m is None else json.dumps(m).encode() for m in masks or []]
-        texts = texts or [b""] * len(classes)
-        self.add_images(
-            [image_id],
-            [path],
-            np.reshape(np.asarray(size, np.int32), (1, 2)),
-            [len(classes)],
-            np.reshape(np.asarray(boxes, np.float32), (-1, 4)),
-            np.asarray(classes, np.int32),
-            np.zeros(len(classes), np.uint8) if flags is None else np.asarray(flags, np.uint8),
-            [len(label_classes)],
-            np.asarray(label_classes, np.int32),
-            np.asarray(label_confidences, np.uint8),
-            [len(text) for text in texts],
-            b"".join(texts),
-        )
-        return self.num_images - 1
-
-    def add_images(
-        self,
-        image_ids: Sequence[str],
-        image_paths: Sequence[str],
-        image_sizes: Int32[np.ndarray, "n 2"],
-        box_counts: Sequence[int],
-        boxes: Float32[np.ndarray, "m 4"],
-        box_classes: Int32[np.ndarray, " m"],
-        box_flags: UInt8[np.ndarray, " m"],
-        label_counts: Sequence[int],
-        label_classes: Int32[np.ndarray, " l"],
-        label_confidences: UInt8[np.ndarray, " l"],
-        mask_lengths: Sequence[int] | None = None,
-        mask_bytes: bytes = b"",
-    ) -> None:
-        """Adds n images with their boxes (and labels) one after the other.
-
-        Raises:
-          ValueError: columns of different lengths or class indices outside 0..K-1 (a programming
-            error: converters clean their input before).
-        """
-        num_boxes, num_labels = len(boxes), len(label_classes)
-        if not len(image_ids) == len(image_paths) == len(image_sizes) == len(box_counts):
-            raise ValueError("image columns of different lengths")
-        if not num_boxes == len(box_classes) == len(box_flags) == int(np.sum(box_counts)):
-            raise ValueError("box columns and box_counts do not agree")
-        if not num_labels == len(label_confidences) == int(np.sum(label_counts)):
-            raise ValueError("label columns and label_counts do not agree")
-        for classes in (box_classes, label_classes):
-            if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
-                raise ValueError(f"class index outside 0..{self.num_classes - 1}")
-        if not len(image_ids):
-            return
-        for key, strings in zip(_STRINGS, (image_ids, image_paths), strict=True):
-            self._strings[key].append(np.array([text.encode() for text in strings], dtype="S"))
-        self._arrays["image_size"].append(image_sizes)
-        self._arrays["boxes"].append(boxes)
-        self._arrays["box_class"].append(box_classes)
-        self._arrays["box_flags"].append(box_flags)
-        self._arrays["label_class"].append(label_classes)
-        self._arrays["label_confidence"].append(label_confidences)
-        self._arrays["box_offsets"].append(self.num_boxes + np.cumsum(box_counts, dtype=np.int64))
-        self._arrays["label_offsets"].append(
-            self.num_labels + np.cumsum(label_counts, dtype=np.int64)
-        )
-        if self._masks is not None:
-            lengths = np.zeros(num_boxes, np.int64) if mask_lengths is None else mask_lengths
-            if len(lengths) != num_boxes or int(np.sum(lengths)) != len(mask_bytes):
-                raise ValueError("mask_lengths do not agree with the boxes or the bytes")
-            self._arrays["mask_offsets"].append(
-                self._mask_bytes + np.cumsum(lengths, dtype=np.int64)
-            )
-            self._masks.write(mask_bytes)
-            self._mask_bytes += len(mask_bytes)
-        self.num_images += len(image_ids)
-        self.num_boxes += num_boxes
-        self.num_labels += num_labels
-
-    def add_split(self, name: str, indices: Sequence[int]) -> None:
-        """Writes a split; an existing one of that name is replaced."""
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise UserError(f"split name {name!r}: use letters, digits, '.', '_' and '-'")
-        indices = np.asarray(indices, np.int64)
-        np.save(self.temporary / "splits" / f"{name}.npy", indices)
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Writes one more JSON file (report.json) into the directory."""
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        (self.temporary / name).write_text(text, encoding="utf-8")
-
-    def close(self) -> None:
-        """Completes the directory and moves it to its name."""
-        for array in self._arrays.values():
-            array.close()
-        if self._masks is not None:
-            self._masks.close()
-        for key, parts in self._strings.items():
-            strings = np.concatenate(parts) if parts else np.zeros(0, "S1")
-            np.save(self.temporary / "index" / f"{key}.npy", strings)
-            if key == "image_id":
-                self._save_order(strings)
-        self._meta |= {
-            "num_images": self.num_images,
-            "num_boxes": self.num_boxes,
-            "num_labels": self.num_labels,
-            "num_classes": self.num_classes,
-            "has_masks": self._has_masks,
-            **self._extra,
-        }
-        self.write_json("dataset.json", self._meta)
-        check_output(self.directory, self._overwrite)
-        old = None
-        if self.directory.exists():
-            old = self.directory.with_name(f"{self.directory.name}.old-{os.getpid()}")
-            os.replace(self.directory, old)
-        os.replace(self.temporary, self.directory)
-        if old is not None:
-            shutil.rmtree(old)
-
-    def _save_order(self, image_ids: np.ndarray) -> None:
-        order = np.argsort(image_ids, kind="stable").astype(np.int32)
-        ordered = image_ids[order]
-        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
-        if len(repeated):
-            raise UserError(
-                f"{self._meta['name']}: image id {ordered[repeated[0]].decode()!r} is given to "
-                "two images, ids must be unique"
-            )
-        np.save(self.temporary / "index" / "image_id_order.npy", order)
-
-    def __enter__(self) -> "DatasetWriter":
-        return self
-
-    def __exit__(self, error_type: type | None, *_: Any) -> None:
-        try:
-            if error_type is None:
-                self.close()
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-class _NpyAppender:
-    """A .npy file that grows by rows; the header is completed by `close`."""
-
-    _HEADER = 128  # bytes, room for any number of rows
-
-    def __init__(self, path: Path, dtype: str, columns: int | None):
-        self._dtype = np.dtype(dtype)
-        self._columns = columns
-        self._rows = 0
-        self._file = open(path, "wb", buffering=1 << 18)
-        self._file.write(b" " * self._HEADER)
-
-    def append(self, rows: np.ndarray) -> None:
-        rows = np.ascontiguousarray(rows, self._dtype)
-        if rows.shape[1:] != (() if self._columns is None else (self._columns,)):
-            raise ValueError(f"{self._file.name}: rows of shape {rows.shape}")
-        self._file.write(rows.data)
-        self._rows += len(rows)
-
-    def close(self) -> None:
-        shape = (self._rows,) if self._columns is None else (self._rows, self._columns)
-        header = repr({"descr": self._dtype.str, "fortran_order": False, "shape": shape})
-        magic = b"\x93NUMPY\x01\x00" + (self._HEADER - 10).to_bytes(2, "little")
-        self._file.seek(0)
-        self._file.write(magic + header.encode().ljust(self._HEADER - 11) + b"\n")
-        self._file.close()
-
-
-def flat_hierarchy(class_labels: Sequence[str]) -> dict[str, Any]:
-    """All classes side by side under a virtual root."""
-    return {"LabelName": "/root", "Subcategory": [{"LabelName": label} for label in class_labels]}
-
-
 def read_classes(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     """Labels and names of a classes.csv (header label,name)."""
     try:
@@ -497,16 +226,6 @@ def read_classes(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     if not rows or rows[0] != ["label", "name"] or any(len(row) != 2 for row in rows):
         raise UserError(f"{path}: expected two columns with the header label,name")
     return [row[0] for row in rows[1:]], [row[1] for row in rows[1:]]
-
-
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Refuses an output that exists, unless it is a dataset and may be replaced."""
-    if not os.path.lexists(directory):
-        return
-    if not overwrite:
-        raise UserError(f"{directory} exists: choose another output or add --overwrite")
-    if not (directory / "dataset.json").is_file():
-        raise UserError(f"{directory} exists and is no dataset directory: it will not be replaced")
 
 
 def _read_json(path: Path, hint: str = "the directory is incomplete") -> dict[str, Any]:

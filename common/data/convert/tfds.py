@@ -193,9 +193,6 @@ def _corners(
         box = box[:, [1, 0, 3, 2]]
     elif layout == "xywh":
         box = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], 1)
-    elif layout == "center_xywh":
-        half = box[:, 2:] / 2
-        box = np.concatenate([box[:, :2] - half, box[:, :2] + half], 1)
     elif layout != "xyxy":
         raise UserError(f"bbox_format {box_format!r} of the TFDS features is not supported")
     return box / scale

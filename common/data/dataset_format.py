@@ -1,0 +1,24 @@
+"""Names, types and flag bits of the dataset directory (described in common/data/dataset.py)."""
+
+FORMAT = 1
+
+# Bits of `box_flags`.
+GROUP_OF = 1
+OCCLUDED = 2
+TRUNCATED = 4
+DEPICTION = 8
+INSIDE = 16
+
+# File stem -> (dtype, columns or None for a vector); 'S' arrays have their own fixed width.
+INDEX: dict[str, tuple[str, int | None]] = {
+    "image_size": ("int32", 2),
+    "box_offsets": ("int64", None),
+    "boxes": ("float32", 4),
+    "box_class": ("int32", None),
+    "box_flags": ("uint8", None),
+    "label_offsets": ("int64", None),
+    "label_class": ("int32", None),
+    "label_confidence": ("uint8", None),
+    "mask_offsets": ("int64", None),
+}
+STRINGS = ("image_id", "image_path")
