@@ -1,0 +1,307 @@
+"""The detections table: what models export, ensembles merge and metrics score.
+
+Parquet, one row a detection: `image_id, label: string`, `score, xmin, ymin, xmax, ymax: float32`
+(boxes normalised to [0, 1]), optionally `mask: binary` (COCO compressed RLE counts) with
+`mask_height, mask_width: int32`. The file metadata holds a JSON object under the key `detections`:
+model, config, dataset, split, step, `image_ids` (all images covered, with detections or not) and
+`expanded` when every row was copied to its parent classes. Rows are sorted by image id (by code
+point), then score descending. A table is one file, or a folder of shards
+`part-00000-of-00004.parquet`, each with images of its own.
+
+Scores lie in [0, MAX_SCORE]: percentages and logits are refused, while voting may raise a score
+above 1 (FACTS: 1.2 times, eq. 8). Boxes may touch (zero area; metrics drop them) but not be
+inverted, and may leave [0, 1] by COORDINATE_SLACK, the rounding of a float32 division.
+
+Shape legend: n detections, I covered images, C labels.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32, Int32
+
+from common.errors import UserError
+
+METADATA_KEY = b"detections"
+MAX_SCORE = 1.5
+COORDINATE_SLACK = 1e-4
+ROW_GROUP = 1 << 16  # rows; whole images, so a group may be larger
+COORDINATES = ("xmin", "ymin", "xmax", "ymax")
+COLUMNS = {
+    "image_id": pa.string(),
+    "label": pa.string(),
+    "score": pa.float32(),
+    **{name: pa.float32() for name in COORDINATES},
+}
+MASK_COLUMNS = {"mask": pa.binary(), "mask_height": pa.int32(), "mask_width": pa.int32()}
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"part-{index:05d}-of-{count:05d}.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """Rows of a detections table in table order.
+
+    Attributes:
+      image_ids: (I,) sorted ids of all images covered.
+      labels: (C,) labels that `label_index` points into.
+      image_index: (n,) into `image_ids`, non-decreasing.
+      label_index: (n,) into `labels`.
+      scores: (n,) descending within an image.
+      boxes: (n, 4) normalised xmin, ymin, xmax, ymax.
+      metadata: the file metadata without `image_ids`.
+      masks: (n,) objects, COCO RLE counts as bytes; None when the table has none.
+      mask_sizes: (n, 2) height and width of the masks, or None.
+    """
+
+    image_ids: Sequence[str]
+    labels: Sequence[str]
+    image_index: Int32[np.ndarray, " n"]
+    label_index: Int32[np.ndarray, " n"]
+    scores: Float32[np.ndarray, " n"]
+    boxes: Float32[np.ndarray, "n 4"]
+    metadata: Mapping[str, Any]
+    masks: np.ndarray | None = None
+    mask_sizes: Int32[np.ndarray, "n 2"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def take(self, rows: slice | np.ndarray) -> "Detections":
+        """The given rows; the covered images stay."""
+        names = ("image_index", "label_index", "scores", "boxes", "masks", "mask_sizes")
+        arrays = {name: getattr(self, name) for name in names}
+        taken = {name: None if a is None else a[rows] for name, a in arrays.items()}
+        return dataclasses.replace(self, **taken)
+
+    def chunks(self, rows: int = 1 << 19) -> Iterator["Detections"]:
+        """Pieces of whole images of about `rows` rows."""
+        start = 0
+        while start < len(self):
+            stop = min(start + rows, len(self))
+            stop = int(np.searchsorted(self.image_index, self.image_index[stop - 1], "right"))
+            yield self.take(slice(start, stop))
+            start = stop
+
+
+def find_invalid(scores: np.ndarray, boxes: np.ndarray) -> tuple[int, str] | None:
+    """First row that breaks the value rules and what is wrong with it, or None."""
+    good_score = (scores >= 0) & (scores <= MAX_SCORE)
+    # Comparisons with NaN are false, so NaN never passes.
+    inside = (boxes >= -COORDINATE_SLACK) & (boxes <= 1 + COORDINATE_SLACK)
+    upright = (boxes[:, 0] <= boxes[:, 2]) & (boxes[:, 1] <= boxes[:, 3])
+    good = good_score & inside.all(1) & upright
+    if good.all():
+        return None
+    row = int(np.argmin(good))
+    box = ", ".join(f"{value:g}" for value in boxes[row])
+    if not good_score[row]:
+        return row, f"score {scores[row]:g}, expected a number in [0, {MAX_SCORE:g}]"
+    if not inside[row].all():
+        return row, f"box [{box}], expected coordinates normalised to [0, 1]"
+    return row, f"inverted box [{box}], expected xmin <= xmax and ymin <= ymax"
+
+
+# One detection in the spool file; masks lie in a second file, at the sum of the earlier lengths.
+_ROW = np.dtype(
+    [
+        ("label", "<i4"),
+        ("score", "<f4"),
+        ("box", "<f4", 4),
+        ("mask_start", "<i8"),
+        ("mask_bytes", "<i4"),
+        ("mask_size", "<i4", 2),
+    ]
+)
+
+
+class DetectionsWriter:
+    """Writes a table image by image, in any order; it appears under its name only when complete.
+
+    Rows are spooled to a file beside the output and sorted on closing, so memory holds one entry
+    per image. Use it as a context manager: an exception inside removes what was written.
+
+        with DetectionsWriter("x.parquet", {"model": "r50", "split": "test", ...}) as writer:
+            writer.add("image", ["/m/01g317"], scores, boxes)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        metadata: Mapping[str, Any],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        masks: bool = False,
+    ):
+        """Starts a table.
+
+        Args:
+          path: Parquet file; with several processes the folder of the shards.
+          metadata: model, config, dataset, split, step...; anything JSON holds. `image_ids` is
+            added. All processes give the same.
+          process_index: of this host.
+          process_count: number of hosts, each of which writes one shard.
+          masks: whether the table has mask columns.
+
+        Raises:
+          UserError: a folder lies where a file shall be or the reverse, or no place to write to.
+        """
+        self.path = Path(path)
+        try:
+            if process_count > 1:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.path = self.path / shard_name(process_index, process_count)
+            if self.path.is_dir():
+                raise UserError(f"{self.path}: is a folder, expected the name of a Parquet file")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._metadata = dict(metadata)
+            json.dumps(self._metadata)
+            self._masks = masks
+            self._spans: dict[str, tuple[int, int]] = {}
+            self._labels: dict[str, int] = {}
+            self._num_rows = self._mask_bytes = 0
+            stem = f"{self.path.name}.tmp-{os.getpid()}"
+            self._temporary = self.path.with_name(stem)
+            self._spool_path = self.path.with_name(f"{stem}-rows")
+            self._mask_path = self.path.with_name(f"{stem}-masks")
+            self._spool = open(self._spool_path, "wb")
+            self._mask_file = open(self._mask_path, "wb")
+        except OSError as error:
+            raise UserError(f"{path}: cannot write the detections table ({error})") from error
+
+    def add(
+        self,
+        image_id: str,
+        labels: Sequence[str],
+        scores: Float32[np.ndarray, " n"],
+        boxes: Float32[np.ndarray, "n 4"],
+        masks: Sequence[bytes] | None = None,
+        mask_sizes: Int32[np.ndarray, "n 2"] | None = None,
+    ) -> None:
+        """Adds all detections of one image (none is fine, the image counts as covered).
+
+        Args:
+          image_id: id not given before.
+          labels: labels of the dataset, e.g. MIDs.
+          scores: in any order; equal scores keep theirs.
+          boxes: normalised xmin, ymin, xmax, ymax.
+          masks: COCO compressed RLE counts, when the table has masks.
+          mask_sizes: height and width of the masks.
+
+        Raises:
+          UserError: the image was added before, a value breaks the rules, or the disk is full.
+        """
+        if image_id in self._spans:
+            raise UserError(f"{self.path}: image {image_id!r} is added twice")
+        scores = np.asarray(scores, np.float32)
+        boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+        if not len(labels) == len(scores) == len(boxes):
+            raise ValueError(f"{len(labels)} labels, {len(scores)} scores, {len(boxes)} boxes")
+        if (found := find_invalid(scores, boxes)) is not None:
+            raise UserError(f"{self.path}: image {image_id!r}, row {found[0]}: {found[1]}")
+        rows = np.zeros(len(scores), _ROW)
+        codes = self._labels
+        rows["label"] = [codes.setdefault(str(label), len(codes)) for label in labels]
+        rows["score"], rows["box"] = scores, boxes
+        try:
+            if self._masks:
+                sizes = np.array([len(mask) for mask in masks], np.int64)
+                rows["mask_start"] = self._mask_bytes + np.cumsum(sizes) - sizes
+                rows["mask_bytes"], rows["mask_size"] = sizes, mask_sizes
+                self._mask_file.write(b"".join(masks))
+                self._mask_bytes += int(sizes.sum())
+            self._spool.write(rows[np.argsort(-scores, kind="stable")])
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write the detections table ({error})") from error
+        self._spans[image_id] = (self._num_rows, len(scores))
+        self._num_rows += len(scores)
+
+    def close(self) -> None:
+        """Sorts the rows by image, writes the Parquet file and moves it into place."""
+        try:
+            self._spool.close()
+            self._mask_file.close()
+            self._write_parquet()
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write the detections table ({error})") from error
+        finally:
+            self._clean_up()
+
+    def _write_parquet(self) -> None:
+        columns = COLUMNS | (MASK_COLUMNS if self._masks else {})
+        schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+        image_ids = sorted(self._spans)
+        spans = np.array([self._spans[i] for i in image_ids], np.int64).reshape(-1, 2)
+        ends = np.cumsum(spans[:, 1])
+        spool = np.memmap(self._spool_path, _ROW, "r") if self._num_rows else np.zeros(0, _ROW)
+        with pq.ParquetWriter(
+            self._temporary, schema, compression="zstd", use_dictionary=["image_id", "label"]
+        ) as file:
+            first = 0
+            while first < len(image_ids):
+                rows_before = ends[first] - spans[first, 1]
+                last = int(np.searchsorted(ends, rows_before + ROW_GROUP, "right"))
+                last = max(last, first + 1)
+                counts = spans[first:last, 1]
+                owner = np.repeat(np.arange(last - first), counts)
+                within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+                rows = spool[spans[first:last, 0][owner] + within]
+                file.write_table(self._table(image_ids[first:last], owner, rows, schema))
+                first = last
+            metadata = {**self._metadata, "image_ids": image_ids}
+            file.add_key_value_metadata({METADATA_KEY: json.dumps(metadata)})
+
+    def _table(
+        self, image_ids: list[str], owner: np.ndarray, rows: np.ndarray, schema: pa.Schema
+    ) -> pa.Table:
+        columns = {
+            "image_id": _strings(owner, image_ids),
+            "label": _strings(rows["label"], list(self._labels)),
+            "score": np.ascontiguousarray(rows["score"]),
+        }
+        for column, name in enumerate(COORDINATES):
+            columns[name] = np.ascontiguousarray(rows["box"][:, column])
+        if self._masks:
+            with open(self._mask_path, "rb") as file:
+                masks = []
+                for start, size in zip(rows["mask_start"], rows["mask_bytes"], strict=True):
+                    file.seek(start)
+                    masks.append(file.read(size))
+            columns["mask"] = masks
+            columns["mask_height"] = np.ascontiguousarray(rows["mask_size"][:, 0])
+            columns["mask_width"] = np.ascontiguousarray(rows["mask_size"][:, 1])
+        return pa.table(columns, schema=schema)
+
+    def _clean_up(self) -> None:
+        for path in (self._temporary, self._spool_path, self._mask_path):
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "DetectionsWriter":
+        return self
+
+    def __exit__(self, error_type: type | None, *_: Any) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self._spool.close()
+            self._mask_file.close()
+            self._clean_up()
+
+
+def _strings(codes: np.ndarray, values: Sequence[str]) -> pa.Array:
+    """String column from codes."""
+    column = pa.DictionaryArray.from_arrays(
+        pa.array(codes.astype(np.int32)), pa.array(values, pa.string())
+    )
+    return column.cast(pa.string())

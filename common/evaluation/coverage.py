@@ -1,0 +1,74 @@
+"""What the metrics share: which images of a split a detections table covers, and its rows.
+
+Shape legend: i images covered by a table.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from common.data.dataset import Dataset
+from common.detections import Detections
+from common.detections_reader import DetectionsReader
+from common.errors import UserError
+
+MAX_IMAGES = 8192  # of a chunk, so that (images, classes) matrices stay small
+
+
+def open_source(detections: str | os.PathLike | Detections) -> Detections | DetectionsReader:
+    """Rows in memory as they are, or a checked reader of the table at a path."""
+    return detections if isinstance(detections, Detections) else DetectionsReader(detections)
+
+
+def split_images(
+    dataset: Dataset, split: str, source: Detections | DetectionsReader, allow_partial: bool
+) -> tuple[Int[np.ndarray, " i"], list[str]]:
+    """Dataset index of each covered image, -1 for those outside the split, and notes to print."""
+    wanted = dataset.split(split)
+    indices = dataset.find_images(source.image_ids)
+    indices = np.where(np.isin(indices, wanted), indices, -1)
+    found = int((indices >= 0).sum())
+    name = getattr(source, "path", "detections")
+    if not found:
+        ours = dataset.image_id(wanted[0]) if len(wanted) else "none"
+        theirs = source.image_ids[0] if len(source.image_ids) else "none"
+        raise UserError(
+            f"{name}: none of its {len(source.image_ids)} images is in split {split!r} of "
+            f"{dataset.directory} (first ids: {theirs!r} there, {ours!r} here)"
+        )
+    missing = np.setdiff1d(wanted, indices)
+    notes = []
+    if len(missing):
+        text = (
+            f"{name}: covers {found} of the {len(wanted)} images of split {split!r}, "
+            f"{dataset.image_id(missing[0])!r} is missing"
+        )
+        if not allow_partial:
+            raise UserError(f"{text}; score the covered ones with --allow_partial")
+        notes.append(f"note: {text}: only the covered images are scored")
+    if outside := len(indices) - found:
+        notes.append(f"note: {name}: {outside} images outside split {split!r} are left out")
+    return indices, notes
+
+
+def selected_chunks(
+    source: Detections | DetectionsReader, class_labels: list[str], selected: Bool[np.ndarray, " i"]
+) -> Iterator[Detections]:
+    """Chunks of whole images, at most MAX_IMAGES each, without images not `selected`."""
+    if isinstance(source, Detections):
+        if list(source.labels) != list(class_labels):
+            raise ValueError("read the detections with class_labels=dataset.class_labels")
+        chunks: Iterable[Detections] = source.chunks()
+    else:
+        chunks = source.chunks(class_labels)
+    for chunk in chunks:
+        chosen = selected[chunk.image_index]
+        if not chosen.all():
+            chunk = chunk.take(chosen)
+        if not len(chunk):
+            continue
+        starts = np.flatnonzero(np.diff(chunk.image_index, prepend=-1))[::MAX_IMAGES]
+        for start, stop in zip(starts, [*starts[1:], len(chunk)], strict=True):
+            yield chunk.take(slice(start, stop))

@@ -1,0 +1,59 @@
+"""Copies every detection to the parent classes of its class, box and score.
+
+    python -m scripts.expand_detections --detections=x.parquet --dataset=DIR --output=y.parquet
+
+The OpenImages metric and the challenge server expect it of every entry; `scripts.score` expands
+only when asked. The output says `expanded: true` in its metadata and is refused as input.
+"""
+
+import numpy as np
+from absl import flags
+
+from common.cli import run_main
+from common.data.dataset import Dataset
+from common.detections import DetectionsWriter
+from common.detections_reader import DetectionsReader
+from common.errors import UserError
+from common.hierarchy import ancestors, expand_detections
+
+DETECTIONS = flags.DEFINE_string("detections", None, "Table to read.", required=True)
+DATASET = flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+    dataset = Dataset.open(DATASET.value)
+    reader = DetectionsReader(DETECTIONS.value)
+    if reader.metadata.get("expanded"):
+        raise UserError(f"{DETECTIONS.value}: is expanded to parent classes already")
+    parents = ancestors(dataset.hierarchy, dataset.class_labels)
+    labels = np.array(dataset.class_labels)
+    metadata = {**reader.metadata, "expanded": True}
+    written = 0
+    with DetectionsWriter(OUTPUT.value, metadata, masks=reader.has_masks) as writer:
+        empty = set(reader.image_ids)
+        for chunk in reader.chunks(dataset.class_labels, masks=reader.has_masks):
+            chunk = expand_detections(chunk, parents, dataset.class_labels)
+            for rows in chunk.chunks(rows=1):
+                image_id = reader.image_ids[rows.image_index[0]]
+                writer.add(
+                    image_id,
+                    labels[rows.label_index],
+                    rows.scores,
+                    rows.boxes,
+                    rows.masks,
+                    rows.mask_sizes,
+                )
+                empty.remove(image_id)
+            written += len(chunk)
+        for image_id in empty:
+            none = np.zeros((0, 4), np.float32)
+            masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
+            writer.add(image_id, [], none[:, 0], none, *masks)
+    print(f"{OUTPUT.value}: {written} detections from {reader.num_rows}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,134 @@
+"""Scores a detections table against a split of a dataset, without the model.
+
+    python -m scripts.score --metric=openimages --dataset=DIR --split=validation \\
+        --detections=x.parquet [--expand_predictions] [--json=out.json]
+
+Prints the figures, the best and worst classes, and whether the predictions were expanded to
+parent classes. `--json` gets plain {"name": value} pairs with the official metric names and one
+value per class that has ground truth.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import flags
+
+from common.cli import run_main
+from common.data.dataset import Dataset
+from common.detections_reader import DetectionsReader
+from common.errors import UserError
+from common.evaluation import coco, openimages
+
+METRICS = ("openimages", "coco")
+
+METRIC = flags.DEFINE_string("metric", "openimages", f"One of {', '.join(METRICS)}.")
+DATASET = flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
+SPLIT = flags.DEFINE_string("split", "validation", "Split of the dataset.")
+DETECTIONS = flags.DEFINE_string(
+    "detections", None, "Detections table: Parquet file or folder of shards.", required=True
+)
+JSON = flags.DEFINE_string("json", None, 'Also write {"name": value} pairs here.')
+ALLOW_PARTIAL = flags.DEFINE_bool(
+    "allow_partial", False, "Score the covered images although others of the split are missing."
+)
+EXPAND_PREDICTIONS = flags.DEFINE_bool(
+    "expand_predictions",
+    False,
+    "openimages: copy detections to parent classes first, unless the table says it is expanded. "
+    "The official tool does not.",
+)
+IMAGE_LABELS = flags.DEFINE_bool(
+    "image_labels",
+    True,
+    "openimages: use verified image-level labels, as official; without them detections count only "
+    "for classes boxed in the image.",
+)
+SHOW = flags.DEFINE_integer("show", 5, "Best and worst classes to print.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+    if METRIC.value not in METRICS:
+        raise UserError(f"--metric={METRIC.value}: expected one of {', '.join(METRICS)}")
+    dataset = Dataset.open(DATASET.value)
+    if METRIC.value == "openimages":
+        expanded = DetectionsReader(DETECTIONS.value).metadata.get("expanded")
+        print(f"predictions expanded to parent classes: {_expansion(expanded)}", flush=True)
+        results = openimages.evaluate_openimages(
+            dataset,
+            SPLIT.value,
+            DETECTIONS.value,
+            expand_predictions=EXPAND_PREDICTIONS.value,
+            image_labels=IMAGE_LABELS.value,
+            allow_partial=ALLOW_PARTIAL.value,
+        )
+    else:
+        results = coco.evaluate_coco(
+            dataset, SPLIT.value, DETECTIONS.value, allow_partial=ALLOW_PARTIAL.value
+        )
+    print(
+        format_table(
+            results, dict(zip(dataset.class_labels, dataset.class_names, strict=True)), SHOW.value
+        )
+    )
+    if JSON.value:
+        write_json(JSON.value, results)
+        print(f"wrote {JSON.value}")
+
+
+def _expansion(expanded: bool | None) -> str:
+    if expanded:
+        return "yes, in the table"
+    if EXPAND_PREDICTIONS.value:
+        return "yes, by --expand_predictions"
+    return "no"
+
+
+def format_table(results: Mapping[str, float], names: Mapping[str, str], show: int) -> str:
+    """Summary figures, then the best and worst `show` classes.
+
+    Args:
+      results: of an evaluation.
+      names: class label to the name to print.
+      show: how many classes at either end.
+    """
+    classes = {k: v for k, v in results.items() if "PerformanceByCategory" in k}
+    lines = [f"{k:<60} {v:8.4f}" for k, v in results.items() if k not in classes]
+    lines.append(f"{'classes with ground truth':<60} {len(classes):8d}")
+    ranked = sorted(classes.items(), key=lambda item: -item[1])
+    split = max(len(ranked) - show, show)
+    for title, part in (("best classes", ranked[:show]), ("worst classes", ranked[split:])):
+        if part:
+            lines.append(f"{title}:")
+        for key, value in part:
+            label = next(ending for ending in _endings(key) if ending in names)
+            lines.append(f"  {names[label][:38]:<38} {label[:18]:<19} {value:8.4f}")
+    return "\n".join(lines)
+
+
+def _endings(key: str):
+    """Texts after each slash: labels such as MIDs hold slashes themselves."""
+    parts = key.split("/")
+    return ("/".join(parts[i:]) for i in range(1, len(parts)))
+
+
+def write_json(path: str | os.PathLike, results: Mapping[str, float]) -> None:
+    """Writes the pairs by atomic rename; figures that are no number become null."""
+    path = Path(path)
+    values = {k: v if math.isfinite(v) else None for k, v in results.items()}
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--json={path}: cannot write ({error})") from error
+
+
+if __name__ == "__main__":
+    run_main(main)
