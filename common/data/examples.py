@@ -1,0 +1,227 @@
+"""One slot of a batch: photo and boxes on the canvas, augmented, padded. NumPy and Pillow only.
+
+Shape legend: H, W canvas; M = max_boxes; n boxes of an image.
+"""
+
+import dataclasses
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from common.data import images
+from common.data.dataset import GROUP_OF, Dataset
+from common.errors import UserError
+
+_MIN_TRIED = 100  # images before the share of unreadable ones is judged
+
+DTYPES = {
+    "image": np.uint8,
+    "image_size": np.float32,
+    "original_size": np.int32,
+    "boxes": np.float32,
+    "classes": np.int32,
+    "group_of": np.bool_,
+    "valid": np.bool_,
+    "image_index": np.int32,
+    "image_valid": np.bool_,
+    "drawn_class": np.int32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """What is to be put into one place of a batch.
+
+    Attributes:
+      index: image index, -1 for padding.
+      drawn_class: class the image was drawn for, -1: none.
+      rng: random numbers of this slot.
+    """
+
+    index: int
+    drawn_class: int
+    rng: np.random.Generator
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Checked fields of the data config; see `common.data.input.train_batches`."""
+
+    canvas: tuple[int, int]
+    shape: tuple[int, int]  # canvas padded up to pad_multiple
+    max_boxes: int
+    flip: bool
+    scale_jitter: tuple[float, float]
+    group_of: str
+    on_image_error: str
+    num_threads: int
+    prefetch: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Settings":
+        """Reads a data config.
+
+        Raises:
+          UserError: a field is out of range.
+        """
+        canvas = tuple(int(side) for side in config.canvas)
+        jitter = tuple(float(value) for value in config.scale_jitter)
+        requirements = {
+            "canvas": (len(canvas) == 2 and min(canvas) >= 1, "height, width in pixels"),
+            "pad_multiple": (config.pad_multiple >= 1, "at least 1"),
+            "max_boxes": (config.max_boxes >= 1, "at least 1"),
+            "scale_jitter": (len(jitter) == 2 and 0 < jitter[0] <= jitter[-1], "0 < min <= max"),
+            "group_of": (config.group_of in ("ordinary", "drop"), "'ordinary' or 'drop'"),
+            "on_image_error": (config.on_image_error in ("fatal", "skip"), "'fatal' or 'skip'"),
+            "num_threads": (config.num_threads >= 0, "0 (as many as cores) or more"),
+            "prefetch": (config.prefetch >= 1, "at least 1"),
+        }
+        for field, (holds, expected) in requirements.items():
+            if not holds:
+                raise UserError(f"data.{field} is {getattr(config, field)!r}: expected {expected}")
+        return cls(
+            canvas=canvas,
+            shape=images.canvas_shape(canvas, config.pad_multiple),
+            max_boxes=config.max_boxes,
+            flip=bool(config.flip),
+            scale_jitter=jitter,
+            group_of=config.group_of,
+            on_image_error=config.on_image_error,
+            num_threads=config.num_threads,
+            prefetch=config.prefetch,
+        )
+
+
+class ExampleLoader:
+    """Makes examples of slots; threads may share it.
+
+    Attributes:
+      skipped_images: how often an unreadable photo was left out.
+      dropped_boxes: how many boxes did not fit into `max_boxes`.
+    """
+
+    def __init__(self, dataset: Dataset, settings: Settings):
+        self.skipped_images = 0
+        self.dropped_boxes = 0
+        self._tried = 0
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+        self._dataset = dataset
+        self._settings = settings
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each field of an example."""
+        max_boxes = self._settings.max_boxes
+        return {name: () for name in DTYPES} | {
+            "image": (*self._settings.shape, 3),
+            "image_size": (2,),
+            "original_size": (2,),
+            "boxes": (max_boxes, 4),
+            **{name: (max_boxes,) for name in ("classes", "group_of", "valid")},
+        }
+
+    def load(self, slot: Slot) -> dict[str, np.ndarray]:
+        """The example of a slot; of all padding when the photo is broken and may be skipped.
+
+        Raises:
+          UserError: the photo cannot be read and the config says 'fatal', or most cannot.
+        """
+        example = {
+            name: np.zeros(shape, DTYPES[name])
+            for name, shape in self.shapes.items()
+            if name != "image"
+        }
+        example["image_index"][()] = slot.index
+        example["drawn_class"][()] = slot.drawn_class
+        # Before anything is known of the photo, so that they depend on the slot alone.
+        scale, top, left, coin = slot.rng.random(4)
+        if slot.index >= 0:
+            low, high = self._settings.scale_jitter
+            try:
+                photo = self._open(slot.index)
+                geometry = images.fit(
+                    photo.size,
+                    self._settings.canvas,
+                    scale=low + (high - low) * scale,
+                    crop=(top, left),
+                    flip=self._settings.flip and coin < 0.5,
+                )
+                example["image"] = images.draw(photo, geometry, self._settings.shape)
+            except images.ImageError as error:
+                self._skip(self._dataset.image_file(slot.index), error)
+            else:
+                example["image_size"][:] = geometry.content
+                example["original_size"][:] = photo.size
+                example["image_valid"][()] = True
+                self._add_boxes(example, slot, geometry)
+            with self._lock:
+                self._tried += 1
+        if "image" not in example:
+            example["image"] = np.zeros((*self._settings.shape, 3), np.uint8)
+        return example
+
+    def _open(self, index: int) -> images.Photo:
+        data = images.read_file(self._dataset.image_file(index))
+        return images.open_photo(data, tuple(self._dataset.image_sizes[index].tolist()))
+
+    def _add_boxes(
+        self, example: dict[str, np.ndarray], slot: Slot, geometry: images.Geometry
+    ) -> None:
+        boxes, classes, flags = self._dataset.image_boxes(slot.index)
+        boxes, keep = images.transform_boxes(boxes, geometry)
+        group_of = flags & GROUP_OF > 0
+        if self._settings.group_of == "drop":
+            keep &= ~group_of
+        rows = np.flatnonzero(keep)
+        if len(rows) > self._settings.max_boxes:
+            rows = self._subset(rows, classes[rows] == slot.drawn_class, slot)
+        count = len(rows)
+        example["boxes"][:count] = boxes[rows]
+        example["classes"][:count] = classes[rows]
+        example["group_of"][:count] = group_of[rows]
+        example["valid"][:count] = True
+
+    def _subset(
+        self, rows: Int64[np.ndarray, " n"], drawn: Bool[np.ndarray, " n"], slot: Slot
+    ) -> Int64[np.ndarray, " M"]:
+        """A random subset in file order, with a box of the class that the image was drawn for."""
+        limit = self._settings.max_boxes
+        priority = slot.rng.random(len(rows))
+        if drawn.any():
+            priority[np.flatnonzero(drawn)[np.argmin(priority[drawn])]] = -1.0
+        with self._lock:
+            first = self.dropped_boxes == 0
+            self.dropped_boxes += len(rows) - limit
+        if first:
+            _tell(
+                f"{self._dataset.image_file(slot.index)}: {len(rows)} boxes, a random "
+                f"{limit} of them are used (data.max_boxes); further such images are not printed"
+            )
+        return rows[np.sort(np.argsort(priority, kind="stable")[:limit])]
+
+    def _skip(self, path: str, error: images.ImageError) -> None:
+        if self._settings.on_image_error == "fatal":
+            raise UserError(
+                f"{path}: cannot read the image: {error} "
+                "(data.on_image_error='skip' goes on without such images)"
+            ) from error
+        with self._lock:
+            self.skipped_images += 1
+            first = path not in self._told
+            self._told.add(path)
+            skipped, tried = self.skipped_images, self._tried + 1
+        if first:
+            _tell(f"{path}: skipped, cannot read the image: {error}")
+        if tried >= _MIN_TRIED and skipped > tried // 2:
+            raise UserError(
+                f"{path}: cannot read the image: {error}; {skipped} of {tried} images could not "
+                "be read: is the dataset's image_root the folder of the photos?"
+            ) from error
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,269 @@
+"""Photos of any make to uint8 RGB on a fixed canvas, and their boxes with them.
+
+Decoding and resizing are Pillow's: it releases the interpreter lock, reads everything that photo
+collections hold (greyscale, CMYK, palette, 16 bits, EXIF rotation, truncated files told from whole
+ones), and its antialiased resize measures faster than tf.image's without (scripts/bench/bench_input
+--stages). A JPEG at least twice too large is decoded at 1/2, 1/4 or 1/8 of its size (DCT scaling).
+
+Shape legend: H, W canvas; n boxes of an image. Sizes are (height, width), boxes
+xmin, ymin, xmax, ymax.
+"""
+
+import dataclasses
+import io
+import math
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+from PIL import ExifTags, Image
+
+from common.errors import UserError
+
+MAX_PIXELS = 1 << 29  # of a photo: 1.5 GiB decoded; the guard against decompression bombs
+MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the box is dropped
+
+Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here instead, on the size that is decoded
+
+# EXIF orientation -> Pillow operation from stored to displayed, and the way back of a point:
+# displayed (x, y) in [0, 1] -> stored: swap the axes?, then mirror the first?, the second?
+_ORIENTATIONS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: (Image.Transpose.ROTATE_180, False, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: (Image.Transpose.TRANSPOSE, True, False, False),
+    6: (Image.Transpose.ROTATE_270, True, False, True),
+    7: (Image.Transpose.TRANSVERSE, True, True, True),
+    8: (Image.Transpose.ROTATE_90, True, True, False),
+}
+# What Pillow raises on damaged data, depending on the format.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+class ImageError(UserError):
+    """A photo that cannot be read; the text is the reason, the caller adds the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Photo:
+    """An opened, not yet decoded photo.
+
+    Attributes:
+      image: Pillow's handle.
+      orientation: EXIF orientation to apply, 1: none.
+      size: height, width as displayed, i.e. after `orientation`.
+    """
+
+    image: Image.Image
+    orientation: int
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How a photo lies on the canvas: resized to `full`, cropped, then mirrored.
+
+    Attributes:
+      full: height, width of the whole resized photo in pixels.
+      offset: top, left of the crop in it.
+      content: height, width of the crop, which is put at the top left of the canvas.
+      flip: whether the content is mirrored left to right.
+    """
+
+    full: tuple[int, int]
+    offset: tuple[int, int]
+    content: tuple[int, int]
+    flip: bool
+
+
+def canvas_shape(canvas: tuple[int, int], pad_multiple: int) -> tuple[int, int]:
+    """Height, width of the canvas padded up to a multiple: 800x1333 by 32 is 800x1344."""
+    height, width = (-(-side // pad_multiple) * pad_multiple for side in canvas)
+    return height, width
+
+
+def fit(
+    size: tuple[int, int],
+    canvas: tuple[int, int],
+    *,
+    scale: float = 1.0,
+    crop: tuple[float, float] = (0.0, 0.0),
+    flip: bool = False,
+) -> Geometry:
+    """Places a photo on a canvas.
+
+    The photo is resized, keeping its aspect, to the largest size that fits. On an 800x1333 canvas
+    a landscape photo gets the usual short side 800, long side at most 1333. A portrait photo is
+    limited by the canvas height: its *long* side becomes 800. Shapes are static, so a canvas
+    that serves portraits as well as landscapes is a square one, e.g. 1333x1333 (or 1024x1024).
+
+    Args:
+      size: height, width of the photo as displayed.
+      canvas: height, width without padding.
+      scale: multiplies the fitted size. What then exceeds the canvas is cropped.
+      crop: top, left of the crop in [0, 1) of the room there is.
+      flip: mirror left to right.
+    """
+    ratio = scale * min(canvas[0] / size[0], canvas[1] / size[1])
+    full = tuple(max(1, math.floor(side * ratio + 0.5)) for side in size)
+    content = tuple(min(side, limit) for side, limit in zip(full, canvas, strict=True))
+    offset = tuple(
+        int(share * (side - seen + 1))
+        for share, side, seen in zip(crop, full, content, strict=True)
+    )
+    return Geometry(full, offset, content, flip)
+
+
+def transform_boxes(
+    boxes: Float32[np.ndarray, "n 4"], geometry: Geometry
+) -> tuple[Float32[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]:
+    """Normalised boxes to canvas pixels, with the exact scale factors of the resized photo.
+
+    Returns:
+      Boxes clipped to the content, and which of them to keep: those with an area, of which at least
+      `MIN_VISIBLE` is inside the crop.
+    """
+    height, width = geometry.full
+    top, left = geometry.offset
+    low, high = (0, 0), geometry.content[::-1]
+    whole = np.asarray(boxes, np.float32) * np.float32([width, height, width, height])
+    moved = whole - np.float32([left, top, left, top])
+    if geometry.flip:
+        moved[:, [0, 2]] = np.float32(geometry.content[1]) - moved[:, [2, 0]]
+    clipped = np.clip(moved, np.float32([*low, *low]), np.float32([*high, *high]))
+    area = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
+    whole_area = np.prod(whole[:, 2:] - whole[:, :2], axis=1)
+    keep = np.all(clipped[:, 2:] > clipped[:, :2], axis=1) & (area >= MIN_VISIBLE * whole_area)
+    return clipped, keep
+
+
+def read_file(path: str) -> bytes:
+    """Content of a local file or of one behind an address such as gs://bucket/name.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
+    try:
+        if "://" not in path:
+            with open(path, "rb") as file:
+                return file.read()
+        import tensorflow as tf  # seconds to import, and only object stores need it
+
+        try:
+            with tf.io.gfile.GFile(path, "rb") as file:
+                return file.read()
+        except tf.errors.OpError as error:
+            raise ImageError(error.message) from error
+    except OSError as error:
+        raise ImageError(error.strerror or _reason(error)) from error
+
+
+def open_photo(data: bytes, annotated_size: tuple[int, int] = (0, 0)) -> Photo:
+    """Reads the header of an encoded photo.
+
+    EXIF orientation is applied, as every viewer and annotation tool does, so that normalised boxes
+    refer to the photo as displayed. Only when the annotations give an image size, and its shape is
+    that of the *stored* pixels (COCO's JSON does so), is the photo left as stored.
+
+    Args:
+      data: content of the file.
+      annotated_size: height, width that the boxes refer to, (0, 0) when unknown.
+
+    Raises:
+      ImageError: not a photo, or too large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+    except _BROKEN as error:
+        reason = "empty file" if not data else f"no readable image ({_reason(error)})"
+        raise ImageError(reason) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width}x{height} pixels, at most {MAX_PIXELS} are read")
+    orientation = _orientation(image)
+    if orientation == 1:
+        return Photo(image, 1, (height, width))
+    _, swap, _, _ = _ORIENTATIONS[orientation]
+    if swap and all(annotated_size):
+        stored = math.log(height / width)
+        annotated = math.log(annotated_size[0] / annotated_size[1])
+        if abs(annotated - stored) < abs(annotated + stored):
+            return Photo(image, 1, (height, width))
+    return Photo(image, orientation, (width, height) if swap else (height, width))
+
+
+def draw(photo: Photo, geometry: Geometry, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes a photo and draws it on a canvas of height, width `shape`; padding is 0.
+
+    Bilinear with antialiasing (the filter grows with the reduction); greyscale becomes three equal
+    channels, 16 bits lose their low byte, transparency is ignored.
+
+    Raises:
+      ImageError: the data are damaged or end early.
+    """
+    image, full = photo.image, geometry.full[::-1]
+    operation, swap, mirror_first, mirror_second = _ORIENTATIONS.get(
+        photo.orientation, (None, False, False, False)
+    )
+    (top, left), (height, width) = geometry.offset, geometry.content
+    # The crop as shares of the displayed photo, then in the axes of the stored one.
+    spans = [(left / full[0], (left + width) / full[0]), (top / full[1], (top + height) / full[1])]
+    if swap:
+        full, (height, width), spans = full[::-1], (width, height), spans[::-1]
+    spans = [
+        (1 - end, 1 - start) if mirror else (start, end)
+        for (start, end), mirror in zip(spans, (mirror_first, mirror_second), strict=True)
+    ]
+    try:
+        reduced = image.draft(None, full)
+        # Reduced sizes are rounded up: the photo ends inside the last row and column.
+        extent = reduced[1][2:] if reduced else image.size
+        image = _to_rgb(image)
+        (x0, x1), (y0, y1) = (
+            (start * side, min(end * side, limit))
+            for (start, end), side, limit in zip(spans, extent, image.size, strict=True)
+        )
+        if image.size != (width, height) or (x0, y0, x1, y1) != (0, 0, width, height):
+            image = image.resize(
+                (width, height), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1), reducing_gap=3.0
+            )
+    except _BROKEN as error:
+        raise ImageError(_reason(error)) from error
+    if operation is not None:
+        image = image.transpose(operation)
+    if geometry.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    canvas = np.zeros((*shape, 3), np.uint8)
+    canvas[: image.height, : image.width] = np.asarray(image)
+    return canvas
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I"):  # 16-bit greyscale (a mode "I" file holds the same in 32 bits)
+        values = np.asarray(image)
+        if image.mode != "I" or values.max() > 255:
+            values = values >> 8
+        return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about the direct way
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    except _BROKEN:
+        return 1  # a damaged EXIF block says nothing, the pixels may be whole
+    return orientation if orientation in _ORIENTATIONS else 1
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).replace("<_io.BytesIO object at ", "").split("0x")[0].strip()
+    return text or type(error).__name__
