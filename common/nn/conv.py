@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from common.nn.depthwise import depthwise_conv
+
 Padding = str | int | Sequence[tuple[int, int]]
 
 
@@ -38,13 +40,27 @@ def conv2d(
     """
     if isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
-    return jax.lax.conv_general_dilated(
+
+    def general(inputs, kernel):
+        return jax.lax.conv_general_dilated(
+            inputs,
+            kernel,
+            window_strides=strides,
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    if groups != inputs.shape[-1] or kernel.shape[-1] != groups:
+        return general(inputs, kernel)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
+    pads = tuple(tuple(pair) for pair in padding)
+    return jax.lax.platform_dependent(
         inputs,
         kernel,
-        window_strides=strides,
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
+        cpu=lambda x, k: depthwise_conv(x, k, strides, pads),
+        default=general,
     )
 
 
