@@ -56,7 +56,6 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every_steps = keep_every_steps
         self._manager: ocp.CheckpointManager | None = None  # made by the first save
-        self._failed = False
         _silence_orbax_tracebacks()
         for path in self._half_written():
             _print_once(f"note: {path}: half-written checkpoint, ignored")
@@ -109,13 +108,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves and lets go of the threads."""
-        if self._manager is None:
-            return
-        if not self._failed:
+        if self._manager is not None:
             self.wait()
-        manager, self._manager = self._manager, None
-        if not self._failed:
-            manager.close()
+            self._manager.close()
+            self._manager = None
 
     def all_steps(self) -> list[int]:
         """Steps of complete checkpoints, ascending."""
@@ -280,7 +276,6 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._failed = True
             if not _is_file_error(error):
                 raise
             steps = self.all_steps()
@@ -291,12 +286,25 @@ class Checkpoints:
             else:
                 reason = f"cannot write ({str(error).splitlines()[0][:200]})"
                 advice = "the same command goes on from there"
-            if jax.process_index() == 0:
-                for path in self._half_written():
-                    path.rmtree(missing_ok=True)
+            self._give_up()
             raise UserError(
                 f"{self.directory}: {reason} while saving a checkpoint; {earlier}; {advice}"
             ) from error
+
+
+    def _give_up(self) -> None:
+        """Ends the writer after a failed save and takes away what it left, where it can.
+
+        What stays is no harm: readers ignore it and the next run's first save removes it.
+        """
+        if jax.process_count() == 1:  # elsewhere closing would wait for the other processes
+            with contextlib.suppress(Exception):  # raises the same failure again
+                self._manager.close()
+        self._manager = None
+        if jax.process_index() == 0:
+            for path in self._half_written():
+                with contextlib.suppress(OSError):  # a thread of orbax may still write there
+                    path.rmtree()
 
 
 def _name(path: tuple) -> str:
@@ -344,7 +352,7 @@ def _saved_arrays(path: epath.Path, items: tuple[str, ...]) -> dict[str, Any]:
     """Shapes and dtypes of what a checkpoint holds, per item a nested dictionary."""
     with _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
-    trees = {item: metadata[item] for item in items}
+    trees = {item: dict(metadata.items()).get(item) for item in items}
     for item, tree in trees.items():
         if tree is None and (item == "model" or (path / item).exists()):
             raise ValueError(f"no metadata of {item}")
