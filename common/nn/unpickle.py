@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -200,7 +201,7 @@ def _read_legacy(stream) -> Any:
     saved = load()
     for key in load():  # storages follow in the order of this list: count, then values
         storage = storages[str(key)]
-        size = int.from_bytes(stream.read(8), "little")
+        (size,) = struct.unpack("<q", stream.read(8))
         _check_size(key, storage.size, size)
         values = stream.read(size * storage.dtype.itemsize)
         _check_size(key, size, len(values) // storage.dtype.itemsize)

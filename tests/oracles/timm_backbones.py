@@ -1,0 +1,52 @@
+"""timm's networks with random weights: an independent peer for our backbones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from common.nn.backbones import make_backbone
+from common.nn.weights import convert_state_dict
+
+
+def assert_equals_timm(name: str, timm_name: str, size: tuple[int, int]) -> None:
+    """Converts a random timm network and compares parameter count and all four taps.
+
+    Batch norm statistics are randomised; taps may differ by 1e-4 of their largest value.
+    """
+    try:
+        import timm
+        import torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torch and torchvision do not match
+        pytest.skip(f"compares with timm, which cannot be imported: {error}")
+    torch.manual_seed(0)
+    peer = timm.create_model(timm_name, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    for layer in peer.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
+            torch.nn.init.normal_(layer.running_mean, 0.0, 0.1)
+            # Below 1 so that hundreds of residual layers do not amplify rounding into chaos (with
+            # 0.5..1.5, B7 in float32 differs from itself in float64 by 84 %).
+            torch.nn.init.uniform_(layer.weight, 0.3, 0.9)
+            torch.nn.init.normal_(layer.bias, 0.0, 0.1)
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = peer(torch.tensor(images).permute(0, 3, 1, 2))
+    state = {key: value.numpy() for key, value in peer.state_dict().items()}
+
+    flat, report = convert_state_dict(state, name)
+    assert not report.missing
+    assert all(key.endswith("num_batches_tracked") for key in report.unused)
+    variables = traverse_util.unflatten_dict(flat, sep="/")
+    count = sum(value.size for value in jax.tree.leaves(variables["params"]))
+    assert count == sum(value.numel() for value in peer.parameters())
+
+    module = make_backbone(name, norm="frozen")
+    found = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, jnp.asarray(images))
+    for tap, theirs in zip(("c2", "c3", "c4", "c5"), expected, strict=True):
+        theirs = theirs.permute(0, 2, 3, 1).numpy()
+        assert found[tap].shape == theirs.shape
+        scale = np.abs(theirs).max()
+        assert np.isfinite(scale) and scale > 1e-6
+        assert np.abs(found[tap] - theirs).max() <= 1e-4 * scale, tap
