@@ -133,13 +133,13 @@ def check_pixel_xywh(
     xywh, size = xywh[good], height_width[good]
     if len(xywh) < _MIN_BOXES:
         return
-    far = xywh[:, :2] + xywh[:, 2:]
-    fractions = float((far <= 1.5).all(1).mean())
+    fractions = float((xywh <= 1.5).all(1).mean())
     if fractions > 0.9:
         raise UserError(
-            f"{where}: bbox looks normalised ({fractions:.0%} of the boxes end below 1.5); "
+            f"{where}: bbox looks normalised (no value above 1.5 in {fractions:.0%} of the boxes); "
             "expected x, y, width, height in pixels"
         )
+    far = xywh[:, :2] + xywh[:, 2:]
     limit = size[:, ::-1] * 1.01 + 1  # width, height
     over = float((far > limit).any(1).mean())
     if over <= 0.2:

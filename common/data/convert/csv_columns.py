@@ -84,7 +84,7 @@ def stream_csv(
         text = " ".join(str(error).split())
         if "Empty CSV file" in text:  # a header and nothing below it
             return
-        for i, name in enumerate(types):
+        for i, name in enumerate(header):
             text = text.replace(f"CSV column #{i}:", f"column {name},")
         if "invalid UTF8" in text:
             text += "; save the file as UTF-8"

@@ -109,8 +109,8 @@ class _Walker:
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
-                # A number at the end of the buffer may go on in the next chunk.
-                if end < len(self._text) or self._ended:
+                # A number may go on in the next chunk: '1' of '1e+5' leaves 'e+' undecoded.
+                if end + 2 < len(self._text) or self._ended:
                     self._at = end
                     return value
             except json.JSONDecodeError as error:

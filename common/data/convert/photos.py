@@ -17,18 +17,20 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Relative paths of all files below a folder, sorted within each folder, links followed."""
+    """Relative paths of all files below a folder, in a fixed order, links followed."""
     pending = [""]
     while pending:
         inside = pending.pop()
         with os.scandir(folder / inside) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
+        folders = []
         for entry in listed:
             path = os.path.join(inside, entry.name)
             if entry.is_dir():
-                pending.append(path)
+                folders.append(path)
             else:
                 yield path
+        pending += reversed(folders)
 
 
 def find_photos(
