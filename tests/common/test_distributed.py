@@ -91,7 +91,6 @@ from common.training import distributed
 
 distributed.initialize()
 from common.training.checkpoint import Checkpoints
-from common.training.metrics import RunMetrics
 from common.training.workdir import prepare_workdir
 from ml_collections import ConfigDict
 
@@ -116,13 +115,10 @@ def step(state, batch):
 zeros = {"params": {"w": np.zeros(3, np.float32)}, "step": np.int32(0)}
 state = distributed.replicate(zeros, mesh)
 checkpoints = Checkpoints(workdir + "/checkpoints")
-log = RunMetrics(workdir)
 for number in range(1, 4):
     state = step({"params": state["params"], "step": state["step"]}, batch)
     checkpoints.save(number, state, {"steps_per_epoch": 1})
     checkpoints.check()
-    log.write(number, {"w0": distributed.to_host(state["params"]["w"])[0]})
-log.close()
 checkpoints.close()
 
 abstract = jax.tree.map(
@@ -164,9 +160,6 @@ def test_two_processes_equal_one_and_share_checkpoints(tmp_path):
         assert process.returncode == 0, err
         results.append(json.loads(out.splitlines()[-1]))
     assert results[0] == results[1] == results[2]
-    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]  # written by one process
-    assert lines == (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
 
 
 def start(program, environment, *arguments):
