@@ -1,6 +1,8 @@
 """OpenImages files become a dataset that holds what they say, or one line says what is wrong."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -116,6 +118,26 @@ def test_photos_are_found_by_id_and_missing_ones_drop_the_image(tmp_path):
     assert dataset.image_file(0) == str(tmp_path / "photos" / "deep" / "one.jpg")
     assert reasons(dataset) == {"photo not found": 1, "unreadable photo": 1}
     assert len(dataset.split("train")) == 3
+
+
+def test_very_large_and_odd_photos_are_measured(tmp_path):
+    source = openimages_source(
+        tmp_path / "s", [f"{name},/m/a,0,1,0,1,0" for name in ("huge", "grey", "cmyk", "deep")]
+    )
+    photos = tmp_path / "p"
+    photos.mkdir()
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    )
+    (photos / "huge.png").write_bytes(content)
+    Image.new("L", (5, 4)).save(photos / "grey.jpg")
+    Image.new("CMYK", (5, 4)).save(photos / "cmyk.jpg")
+    Image.new("I;16", (5, 4)).save(photos / "deep.png")
+    dataset = prepare("openimages", source=source, output=tmp_path / "d", images=photos)
+    assert dataset.image_sizes.tolist() == [[20_000, 20_000], [4, 5], [4, 5], [4, 5]]
+    assert reasons(dataset) == {}
 
 
 def test_cut_photos_are_found_on_demand(tmp_path):

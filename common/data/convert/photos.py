@@ -13,6 +13,8 @@ from common.data.convert.report import Ticker
 
 # In order of preference where one folder has several: VOC keeps .png masks beside .jpg photos.
 EXTENSIONS = (".jpg", ".jpeg", ".png")
+# Photos come from the user's own folder: very large ones (20,000 x 20,000) are no attack.
+Image.MAX_IMAGE_PIXELS = None
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
@@ -99,9 +101,8 @@ def _size(path: Path, decode: bool) -> tuple[int, int]:
             sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
             if decode:
                 image.load()
-    # Broken photos raise these (PIL: SyntaxError for PNG chunks, DecompressionBombError, ...);
-    # the caller reports them by name.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+    # Broken photos raise these (PIL: SyntaxError for PNG chunks); the caller reports their names.
+    except (OSError, ValueError, SyntaxError, EOFError):
         return 0, 0
     return (width, height) if sideways else (height, width)
 
