@@ -12,14 +12,14 @@ from flax import traverse_util
 from common.nn.backbones import BACKBONES, make_backbone
 from common.nn.efficientnet import DropPath, scale_width
 from tests.oracles.timm_backbones import assert_equals_timm
+from tests.oracles.variables import random_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
 
 
 @functools.cache
 def initial(name):
-    module = make_backbone(name)
-    return jax.jit(lambda x: module.init(jax.random.key(0), x, False))(IMAGES[:1])
+    return random_variables(make_backbone(name))
 
 
 @pytest.mark.parametrize("name", [n for n in BACKBONES if n.startswith("efficientnet")])

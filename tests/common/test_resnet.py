@@ -12,18 +12,20 @@ from flax import traverse_util
 from common.errors import UserError
 from common.nn.backbones import BACKBONES, make_backbone, preprocessing
 from tests.oracles.timm_backbones import assert_equals_timm
+from tests.oracles.variables import random_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
 
 
 @functools.cache
 def initial(name):
-    module = make_backbone(name, norm="sync")
-    return jax.jit(lambda x: module.init(jax.random.key(0), x, False))(IMAGES[:1])
+    return random_variables(make_backbone(name, norm="sync"))
 
 
-def gradients(module, variables):
-    """Gradients by '/'-joined path, outputs, and updated statistics of a training pass."""
+@functools.cache
+def gradients(**fields):
+    """Gradients by '/'-joined path, loss, and updated statistics of a training pass."""
+    module, variables = make_backbone("resnet18", **fields), initial("resnet18")
 
     def loss(params):
         taps, updates = module.apply(
@@ -64,7 +66,7 @@ def test_parameter_paths_read_like_the_network():
 def test_what_the_pattern_names_and_nothing_else_is_frozen(norm, frozen_stages):
     module = make_backbone("resnet18", norm=norm, frozen_stages=frozen_stages)
     variables = initial("resnet18")
-    grads, _, updates = gradients(module, variables)
+    grads, _, updates = gradients(norm=norm, frozen_stages=frozen_stages)
     for path, grad in grads.items():
         frozen = re.fullmatch(module.frozen_pattern(), path) is not None
         assert frozen == bool(np.all(grad == 0)), path
@@ -76,9 +78,8 @@ def test_what_the_pattern_names_and_nothing_else_is_frozen(norm, frozen_stages):
 
 
 def test_recomputation_changes_memory_not_results():
-    variables = initial("resnet18")
-    plain = gradients(make_backbone("resnet18", norm="sync"), variables)
-    remat = gradients(make_backbone("resnet18", norm="sync", remat=True), variables)
+    plain = gradients(norm="sync", frozen_stages=0)
+    remat = gradients(norm="sync", frozen_stages=0, remat=True)
     assert plain[0].keys() == remat[0].keys()
     np.testing.assert_allclose(plain[1], remat[1], rtol=1e-6)
     for path, grad in plain[0].items():
