@@ -246,7 +246,11 @@ class DetectionsWriter:
         ends = np.cumsum(spans[:, 1])
         spool = np.memmap(self._spool_path, _ROW, "r") if self._num_rows else np.zeros(0, _ROW)
         with pq.ParquetWriter(
-            self._temporary, schema, compression="zstd", use_dictionary=["image_id", "label"]
+            self._temporary,
+            schema,
+            compression="zstd",
+            use_dictionary=["image_id", "label"],
+            write_page_checksum=True,
         ) as file:
             first = 0
             while first < len(image_ids):

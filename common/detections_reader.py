@@ -253,7 +253,9 @@ class _TableFile:
         columns = [*COLUMNS, *(MASK_COLUMNS if masks else ())]
         row = 0
         try:
-            with pq.ParquetFile(self.path, read_dictionary=["image_id", "label"]) as file:
+            with pq.ParquetFile(
+                self.path, read_dictionary=["image_id", "label"], page_checksum_verification=True
+            ) as file:
                 for batch in file.iter_batches(batch_size=size, columns=columns):
                     if len(batch):
                         yield batch

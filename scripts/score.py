@@ -126,7 +126,8 @@ def write_json(path: str | os.PathLike, results: Mapping[str, float]) -> None:
         temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise UserError(f"--json={path}: cannot write ({error})") from error
 
 

@@ -208,6 +208,16 @@ def test_worked_examples(tmp_path, image, expected):
     assert result[CLASS_AP.format(0.5, "/m/f")] == pytest.approx(expected)
 
 
+def test_only_the_best_10000_of_a_class_in_an_image_are_looked_at(tmp_path):
+    wrong = [("/m/f", 0.9, OTHER)] * 9_999
+    for extra, expected in (([], 1 / 10_000), ([("/m/f", 0.9, OTHER)], 0.0)):
+        detections = [*wrong, *extra, ("/m/f", 0.1, BOX)]
+        image = one_image([("/m/f", BOX, False)], [], detections)
+        dataset = write_dataset(tmp_path / f"{expected}", image)
+        result = evaluate_openimages(dataset, "all", in_memory(image))
+        assert result[MEAN_AP.format(0.5)] == pytest.approx(expected)
+
+
 def test_detections_count_only_for_verified_classes(tmp_path):
     truth = {"boxes": [("/m/f", BOX, False)], "labels": [], "detections": [("/m/f", 0.5, BOX)]}
     wrong = [("/m/f", 0.9, BOX)]
