@@ -124,22 +124,24 @@ class ExampleLoader:
             **{name: (max_boxes,) for name in ("classes", "group_of", "valid")},
         }
 
+    def empty(self) -> dict[str, np.ndarray]:
+        """An example of all padding."""
+        return {name: np.zeros(shape, DTYPES[name]) for name, shape in self.shapes.items()}
+
     def load(self, slot: Slot) -> dict[str, np.ndarray]:
         """The example of a slot; of all padding when the photo is broken and may be skipped.
 
         Raises:
           UserError: the photo cannot be read and the config says 'fatal', or most cannot.
         """
-        example = {
-            name: np.zeros(shape, DTYPES[name])
-            for name, shape in self.shapes.items()
-            if name != "image"
-        }
+        example = self.empty()
         example["image_index"][()] = slot.index
         example["drawn_class"][()] = slot.drawn_class
         # Before anything is known of the photo, so that they depend on the slot alone.
         scale, top, left, coin = slot.rng.random(4)
         if slot.index >= 0:
+            with self._lock:
+                self._tried += 1
             low, high = self._settings.scale_jitter
             try:
                 photo = self._open(slot.index)
@@ -158,10 +160,6 @@ class ExampleLoader:
                 example["original_size"][:] = photo.size
                 example["image_valid"][()] = True
                 self._add_boxes(example, slot, geometry)
-            with self._lock:
-                self._tried += 1
-        if "image" not in example:
-            example["image"] = np.zeros((*self._settings.shape, 3), np.uint8)
         return example
 
     def _open(self, index: int) -> images.Photo:
@@ -213,7 +211,7 @@ class ExampleLoader:
             self.skipped_images += 1
             first = path not in self._told
             self._told.add(path)
-            skipped, tried = self.skipped_images, self._tried + 1
+            skipped, tried = self.skipped_images, self._tried
         if first:
             _tell(f"{path}: skipped, cannot read the image: {error}")
         if tried >= _MIN_TRIED and skipped > tried // 2:

@@ -137,6 +137,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         batch_size: int,
     ):
         self.num_batches = len(numbers) // batch_size
+        self._numbers = numbers
+        self._batch_size = batch_size
+        self._made = 0
         self._slot = slot
         self._loader = ExampleLoader(dataset, settings)
         self._errors: dict[int, Exception] = {}
@@ -164,14 +167,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return self._loader.dropped_boxes
 
     def __next__(self) -> dict[str, np.ndarray]:
-        try:
-            return next(self._iterator)
-        except tf.errors.OpError:
-            # TensorFlow turns what `_load` raised into text: raise the exception itself, and of
-            # several (images are read ahead in parallel) the first in order.
-            if not self._errors:
-                raise
-            raise self._errors[min(self._errors)] from None
+        batch = next(self._iterator)
+        self._made += 1
+        end = self._numbers.start + self._made * self._batch_size
+        errors = [number for number in list(self._errors) if number < end]
+        if errors:
+            raise self._errors[min(errors)]
+        return batch
 
     def _example(self, number: tf.Tensor) -> dict[str, tf.Tensor]:
         # numpy_function costs the interpreter lock, but Pillow gives it back while it works.
@@ -185,8 +187,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         try:
             example = self._loader.load(self._slot(int(number)))
         except Exception as error:
+            # Raised by `__next__` when its batch comes: TensorFlow would print it and pass on text.
             self._errors[int(number)] = error
-            raise
+            example = self._loader.empty()
         return [example[name] for name in DTYPES]
 
 
