@@ -98,7 +98,9 @@ def _size(path: Path, decode: bool) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+            # PIL decodes a whole PNG to look for EXIF behind its pixels: that is not read.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            sideways = exif.get(ExifTags.Base.Orientation) in _SIDEWAYS
             if decode:
                 image.load()
     # Broken photos raise these (PIL: SyntaxError for PNG chunks); the caller reports their names.
