@@ -11,8 +11,7 @@ from absl import flags
 
 from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsWriter
-from common.detections_reader import DetectionsReader
+from common.detections import DetectionsReader, DetectionsWriter
 from common.errors import UserError
 from common.hierarchy import ancestors, expand_detections
 

@@ -18,7 +18,7 @@ from absl import flags
 
 from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections_reader import DetectionsReader
+from common.detections import DetectionsReader
 from common.errors import UserError
 from common.evaluation import coco, openimages
 

@@ -52,7 +52,7 @@ def evaluate_coco(
 
     Raises:
       UserError: a broken table, unknown labels, images of the split that the table does not cover,
-        no image in common, or an image of unknown size.
+        no image in common, no ground truth, or an image of unknown size.
     """
     source = open_source(detections)
     indices, notes = split_images(dataset, split, source, allow_partial)
@@ -66,7 +66,9 @@ def evaluate_coco(
             f"{dataset.directory}: size of image {dataset.image_id(image)!r} is unknown, COCO AP "
             "needs pixels: prepare the data with --images"
         )
-    truth = COCO(_truth(dataset, images), print_function=_quiet)
+    truth = COCO(_truth(dataset, images))
+    if not truth.dataset["annotations"]:
+        raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
     rows: list[dict[str, Any]] = []
     for chunk in selected_chunks(source, dataset.class_labels, indices >= 0):
         owner = indices[chunk.image_index]
@@ -76,7 +78,9 @@ def evaluate_coco(
             {"image_id": image, "category_id": label, "score": score, "bbox": box}
             for image, label, score, box in zip(*(c.tolist() for c in columns), strict=True)
         ]
-    evaluation = COCOeval_faster(truth, truth.loadRes(rows), iouType="bbox", print_function=_quiet)
+    # loadRes of some versions cannot take an empty list.
+    found = truth.loadRes(rows) if rows else COCO({**truth.dataset, "annotations": []})
+    evaluation = COCOeval_faster(truth, found, iouType="bbox", print_function=_quiet)
     # Classes without truth have no AP, and pairs of image and class are what costs time.
     evaluation.params.catIds = sorted({row["category_id"] for row in truth.dataset["annotations"]})
     evaluation.run()

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from common.data.dataset import Dataset
-from common.detections import Detections
-from common.detections_reader import DetectionsReader
+from common.detections import Detections, DetectionsReader
 from common.errors import UserError
 
 MAX_IMAGES = 8192  # of a chunk, so that (images, classes) matrices stay small

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 
 from common.data.dataset import GROUP_OF, Dataset
 from common.detections import Detections
+from common.errors import UserError
 from common.evaluation.coverage import open_source, selected_chunks, split_images
 from common.hierarchy import ancestors, expand_detections, repeat_with
 
@@ -89,11 +90,11 @@ def evaluate_openimages(
 
     Returns:
       {MEAN_AP: mean, CLASS_AP of label: AP of each class that has ground truth}; names as the
-      official tool prints them, with the label for the class. NaN mean when no class has any.
+      official tool prints them, with the label for the class.
 
     Raises:
       UserError: a broken table, unknown labels, images of the split that the table does not cover,
-        or no image in common.
+        no image in common, or no ground truth.
     """
     source = open_source(detections)
     indices, notes = split_images(dataset, split, source, allow_partial)
@@ -101,6 +102,10 @@ def evaluate_openimages(
         say(line)
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     relatives = parents if expand_truth else np.zeros_like(parents)
+    counts = count_truth(dataset, indices[indices >= 0], relatives, group_of_weight)
+    present = np.flatnonzero(counts > 0)
+    if not len(present):
+        raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
     expand = expand_predictions and not source.metadata.get("expanded")
 
     def score_chunk(chunk: Detections) -> Entries:
@@ -121,11 +126,8 @@ def evaluate_openimages(
 
     chunks = selected_chunks(source, dataset.class_labels, indices >= 0)
     parts = list(_parallel_map(score_chunk, chunks, num_threads))
-    counts = count_truth(dataset, indices[indices >= 0], relatives, group_of_weight)
     aps = average_precisions(parts, counts, group_of_weight)
-    present = np.flatnonzero(counts > 0)
-    mean = float(np.mean(aps[present])) if len(present) else float("nan")
-    result = {MEAN_AP.format(iou_threshold): mean}
+    result = {MEAN_AP.format(iou_threshold): float(np.mean(aps[present]))}
     for index in present:
         result[CLASS_AP.format(iou_threshold, dataset.class_labels[index])] = float(aps[index])
     return result

@@ -20,8 +20,7 @@ from absl import flags
 
 from common.cli import run_main
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.detections import DetectionsWriter
-from common.detections_reader import DetectionsReader
+from common.detections import DetectionsReader, DetectionsWriter
 from common.evaluation.coverage import selected_chunks
 from common.evaluation.openimages import MEAN_AP, evaluate_openimages
 

@@ -12,9 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import detections as table_format
-from common.detections import DetectionsWriter, shard_name
-from common.detections_reader import DetectionsReader, read_detections
+from common.detections import (
+    DetectionsReader,
+    DetectionsWriter,
+    read_detections,
+    shard_name,
+    table,
+    writer,
+)
 from common.errors import UserError
 
 METADATA = {"model": "r50", "split": "test", "step": 7}
@@ -79,7 +84,7 @@ def test_round_trip(seed, count, shards, rows):
 
 
 def test_small_row_groups_and_batches_keep_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_format, "ROW_GROUP", 4)
+    monkeypatch.setattr(writer, "ROW_GROUP", 4)
     images = draw_images(np.random.default_rng(3), 60)
     write(tmp_path / "single.parquet", images)
     assert pq.ParquetFile(tmp_path / "single.parquet").num_row_groups > 20
@@ -133,7 +138,7 @@ def test_disk_full_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(table_format.pq.ParquetWriter, "write_table", full)
+    monkeypatch.setattr(writer.pq.ParquetWriter, "write_table", full)
     with pytest.raises(UserError, match="x.parquet: cannot write .*No space left"):
         write(tmp_path / "x.parquet", {"a": (["x"], [0.5], [[0, 0, 1, 1]])})
     assert os.listdir(tmp_path) == []
@@ -178,7 +183,7 @@ def write_raw(path, columns=None, covered=("a", "b", "c"), types=None, key=b"det
     """A table as another tool would write it."""
     columns = GOOD | (columns or {})
     columns = {name: values for name, values in columns.items() if values is not None}
-    kinds = table_format.COLUMNS | (types or {})
+    kinds = table.COLUMNS | (types or {})
     arrays = {name: pa.array(values, kinds[name]) for name, values in columns.items()}
     text = covered if isinstance(covered, str) else json.dumps({"image_ids": list(covered)})
     pq.write_table(pa.table(arrays).replace_schema_metadata({key: text}), path)

@@ -3,8 +3,6 @@
 Plain Python over dictionaries: no array code, nothing shared with `common.evaluation.openimages`.
 """
 
-import math
-
 
 def ancestors_of(hierarchy: dict) -> dict[str, set[str]]:
     """Label -> all labels above it on any path from the root (root excluded)."""
@@ -170,4 +168,4 @@ def evaluate(
                     weight,
                 )
     aps = {c: average_precision(entries[c], counts[c]) for c in class_labels if counts[c] > 0}
-    return (sum(aps.values()) / len(aps) if aps else math.nan), aps
+    return sum(aps.values()) / len(aps), aps

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.data.dataset import DatasetWriter
-from common.detections import DetectionsWriter
-from common.detections_reader import read_detections
+from common.detections import DetectionsWriter, read_detections
 
 ROOT = Path(__file__).parents[2]
 MEAN = "OpenImagesDetectionChallenge_Precision/mAP@0.5IOU"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32
 
-from common.detections import (
+from common.detections.table import (
     COLUMNS,
     COORDINATES,
     MASK_COLUMNS,

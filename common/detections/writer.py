@@ -1,24 +1,11 @@
-"""The detections table: what models export, ensembles merge and metrics score.
+"""Streamed, atomic writing of detections tables (`common.detections` describes the format).
 
-Parquet, one row a detection: `image_id, label: string`, `score, xmin, ymin, xmax, ymax: float32`
-(boxes normalised to [0, 1]), optionally `mask: binary` (COCO compressed RLE counts) with
-`mask_height, mask_width: int32`. The file metadata holds a JSON object under the key `detections`:
-model, config, dataset, split, step, `image_ids` (all images covered, with detections or not) and
-`expanded` when every row was copied to its parent classes. Rows are sorted by image id (by code
-point), then score descending. A table is one file, or a folder of shards
-`part-00000-of-00004.parquet`, each with images of its own.
-
-Scores lie in [0, MAX_SCORE]: percentages and logits are refused, while voting may raise a score
-above 1 (FACTS: 1.2 times, eq. 8). Boxes may touch (zero area; metrics drop them) but not be
-inverted, and may leave [0, 1] by COORDINATE_SLACK, the rounding of a float32 division.
-
-Shape legend: n detections, I covered images, C labels.
+Shape legend: n detections of one image.
 """
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,89 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Int32
 
+from common.detections.table import (
+    COLUMNS,
+    COORDINATES,
+    MASK_COLUMNS,
+    METADATA_KEY,
+    find_invalid,
+    shard_name,
+)
 from common.errors import UserError
 
-METADATA_KEY = b"detections"
-MAX_SCORE = 1.5
-COORDINATE_SLACK = 1e-4
 ROW_GROUP = 1 << 16  # rows; whole images, so a group may be larger
-COORDINATES = ("xmin", "ymin", "xmax", "ymax")
-COLUMNS = {
-    "image_id": pa.string(),
-    "label": pa.string(),
-    "score": pa.float32(),
-    **{name: pa.float32() for name in COORDINATES},
-}
-MASK_COLUMNS = {"mask": pa.binary(), "mask_height": pa.int32(), "mask_width": pa.int32()}
-
-
-def shard_name(index: int, count: int) -> str:
-    return f"part-{index:05d}-of-{count:05d}.parquet"
-
-
-@dataclasses.dataclass(frozen=True)
-class Detections:
-    """Rows of a detections table in table order.
-
-    Attributes:
-      image_ids: (I,) sorted ids of all images covered.
-      labels: (C,) labels that `label_index` points into.
-      image_index: (n,) into `image_ids`, non-decreasing.
-      label_index: (n,) into `labels`.
-      scores: (n,) descending within an image.
-      boxes: (n, 4) normalised xmin, ymin, xmax, ymax.
-      metadata: the file metadata without `image_ids`.
-      masks: (n,) objects, COCO RLE counts as bytes; None when the table has none.
-      mask_sizes: (n, 2) height and width of the masks, or None.
-    """
-
-    image_ids: Sequence[str]
-    labels: Sequence[str]
-    image_index: Int32[np.ndarray, " n"]
-    label_index: Int32[np.ndarray, " n"]
-    scores: Float32[np.ndarray, " n"]
-    boxes: Float32[np.ndarray, "n 4"]
-    metadata: Mapping[str, Any]
-    masks: np.ndarray | None = None
-    mask_sizes: Int32[np.ndarray, "n 2"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def take(self, rows: slice | np.ndarray) -> "Detections":
-        """The given rows; the covered images stay."""
-        names = ("image_index", "label_index", "scores", "boxes", "masks", "mask_sizes")
-        arrays = {name: getattr(self, name) for name in names}
-        taken = {name: None if a is None else a[rows] for name, a in arrays.items()}
-        return dataclasses.replace(self, **taken)
-
-    def chunks(self, rows: int = 1 << 19) -> Iterator["Detections"]:
-        """Pieces of whole images of about `rows` rows."""
-        start = 0
-        while start < len(self):
-            stop = min(start + rows, len(self))
-            stop = int(np.searchsorted(self.image_index, self.image_index[stop - 1], "right"))
-            yield self.take(slice(start, stop))
-            start = stop
-
-
-def find_invalid(scores: np.ndarray, boxes: np.ndarray) -> tuple[int, str] | None:
-    """First row that breaks the value rules and what is wrong with it, or None."""
-    good_score = (scores >= 0) & (scores <= MAX_SCORE)
-    # Comparisons with NaN are false, so NaN never passes.
-    inside = (boxes >= -COORDINATE_SLACK) & (boxes <= 1 + COORDINATE_SLACK)
-    upright = (boxes[:, 0] <= boxes[:, 2]) & (boxes[:, 1] <= boxes[:, 3])
-    good = good_score & inside.all(1) & upright
-    if good.all():
-        return None
-    row = int(np.argmin(good))
-    box = ", ".join(f"{value:g}" for value in boxes[row])
-    if not good_score[row]:
-        return row, f"score {scores[row]:g}, expected a number in [0, {MAX_SCORE:g}]"
-    if not inside[row].all():
-        return row, f"box [{box}], expected coordinates normalised to [0, 1]"
-    return row, f"inverted box [{box}], expected xmin <= xmax and ymin <= ymax"
-
 
 # One detection in the spool file; masks lie in a second file, at the sum of the earlier lengths.
 _ROW = np.dtype(
