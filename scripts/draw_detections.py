@@ -11,27 +11,17 @@ Left the boxes of the dataset, right the detections with class and score, one JP
 import colorsys
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.cli import run_main
 from common.data.dataset import Dataset
 from common.detections import DetectionsReader
 from common.errors import UserError
-
-_DATASET = flags.DEFINE_string("dataset", None, "dataset directory of scripts.prepare_data")
-_SPLIT = flags.DEFINE_string("split", None, "split whose photos are drawn")
-_DETECTIONS = flags.DEFINE_string("detections", None, "detections table: file or folder")
-_OUTPUT = flags.DEFINE_string("output", None, "folder to write the pictures into")
-_IMAGE_IDS = flags.DEFINE_list("image_ids", [], "photos to draw, in this order")
-_MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "photos drawn", lower_bound=1)
-_MIN_SCORE = flags.DEFINE_float("min_score", 0.4, "detections below stay out", 0.0, 1.0)
-_MAX_BOXES = flags.DEFINE_integer("max_boxes", 100, "detections drawn on a photo", lower_bound=1)
-_SIDE = flags.DEFINE_integer("side", 640, "longest side of a drawn photo, pixels", lower_bound=64)
 
 GAP = 8  # pixels between the two panels and between rows of the overview
 CAPTION = 24  # pixels above a panel
@@ -151,7 +141,7 @@ def save_jpeg(picture: Image.Image, path: Path) -> None:
 def draw_split(
     dataset: Dataset,
     images: Sequence[int],
-    detections_of: Callable[[int], Drawing],
+    detections: Mapping[int, Drawing],
     output: Path,
     side: int,
 ) -> list[Path]:
@@ -160,7 +150,7 @@ def draw_split(
     pictures, paths = [], []
     for index in images:
         photo = open_photo(dataset.image_file(index), side)
-        truth, found = ground_truth(dataset, index), detections_of(index)
+        truth, found = ground_truth(dataset, index), detections[index]
         picture = side_by_side([
             (f"ground truth: {len(truth[0])} boxes", draw_boxes(photo, truth)),
             (f"detections: {len(found[0])} boxes", draw_boxes(photo, found)),
@@ -204,20 +194,33 @@ def read_drawings(
     return drawings
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
+    flags.DEFINE_string("split", None, "Split whose photos are drawn.", required=True)
+    flags.DEFINE_string("detections", None, "Detections table: file or folder.", required=True)
+    flags.DEFINE_string("output", None, "Folder to write the pictures into.", required=True)
+    flags.DEFINE_list("image_ids", [], "Photos to draw, in this order.")
+    flags.DEFINE_integer("max_images", 8, "Photos drawn.", lower_bound=1)
+    flags.DEFINE_float("min_score", 0.4, "Detections below stay out.", 0.0)
+    flags.DEFINE_integer("max_boxes", 100, "Detections drawn on a photo.", lower_bound=1)
+    flags.DEFINE_integer("side", 640, "Longest side of a drawn photo, pixels.", lower_bound=64)
+
+
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    dataset = Dataset.open(_DATASET.value)
-    images = choose_images(dataset, _SPLIT.value, _IMAGE_IDS.value, _MAX_IMAGES.value)
+        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+    values = flags.FLAGS
+    dataset = Dataset.open(values.dataset)
+    images = choose_images(dataset, values.split, values.image_ids, values.max_images)
     if not images:
-        raise UserError(f"{_DATASET.value}: split {_SPLIT.value!r} has no images")
+        raise UserError(f"{values.dataset}: split {values.split!r} has no images")
     drawings = read_drawings(
-        Path(_DETECTIONS.value), dataset, images, _MIN_SCORE.value, _MAX_BOXES.value
+        Path(values.detections), dataset, images, values.min_score, values.max_boxes
     )
-    paths = draw_split(dataset, images, drawings.__getitem__, Path(_OUTPUT.value), _SIDE.value)
-    print(f"wrote {len(paths)} pictures to {_OUTPUT.value}, all in one: {paths[-1]}", flush=True)
+    paths = draw_split(dataset, images, drawings, Path(values.output), values.side)
+    print(f"wrote {len(paths)} pictures to {values.output}, all in one: {paths[-1]}", flush=True)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["dataset", "split", "detections", "output"])
+    define_flags()
     run_main(main)

@@ -22,21 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from common.cli import run_main
 from common.errors import UserError
-
-_WHEEL = flags.DEFINE_string("wheel", None, "wheel of the deepforest package")
-_OUTPUT = flags.DEFINE_string("output", None, "folder to write; an existing one is replaced")
-_TILE = flags.DEFINE_integer("tile_size", 400, "longest side of a tile, pixels", lower_bound=64)
-_VALIDATION = flags.DEFINE_float(
-    "validation_share", 0.25, "lower part of each photo that is validation", 0.05, 0.95
-)
-_VISIBLE = flags.DEFINE_float(
-    "min_visible", 0.4, "a cut tree stays in a tile that shows this share of its box", 0.0, 1.0
-)
 
 CLASSES = ("Tree", "Alive", "Dead")
 HIERARCHY = {
@@ -177,46 +167,68 @@ def build(
         wheel = zipfile.ZipFile(wheel_path)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{wheel_path}: cannot be read as a wheel ({error})") from error
+    if output.exists() and not (output / "ImageSets").is_dir():
+        raise UserError(f"{output}: exists and is no VOC folder, expected a new name")
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (temporary / folder).mkdir(parents=True)
+    try:
+        with wheel:
+            _write_folder(wheel, temporary, tile_size, validation, min_visible)
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_folder(
+    wheel: zipfile.ZipFile, folder: Path, tile_size: int, validation: float, min_visible: float
+) -> None:
+    for inside in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / inside).mkdir(parents=True)
     splits: dict[str, list[str]] = {"train": [], "validation": []}
     boxes_of = dict.fromkeys(splits, 0)
-    with wheel:
-        for name, photo, boxes in annotated_photos(wheel):
-            for split, window in tiles(*photo.size, tile_size, validation):
-                tile = f"{name}_{window[0]:04d}_{window[1]:04d}"
-                kept = cut_boxes(boxes, window, min_visible)
-                crop = photo.crop(window)
-                crop.save(temporary / "JPEGImages" / f"{tile}.jpg", quality=95)
-                write_voc(temporary / "Annotations" / f"{tile}.xml", f"{tile}.jpg", crop.size, kept)
-                splits[split].append(tile)
-                boxes_of[split] += len(kept)
-            print(f"{name}: {photo.width} x {photo.height} pixels, {len(boxes)} boxes", flush=True)
+    for name, photo, boxes in annotated_photos(wheel):
+        for split, window in tiles(*photo.size, tile_size, validation):
+            tile = f"{name}_{window[0]:04d}_{window[1]:04d}"
+            kept = cut_boxes(boxes, window, min_visible)
+            crop = photo.crop(window)
+            crop.save(folder / "JPEGImages" / f"{tile}.jpg", quality=95)
+            write_voc(folder / "Annotations" / f"{tile}.xml", f"{tile}.jpg", crop.size, kept)
+            splits[split].append(tile)
+            boxes_of[split] += len(kept)
+        print(f"{name}: {photo.width} x {photo.height} pixels, {len(boxes)} boxes", flush=True)
     for split, names in splits.items():
         lines = "".join(f"{name}\n" for name in names)
-        (temporary / "ImageSets/Main" / f"{split}.txt").write_text(lines, encoding="utf-8")
+        (folder / "ImageSets/Main" / f"{split}.txt").write_text(lines, encoding="utf-8")
         print(f"{split}: {len(names)} tiles, {boxes_of[split]} boxes", flush=True)
     rows = "".join(f"{name},{name}\n" for name in CLASSES)
-    (temporary / "classes.csv").write_text("label,name\n" + rows, encoding="utf-8")
-    (temporary / "hierarchy.json").write_text(json.dumps(HIERARCHY, indent=1), encoding="utf-8")
-    if output.exists():
-        if not (output / "ImageSets").is_dir():  # never delete a folder that is not ours
-            shutil.rmtree(temporary)
-            raise UserError(f"{output}: exists and is no VOC folder, expected a new name")
-        shutil.rmtree(output)
-    os.replace(temporary, output)
+    (folder / "classes.csv").write_text("label,name\n" + rows, encoding="utf-8")
+    (folder / "hierarchy.json").write_text(json.dumps(HIERARCHY, indent=1), encoding="utf-8")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("wheel", None, "Wheel of the deepforest package.", required=True)
+    flags.DEFINE_string(
+        "output", None, "Folder to write; an existing one is replaced.", required=True
+    )
+    flags.DEFINE_integer("tile_size", 400, "Longest side of a tile, pixels.", lower_bound=64)
+    flags.DEFINE_float(
+        "validation_share", 0.25, "Lower part of each photo that is validation.", 0.05, 0.95
+    )
+    flags.DEFINE_float(
+        "min_visible", 0.4, "A cut tree stays in a tile that shows this share of its box.", 0.0, 1.0
+    )
 
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+    values = flags.FLAGS
     build(
-        Path(_WHEEL.value), Path(_OUTPUT.value), _TILE.value, _VALIDATION.value, _VISIBLE.value
+        Path(values.wheel), Path(values.output), values.tile_size, values.validation_share,
+        values.min_visible,
     )
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["wheel", "output"])
+    define_flags()
     run_main(main)
