@@ -1,6 +1,6 @@
 """The OpenImages Challenge 2019 detection metric, vectorised and streamed.
 
-Follows the official evaluator step by step (FACTS 6.3, 6.4): ground truth and image-level labels
+Follows the official evaluator step by step: ground truth and image-level labels
 expanded through the hierarchy, detections of classes without a verified label in the image
 discarded, each detection compared with its best-overlapping box only, group-of boxes absorbing
 what lies in them and counting once, all-point interpolated AP, mean over the classes with truth.
@@ -83,7 +83,7 @@ def evaluate_openimages(
       expand_predictions: copies detections to ancestors first, unless the table says that it is
         `expanded`. The official tool does not.
       image_labels: False takes only classes with boxes in the image for evaluated (the easier
-        protocol of the mmdetection and TSD releases, FACTS 6.6 and 6.7).
+        protocol that the mmdetection and TSD releases come close to).
       allow_partial: scores the covered images of the split when others are missing.
       num_threads: chunks worked on at a time.
       say: where notes go.
