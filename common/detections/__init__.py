@@ -9,7 +9,7 @@ point), then score descending. A table is one file, or a folder of shards
 `part-00000-of-00004.parquet`, each with images of its own.
 
 Scores lie in [0, MAX_SCORE]: percentages and logits are refused, while voting may raise a score
-above 1 (voting of four equal boxes: 1.2 times). Boxes may touch (zero area; metrics drop them) but not be
+above 1 (four equal boxes: 1.2 times). Boxes may have no area (metrics drop them) but not be
 inverted, and may leave [0, 1] by COORDINATE_SLACK, the rounding of a float32 division.
 """
 
