@@ -76,7 +76,7 @@ class Settings:
             "scale_jitter": (len(jitter) == 2 and 0 < jitter[0] <= jitter[-1], "0 < min <= max"),
             "group_of": (config.group_of in ("ordinary", "drop"), "'ordinary' or 'drop'"),
             "on_image_error": (config.on_image_error in ("fatal", "skip"), "'fatal' or 'skip'"),
-            "num_threads": (config.num_threads >= 0, "0 (as many as cores) or more"),
+            "num_threads": (config.num_threads >= 0, "0 (automatic) or more"),
             "prefetch": (config.prefetch >= 1, "at least 1"),
         }
         for field, (holds, expected) in requirements.items():

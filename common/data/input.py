@@ -64,7 +64,7 @@ def train_batches(
         group_of: 'ordinary': group-of boxes are boxes, marked in group_of; 'drop': left out.
         on_image_error: what a photo that cannot be read does. 'fatal': stops with an error naming
           it; 'skip': leaves an empty slot, image_valid False, and prints the file once.
-        num_threads: 0: as many as there are cores.
+        num_threads: 0: twice as many as there are cores, at most 64.
         prefetch: batches made ahead.
       seed: of flips, scales and box subsets.
       start_step: first step.
@@ -143,7 +143,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._slot = slot
         self._loader = ExampleLoader(dataset, settings)
         self._errors: dict[int, Exception] = {}
-        threads = settings.num_threads or len(os.sched_getaffinity(0))
+        # More threads than cores: they also wait for files and for the interpreter lock.
+        threads = settings.num_threads or min(2 * (os.cpu_count() or 1), 64)
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = threads + 1

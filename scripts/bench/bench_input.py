@@ -1,0 +1,203 @@
+"""Speed of the input pipeline, in three parts.
+
+    python -m scripts.bench.bench_input --dataset=DIR --part=plan,decoders,batches
+
+plan      time per global batch on a generated index of OpenImages' size (1.74 M images, 12.2 M
+          boxes, 500 classes), building the plan and its memory; needs no dataset
+decoders  one photo to one canvas: `common.data.images` against the same steps in tf.image, CPU time
+          and the ratio; photos of the dataset as they are, and enlarged to the sizes given
+batches   images/s of `train_batches` as training sees them
+"""
+
+import functools
+import io
+import itertools
+import resource
+import time
+import types
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+from PIL import Image
+
+from common.cli import run_main
+from common.data import images
+from common.data.dataset import Dataset
+from common.data.input import train_batches
+from common.data.plan import SAMPLERS, make_plan
+from common.errors import UserError
+
+_PARTS = ("plan", "decoders", "batches")
+_DATASET = flags.DEFINE_string("dataset", "", "dataset directory of scripts.prepare_data")
+_SPLIT = flags.DEFINE_string("split", "train", "its split")
+_PART = flags.DEFINE_list("part", list(_PARTS), f"what to measure: {', '.join(_PARTS)}")
+_CANVASES = flags.DEFINE_list("canvas", ["384x384", "800x1333"], "canvases, HEIGHTxWIDTH")
+_PHOTOS = flags.DEFINE_list(
+    "photo", ["as_is", "768x1024", "3000x4000"], "sizes that the photos are enlarged to first"
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images of a batch (part batches)")
+_STEPS = flags.DEFINE_integer("steps", 60, "batches to time (part batches)")
+_THREADS = flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    unknown = set(_PART.value) - set(_PARTS)
+    if unknown:
+        raise UserError(f"--part={','.join(unknown)}: expected some of {','.join(_PARTS)}")
+    if "plan" in _PART.value:
+        bench_plan()
+    if {"decoders", "batches"} & set(_PART.value):
+        if not _DATASET.value:
+            raise UserError("--dataset is empty: expected a dataset directory (or --part=plan)")
+        dataset = Dataset.open(_DATASET.value)
+        if "decoders" in _PART.value:
+            bench_decoders(dataset)
+        if "batches" in _PART.value:
+            bench_batches(dataset)
+
+
+# -------------------------------------------------------------------------------------- plan
+
+
+def bench_plan() -> None:
+    """Plans over an index of OpenImages' size with a long-tailed class distribution."""
+    index = generated_index(num_images=1_743_042, num_boxes=12_195_144, num_classes=500)
+    for sampler in SAMPLERS:
+        before = _peak_mib()
+        start = time.perf_counter()
+        plan = make_plan(index, "train", sampler, 0, 1024)
+        built = time.perf_counter() - start
+        start = time.perf_counter()
+        for step in range(50):
+            plan.batch(step * 1000)
+        each = (time.perf_counter() - start) / 50
+        print(
+            f"plan {sampler:16} built in {built:5.2f} s (peak memory +{_peak_mib() - before:.0f} "
+            f"MiB), batch(1024) {each * 1e3:5.2f} ms",
+            flush=True,
+        )
+
+
+def generated_index(num_images: int, num_boxes: int, num_classes: int) -> types.SimpleNamespace:
+    """What a plan reads of a dataset, with class frequencies like 1 / rank."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(num_boxes, np.full(num_images, 1 / num_images))
+    weights = 1 / np.arange(1, num_classes + 1)
+    classes = rng.choice(num_classes, num_boxes, p=weights / weights.sum()).astype(np.int32)
+    return types.SimpleNamespace(
+        directory="generated",
+        num_classes=num_classes,
+        split=lambda name: np.arange(num_images),
+        box_offsets=np.concatenate([[0], np.cumsum(counts)]),
+        box_classes=classes,
+    )
+
+
+# -------------------------------------------------------------------------------------- decoders
+
+
+def bench_decoders(dataset: Dataset) -> None:
+    chosen = dataset.split(_SPLIT.value)[:24]
+    encoded = [images.read_file(dataset.image_file(int(i))) for i in chosen]
+    for photo, canvas in itertools.product(_PHOTOS.value, _CANVASES.value):
+        jpegs = encoded if photo == "as_is" else [enlarge(data, _size(photo)) for data in encoded]
+        height, width = _size(canvas)
+        with_pillow = cpu_time(functools.partial(pillow_canvas, (height, width)), jpegs)
+        plain = cpu_time(tf_canvas(height, width, antialias=False), jpegs)
+        filtered = cpu_time(tf_canvas(height, width, antialias=True), jpegs)
+        print(
+            f"decoders {photo:>9} -> {canvas:8}: Pillow {with_pillow * 1e3:5.1f} ms of CPU, "
+            f"tf.image {plain * 1e3:5.1f} (antialiased {filtered * 1e3:5.1f}), "
+            f"ratio {with_pillow / plain:.2f} ({with_pillow / filtered:.2f})",
+            flush=True,
+        )
+
+
+def pillow_canvas(canvas: tuple[int, int], data: bytes) -> np.ndarray:
+    photo = images.open_photo(data)
+    return images.draw(photo, images.fit(photo.size, canvas), canvas)
+
+
+def tf_canvas(height: int, width: int, *, antialias: bool) -> Callable[[bytes], np.ndarray]:
+    """The same steps in TensorFlow operations."""
+
+    @tf.function(input_signature=[tf.TensorSpec((), tf.string)])
+    def draw(data: tf.Tensor) -> tf.Tensor:
+        image = tf.io.decode_jpeg(data, 3)
+        size = tf.cast(tf.shape(image)[:2], tf.float32)
+        full = tf.round(size * tf.reduce_min(tf.constant([height, width], tf.float32) / size))
+        image = tf.image.resize(image, tf.cast(full, tf.int32), antialias=antialias)
+        image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+        return tf.image.pad_to_bounding_box(image, 0, 0, height, width)
+
+    return lambda data: draw(data).numpy()
+
+
+def enlarge(data: bytes, size: tuple[int, int]) -> bytes:
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def cpu_time(function: Callable[[bytes], np.ndarray], jpegs: list[bytes]) -> float:
+    """CPU seconds of one call, all threads together, over at least two seconds."""
+    function(jpegs[0])
+    calls, start = 0, time.process_time()
+    while time.process_time() - start < 2.0:
+        function(jpegs[calls % len(jpegs)])
+        calls += 1
+    return (time.process_time() - start) / calls
+
+
+# -------------------------------------------------------------------------------------- batches
+
+
+def bench_batches(dataset: Dataset) -> None:
+    for canvas in _CANVASES.value:
+        config = types.SimpleNamespace(
+            canvas=_size(canvas),
+            pad_multiple=32,
+            max_boxes=100,
+            flip=True,
+            scale_jitter=(1.0, 1.0),
+            group_of="ordinary",
+            on_image_error="fatal",
+            num_threads=_THREADS.value,
+            prefetch=2,
+        )
+        plan = make_plan(dataset, _SPLIT.value, "class_aware", 0, _BATCH_SIZE.value)
+        warm_up = 5
+        batches = train_batches(dataset, plan, config, seed=0, num_steps=_STEPS.value + warm_up)
+        for _ in range(warm_up):
+            next(batches)
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in batches:
+            pass
+        count = _STEPS.value * _BATCH_SIZE.value
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(
+            f"batches {canvas:8}: {count / wall:6.1f} images/s, {cpu / count * 1e3:.1f} ms of CPU "
+            f"an image, {cpu / wall:.1f} cores busy",
+            flush=True,
+        )
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError as error:
+        raise UserError(f"size {text!r}: expected HEIGHTxWIDTH, e.g. 800x1333") from error
+    return height, width
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    run_main(main)
