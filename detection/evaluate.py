@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -26,16 +25,22 @@ from detection import setup
 from detection.models.faster_rcnn import FasterRCNN
 from detection.predict import predict_split
 
-METRICS = {"openimages": evaluate_openimages, "coco": evaluate_coco}
+METRICS = ("openimages", "coco")
+
+
+def score(config: ConfigDict, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
+    """Official figures of a detections table, by the metric of the config."""
+    if config.evaluation.metric == "coco":
+        return evaluate_coco(dataset, split, table)
+    expand = config.evaluation.expand_predictions
+    return evaluate_openimages(dataset, split, table, expand_predictions=expand)
 
 
 def restore_variables(config: ConfigDict, model: FasterRCNN, workdir: str, mesh: Mesh, step=None):
     """Parameters and statistics of a checkpoint (the newest by default), and its step."""
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     step = step or checkpoints.latest_step()
-    if step is None:
-        raise UserError(f"{workdir}: no checkpoint found, expected one under checkpoints/")
-    variables = checkpoints.restore_params(
+    variables, _ = checkpoints.restore_params(
         step, setup.abstract(setup.variable_shapes(config, model), mesh)
     )
     checkpoints.close()
@@ -68,7 +73,7 @@ def evaluate_variables(
     predict_split(config, model, variables, dataset, split, mesh, table, step=step, say=say)
     if not distributed.is_main_process():
         return {}
-    results = METRICS[config.evaluation.metric](dataset, split, table)
+    results = score(config, dataset, split, table)
     write_text(folder / f"{split}_metrics.json", json.dumps(results, indent=1) + "\n")
     summary = {k: v for k, v in results.items() if "PerformanceByCategory" not in k}
     for name, value in summary.items():
@@ -90,7 +95,7 @@ def main(_):
     folder = Path(workdir) / "evaluation" / f"{step}"
     evaluate_variables(
         config, model, dataset, mesh, variables, step, folder, split=SPLIT.value,
-        say=print if jax.process_index() == 0 else lambda *_, **__: None,
+        say=print if distributed.is_main_process() else lambda *_, **__: None,
     )
 
 

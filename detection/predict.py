@@ -3,6 +3,7 @@
 Shape legend: b images of this host's part of a batch, D detections per image.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from detection.models.faster_rcnn import FasterRCNN
 from detection.train_step import make_predict_step
 
 INFERENCE_FIELDS = ("image", "image_size", "image_valid")
+
+
+@functools.cache
+def compiled_predict_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """The jitted inference step, the same object for the same model: evaluations share a compile."""
+    return jax.jit(make_predict_step(model, mesh))
 
 
 def predict_split(
@@ -48,7 +55,7 @@ def predict_split(
       say: where progress lines go.
     """
     batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
-    predict = jax.jit(make_predict_step(model, mesh))
+    predict = compiled_predict_step(model, mesh)
     labels = np.array(dataset.class_labels)
     indices = dataset.split(split)
     metadata = {

@@ -21,7 +21,12 @@ from common.nn.weights import load_backbone_weights
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
 from common.training.metrics import RunMetrics, log_parameter_overview
-from common.training.optimizer import make_optimizer, make_schedule, total_steps
+from common.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    total_steps,
+    trained_mask,
+)
 from common.training.progress import Progress
 from common.training.watchdog import StallWatchdog, check_finite
 from common.training.workdir import prepare_workdir
@@ -74,10 +79,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         config.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
     )
     shapes = setup.variable_shapes(config, model)
-    tx = make_optimizer(
-        config.optimizer, schedule, shapes["params"], setup.frozen_pattern(config)
-    )
-    log_parameter_overview(shapes["params"], say)
+    frozen = setup.frozen_pattern(config)
+    tx = make_optimizer(config.optimizer, schedule, shapes["params"], frozen)
+    log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     def init_state():
         variables = init_variables(model, config.seed, setup.init_batch(config))
@@ -113,13 +117,21 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     )
     evaluate = functools.partial(evaluate_variables, config, model, dataset, mesh, say=say)
     batches = train_batches(
-        dataset, plan, config.data, seed=config.seed, start_step=start_step, num_steps=num_steps,
+        dataset, plan, config.data, seed=config.seed, start_step=start_step,
+        num_steps=num_steps - start_step,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )
     progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
     model_fields = batch_shapes((0, 0), 1, 0, 0).keys()
     extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": config.name}
-    results = {}
+
+    def folder(step):
+        return workdir / "evaluation" / f"{step}"
+
+    def save(step):
+        check(*checked, dataset)  # never keep a state that has already diverged
+        with progress.pause():
+            checkpoints.save(step, state, extra)
 
     with RunMetrics(workdir, start_step) as log, StallWatchdog(config.log.stall_seconds) as stall:
         checked = None  # metrics of the step before, looked at while the device works on this one
@@ -140,27 +152,35 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 figures["learning_rate"] = float(schedule(step - 1))
                 say(progress.line(step, figures), flush=True)
                 log.write(step, figures | progress.rates(step))
+                checkpoints.check()
             due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             if due or last or (epoch_end and config.checkpoint.keep_epochs):
-                check(*checked, dataset)  # never keep a state that has already diverged
-                with progress.pause():
-                    checkpoints.save(step, state, extra)
+                save(step)
             every = config.evaluation.every_epochs
-            if last or (every and epoch_end and (step // steps_per_epoch) % every == 0):
+            if every and epoch_end and (step // steps_per_epoch) % every == 0 and not last:
                 with progress.pause():
-                    variables = {"params": state.params, "batch_stats": state.batch_stats}
-                    results = evaluate(variables, step, workdir / "evaluation" / f"{step}")
-                    log.write(step, {f"evaluation/{k}": v for k, v in results.items()})
-                    stall.beat(step)
-        checkpoints.wait()
-    checkpoints.close()
+                    log.write(step, named(evaluate(variables(state), step, folder(step))))
+                stall.beat(step)
+        checkpoints.close()
+        results = evaluate(variables(state), num_steps, folder(num_steps))
+        log.write(num_steps, named(results))
     return results
+
+
+def variables(state: TrainState) -> dict:
+    """What inference needs of a state."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def named(results: dict[str, float]) -> dict[str, float]:
+    """Evaluation figures under a heading of their own in the logs."""
+    return {f"evaluation/{name}": value for name, value in results.items()}
 
 
 def check(metrics: dict[str, jax.Array], step: int, image_index, dataset) -> dict[str, float]:
     """Fetches the metrics of a step; stops the run when one is not finite."""
     figures = {name: float(value) for name, value in distributed.to_host(metrics).items()}
-    check_finite(figures, step, [dataset.image_id(i) for i in image_index])
+    check_finite(figures, step, [dataset.image_id(i) for i in image_index if i >= 0])
     return figures
 
 

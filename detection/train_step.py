@@ -28,7 +28,7 @@ def init_variables(model: FasterRCNN, seed: int, batch: Mapping[str, jax.ShapeDt
     """Random parameters and statistics; only the shapes of `batch` matter. Call under `jit`."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(batch))
     key = jax.random.key(seed)
-    streams = {"params": key, "sampling": key, "drop_path": key}
+    streams = {"params": key, "sampling": key, "dropout": key}
     # Parameters do not depend on the devices, and outside of them there is no axis to sum over.
     variables = model.clone(axis_name=None).init(streams, zeros, train=True)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
@@ -50,7 +50,7 @@ def make_train_step(
 
     def device_gradients(params, batch_stats, key, batch):
         streams = {
-            name: jax.random.fold_in(key, i) for i, name in enumerate(("sampling", "drop_path"))
+            name: jax.random.fold_in(key, i) for i, name in enumerate(("sampling", "dropout"))
         }
 
         def loss_fn(params):

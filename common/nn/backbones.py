@@ -16,10 +16,17 @@ _LITE = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
 def make_backbone(name: str, **fields) -> nn.Module:
     """Returns the trunk `name` (one of `BACKBONES`).
 
-    `fields`: norm, norm_groups, frozen_stages, remat, dtype; drop_path_rate (EfficientNet only).
+    `fields`: norm, axis_name, frozen_stages, remat, dtype, drop_path_rate.
+
+    Raises:
+      UserError: unknown name, or stochastic depth asked of a ResNet, which has none.
     """
     _check(name)
-    return ResNet(name, **fields) if name in RESNETS else EfficientNet(name, **fields)
+    if name in EFFICIENTNETS:
+        return EfficientNet(name, **fields)
+    if fields.pop("drop_path_rate", 0.0):
+        raise UserError(f"drop_path_rate: {name} has no stochastic depth, expected 0")
+    return ResNet(name, **fields)
 
 
 def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -62,11 +62,12 @@ def stage_repeats(network: str) -> list[int]:
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): drops a residual branch for whole images.
 
-    Image i of the batch draws from the key folded with i, so the draw does not depend on how the
-    batch is sharded. Uses the rng stream 'dropout'.
+    Image i of the global batch draws from the key folded with i, so the draw does not depend on how
+    the batch is split over the devices of `axis_name`. Uses the rng stream 'dropout'.
     """
 
     rate: float
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"], train: bool) -> Float[Array, "B h w C"]:
@@ -75,7 +76,10 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         key = self.make_rng("dropout")
         draw = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), keep))
-        kept = draw(jnp.arange(x.shape[0]))[:, None, None, None]
+        slots = jnp.arange(x.shape[0])
+        if self.axis_name is not None:
+            slots += jax.lax.axis_index(self.axis_name) * slots.size
+        kept = draw(slots)[:, None, None, None]
         return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
@@ -96,6 +100,7 @@ class MBConv(nn.Module):
     activation: Callable
     conv: Callable
     norm: Callable
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"], train: bool) -> Float[Array, "B _h _w D"]:
@@ -115,7 +120,7 @@ class MBConv(nn.Module):
         y = self.conv(self.features, 1, name="project_conv")(y)
         y = self.norm(name="project_norm")(y, train)
         if y.shape == x.shape and self.stride == 1:
-            y = x + DropPath(self.drop_path_rate, name="drop_path")(y, train)
+            y = x + DropPath(self.drop_path_rate, self.axis_name, name="drop_path")(y, train)
         return y
 
 
@@ -161,7 +166,7 @@ class EfficientNet(nn.Module):
     Attributes:
       network: a key of `EFFICIENTNETS`.
       norm: kind of normalisation, see `common.nn.norm.Norm`.
-      norm_groups: device count for norm='batch'.
+      axis_name: device axis over which 'sync' norm averages, see `Norm`.
       frozen_stages: 0 trains everything, n >= 1 freezes what leads to the taps c2..c(n+1): 1 the
         stem and stages 1-2, 2 also stage 3, 3 also stages 4-5, 4 all.
       remat: recompute each trained block in the backward pass instead of storing activations.
@@ -172,7 +177,7 @@ class EfficientNet(nn.Module):
 
     network: str = "efficientnet_b0"
     norm: str = "frozen"
-    norm_groups: int = 1
+    axis_name: str | None = None
     frozen_stages: int = 0
     remat: bool = False
     drop_path_rate: float = 0.2
@@ -188,7 +193,7 @@ class EfficientNet(nn.Module):
         norm = functools.partial(
             Norm,
             self.norm,
-            norm_groups=self.norm_groups,
+            axis_name=self.axis_name,
             epsilon=1e-3,
             momentum=0.99,
             dtype=self.dtype,
@@ -213,6 +218,7 @@ class EfficientNet(nn.Module):
                 activation=activation,
                 conv=conv,
                 norm=norm,
+                axis_name=self.axis_name,
             )
             first = sum(repeats[: i - 1])
             x = Stage(

@@ -1,7 +1,6 @@
 """Normalisation layers: one module, four kinds, one parameter tree.
 
-Shapes: B batch, H W height and width, C channels, N = `norm_groups` (one group = the images of one
-device), G = channel groups of group norm.
+Shapes: B images of this device, H W height and width, C channels.
 
 Parameters `scale`, `bias` (C,) and running statistics `mean`, `var` (C,) have the same paths for
 'frozen', 'batch' and 'sync', so that weights move freely between them; 'group' has no statistics.
@@ -22,19 +21,18 @@ class Norm(nn.Module):
 
     Attributes:
       kind: 'frozen' running statistics and constant scale and bias, never updated.
-        'batch' statistics of each device's own images (set `norm_groups` to the device count).
-        'sync'  statistics of the global batch (under `jit` over a global batch, XLA reduces
-                across devices).
+        'batch' statistics of each device's own images.
+        'sync'  statistics of the images of all devices of `axis_name`.
         'group' statistics of each image over groups of channels (Wu & He 2018).
-      norm_groups: number of equal, contiguous parts of the batch with their own statistics
-        ('batch' only). Running statistics average the parts.
+      axis_name: device axis of `jax.shard_map`; None where the layer sees the whole batch, which
+        makes 'batch' and 'sync' the same. Running statistics average the devices.
       momentum: share of the old running statistics kept at each update.
       channel_groups: groups of 'group'; lowered to the largest divisor of C where C needs it.
       dtype: of the output.
     """
 
     kind: str = "sync"
-    norm_groups: int = 1
+    axis_name: str | None = None
     epsilon: float = 1e-5
     momentum: float = 0.9
     channel_groups: int = 32
@@ -60,25 +58,24 @@ class Norm(nn.Module):
             offset = bias - mean.value * multiplier
             return (x.astype(jnp.float32) * multiplier + offset).astype(self.dtype)
 
-        parts = self.norm_groups if self.kind == "batch" else 1
-        batch = x.shape[0]
-        if batch % parts:
-            raise UserError(
-                f"norm_groups: found {parts}, expected a divisor of the batch size {batch}"
-            )
-        x = x.astype(jnp.float32).reshape(parts, batch // parts, *x.shape[1:])
-        axes = tuple(range(1, x.ndim - 1))
-        part_mean, part_var = _moments(x, axes)  # (N, 1, .., C)
+        x = x.astype(jnp.float32)
+        part_mean, mean_square = x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))
+        count = x.size // channels
+        if self.axis_name is not None and self.kind == "sync":
+            # Both moments in one all-reduce.
+            part_mean, mean_square = jax.lax.pmean((part_mean, mean_square), self.axis_name)
+            count *= jax.lax.axis_size(self.axis_name)
+        part_var = jnp.maximum(mean_square - jnp.square(part_mean), 0.0)
         if not self.is_initializing():
-            count = x.size // (parts * channels)
-            keep = self.momentum
             # The running variance is the unbiased estimate, as in torch and TensorFlow.
-            unbiased = part_var.mean(0).reshape(channels) * (count / max(count - 1, 1))
-            mean.value = keep * mean.value + (1 - keep) * part_mean.mean(0).reshape(channels)
-            var.value = keep * var.value + (1 - keep) * unbiased
+            seen = jax.lax.stop_gradient((part_mean, part_var * (count / max(count - 1, 1))))
+            if self.axis_name is not None and self.kind == "batch":
+                seen = jax.lax.pmean(seen, self.axis_name)
+            keep = self.momentum
+            mean.value = keep * mean.value + (1 - keep) * seen[0]
+            var.value = keep * var.value + (1 - keep) * seen[1]
         multiplier = scale * jax.lax.rsqrt(part_var + self.epsilon)
-        y = x * multiplier + (bias - part_mean * multiplier)
-        return y.reshape(batch, *y.shape[2:]).astype(self.dtype)
+        return (x * multiplier + (bias - part_mean * multiplier)).astype(self.dtype)
 
     def _group_norm(self, x, scale, bias):
         channels = x.shape[-1]
@@ -92,7 +89,7 @@ class Norm(nn.Module):
 
 
 def _moments(x: Float[Array, "..."], axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Mean and biased variance over `axes`, kept as size 1; one pass, hence one all-reduce."""
+    """Mean and biased variance over `axes`, kept as size 1."""
     mean = jnp.mean(x, axes, keepdims=True)
     mean_square = jnp.mean(jnp.square(x), axes, keepdims=True)
     return mean, jnp.maximum(mean_square - jnp.square(mean), 0.0)

@@ -105,7 +105,7 @@ class ResNet(nn.Module):
     Attributes:
       network: a key of `RESNETS`.
       norm: kind of normalisation, see `common.nn.norm.Norm`.
-      norm_groups: device count for norm='batch'.
+      axis_name: device axis over which 'sync' norm averages, see `Norm`.
       frozen_stages: 0 trains everything, n >= 1 freezes the stem and the stages 1..n (running
         statistics, no gradient).
       remat: recompute each trained block in the backward pass instead of storing activations.
@@ -114,7 +114,7 @@ class ResNet(nn.Module):
 
     network: str = "resnet50"
     norm: str = "frozen"
-    norm_groups: int = 1
+    axis_name: str | None = None
     frozen_stages: int = 0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -126,7 +126,7 @@ class ResNet(nn.Module):
         block_class = BottleneckBlock if bottleneck else BasicBlock
         conv = functools.partial(Conv, dtype=self.dtype)
         norm = functools.partial(
-            Norm, self.norm, norm_groups=self.norm_groups, epsilon=1e-5, dtype=self.dtype
+            Norm, self.norm, axis_name=self.axis_name, epsilon=1e-5, dtype=self.dtype
         )
 
         frozen = self.frozen_stages >= 1

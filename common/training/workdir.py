@@ -1,7 +1,7 @@
 """The work directory of a run: its config, and one line of metrics per report.
 
     config.json     what the run was started with; a second start must agree with it
-    metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps, no step twice
+    metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines
 """
 
 import json

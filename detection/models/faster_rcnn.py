@@ -63,7 +63,7 @@ class FasterRCNN(nn.Module):
         dtype = jnp.dtype(s.dtype)
         self.backbone = make_backbone(
             s.backbone, norm=s.norm, frozen_stages=s.frozen_stages, remat=s.remat,
-            dtype=dtype,
+            axis_name=self.axis_name, dtype=dtype, drop_path_rate=s.drop_path_rate,
         )
         self.fpn = FPN(s.fpn_channels, dtype=dtype)
         num_anchors = len(s.anchors.scales) * len(s.anchors.ratios)

@@ -63,7 +63,7 @@ def test_what_the_pattern_names_and_nothing_else_is_frozen():
 
 def test_remat_and_all_norm_kinds_train():
     for norm in ("batch", "group"):
-        module = make_backbone("efficientnet_b0", norm=norm, norm_groups=2, remat=True)
+        module = make_backbone("efficientnet_b0", norm=norm, remat=True)
         shapes = jax.eval_shape(
             lambda x, module=module: module.init_with_output(
                 {"params": jax.random.key(0), "dropout": jax.random.key(1)}, x, True
