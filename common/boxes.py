@@ -1,7 +1,8 @@
 """Box arithmetic: areas, overlaps, regression targets.
 
-Boxes are `xmin, ymin, xmax, ymax`, float32, continuous and half-open (a box from 0 to 10 is 10 wide), in any unit as
-long as all arguments share it. Boxes with a side that is not positive have zero area and overlap nothing.
+Boxes are `xmin, ymin, xmax, ymax`, float32, continuous and half-open (from 0 to 10 is 10 wide), in
+any unit that all arguments share. Boxes with a side that is not positive have zero area and
+overlap nothing.
 
 Shape legend:
   ...: any leading dimensions, broadcast between arguments
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# The longest log size ratio that a delta may ask for: a box 62.5 times its reference (Faster R-CNN's 1000 / 16).
+# The largest log size ratio that a delta may ask for (Faster R-CNN: 1000 pixels from a 16-pixel
+# anchor).
 MAX_LOG_RATIO = math.log(1000.0 / 16.0)
 
 
@@ -43,7 +45,7 @@ def clip(
 
     Args:
       boxes: boxes in the unit of `height_width`.
-      height_width: height, width of each image; its leading dimensions are those of `boxes` without N.
+      height_width: height, width of each image; leading dimensions as in `boxes`, without N.
     """
     height_width = jnp.asarray(height_width, boxes.dtype)
     limits = height_width[..., None, jnp.array([1, 0, 1, 0])]
@@ -82,8 +84,8 @@ def encode(
       stds: the deltas are divided by these.
 
     Returns:
-      dx, dy (centre shift in units of the reference's sides), dw, dh (log ratio of sides), each over its std. All four
-      are zero where either box has no area, so that padded rows stay finite.
+      dx, dy (centre shift in units of the reference's sides), dw, dh (log ratio of sides), each
+      over its std. All zero where either box has no area, so that padded rows stay finite.
     """
     usable = is_valid(boxes) & is_valid(references)
     unit = jnp.array([0.0, 0.0, 1.0, 1.0], boxes.dtype)
@@ -110,7 +112,7 @@ def decode(
       deltas: dx, dy, dw, dh in units of `stds`.
       references: anchors or proposals; broadcasts against `deltas`.
       stds: the deltas are multiplied by these.
-      max_log_ratio: dw and dh are clamped from above here, so that an untrained head cannot overflow.
+      max_log_ratio: dw and dh are clamped from above, so that an untrained head cannot overflow.
     """
     deltas = deltas * jnp.asarray(stds, deltas.dtype)
     size = references[..., 2:] - references[..., :2]

@@ -1,17 +1,18 @@
 """Exact non-maximum suppression with fixed shapes.
 
-Greedy NMS visits the boxes by falling score and keeps a box unless it overlaps an already kept one of its class by more
-than the threshold. Here the boxes are sorted by (class, score) and cut into tiles. A tile is first compared with the
-kept boxes of those earlier tiles that hold its first class, then with itself: `keep <- alive & not any(suppressors that
-are kept)` until nothing changes. The fix point is unique and equals the greedy result (induction over the rank), and a
-handful of rounds reach it. Boxes of other classes are never compared, except inside a tile, where a mask separates them;
-shifting each class to coordinates of its own would cost float32 resolution.
+Greedy NMS visits the boxes by falling score and keeps a box unless it overlaps an already kept one
+of its class by more than the threshold. Here the boxes are sorted by (class, score) and cut into
+tiles. A tile is first compared with the kept boxes of those earlier tiles that hold its first
+class, then with itself: `keep <- alive & not any(suppressors that are kept)` until nothing changes.
+The fix point is unique and equals the greedy result (induction over the rank), and a handful of
+rounds reach it. So boxes of different classes meet only inside a tile or at its borders, where a
+mask separates them; shifting each class to coordinates of its own would cost float32 resolution.
 
 Shape legend:
-  N: boxes   R: proposals   K: classes (1 when shared)   M: max_candidates   D: max_detections   T: tile
+  N: boxes   R: proposals   K: classes (1 when shared)   T: tile
+  M: max_candidates   D: max_detections or max_outputs
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -23,19 +24,19 @@ _TILE = 64
 
 def nms_mask(
     boxes: Float[Array, "N 4"],
-    scores: Float[Array, "N"],
-    valid: Bool[Array, "N"],
+    scores: Float[Array, " N"],
+    valid: Bool[Array, " N"],
     iou_threshold: float,
-    classes: Int[Array, "N"] | None = None,
-) -> Bool[Array, "N"]:
+    classes: Int[Array, " N"] | None = None,
+) -> Bool[Array, " N"]:
     """Greedy NMS, exact, for entries in any order.
 
     Args:
       boxes: any unit.
       scores: higher wins; of equal scores the lower index wins.
       valid: entries that take part.
-      iou_threshold: a kept box suppresses the later ones whose IoU with it is greater (compared in float32). A zero-area
-        box neither suppresses nor is suppressed.
+      iou_threshold: a kept box suppresses later ones whose IoU with it is greater, compared in
+        float32. A zero-area box neither suppresses nor is suppressed.
       classes: boxes of different classes do not see one another; None means one class.
 
     Returns:
@@ -97,15 +98,15 @@ def nms_mask(
 
 def nms_top(
     boxes: Float[Array, "N 4"],
-    scores: Float[Array, "N"],
-    valid: Bool[Array, "N"],
+    scores: Float[Array, " N"],
+    valid: Bool[Array, " N"],
     iou_threshold: float,
     max_outputs: int,
-    classes: Int[Array, "N"] | None = None,
-) -> tuple[Int[Array, "max_outputs"], Bool[Array, "max_outputs"]]:
+    classes: Int[Array, " N"] | None = None,
+) -> tuple[Int[Array, " D"], Bool[Array, " D"]]:
     """Returns indices of the best kept entries by falling score, and which of them are real.
 
-    Arguments as in `nms_mask`. Where fewer than `max_outputs` entries are kept the index is 0 and the flag False.
+    Arguments as in `nms_mask`. Rows beyond the kept entries hold index 0 and False.
     """
     n = boxes.shape[0]
     keep = nms_mask(boxes, scores, valid, iou_threshold, classes)
@@ -117,18 +118,19 @@ def nms_top(
 def multiclass_nms(
     boxes: Float[Array, "R K 4"],
     scores: Float[Array, "R K"],
-    valid: Bool[Array, "R"],
+    valid: Bool[Array, " R"],
     *,
     score_threshold: float,
     iou_threshold: float,
     max_candidates: int,
     max_detections: int,
 ) -> dict[str, Array]:
-    """Detections of one image: score threshold, NMS in each class, best `max_detections` over all classes.
+    """Detections of one image: score threshold, NMS in each class, the best over all classes.
 
-    The `max_candidates` best (proposal, class) pairs above the score threshold enter NMS. A pair that is left out scores
-    no higher than any candidate, so it could not have suppressed one. Hence the result is exactly that of NMS over all
-    pairs whenever (a) at most `max_candidates` pairs pass the threshold, or (b) all `max_detections` outputs are valid.
+    The `max_candidates` best (proposal, class) pairs above the score threshold enter NMS. A pair
+    that is left out scores no higher than any candidate, so it could not have suppressed one.
+    Hence the result is exactly that of NMS over all pairs whenever at most `max_candidates` pairs
+    pass the threshold, or all `max_detections` outputs are valid.
 
     Args:
       boxes: (R, K, 4), or (R, 1, 4) when all classes share a proposal's box.
@@ -140,7 +142,8 @@ def multiclass_nms(
       max_detections: D, static; rows of the result.
 
     Returns:
-      boxes (D, 4), scores (D,), classes (D,) int32 in 0..K-1, valid (D,), by falling score; zeros where not valid.
+      boxes (D, 4), scores (D,), classes (D,) int32 in 0..K-1, valid (D,), by falling score;
+      zeros where not valid.
     """
     num_proposals, num_classes = scores.shape
     passes = (scores > score_threshold) & valid[:, None]
@@ -163,8 +166,8 @@ def multiclass_nms(
 
 
 def _top_masked(
-    scores: Float[Array, "N"], mask: Bool[Array, "N"], k: int
-) -> tuple[Bool[Array, "k"], Int[Array, "k"]]:
+    scores: Float[Array, " N"], mask: Bool[Array, " N"], k: int
+) -> tuple[Bool[Array, " k"], Int[Array, " k"]]:
     """Returns (is real, index) of the k best entries under the mask; equal scores by index."""
     lowest = jnp.finfo(scores.dtype).min
     _, indices = lax.top_k(jnp.where(mask, jnp.maximum(scores, lowest), -jnp.inf), k)
