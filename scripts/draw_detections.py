@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from common.cli import run_main
+from common.data import images
 from common.data.dataset import Dataset
 from common.detections import DetectionsReader
 from common.errors import UserError
@@ -37,22 +38,23 @@ def class_colour(index: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def open_photo(path: str, side: int) -> Image.Image:
-    """The photo as RGB, upright, with its longest side at `side` pixels.
+def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Image:
+    """The photo as the model sees it, with its longest side at `side` pixels.
+
+    Args:
+      path: local file or gs:// address.
+      annotated_size: height, width in the dataset, (0, 0) when unknown.
+      side: pixels.
 
     Raises:
-      UserError: it is missing, broken, or not on this machine.
+      UserError: it is missing or broken.
     """
     try:
-        with Image.open(path) as image:
-            # The dataset's sizes and boxes are those of the photo after EXIF rotation.
-            photo = ImageOps.exif_transpose(image).convert("RGB")
-    # SyntaxError: what Pillow raises for broken PNG chunks.
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot read this photo ({error})") from error
-    scale = side / max(photo.size)
-    size = [max(1, round(length * scale)) for length in photo.size]
-    return photo.resize(size, Image.Resampling.LANCZOS)
+        photo = images.open_photo(images.read_file(path), tuple(annotated_size))
+        geometry = images.fit(photo.size, (side, side))
+        return Image.fromarray(images.draw(photo, geometry, geometry.content))
+    except images.ImageError as error:
+        raise UserError(f"{path}: cannot read this photo: {error}") from error
 
 
 def draw_boxes(photo: Image.Image, drawing: Drawing) -> Image.Image:
@@ -140,7 +142,7 @@ def save_jpeg(picture: Image.Image, path: Path) -> None:
 
 def draw_split(
     dataset: Dataset,
-    images: Sequence[int],
+    indices: Sequence[int],
     detections: Mapping[int, Drawing],
     output: Path,
     side: int,
@@ -148,8 +150,8 @@ def draw_split(
     """Writes one picture for each image, and overview.jpg; returns their paths."""
     output.mkdir(parents=True, exist_ok=True)
     pictures, paths = [], []
-    for index in images:
-        photo = open_photo(dataset.image_file(index), side)
+    for index in indices:
+        photo = open_photo(dataset.image_file(index), dataset.image_sizes[index], side)
         truth, found = ground_truth(dataset, index), detections[index]
         picture = side_by_side([
             (f"ground truth: {len(truth[0])} boxes", draw_boxes(photo, truth)),
@@ -165,7 +167,7 @@ def draw_split(
 
 
 def read_drawings(
-    path: Path, dataset: Dataset, images: Sequence[int], min_score: float, max_boxes: int
+    path: Path, dataset: Dataset, indices: Sequence[int], min_score: float, max_boxes: int
 ) -> dict[int, Drawing]:
     """Detections of the given images, streamed: a table of millions of rows fits.
 
@@ -174,12 +176,12 @@ def read_drawings(
     """
     reader = DetectionsReader(path)
     index_of = {}
-    for index in images:
+    for index in indices:
         code = reader.image_codes.get(dataset.image_id(index))
         if code is None:
             raise UserError(f"{path}: image {dataset.image_id(index)!r} is not covered by it")
         index_of[code] = index
-    drawings: dict[int, Drawing] = {index: (np.zeros((0, 4)), [], []) for index in images}
+    drawings: dict[int, Drawing] = {index: (np.zeros((0, 4)), [], []) for index in indices}
     for chunk in reader.chunks(dataset.class_labels):
         for code in index_of.keys() & set(chunk.image_index.tolist()):
             # Rows of an image are sorted by score: the best first.
@@ -211,13 +213,13 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
     values = flags.FLAGS
     dataset = Dataset.open(values.dataset)
-    images = choose_images(dataset, values.split, values.image_ids, values.max_images)
-    if not images:
+    indices = choose_images(dataset, values.split, values.image_ids, values.max_images)
+    if not indices:
         raise UserError(f"{values.dataset}: split {values.split!r} has no images")
     drawings = read_drawings(
-        Path(values.detections), dataset, images, values.min_score, values.max_boxes
+        Path(values.detections), dataset, indices, values.min_score, values.max_boxes
     )
-    paths = draw_split(dataset, images, drawings, Path(values.output), values.side)
+    paths = draw_split(dataset, indices, drawings, Path(values.output), values.side)
     print(f"wrote {len(paths)} pictures to {values.output}, all in one: {paths[-1]}", flush=True)
 
 

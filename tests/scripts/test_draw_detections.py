@@ -106,11 +106,11 @@ def test_a_table_that_does_not_cover_the_photo_is_refused(dataset, table):
 
 def test_a_missing_photo_is_named(dataset, tmp_path):
     with pytest.raises(UserError, match="nowhere.jpg: cannot read this photo"):
-        draw.open_photo(str(tmp_path / "nowhere.jpg"), 100)
+        draw.open_photo(str(tmp_path / "nowhere.jpg"), (0, 0), 100)
 
 
 def test_photos_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert draw.open_photo(str(tmp_path / "turned.jpg"), 80).size == (40, 80)
+    assert draw.open_photo(str(tmp_path / "turned.jpg"), (0, 0), 80).size == (40, 80)

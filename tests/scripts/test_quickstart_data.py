@@ -108,7 +108,8 @@ def test_folder_becomes_a_dataset_directory_with_its_hierarchy(wheel, tmp_path):
     boxes, classes, _ = dataset.image_boxes(index)
     pixels = boxes * [90, 30, 90, 30]
     labels = [dataset.class_labels[c] for c in classes]
-    assert dict(zip(labels, pixels.round(3).tolist(), strict=True)) == {"Alive": [1, 2, 9, 9], "Dead": [40, 0, 60, 10]}
+    found = dict(zip(labels, pixels.round(3).tolist(), strict=True))
+    assert found == {"Alive": [1, 2, 9, 9], "Dead": [40, 0, 60, 10]}
 
 
 def test_running_again_replaces_its_own_folder_only(wheel, tmp_path):
