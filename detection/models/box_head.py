@@ -53,9 +53,10 @@ def sample_rois(
         index, positive, slot_valid = matching.sample(
             key, found.positive, found.negative, num_samples, positive_fraction
         )
-        answer = found.index[index]
+        sampled = boxes[index]
+        answer = matching.best_truth(sampled, truth, truth_valid)
         labels = jnp.where(positive, classes[answer] + 1, 0)
-        return RoITargets(boxes[index], labels, truth[answer], slot_valid)
+        return RoITargets(sampled, labels, truth[answer], slot_valid)
 
     targets = jax.vmap(draw)(
         keys, proposals.boxes, proposals.valid, truth, classes, truth_valid

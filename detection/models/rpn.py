@@ -157,7 +157,9 @@ def rpn_losses(
         index, positive, valid = matching.sample(
             key, found.positive, found.negative, num_samples, positive_fraction
         )
-        target = box_ops.encode(boxes[found.index[index]], anchors[index])
+        sampled = anchors[index]
+        answer = matching.best_truth(sampled, boxes, boxes_valid)
+        target = box_ops.encode(boxes[answer], sampled)
         return index, positive, valid, target
 
     index, positive, valid, target = jax.vmap(assign)(keys, image_size, truth, truth_valid)
