@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from common.nn.dense_conv import dense_conv
 from common.nn.depthwise import depthwise_conv
 
 Padding = str | int | Sequence[tuple[int, int]]
@@ -40,22 +41,24 @@ def conv2d(
     """
     if isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    if groups == 1:
+        return dense_conv(inputs, kernel, tuple(strides), pads)
 
     def general(inputs, kernel):
         return jax.lax.conv_general_dilated(
             inputs,
             kernel,
             window_strides=strides,
-            padding=padding,
+            padding=pads,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
         )
 
     if groups != inputs.shape[-1] or kernel.shape[-1] != groups:
         return general(inputs, kernel)
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
-    pads = tuple(tuple(pair) for pair in padding)
     return jax.lax.platform_dependent(
         inputs,
         kernel,

@@ -1,0 +1,79 @@
+"""`Conv` equals XLA's own convolution in values and gradients, whatever its shape and type."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from common.nn.conv import Conv, conv2d
+
+
+def _reference(x, kernel, strides, padding, groups):
+    if isinstance(padding, int):
+        padding = [(padding, padding)] * 2
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@pytest.mark.parametrize(
+    "size, channels, features, side, stride, padding, groups",
+    [
+        ((8, 8), 16, 24, 1, 1, 0, 1),
+        ((8, 8), 24, 16, 1, 1, 0, 1),
+        ((9, 7), 16, 24, 1, 2, 0, 1),
+        ((8, 10), 16, 16, 3, 1, 1, 1),
+        ((7, 5), 16, 20, 3, 1, "SAME", 1),
+        ((8, 8), 20, 16, 3, 2, 1, 1),
+        ((9, 11), 16, 16, 3, 2, 1, 1),
+        ((9, 10), 16, 16, 3, 2, "SAME", 1),
+        ((9, 10), 16, 16, 3, 2, "VALID", 1),
+        ((16, 15), 3, 8, 7, 2, 3, 1),
+        ((8, 8), 3, 160, 5, 2, "SAME", 1),
+        ((8, 6), 16, 16, 3, 1, ((2, 0), (1, 3)), 1),
+        ((8, 8), 16, 24, 3, 1, 1, 4),
+        ((8, 7), 16, 16, 3, 2, 1, 16),
+        ((16, 20), 32, 48, 3, 1, 1, 1),
+        ((17, 14), 48, 32, 3, 1, 1, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_equals_lax(size, channels, features, side, stride, padding, groups, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, channels)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(side, side, channels // groups, features)), dtype)
+    strides = (stride, stride)
+
+    @jax.jit
+    def ours(x, kernel, cotangent):
+        y, vjp = jax.vjp(lambda x, k: conv2d(x, k, strides, padding, groups), x, kernel)
+        return y, *vjp(cotangent)
+
+    @jax.jit
+    def theirs(x, kernel, cotangent):
+        x, kernel, cotangent = (a.astype(jnp.float32) for a in (x, kernel, cotangent))
+        y, vjp = jax.vjp(lambda x, k: _reference(x, k, strides, padding, groups), x, kernel)
+        return y, *vjp(cotangent)
+
+    shape = jax.eval_shape(lambda: _reference(x, kernel, strides, padding, groups)).shape
+    cotangent = jnp.asarray(rng.normal(size=shape), dtype)
+    results = zip(ours(x, kernel, cotangent), theirs(x, kernel, cotangent), strict=True)
+    for mine, expected in results:
+        assert mine.dtype == x.dtype
+        error = jnp.abs(mine.astype(jnp.float32) - expected).max()
+        assert error <= tolerance * jnp.abs(expected).max()
+
+
+def test_module_adds_bias_and_keeps_float32_parameters():
+    conv = Conv(5, (3, 3), use_bias=True, dtype=jnp.bfloat16)
+    x = jnp.ones((1, 4, 4, 3))
+    variables = conv.init(jax.random.key(0), x)
+    assert jax.tree.map(lambda p: (p.shape, p.dtype), variables["params"]) == {
+        "kernel": ((3, 3, 3, 5), jnp.float32), "bias": ((5,), jnp.float32),
+    }
+    params = {"kernel": jnp.zeros((3, 3, 3, 5)), "bias": jnp.arange(5.0)}
+    y = conv.apply({"params": params}, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, np.broadcast_to(np.arange(5.0), (1, 4, 4, 5)))
