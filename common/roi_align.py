@@ -122,7 +122,7 @@ def _align_forward(method, sizes, features, levels, y, x):
 def _align_backward(method, sizes, residuals, gradient):
     backward = {"einsum": _einsum_backward, "gather": _gather_backward, "tiles": _tiles_backward}
     backward = {name: functools.partial(backward[name], sizes) for name in METHODS}
-    return _dispatch(method, backward, gradient, *residuals), None, None, None
+    return _dispatch(method, backward, jnp.asarray(gradient), *residuals), None, None, None
 
 
 _align.defvjp(_align_forward, _align_backward)
