@@ -4,8 +4,8 @@
         --output=pictures
 
 Left the boxes of the dataset, right the detections with class and score, one JPEG a photo, and
-`overview.jpg` with all of them. Of a split, the photos with the most ground-truth boxes are drawn;
---image_ids chooses others.
+`overview.jpg` with the first six. Of a split, the photos with the most classes, then with the most
+boxes in the ground truth are drawn; --image_ids chooses others.
 """
 
 import colorsys
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.cli import run_main
 from common.data import images
@@ -27,6 +27,7 @@ from common.errors import UserError
 GAP = 8  # pixels between the two panels and between rows of the overview
 CAPTION = 24  # pixels above a panel
 MAX_OVERVIEW = 6  # photos in overview.jpg
+OVERVIEW_WIDTH = 840  # pixels of one photo with both its panels there
 
 # (boxes (n, 4) normalised xmin ymin xmax ymax, colours (n,), texts (n,))
 Drawing = tuple[np.ndarray, Sequence[tuple[int, int, int]], Sequence[str]]
@@ -110,7 +111,7 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def choose_images(dataset: Dataset, split: str, image_ids: Sequence[str], limit: int) -> list[int]:
-    """Indices of the photos to draw: those named, else the ones with the most boxes of the split.
+    """Indices of the photos to draw: those named, else the ones of the split that show the most.
 
     Raises:
       UserError: an id that the dataset or the split does not have.
@@ -123,7 +124,9 @@ def choose_images(dataset: Dataset, split: str, image_ids: Sequence[str], limit:
                 raise UserError(f"--image_ids: {image_id!r} is not in split {split!r}")
         return [int(index) for index in found]
     counts = dataset.box_offsets[members + 1] - dataset.box_offsets[members]
-    return [int(index) for index in members[np.argsort(-counts, kind="stable")[:limit]]]
+    classes = [len(np.unique(dataset.image_boxes(index)[1])) for index in members]
+    order = np.lexsort((-counts, -np.array(classes, int)))
+    return [int(index) for index in members[order[:limit]]]
 
 
 def ground_truth(dataset: Dataset, index: int) -> Drawing:
@@ -162,7 +165,8 @@ def draw_split(
         save_jpeg(picture, paths[-1])
         pictures.append(picture)
     paths.append(output / "overview.jpg")
-    save_jpeg(stack(pictures[:MAX_OVERVIEW]), paths[-1])
+    small = [ImageOps.contain(p, (OVERVIEW_WIDTH, p.height)) for p in pictures[:MAX_OVERVIEW]]
+    save_jpeg(stack(small), paths[-1])
     return paths
 
 

@@ -73,7 +73,7 @@ def test_classes_have_different_bright_colours():
 
 def test_pictures_show_truth_and_confident_detections(dataset, table, tmp_path):
     images = draw.choose_images(dataset, "validation", [], 8)
-    assert [dataset.image_id(i) for i in images] == ["folder/tall", "wide"]  # most boxes first
+    assert [dataset.image_id(i) for i in images] == ["folder/tall", "wide"]  # most classes first
     drawings = draw.read_drawings(table, dataset, images, min_score=0.4, max_boxes=100)
     boxes, _, texts = drawings[0]
     assert boxes.tolist() == [[0.25, 0.25, 0.5, 0.75]] and texts == ["Dog 0.90"]
