@@ -1,0 +1,230 @@
+"""Times our R50-FPN Faster R-CNN against torchvision's: a training step, and inference.
+
+    python -m scripts.bench.bench_train_step
+
+Needs torch and torchvision in the same environment. Equal settings on both sides: batch 2 at
+512x512, float32, 501-way head, frozen stem and first stage, frozen batch norm, the same anchors,
+2000 (1000) proposals in training (inference), 512 RoIs an image, 256 RPN samples an image, SGD with
+momentum and weight decay, 20 boxes an image. Random weights, of the same distributions.
+
+Each side is a process of its own; they take turns, so that other load on the machine meets both. A third
+process runs torchvision with our memory setting (`common.memory`), to tell what comes from where.
+Prints the ratios of the best times and the medians (below 1: ours is faster).
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from absl import flags
+
+from common.cli import run_main
+
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each side.")
+_SIZE = flags.DEFINE_integer("size", 512, "Side of the images, pixels.")
+_BATCH = flags.DEFINE_integer("batch", 2, "Images per step.")
+_CLASSES = flags.DEFINE_integer("classes", 500, "Classes without background.")
+_THREADS = flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
+
+TASKS = ("train", "inference")
+SIDES = ("torchvision", "torchvision, memory kept", "ours")
+# Damps the residual branches: without statistics to normalise by, random trunks overflow.
+LAST_NORM_SCALE = 0.2
+CLASSIFIER_STD = 0.1  # spreads the scores, so that inference has detections to select among
+LEARNING_RATE = 1e-5
+
+
+def example(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
+    """Random images (B,H,W,3) uint8 and 20 boxes (B,20,4) an image with classes (B,20)."""
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0, 0.6, (batch, 20, 2))
+    high = low + rng.uniform(0.05, 0.4, low.shape)
+    return {
+        "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
+        "boxes": (np.concatenate([low, high], -1) * size).astype(np.float32),
+        "classes": rng.integers(0, classes, (batch, 20), np.int32),
+    }
+
+
+def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[], int]]:
+    """Task -> function that runs it once and returns detections (inference) or 0."""
+    import torch
+    from torchvision.models import resnet50
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    size = data["image"].shape[1]
+    # What `fasterrcnn_resnet50_fpn` builds for pretrained weights: frozen norms, 3 trained stages.
+    trunk = _resnet_fpn_extractor(resnet50(norm_layer=FrozenBatchNorm2d), 3)
+    model = FasterRCNN(trunk, classes + 1, min_size=size, max_size=size)
+    with torch.no_grad():
+        for name, buffer in trunk.named_buffers():
+            if name.endswith("bn3.weight"):
+                buffer.fill_(LAST_NORM_SCALE)
+        model.roi_heads.box_predictor.cls_score.weight.normal_(std=CLASSIFIER_STD)
+    images = [torch.from_numpy(x).permute(2, 0, 1).float() / 255 for x in data["image"]]
+    targets = [
+        {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(c).long() + 1}
+        for b, c in zip(data["boxes"], data["classes"], strict=True)
+    ]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+
+    def train():
+        model.train()
+        optimizer.zero_grad()
+        loss = sum(model(images, targets).values())
+        loss.backward()
+        optimizer.step()
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"torchvision: the loss became {loss.item()}")
+        return 0
+
+    def inference():
+        model.eval()
+        with torch.no_grad():
+            return sum(len(found["boxes"]) for found in model(images))
+
+    return {"train": train, "inference": inference}
+
+
+def our_config(classes: int):
+    """`configs/detection/r50.py` with torchvision's settings."""
+    from configs.detection import r50
+
+    config = r50.get_config()
+    config.model.dtype = "float32"
+    config.model.anchors.centre = 0.0
+    config.model.box_head.aligned = False
+    config.model.detections = dict(
+        score_threshold=0.05, iou_threshold=0.5, max_candidates=4096, max_detections=100
+    )
+    config.optimizer.clip_norm = 0.0
+    return config
+
+
+def our_calls(data, classes: int) -> dict[str, Callable[[], int]]:
+    """Like `torchvision_calls`."""
+    import jax
+    import jax.numpy as jnp
+    from flax.traverse_util import path_aware_map
+
+    from common.training import distributed
+    from common.training.optimizer import make_optimizer
+    from detection import setup
+    from detection.train_step import (
+        TrainState,
+        init_variables,
+        make_predict_step,
+        make_train_step,
+    )
+
+    config = our_config(classes)
+    mesh = distributed.make_mesh(jax.devices()[:1])
+    model = setup.build_model(config, classes)
+    batch_size, size = data["image"].shape[:2]
+    batch = dict(
+        data,
+        image_size=np.full((batch_size, 2), size, np.float32),
+        image_valid=np.ones(batch_size, bool),
+        valid=np.ones(data["classes"].shape, bool),
+    )
+    variables = jax.jit(lambda: init_variables(model, 0, batch))()
+
+    def prepared(path, value):
+        if path[-2:] == ("norm3", "scale"):
+            return jnp.full_like(value, LAST_NORM_SCALE)
+        if path[-2:] == ("classifier", "kernel"):
+            return CLASSIFIER_STD * jax.random.normal(jax.random.key(1), value.shape)
+        return value
+
+    params = path_aware_map(prepared, variables["params"])
+    tx = make_optimizer(
+        config.optimizer, lambda step: LEARNING_RATE, params, setup.frozen_pattern(config)
+    )
+    state = TrainState(
+        jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params)
+    )
+    state = jax.device_put(state, distributed.replicated(mesh))
+    batch = jax.device_put(batch, distributed.batch_sharded(mesh))
+    train_step = jax.jit(make_train_step(model, tx, mesh, 0), donate_argnums=0)
+    predict_step = jax.jit(make_predict_step(model, mesh))
+
+    def train():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        if not np.isfinite(metrics["loss"]):
+            raise RuntimeError(f"ours: the loss became {metrics['loss']}")
+        return 0
+
+    def inference():
+        found = predict_step({"params": state.params, "batch_stats": state.batch_stats}, batch)
+        return int(found["valid"].sum())
+
+    return {"train": train, "inference": inference}
+
+
+def serve(side: str, pipe, data, classes: int, threads: int) -> None:
+    """Runs in a process of its own: answers each task's name with (seconds, detections)."""
+    if side != "torchvision":
+        from common.memory import keep_freed_memory
+
+        keep_freed_memory()
+    calls = our_calls(data, classes) if side == "ours" else torchvision_calls(data, classes, threads)
+    for task in TASKS:  # compiles, and fills caches
+        for _ in range(2):
+            calls[task]()
+    pipe.send("ready")
+    for task in iter(pipe.recv, None):
+        start = time.perf_counter()
+        found = calls[task]()
+        pipe.send((time.perf_counter() - start, found))
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    data = example(_BATCH.value, _SIZE.value, _CLASSES.value)
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for side in SIDES:
+        pipes[side], theirs = context.Pipe()
+        arguments = (side, theirs, data, _CLASSES.value, _THREADS.value)
+        context.Process(target=serve, args=arguments, daemon=True).start()
+        theirs.close()
+        pipes[side].recv()  # one after the other: compiling would disturb no measurement yet
+    for task in TASKS:
+        seconds = {side: [] for side in SIDES}
+        found = {}
+        for _ in range(_ROUNDS.value):
+            for side, pipe in pipes.items():
+                pipe.send(task)
+                taken, found[side] = pipe.recv()
+                seconds[side].append(taken)
+        report(task, seconds, found)
+    for pipe in pipes.values():
+        pipe.send(None)
+
+
+def report(task: str, seconds: dict[str, list[float]], found: dict[str, int]) -> None:
+    """Prints a line per side and the ratios of one task."""
+    ours = seconds["ours"]
+    print(f"{task}: {_BATCH.value} images of {_SIZE.value}x{_SIZE.value}")
+    for side, taken in seconds.items():
+        print(
+            f"  {side:25s} best {min(taken):.3f} s, median {np.median(taken):.3f} s"
+            + (f", {found[side]} detections" if found[side] else "")
+        )
+    for side in SIDES[:-1]:
+        pairs = np.median(np.divide(ours, seconds[side]))
+        print(
+            f"  ratio ours / {side}: best {min(ours) / min(seconds[side]):.2f}, "
+            f"median of turns {pairs:.2f}", flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
