@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from absl import app
 
 from common.errors import UserError
+from common.memory import keep_freed_memory
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs `main(argv)` under absl; a `UserError` becomes one line on stderr and exit status 1."""
+    keep_freed_memory()
 
     def guarded(argv: Sequence[str]) -> int | None:
         try:

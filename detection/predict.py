@@ -88,13 +88,16 @@ def predict_split(
                 say(f"detect {split}: {progress.line(number, {})}", flush=True)
         if ahead is not None:
             _write(writer, *ahead, dataset, labels)
+        if batches.skipped_images:
+            say(f"detect {split}: {batches.skipped_images} unreadable photos have no detections")
     distributed.barrier("predict_split")
 
 
 def _write(writer, host_batch, found, dataset, labels) -> None:
     found = distributed.to_host(found)
-    # (b, 1, 4): from canvas pixels to shares of the photo.
-    height, width = host_batch["image_size"][:, None, :1], host_batch["image_size"][:, None, 1:]
+    # Padded images have size 0; any other number does for them.
+    size = np.maximum(host_batch["image_size"], 1)
+    height, width = size[:, None, :1], size[:, None, 1:]
     boxes = found["boxes"] / np.concatenate([width, height, width, height], axis=-1)
     boxes = np.clip(boxes, 0.0, 1.0)
     for slot in np.flatnonzero(host_batch["image_valid"]):

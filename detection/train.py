@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from common.cli import run_main
+from common.data.dataset import GROUP_OF
 from common.data.input import train_batches
 from common.data.plan import make_plan
 from common.errors import UserError
@@ -64,7 +65,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     dataset = setup.open_dataset(config)
     batch_size = config.data.batch_size
     plan = make_plan(
-        dataset, config.data.train_split, config.data.sampler, config.seed, batch_size
+        dataset, config.data.train_split, config.data.sampler, config.seed, batch_size,
+        ignore_flags=GROUP_OF if config.data.group_of == "drop" else 0,
     )
     steps_per_epoch = plan.steps_per_epoch
     num_steps = total_steps(config.optimizer, steps_per_epoch)
@@ -162,6 +164,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                     log.write(step, named(evaluate(variables(state), step, folder(step))))
                 stall.beat(step)
         checkpoints.close()
+        if batches.skipped_images or batches.dropped_boxes:
+            say(
+                f"data: {batches.skipped_images} unreadable photos skipped, "
+                f"{batches.dropped_boxes} boxes beyond config.data.max_boxes", flush=True,
+            )
         results = evaluate(variables(state), num_steps, folder(num_steps))
         log.write(num_steps, named(results))
     return results

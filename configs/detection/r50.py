@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         scale_jitter=(1.0, 1.0),  # shrinks or enlarges the photo before it is fitted
         group_of="ordinary",  # ordinary | drop: what a group-of box is in training
         on_image_error="fatal",  # fatal | skip
-        num_threads=0,  # 0: as many as tf.data sees fit
+        num_threads=0,  # of decoding; 0: twice the cores
         prefetch=2,  # batches
     )
 

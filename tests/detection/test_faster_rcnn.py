@@ -1,0 +1,146 @@
+"""The detector learns, ignores padding, and gives the same gradient on any number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from detection.models.faster_rcnn import build
+from detection.train_step import (
+    TrainState,
+    batch_shapes,
+    init_variables,
+    make_predict_step,
+    make_train_step,
+)
+from tests import tiny
+
+
+def make_batch(num_images: int = 4) -> dict[str, np.ndarray]:
+    """Squares whose colour is their class."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(90, 130, (num_images, 64, 64, 3)).astype(np.uint8),
+        "image_size": np.full((num_images, 2), 64, np.float32),
+        "image_valid": np.ones(num_images, bool),
+        "boxes": np.zeros((num_images, 8, 4), np.float32),
+        "classes": np.zeros((num_images, 8), np.int32),
+        "valid": np.zeros((num_images, 8), bool),
+    }
+    for i in range(num_images):
+        for j in range(2):
+            class_ = (i + j) % 3
+            x, y = rng.integers(0, 12) + 32 * j, rng.integers(0, 40)
+            batch["image"][i, y : y + 18, x : x + 18] = tiny.COLOURS[class_]
+            batch["boxes"][i, j] = [x, y, x + 18, y + 18]
+            batch["classes"][i, j] = class_
+            batch["valid"][i, j] = True
+    return batch
+
+
+def make_state(model, tx):
+    variables = init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1))
+    params = variables["params"]
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params)
+    )
+
+
+def mesh_of(count):
+    return Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.get_config()
+
+
+@pytest.mark.slow
+def test_it_learns_to_find_and_name_what_it_is_shown(config):
+    model, mesh = build(config.model, 3, "data"), mesh_of(1)
+    tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(1e-3))
+    state = jax.jit(lambda: make_state(model, tx))()
+    step = jax.jit(make_train_step(model, tx, mesh, seed=0))
+    batch = make_batch()
+    for _ in range(150):
+        state, metrics = step(state, batch)
+    assert metrics["positive_accuracy"] > 0.95
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    found = jax.tree.map(np.asarray, jax.jit(make_predict_step(model, mesh))(variables, batch))
+    for i in range(4):
+        for j in range(2):
+            right = found["valid"][i] & (found["classes"][i] == batch["classes"][i, j])
+            offsets = np.abs(found["boxes"][i][right] - batch["boxes"][i, j]).max(axis=1)
+            assert found["scores"][i][right][np.argmin(offsets)] > 0.5
+            assert offsets.min() < 4, "within four pixels of the truth"
+
+
+def test_padded_images_and_boxes_change_nothing(config):
+    model = build(config.model, 3)
+    variables = init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1))
+    streams = {"sampling": jax.random.key(5), "dropout": jax.random.key(6)}
+
+    @jax.jit
+    def losses(batch):
+        out, _ = model.apply(variables, batch, train=True, rngs=streams, mutable=["batch_stats"])
+        return out["losses"]
+
+    batch = make_batch(2)
+    expected = losses(batch)
+    padded = {k: np.concatenate([v, v]) for k, v in batch.items()}
+    padded["image_valid"][2:] = False
+    padded["image"][2:] = 255
+    padded["boxes"][~padded["valid"]] = 1e6
+    for name, value in losses(padded).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5)
+
+
+def test_image_without_objects_gives_finite_losses_and_gradients(config):
+    model = build(config.model, 3)
+    variables = init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1))
+    batch = make_batch(2)
+    batch["valid"][:] = False
+
+    def loss(params):
+        out, _ = model.apply(
+            {**variables, "params": params}, batch, train=True, mutable=["batch_stats"],
+            rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
+        )
+        return sum(out["losses"].values()), out["losses"]
+
+    grads, terms = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    assert terms["box_regression"] == 0 and terms["rpn_box"] == 0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("norm", ["group", "sync"])
+def test_four_devices_compute_what_one_computes(config, norm):
+    if jax.device_count() < 4:
+        pytest.skip(f"needs 4 devices, this process has {jax.device_count()}")
+    config = config.copy_and_resolve_references()
+    config.model.norm = norm
+    batch, results = make_batch(4), []
+    for count in (1, 4):
+        model = build(config.model, 3, "data")
+        tx = optax.sgd(0.1)
+        state = jax.jit(lambda model=model, tx=tx: make_state(model, tx))()
+        step = jax.jit(make_train_step(model, tx, mesh_of(count), seed=0))
+        results.append(jax.device_get(step(state, batch)))
+    (one, one_metrics), (four, four_metrics) = results
+    for name, value in one_metrics.items():
+        np.testing.assert_allclose(four_metrics[name], value, rtol=2e-4, err_msg=name)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, four.params)
+    assert max(jax.tree.leaves(moved)) < 1e-4
+
+
+def test_detections_stay_inside_the_content_of_the_canvas(config):
+    model = build(config.model, 3, "data")
+    variables = init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1))
+    batch = make_batch(2)
+    batch["image_size"][:] = [40, 50]
+    found = jax.jit(make_predict_step(model, mesh_of(1)))(variables, batch)
+    boxes = np.asarray(found["boxes"])[np.asarray(found["valid"])]
+    assert len(boxes) and (boxes >= 0).all() and (boxes[:, 2] <= 50).all()
+    assert (boxes[:, 3] <= 40).all()

@@ -1,0 +1,61 @@
+"""A detection problem small enough for tests: coloured squares on grey photos, and its config."""
+
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from common.data.dataset import DatasetWriter
+from configs.detection import r50
+
+COLOURS = ((200, 40, 40), (40, 160, 60), (50, 70, 220))
+
+
+def write_dataset(directory: Path, num_images: int = 12, size: int = 64, seed: int = 0) -> Path:
+    """Writes photos and a dataset directory with the splits "train" and "validation"."""
+    rng = np.random.default_rng(seed)
+    photos = directory.with_name(directory.name + "_photos")
+    photos.mkdir(parents=True)
+    labels = ["red", "green", "blue"]
+    hierarchy = {"LabelName": "root", "Subcategory": [{"LabelName": label} for label in labels]}
+    with DatasetWriter(directory, "tiny", labels, labels, hierarchy, str(photos)) as writer:
+        for i in range(num_images):
+            pixels = rng.integers(90, 130, (size, size, 3)).astype(np.uint8)
+            boxes, classes = [], []
+            for class_ in rng.permutation(3)[: rng.integers(1, 4)]:
+                side = int(rng.integers(size // 5, size // 3))
+                x, y = rng.integers(0, size - side, 2)
+                pixels[y : y + side, x : x + side] = COLOURS[class_]
+                boxes.append([x, y, x + side, y + side])
+                classes.append(int(class_))
+            Image.fromarray(pixels).save(photos / f"photo{i:03d}.png")
+            writer.add_image(
+                f"photo{i:03d}", f"photo{i:03d}.png", (size, size), np.array(boxes) / size, classes,
+                label_classes=[0, 1, 2], label_confidences=[int(c in classes) for c in range(3)],
+            )
+        split = num_images - num_images // 4
+        writer.add_split("train", range(split))
+        writer.add_split("validation", range(split, num_images))
+    return directory
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """ResNet-18 on 64x64 canvases; `arg` is the number of epochs (default 3)."""
+    config = r50.get_config()
+    config.name = "tiny"
+    config.data.update(sampler="uniform", batch_size=4, canvas=(64, 64), max_boxes=8)
+    config.model.update(backbone="resnet18", norm="group", frozen_stages=0, dtype="float32")
+    config.model.fpn_channels = 16
+    config.model.anchors.scales = (4.0,)
+    config.model.rpn.loss.num_samples = 32
+    config.model.rpn.train_proposals.update(pre_nms=50, post_nms=50)
+    config.model.rpn.test_proposals.update(pre_nms=50, post_nms=50)
+    config.model.box_head.width = 32
+    config.model.box_head.sample.num_samples = 16
+    config.model.detections.update(max_candidates=64, max_detections=20)
+    config.optimizer.update(num_epochs=float(arg or 3), warmup_epochs=0.5, clip_norm=10.0)
+    config.checkpoint.update(every_steps=2, keep_epochs=False)
+    config.evaluation.batch_size = 4
+    config.log.every_steps = 1
+    return config
