@@ -9,8 +9,7 @@ with status 1 when the kept sets differ. torchvision takes one image a call; the
 ties, because its order among equal scores is not defined.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from absl import flags
 
 from common import nms
 from common.cli import run_main
+from scripts.bench.timing import time_in_turns
 
 _IMAGES = flags.DEFINE_integer("images", 8, "Images.")
 _BOXES = flags.DEFINE_integer("boxes", 2000, "Boxes per image.")
@@ -49,17 +49,6 @@ def random_case(
     corners = np.concatenate([centre - side / 2, centre + side / 2], axis=-1)
     scores = np.stack([rng.permutation(boxes) for _ in range(images)]) / boxes
     return corners.astype(np.float32), scores.astype(np.float32), classes.astype(np.int32)
-
-
-def time_in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[np.ndarray]:
-    """Returns the seconds of each call, (repeats,) per callable, measured in turns."""
-    seconds = [np.zeros(repeats) for _ in calls]
-    for repeat in range(repeats):
-        for call, slot in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            slot[repeat] = time.perf_counter() - start
-    return seconds
 
 
 def main(argv: Sequence[str]) -> int:

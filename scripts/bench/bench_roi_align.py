@@ -18,7 +18,7 @@ from absl import flags
 
 from common import roi_align
 from common.cli import run_main
-from scripts.bench.bench_nms import time_in_turns
+from scripts.bench.timing import time_in_turns
 
 _METHODS = flags.DEFINE_list("methods", ["default"], "Forms of RoIAlign, 'default' or its METHODS.")
 _IMAGES = flags.DEFINE_integer("images", 2, "Images.")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from common import nms
 from tests.oracles import nms as oracle
@@ -16,13 +17,11 @@ THRESHOLDS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 nms_mask = jax.jit(nms.nms_mask)
 
 
-@functools.cache
-def top_function(max_outputs):
-    return jax.jit(
-        lambda boxes, scores, valid, threshold, classes: nms.nms_top(
-            boxes, scores, valid, threshold, max_outputs, classes
-        )
-    )
+@jax.jit
+def mask_and_top(boxes, scores, valid, threshold, classes):
+    """The kept entries as a mask, and the 50 best of them."""
+    keep = nms.nms_mask(boxes, scores, valid, threshold, classes)
+    return keep, *nms.nms_top(boxes, scores, valid, threshold, 50, classes)
 
 
 def random_case(seed, count, num_classes, grid):
@@ -43,10 +42,8 @@ def random_case(seed, count, num_classes, grid):
 
 def assert_equals_greedy(boxes, scores, valid, threshold, classes):
     kept = oracle.greedy(boxes, scores, valid, threshold, classes)
-    np.testing.assert_array_equal(
-        np.flatnonzero(nms_mask(boxes, scores, valid, threshold, classes)), np.sort(kept)
-    )
-    indices, real = top_function(50)(boxes, scores, valid, threshold, classes)
+    keep, indices, real = map(np.asarray, mask_and_top(boxes, scores, valid, threshold, classes))
+    np.testing.assert_array_equal(np.flatnonzero(keep), np.sort(kept))
     assert indices.shape == real.shape == (50,)
     np.testing.assert_array_equal(indices[real], kept[:50])
     assert not np.any(indices[~real])
@@ -62,25 +59,17 @@ def test_equals_greedy_on_random_boxes(threshold, num_classes, grid):
 
 
 # One length for all examples, so that they share a compiled program; `valid` varies the number.
-entries = st.lists(
-    st.tuples(
-        st.tuples(*[st.integers(-2, 6)] * 4),
-        st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0]),
-        st.booleans(),
-        st.integers(-1, 2),
-    ),
-    min_size=70,
-    max_size=70,
+@settings(max_examples=150, deadline=None)
+@given(
+    hnp.arrays(np.int8, (70, 4), elements=st.integers(-2, 6)),
+    hnp.arrays(np.int8, 70, elements=st.integers(-2, 3)),
+    hnp.arrays(bool, 70),
+    hnp.arrays(np.int32, 70, elements=st.integers(-1, 2)),
+    st.sampled_from(THRESHOLDS),
 )
-
-
-@settings(max_examples=100, deadline=None)
-@given(entries, st.sampled_from(THRESHOLDS))
-def test_equals_greedy_on_adversarial_boxes(rows, threshold):
-    boxes, scores, valid, classes = (np.array(column) for column in zip(*rows, strict=True))
-    assert_equals_greedy(
-        boxes.astype(np.float32), scores.astype(np.float32), valid, threshold, classes
-    )
+def test_equals_greedy_on_adversarial_boxes(boxes, scores, valid, classes, threshold):
+    boxes, scores = boxes.astype(np.float32), scores.astype(np.float32)
+    assert_equals_greedy(boxes, scores, valid, threshold, classes)
 
 
 @settings(max_examples=50, deadline=None)
@@ -117,8 +106,8 @@ def test_no_entries_and_no_valid_entries():
     assert nms.nms_mask(jnp.zeros((0, 4)), jnp.zeros(0), jnp.zeros(0, bool), 0.5).shape == (0,)
     boxes, scores, _, classes = random_case(0, 90, 3, False)
     nothing = np.zeros(90, bool)
-    assert not nms_mask(boxes, scores, nothing, 0.5, classes).any()
-    assert not top_function(50)(boxes, scores, nothing, 0.5, classes)[1].any()
+    keep, _, real = mask_and_top(boxes, scores, nothing, 0.5, classes)
+    assert not keep.any() and not real.any()
 
 
 def test_vmap_equals_one_image_at_a_time():
