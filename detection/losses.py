@@ -1,7 +1,8 @@
 """Losses of a two-stage detector, in float32.
 
 A reduced loss is this device's share: its sum over its own images, divided by a count taken over
-all devices of `axis_name`. Shares add up to the loss of the global batch, and so do their gradients.
+all devices of `axis_name`. Shares add up to the loss of the global batch, their gradients to its
+gradient.
 """
 
 import jax

@@ -23,15 +23,15 @@ _TIE = 1e-6
 class Match(NamedTuple):
     """Which boxes are trained as objects and which as background; some are neither."""
 
-    positive: Bool[Array, "N"]
-    negative: Bool[Array, "N"]
+    positive: Bool[Array, " N"]
+    negative: Bool[Array, " N"]
 
 
 def match(
     boxes: Float[Array, "N 4"],
-    valid: Bool[Array, "N"],
+    valid: Bool[Array, " N"],
     truth: Float[Array, "M 4"],
-    truth_valid: Bool[Array, "M"],
+    truth_valid: Bool[Array, " M"],
     *,
     positive_iou: float,
     negative_iou: float,
@@ -65,22 +65,23 @@ def match(
 
 
 def best_truth(
-    boxes: Float[Array, "S 4"], truth: Float[Array, "M 4"], truth_valid: Bool[Array, "M"]
-) -> Int[Array, "S"]:
+    boxes: Float[Array, "S 4"], truth: Float[Array, "M 4"], truth_valid: Bool[Array, " M"]
+) -> Int[Array, " S"]:
     """The ground-truth box of highest IoU, asked of the few sampled boxes only."""
     return jnp.where(truth_valid, box_ops.iou(boxes, truth), -1.0).argmax(axis=1)
 
 
 def sample(
     key: PRNGKeyArray,
-    positive: Bool[Array, "N"],
-    negative: Bool[Array, "N"],
+    positive: Bool[Array, " N"],
+    negative: Bool[Array, " N"],
     num_samples: int,
     positive_fraction: float,
-) -> tuple[Int[Array, "S"], Bool[Array, "S"], Bool[Array, "S"]]:
-    """Draws a fixed number of slots: positives first (uniformly, at most the fraction), then negatives.
+) -> tuple[Int[Array, " S"], Bool[Array, " S"], Bool[Array, " S"]]:
+    """Draws a fixed number of slots: positives first (at most the fraction), then negatives.
 
-    Negatives fill every slot that positives leave free. Slots beyond what the image has are invalid.
+    Draws are uniform. Negatives fill every slot that positives leave free; slots beyond what the
+    image has are invalid.
 
     Returns:
       (indices into N, is the slot positive, is the slot valid), each of length `num_samples`.

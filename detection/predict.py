@@ -25,7 +25,7 @@ INFERENCE_FIELDS = ("image", "image_size", "image_valid")
 
 @functools.cache
 def compiled_predict_step(model: FasterRCNN, mesh: Mesh) -> Callable:
-    """The jitted inference step, the same object for the same model: evaluations share a compile."""
+    """The jitted inference step; one object a model, so that evaluations share a compile."""
     return jax.jit(make_predict_step(model, mesh))
 
 

@@ -1,4 +1,4 @@
-"""What training, evaluation and export have in common: dataset, detector and restored parameters."""
+"""What training, evaluation and export have in common: flags, dataset, detector, shapes."""
 
 from pathlib import Path
 

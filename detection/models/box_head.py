@@ -99,7 +99,7 @@ def box_head_losses(
     logits: Float[Array, "B R K1"],
     deltas: Float[Array, "B R K 4"],
     targets: RoITargets,
-    image_valid: Bool[Array, "B"],
+    image_valid: Bool[Array, " B"],
     *,
     stds: tuple[float, float, float, float],
     beta: float,
@@ -135,10 +135,10 @@ def box_head_losses(
 def head_accuracy(
     logits: Float[Array, "B R K1"],
     targets: RoITargets,
-    image_valid: Bool[Array, "B"],
+    image_valid: Bool[Array, " B"],
     axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """Share of positive regions whose class is right, and how many positives there are per image."""
+    """Share of positive regions whose class is right, and the number of positives per image."""
     positive = targets.valid & image_valid[:, None] & (targets.labels > 0)
     right = (logits.argmax(axis=-1) == targets.labels).astype(jnp.float32)
     ones = jnp.ones_like(right)

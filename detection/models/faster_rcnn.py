@@ -1,4 +1,4 @@
-"""Faster R-CNN with a feature pyramid (Ren et al. 2015; Lin et al. 2017), the paper's section 2 trunk.
+"""Faster R-CNN with a feature pyramid (Ren et al. 2015; Lin et al. 2017): the paper's trunk.
 
 Shape legend
   B     images of the global batch
@@ -7,9 +7,9 @@ Shape legend
   K     classes
   D     detections per image
 
-Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content height
-and width, image_valid bool (B,); in training also boxes (B,M,4) pixels, classes (B,M) 0..K-1 and
-valid (B,M).
+Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
+height and width, image_valid bool (B,); in training also boxes (B,M,4) pixels, classes (B,M)
+0..K-1 and valid (B,M).
 """
 
 from collections.abc import Mapping
@@ -129,7 +129,8 @@ class FasterRCNN(nn.Module):
             **s.rpn.train_proposals,
         )
         targets = box_head_ops.sample_rois(
-            roi_keys, proposals, batch["boxes"], batch["classes"], batch["valid"], **s.box_head.sample
+            roi_keys, proposals, batch["boxes"], batch["classes"], batch["valid"],
+            **s.box_head.sample,
         )
         class_logits, box_deltas = self.box_head(self.pool(levels, targets.boxes))
         terms |= box_head_ops.box_head_losses(
@@ -140,7 +141,8 @@ class FasterRCNN(nn.Module):
             class_logits, targets, batch["image_valid"], axis_name
         )
         weights = s.loss_weights
-        return {"losses": {k: v * weights.get(k, 1.0) for k, v in terms.items()}, "monitor": monitor}
+        terms = {name: value * weights.get(name, 1.0) for name, value in terms.items()}
+        return {"losses": terms, "monitor": monitor}
 
     def detect(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Detections: boxes (B,D,4) canvas pixels, scores, classes 0..K-1 and valid, each (B,D)."""

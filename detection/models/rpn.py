@@ -68,7 +68,7 @@ def propose(
     nms_iou: float,
     min_size: float = 0.0,
 ) -> Proposals:
-    """The best boxes: top `pre_nms` of each level, NMS within the level, top `post_nms` over levels.
+    """The best boxes: top `pre_nms` of each level, NMS within it, top `post_nms` over levels.
 
     Args:
       logits: objectness of each level.
@@ -112,7 +112,7 @@ def rpn_losses(
     image_size: Float[Array, "B 2"],
     truth: Float[Array, "B M 4"],
     truth_valid: Bool[Array, "B M"],
-    image_valid: Bool[Array, "B"],
+    image_valid: Bool[Array, " B"],
     *,
     positive_iou: float = 0.7,
     negative_iou: float = 0.3,

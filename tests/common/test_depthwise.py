@@ -1,4 +1,4 @@
-"""Depthwise convolution equals XLA's own in values and gradients, whatever size, stride, padding."""
+"""Depthwise convolution equals XLA's own in values and gradients."""
 
 import jax
 import jax.numpy as jnp

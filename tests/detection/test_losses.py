@@ -8,7 +8,8 @@ from detection import losses
 
 
 @pytest.mark.parametrize(
-    "error, beta, expected", [(0.5, 1.0, 0.125), (-3.0, 1.0, 2.5), (0.2, 0.0, 0.2), (1 / 9, 1 / 9, 1 / 18)]
+    "error, beta, expected",
+    [(0.5, 1.0, 0.125), (-3.0, 1.0, 2.5), (0.2, 0.0, 0.2), (1 / 9, 1 / 9, 1 / 18)],
 )
 def test_smooth_l1(error, beta, expected):
     assert float(losses.smooth_l1(np.float32(error), beta)) == pytest.approx(expected, rel=1e-5)
