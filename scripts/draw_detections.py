@@ -94,8 +94,10 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in two columns."""
-    columns = [pictures[0::2], pictures[1::2]]
+    """Pictures in two columns, each one put below the shorter column."""
+    columns: list[list[Image.Image]] = [[], []]
+    for picture in pictures:
+        min(columns, key=lambda column: sum(p.height for p in column)).append(picture)
     columns = [column for column in columns if column]
     widths = [max(picture.width for picture in column) for column in columns]
     heights = [sum(picture.height + GAP for picture in column) - GAP for column in columns]
