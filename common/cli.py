@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags, logging
 
 from common.errors import UserError
 from common.memory import keep_freed_memory
@@ -12,6 +12,9 @@ from common.memory import keep_freed_memory
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs `main(argv)` under absl; a `UserError` becomes one line on stderr and exit status 1."""
     keep_freed_memory()
+    # absl would show every INFO line of the libraries, which bury the command's own.
+    logging.set_verbosity(logging.WARNING)
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
 
     def guarded(argv: Sequence[str]) -> int | None:
         try:

@@ -81,8 +81,9 @@ def evaluate_variables(
     return summary
 
 
-SPLIT = flags.DEFINE_string("split", None, "Split to score; default: config.data.eval_split.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
+def define_flags() -> None:
+    flags.DEFINE_string("split", None, "Split to score; default: config.data.eval_split.")
+    flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
 
 
 def main(_):
@@ -91,14 +92,22 @@ def main(_):
     mesh = distributed.make_mesh()
     dataset = setup.open_dataset(config)
     model = setup.build_model(config, dataset.num_classes)
-    variables, step = restore_variables(config, model, workdir, mesh, STEP.value)
+    variables, step = restore_variables(config, model, workdir, mesh, flags.FLAGS.step)
     folder = Path(workdir) / "evaluation" / f"{step}"
     evaluate_variables(
-        config, model, dataset, mesh, variables, step, folder, split=SPLIT.value,
+        config,
+        model,
+        dataset,
+        mesh,
+        variables,
+        step,
+        folder,
+        split=flags.FLAGS.split,
         say=print if distributed.is_main_process() else lambda *_, **__: None,
     )
 
 
 if __name__ == "__main__":
     setup.define_flags()
+    define_flags()
     run_main(main)

@@ -16,9 +16,11 @@ from detection import setup
 from detection.evaluate import restore_variables
 from detection.predict import predict_split
 
-SPLIT = flags.DEFINE_string("split", None, "Split to detect in; default: config.data.eval_split.")
-OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write (a folder with many hosts).")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
+
+def define_flags() -> None:
+    flags.DEFINE_string("split", None, "Split to detect in; default: config.data.eval_split.")
+    flags.DEFINE_string("output", None, "Parquet file to write (a folder with many hosts).")
+    flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
 
 
 def main(_):
@@ -27,9 +29,9 @@ def main(_):
     mesh = distributed.make_mesh()
     dataset = setup.open_dataset(config)
     model = setup.build_model(config, dataset.num_classes)
-    variables, step = restore_variables(config, model, flags.FLAGS.workdir, mesh, STEP.value)
-    split = SPLIT.value or config.data.eval_split
-    output = Path(OUTPUT.value)
+    variables, step = restore_variables(config, model, flags.FLAGS.workdir, mesh, flags.FLAGS.step)
+    split = flags.FLAGS.split or config.data.eval_split
+    output = Path(flags.FLAGS.output)
     say = print if distributed.is_main_process() else lambda *_, **__: None
     predict_split(config, model, variables, dataset, split, mesh, output, step=step, say=say)
     say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
@@ -37,5 +39,6 @@ def main(_):
 
 if __name__ == "__main__":
     setup.define_flags()
+    define_flags()
     flags.mark_flag_as_required("output")
     run_main(main)

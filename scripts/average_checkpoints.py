@@ -22,23 +22,25 @@ from common.cli import run_main
 from common.errors import UserError
 from common.training.checkpoint import Checkpoints
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Work directory to make.", required=True)
-_STEPS = flags.DEFINE_string("steps", None, "Checkpoints by step: 9000,10000,11000.")
-_EPOCHS = flags.DEFINE_string("epochs", None, "Checkpoints by epoch end: 9-13 or 9,11,13.")
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Work directory of the run.", required=True)
+    flags.DEFINE_string("output", None, "Work directory to make.", required=True)
+    flags.DEFINE_string("steps", None, "Checkpoints by step: 9000,10000,11000.")
+    flags.DEFINE_string("epochs", None, "Checkpoints by epoch end: 9-13 or 9,11,13.")
 
 
 def main(_: Sequence[str]) -> None:
-    workdir, output = epath.Path(_WORKDIR.value), epath.Path(_OUTPUT.value)
-    if (_STEPS.value is None) == (_EPOCHS.value is None):
+    workdir, output = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
+    if (flags.FLAGS.steps is None) == (flags.FLAGS.epochs is None):
         raise UserError("flags: expected exactly one of --steps and --epochs")
     if output.exists():
         raise UserError(f"--output={output}: exists already, expected a new directory")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    if _STEPS.value is not None:
-        steps = parse_numbers("--steps", _STEPS.value)
+    if flags.FLAGS.steps is not None:
+        steps = parse_numbers("--steps", flags.FLAGS.steps)
     else:
-        steps = steps_of_epochs(checkpoints, parse_numbers("--epochs", _EPOCHS.value))
+        steps = steps_of_epochs(checkpoints, parse_numbers("--epochs", flags.FLAGS.epochs))
 
     average = average_checkpoints(checkpoints, steps)
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
@@ -119,9 +121,7 @@ def steps_of_epochs(checkpoints: Checkpoints, epochs: Sequence[int]) -> list[int
     return steps
 
 
-def _refuse_missing(
-    checkpoints: Checkpoints, steps: Sequence[int], names: dict[int, str]
-) -> None:
+def _refuse_missing(checkpoints: Checkpoints, steps: Sequence[int], names: dict[int, str]) -> None:
     known = checkpoints.all_steps()
     missing = [names[step] for step in steps if step not in known]
     if missing:
@@ -132,4 +132,5 @@ def _refuse_missing(
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

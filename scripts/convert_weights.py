@@ -18,26 +18,31 @@ from common.errors import UserError
 from common.nn.backbones import BACKBONES
 from common.nn.weights import convert_state_dict, read_state_dict, save_backbone_weights
 
-_INPUT = flags.DEFINE_string("input", None, "state dict: .safetensors, .pth, .pt or .whl")
-_BACKBONE = flags.DEFINE_enum("backbone", None, BACKBONES, "the network that the weights are of")
-_OUTPUT = flags.DEFINE_string("output", None, "file to write, .safetensors")
+
+def define_flags() -> None:
+    flags.DEFINE_string("input", None, "state dict: .safetensors, .pth, .pt or .whl")
+    flags.DEFINE_enum("backbone", None, BACKBONES, "the network that the weights are of")
+    flags.DEFINE_string("output", None, "file to write, .safetensors")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    weights, report = convert_state_dict(read_state_dict(_INPUT.value), _BACKBONE.value)
-    print(f"{_INPUT.value} -> {_BACKBONE.value}")
+    weights, report = convert_state_dict(read_state_dict(flags.FLAGS.input), flags.FLAGS.backbone)
+    print(f"{flags.FLAGS.input} -> {flags.FLAGS.backbone}")
     print(report)
     if report.missing:
         raise UserError(
-            f"{_INPUT.value}: found no value for {len(report.missing)} tensors of "
-            f"{_BACKBONE.value}, first {report.missing[0]!r}; expected all; nothing was written"
+            f"{flags.FLAGS.input}: found no value for {len(report.missing)} tensors "
+            f"of {flags.FLAGS.backbone}, first {report.missing[0]!r}; expected all; nothing was written"
         )
-    save_backbone_weights(_OUTPUT.value, weights, _BACKBONE.value, Path(_INPUT.value).name)
-    print(f"wrote {sum(value.size for value in weights.values()):,} values to {_OUTPUT.value}")
+    save_backbone_weights(
+        flags.FLAGS.output, weights, flags.FLAGS.backbone, Path(flags.FLAGS.input).name
+    )
+    print(f"wrote {sum(value.size for value in weights.values()):,} values to {flags.FLAGS.output}")
 
 
 if __name__ == "__main__":
+    define_flags()
     flags.mark_flags_as_required(["input", "backbone", "output"])
     run_main(main)

@@ -15,23 +15,25 @@ from common.detections import DetectionsReader, DetectionsWriter
 from common.errors import UserError
 from common.hierarchy import ancestors, expand_detections
 
-DETECTIONS = flags.DEFINE_string("detections", None, "Table to read.", required=True)
-DATASET = flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
+
+def define_flags() -> None:
+    flags.DEFINE_string("detections", None, "Table to read.", required=True)
+    flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
+    flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
 
 
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
-    dataset = Dataset.open(DATASET.value)
-    reader = DetectionsReader(DETECTIONS.value)
+    dataset = Dataset.open(flags.FLAGS.dataset)
+    reader = DetectionsReader(flags.FLAGS.detections)
     if reader.metadata.get("expanded"):
-        raise UserError(f"{DETECTIONS.value}: is expanded to parent classes already")
+        raise UserError(f"{flags.FLAGS.detections}: is expanded to parent classes already")
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     labels = np.array(dataset.class_labels)
     metadata = {**reader.metadata, "expanded": True}
     written = 0
-    with DetectionsWriter(OUTPUT.value, metadata, masks=reader.has_masks) as writer:
+    with DetectionsWriter(flags.FLAGS.output, metadata, masks=reader.has_masks) as writer:
         empty = set(reader.image_ids)
         for chunk in reader.chunks(dataset.class_labels, masks=reader.has_masks):
             chunk = expand_detections(chunk, parents, dataset.class_labels)
@@ -51,8 +53,9 @@ def main(argv):
             none = np.zeros((0, 4), np.float32)
             masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
             writer.add(image_id, [], none[:, 0], none, *masks)
-    print(f"{OUTPUT.value}: {written} detections from {reader.num_rows}")
+    print(f"{flags.FLAGS.output}: {written} detections from {reader.num_rows}")
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

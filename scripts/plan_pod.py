@@ -52,8 +52,10 @@ def compile_train_step(
     replicated, sharded = distributed.replicated(mesh), distributed.batch_sharded(mesh)
     batch = batch_shapes(data.canvas, data.pad_multiple, data.max_boxes, batch_size)
     step = jax.jit(
-        make_train_step(model, tx, mesh, config.seed), donate_argnums=0,
-        in_shardings=(replicated, sharded), out_shardings=replicated,
+        make_train_step(model, tx, mesh, config.seed),
+        donate_argnums=0,
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
     )
     start = time.perf_counter()
     compiled = step.lower(jax.eval_shape(init_state), batch).compile()
@@ -70,9 +72,7 @@ def compile_train_step(
         "hbm_bytes": int(slice_.hbm_gib * topologies.GIB),
         "memory_bytes": topologies.memory(compiled),
         "flops_per_image": compiled.cost_analysis()["flops"] / images_per_device,
-        "collectives": [
-            dataclasses.asdict(c) for c in topologies.collectives(compiled.as_text())
-        ],
+        "collectives": [dataclasses.asdict(c) for c in topologies.collectives(compiled.as_text())],
         "compile_seconds": seconds,
     }
 
@@ -101,29 +101,34 @@ def print_report(report: dict) -> None:
     print(f"  compiled in {report['compile_seconds']:.0f} s")
 
 
-config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
-SLICE = flags.DEFINE_string("slice", "v3-512", f"One of {', '.join(topologies.SLICES)}.")
-NUM_CLASSES = flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
-IMAGES = flags.DEFINE_integer("images_per_device", 2, "Images of one device.")
-JSON = flags.DEFINE_string("json", None, "Also write the report here.")
-flags.mark_flag_as_required("config")
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_string("slice", "v3-512", f"One of {', '.join(topologies.SLICES)}.")
+    flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
+    flags.DEFINE_integer("images_per_device", 2, "Images of one device.")
+    flags.DEFINE_string("json", None, "Also write the report here.")
 
 
 def main(_):
     report = compile_train_step(
-        flags.FLAGS.config, SLICE.value, NUM_CLASSES.value, IMAGES.value
+        flags.FLAGS.config,
+        flags.FLAGS.slice,
+        flags.FLAGS.num_classes,
+        flags.FLAGS.images_per_device,
     )
     print_report(report)
-    if JSON.value:
-        write_text(JSON.value, json.dumps(report, indent=1) + "\n")
+    if flags.FLAGS.json:
+        write_text(flags.FLAGS.json, json.dumps(report, indent=1) + "\n")
     if report["memory_bytes"]["total"] > report["hbm_bytes"]:
         raise UserError(
             f"{report['config']} needs {report['memory_bytes']['total'] / topologies.GIB:.2f} GiB "
-            f"per device of {SLICE.value}, expected at most "
+            f"per device of {flags.FLAGS.slice}, expected at most "
             f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB: try --config.model.remat=True or a "
             "smaller canvas"
         )
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

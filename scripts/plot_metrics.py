@@ -88,25 +88,27 @@ def panel(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, left: in
     return "\n".join(parts)
 
 
-WORKDIRS = flags.DEFINE_list("workdirs", None, "Work directories of runs.", required=True)
-METRICS = flags.DEFINE_list("metrics", ["loss"], "Names in metrics.jsonl, one panel each.")
-OUTPUT = flags.DEFINE_string("output", None, "SVG file to write.", required=True)
+def define_flags() -> None:
+    flags.DEFINE_list("workdirs", None, "Work directories of runs.", required=True)
+    flags.DEFINE_list("metrics", ["loss"], "Names in metrics.jsonl, one panel each.")
+    flags.DEFINE_string("output", None, "SVG file to write.", required=True)
 
 
 def main(_):
     panels = []
-    for index, metric in enumerate(METRICS.value):
-        curves = {Path(w).name: read_curve(Path(w), metric) for w in WORKDIRS.value}
+    for index, metric in enumerate(flags.FLAGS.metrics):
+        curves = {Path(w).name: read_curve(Path(w), metric) for w in flags.FLAGS.workdirs}
         panels.append(panel(curves, metric, index * WIDTH))
     body = "\n".join(panels)
     write_text(
-        OUTPUT.value,
+        flags.FLAGS.output,
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}" '
         f'font-family="sans-serif" font-size="11">\n<rect width="100%" height="100%" '
         f'fill="white"/>\n{body}\n</svg>\n',
     )
-    print(f"wrote {OUTPUT.value}")
+    print(f"wrote {flags.FLAGS.output}")
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

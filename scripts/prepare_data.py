@@ -25,66 +25,64 @@ from common.errors import UserError
 
 FORMATS = ("openimages", "coco", "objects365", "voc", "tfds")
 
-_SOURCE = flags.DEFINE_string(
-    "source", None, "Folder or file(s) of the annotations.", required=True
-)
-_OUTPUT = flags.DEFINE_string("output", None, "Dataset directory to write.", required=True)
-_IMAGES = flags.DEFINE_string(
-    "images", None, "Folder of the photos, found by id below it; or an address like gs://bucket/x."
-)
-_IMAGE_PATTERN = flags.DEFINE_string(
-    "image_pattern", "", "Path of a photo below --images, such as 'train/{id}.jpg': no listing."
-)
-_SPLITS = flags.DEFINE_string("splits", None, 'JSON {"name": [ids]} that adds or replaces splits.')
-_STRICT = flags.DEFINE_bool("strict", False, "Refuse input with rows to drop or repair.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing dataset directory.")
-_READ_SIZES = flags.DEFINE_bool(
-    "read_sizes", None, "Read photo sizes from headers (default: for up to 200,000 photos)."
-)
-_CHECK_PHOTOS = flags.DEFINE_bool(
-    "check_photos", False, "Decode every photo once, to find cut ones."
-)
-_CLASSES = flags.DEFINE_string("classes", None, "Class list (label,name); openimages and voc.")
-_HIERARCHY = flags.DEFINE_string("hierarchy", None, "Hierarchy JSON.")
-_TASK = flags.DEFINE_enum(
-    "task",
-    "detection",
-    ["detection", "segmentation"],
-    "openimages: which of the challenge's files.",
-)
-_MASKS = flags.DEFINE_string(
-    "masks", None, "openimages: folder of the mask PNGs (default: source)."
-)
-_ONE_BASED = flags.DEFINE_enum(
-    "voc_one_based",
-    "auto",
-    ["auto", "true", "false"],
-    "voc: pixels count from 1 and the last one is inside, as in the official sets; auto = where "
-    "<source><database> says that the file is of the official VOC.",
-)
-_IMAGE_ID = flags.DEFINE_enum(
-    "image_id", "id", ["id", "file_stem"], "coco, objects365: what identifies a photo."
-)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "tfds: folder of the prepared TFDS data sets.")
-_DOWNLOAD = flags.DEFINE_bool("download", False, "tfds: download and prepare the set if needed.")
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "Folder or file(s) of the annotations.", required=True)
+    flags.DEFINE_string("output", None, "Dataset directory to write.", required=True)
+    flags.DEFINE_string(
+        "images",
+        None,
+        "Folder of the photos, found by id below it; or an address like gs://bucket/x.",
+    )
+    flags.DEFINE_string(
+        "image_pattern", "", "Path of a photo below --images, such as 'train/{id}.jpg': no listing."
+    )
+    flags.DEFINE_string("splits", None, 'JSON {"name": [ids]} that adds or replaces splits.')
+    flags.DEFINE_bool("strict", False, "Refuse input with rows to drop or repair.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing dataset directory.")
+    flags.DEFINE_bool(
+        "read_sizes", None, "Read photo sizes from headers (default: for up to 200,000 photos)."
+    )
+    flags.DEFINE_bool("check_photos", False, "Decode every photo once, to find cut ones.")
+    flags.DEFINE_string("classes", None, "Class list (label,name); openimages and voc.")
+    flags.DEFINE_string("hierarchy", None, "Hierarchy JSON.")
+    flags.DEFINE_enum(
+        "task",
+        "detection",
+        ["detection", "segmentation"],
+        "openimages: which of the challenge's files.",
+    )
+    flags.DEFINE_string("masks", None, "openimages: folder of the mask PNGs (default: source).")
+    flags.DEFINE_enum(
+        "voc_one_based",
+        "auto",
+        ["auto", "true", "false"],
+        "voc: pixels count from 1 and the last one is inside, as in the official sets; auto = "
+        "where <source><database> says that the file is of the official VOC.",
+    )
+    flags.DEFINE_enum(
+        "image_id", "id", ["id", "file_stem"], "coco, objects365: what identifies a photo."
+    )
+    flags.DEFINE_string("data_dir", None, "tfds: folder of the prepared TFDS data sets.")
+    flags.DEFINE_bool("download", False, "tfds: download and prepare the set if needed.")
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in FORMATS:
         raise UserError(f"expected one of {', '.join(FORMATS)}; found {' '.join(argv[1:]) or '-'}")
     started = time.monotonic()
-    output = Path(_OUTPUT.value)
-    check_output(output.absolute(), _OVERWRITE.value)
+    output = Path(flags.FLAGS.output)
+    check_output(output.absolute(), flags.FLAGS.overwrite)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    report = Report(strict=_STRICT.value)
+    report = Report(strict=flags.FLAGS.strict)
     options = Options(
         output=output,
-        images=_IMAGES.value,
-        image_pattern=_IMAGE_PATTERN.value,
-        splits=_path(_SPLITS.value),
-        read_sizes=_READ_SIZES.value,
-        check_photos=_CHECK_PHOTOS.value,
-        overwrite=_OVERWRITE.value,
+        images=flags.FLAGS.images,
+        image_pattern=flags.FLAGS.image_pattern,
+        splits=_path(flags.FLAGS.splits),
+        read_sizes=flags.FLAGS.read_sizes,
+        check_photos=flags.FLAGS.check_photos,
+        overwrite=flags.FLAGS.overwrite,
     )
     # Beside the output: spooled masks and photos move there without a copy.
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.absolute().parent) as spool:
@@ -94,51 +92,51 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _read(format_name: str, report: Report, spool: Path):
-    hierarchy, classes = _path(_HIERARCHY.value), _path(_CLASSES.value)
+    hierarchy, classes = _path(flags.FLAGS.hierarchy), _path(flags.FLAGS.classes)
     if classes is not None and format_name not in ("openimages", "voc"):
         raise UserError(f"--classes: {format_name} brings its own class list")
     if format_name == "openimages":
         from common.data.convert.openimages import read_openimages
 
         return read_openimages(
-            Path(_SOURCE.value),
+            Path(flags.FLAGS.source),
             report,
             spool,
-            task=_TASK.value,
+            task=flags.FLAGS.task,
             classes=classes,
             hierarchy=hierarchy,
-            mask_folder=_path(_MASKS.value),
+            mask_folder=_path(flags.FLAGS.masks),
         )
     if format_name in ("coco", "objects365"):
         from common.data.convert.coco import read_coco
 
         return read_coco(
-            _SOURCE.value,
+            flags.FLAGS.source,
             report,
             spool,
             name=format_name,
-            image_id=_IMAGE_ID.value,
+            image_id=flags.FLAGS.image_id,
             hierarchy=hierarchy,
         )
     if format_name == "voc":
         from common.data.convert.voc import read_voc
 
         return read_voc(
-            Path(_SOURCE.value),
+            Path(flags.FLAGS.source),
             report,
             classes=classes,
             hierarchy=hierarchy,
-            one_based=_ONE_BASED.value,
+            one_based=flags.FLAGS.voc_one_based,
         )
     # TensorFlow takes seconds to import: only here.
     from common.data.convert.tfds import read_tfds
 
     return read_tfds(
-        _SOURCE.value,
+        flags.FLAGS.source,
         report,
-        _DATA_DIR.value,
+        flags.FLAGS.data_dir,
         spool,
-        download=_DOWNLOAD.value,
+        download=flags.FLAGS.download,
         hierarchy=hierarchy,
     )
 
@@ -148,4 +146,5 @@ def _path(value: str | None) -> Path | None:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

@@ -24,66 +24,73 @@ from common.evaluation import coco, openimages
 
 METRICS = ("openimages", "coco")
 
-METRIC = flags.DEFINE_string("metric", "openimages", f"One of {', '.join(METRICS)}.")
-DATASET = flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
-SPLIT = flags.DEFINE_string("split", "validation", "Split of the dataset.")
-DETECTIONS = flags.DEFINE_string(
-    "detections", None, "Detections table: Parquet file or folder of shards.", required=True
-)
-JSON = flags.DEFINE_string("json", None, 'Also write {"name": value} pairs here.')
-ALLOW_PARTIAL = flags.DEFINE_bool(
-    "allow_partial", False, "Score the covered images although others of the split are missing."
-)
-EXPAND_PREDICTIONS = flags.DEFINE_bool(
-    "expand_predictions",
-    False,
-    "openimages: copy detections to parent classes first, unless the table says it is expanded. "
-    "The official tool does not.",
-)
-IMAGE_LABELS = flags.DEFINE_bool(
-    "image_labels",
-    True,
-    "openimages: use verified image-level labels, as official; without them detections count only "
-    "for classes boxed in the image.",
-)
-SHOW = flags.DEFINE_integer("show", 5, "Best and worst classes to print.")
+
+def define_flags() -> None:
+    flags.DEFINE_string("metric", "openimages", f"One of {', '.join(METRICS)}.")
+    flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
+    flags.DEFINE_string("split", "validation", "Split of the dataset.")
+    flags.DEFINE_string(
+        "detections", None, "Detections table: Parquet file or folder of shards.", required=True
+    )
+    flags.DEFINE_string("json", None, 'Also write {"name": value} pairs here.')
+    flags.DEFINE_bool(
+        "allow_partial", False, "Score the covered images although others of the split are missing."
+    )
+    flags.DEFINE_bool(
+        "expand_predictions",
+        False,
+        "openimages: copy detections to parent classes first, unless the table says it is "
+        "expanded. The official tool does not.",
+    )
+    flags.DEFINE_bool(
+        "image_labels",
+        True,
+        "openimages: use verified image-level labels, as official; without them detections count "
+        "only for classes boxed in the image.",
+    )
+    flags.DEFINE_integer("show", 5, "Best and worst classes to print.")
 
 
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
-    if METRIC.value not in METRICS:
-        raise UserError(f"--metric={METRIC.value}: expected one of {', '.join(METRICS)}")
-    dataset = Dataset.open(DATASET.value)
-    if METRIC.value == "openimages":
-        expanded = DetectionsReader(DETECTIONS.value).metadata.get("expanded")
+    if flags.FLAGS.metric not in METRICS:
+        raise UserError(f"--metric={flags.FLAGS.metric}: expected one of {', '.join(METRICS)}")
+    dataset = Dataset.open(flags.FLAGS.dataset)
+    if flags.FLAGS.metric == "openimages":
+        expanded = DetectionsReader(flags.FLAGS.detections).metadata.get("expanded")
         print(f"predictions expanded to parent classes: {_expansion(expanded)}", flush=True)
         results = openimages.evaluate_openimages(
             dataset,
-            SPLIT.value,
-            DETECTIONS.value,
-            expand_predictions=EXPAND_PREDICTIONS.value,
-            image_labels=IMAGE_LABELS.value,
-            allow_partial=ALLOW_PARTIAL.value,
+            flags.FLAGS.split,
+            flags.FLAGS.detections,
+            expand_predictions=flags.FLAGS.expand_predictions,
+            image_labels=flags.FLAGS.image_labels,
+            allow_partial=flags.FLAGS.allow_partial,
         )
     else:
         results = coco.evaluate_coco(
-            dataset, SPLIT.value, DETECTIONS.value, allow_partial=ALLOW_PARTIAL.value
+            dataset,
+            flags.FLAGS.split,
+            flags.FLAGS.detections,
+            allow_partial=flags.FLAGS.allow_partial,
         )
     print(
         format_table(
-            results, dict(zip(dataset.class_labels, dataset.class_names, strict=True)), SHOW.value
+            results,
+            dict(zip(dataset.class_labels, dataset.class_names, strict=True)),
+            flags.FLAGS.show,
         )
     )
-    if JSON.value:
-        write_json(JSON.value, results)
-        print(f"wrote {JSON.value}")
+    if flags.FLAGS.json:
+        write_json(flags.FLAGS.json, results)
+        print(f"wrote {flags.FLAGS.json}")
 
 
 def _expansion(expanded: bool | None) -> str:
     if expanded:
         return "yes, in the table"
-    if EXPAND_PREDICTIONS.value:
+    if flags.FLAGS.expand_predictions:
         return "yes, by --expand_predictions"
     return "no"
 
@@ -132,4 +139,5 @@ def write_json(path: str | os.PathLike, results: Mapping[str, float]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

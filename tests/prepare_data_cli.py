@@ -16,6 +16,7 @@ HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf"
 def prepare(format_name: str, **values) -> Dataset:
     """Converts and opens the result; flags as keywords, UserErrors pass through."""
     if not flags.FLAGS.is_parsed():
+        prepare_data.define_flags()
         # Required flags would fail on an empty command line.
         flags.FLAGS(["test", "--source=-", "--output=-"])
     values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

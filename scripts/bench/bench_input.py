@@ -30,33 +30,36 @@ from common.data.plan import SAMPLERS, make_plan
 from common.errors import UserError
 
 _PARTS = ("plan", "decoders", "batches")
-_DATASET = flags.DEFINE_string("dataset", "", "dataset directory of scripts.prepare_data")
-_SPLIT = flags.DEFINE_string("split", "train", "its split")
-_PART = flags.DEFINE_list("part", list(_PARTS), f"what to measure: {', '.join(_PARTS)}")
-_CANVASES = flags.DEFINE_list("canvas", ["384x384", "800x1333"], "canvases, HEIGHTxWIDTH")
-_PHOTOS = flags.DEFINE_list(
-    "photo", ["as_is", "768x1024", "3000x4000"], "sizes that the photos are enlarged to first"
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images of a batch (part batches)")
-_STEPS = flags.DEFINE_integer("steps", 60, "batches to time (part batches)")
-_THREADS = flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("dataset", "", "dataset directory of scripts.prepare_data")
+    flags.DEFINE_string("split", "train", "its split")
+    flags.DEFINE_list("part", list(_PARTS), f"what to measure: {', '.join(_PARTS)}")
+    flags.DEFINE_list("canvas", ["384x384", "800x1333"], "canvases, HEIGHTxWIDTH")
+    flags.DEFINE_list(
+        "photo", ["as_is", "768x1024", "3000x4000"], "sizes that the photos are enlarged to first"
+    )
+    flags.DEFINE_integer("batch_size", 8, "images of a batch (part batches)")
+    flags.DEFINE_integer("steps", 60, "batches to time (part batches)")
+    flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic")
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    unknown = set(_PART.value) - set(_PARTS)
+    unknown = set(flags.FLAGS.part) - set(_PARTS)
     if unknown:
         raise UserError(f"--part={','.join(unknown)}: expected some of {','.join(_PARTS)}")
-    if "plan" in _PART.value:
+    if "plan" in flags.FLAGS.part:
         bench_plan()
-    if {"decoders", "batches"} & set(_PART.value):
-        if not _DATASET.value:
+    if {"decoders", "batches"} & set(flags.FLAGS.part):
+        if not flags.FLAGS.dataset:
             raise UserError("--dataset is empty: expected a dataset directory (or --part=plan)")
-        dataset = Dataset.open(_DATASET.value)
-        if "decoders" in _PART.value:
+        dataset = Dataset.open(flags.FLAGS.dataset)
+        if "decoders" in flags.FLAGS.part:
             bench_decoders(dataset)
-        if "batches" in _PART.value:
+        if "batches" in flags.FLAGS.part:
             bench_batches(dataset)
 
 
@@ -101,9 +104,9 @@ def generated_index(num_images: int, num_boxes: int, num_classes: int) -> types.
 
 
 def bench_decoders(dataset: Dataset) -> None:
-    chosen = dataset.split(_SPLIT.value)[:24]
+    chosen = dataset.split(flags.FLAGS.split)[:24]
     encoded = [images.read_file(dataset.image_file(int(i))) for i in chosen]
-    for photo, canvas in itertools.product(_PHOTOS.value, _CANVASES.value):
+    for photo, canvas in itertools.product(flags.FLAGS.photo, flags.FLAGS.canvas):
         jpegs = encoded if photo == "as_is" else [enlarge(data, _size(photo)) for data in encoded]
         height, width = _size(canvas)
         with_pillow = cpu_time(functools.partial(pillow_canvas, (height, width)), jpegs)
@@ -158,7 +161,7 @@ def cpu_time(function: Callable[[bytes], np.ndarray], jpegs: list[bytes]) -> flo
 
 
 def bench_batches(dataset: Dataset) -> None:
-    for canvas in _CANVASES.value:
+    for canvas in flags.FLAGS.canvas:
         config = types.SimpleNamespace(
             canvas=_size(canvas),
             pad_multiple=32,
@@ -167,18 +170,20 @@ def bench_batches(dataset: Dataset) -> None:
             scale_jitter=(1.0, 1.0),
             group_of="ordinary",
             on_image_error="fatal",
-            num_threads=_THREADS.value,
+            num_threads=flags.FLAGS.threads,
             prefetch=2,
         )
-        plan = make_plan(dataset, _SPLIT.value, "class_aware", 0, _BATCH_SIZE.value)
+        plan = make_plan(dataset, flags.FLAGS.split, "class_aware", 0, flags.FLAGS.batch_size)
         warm_up = 5
-        batches = train_batches(dataset, plan, config, seed=0, num_steps=_STEPS.value + warm_up)
+        batches = train_batches(
+            dataset, plan, config, seed=0, num_steps=flags.FLAGS.steps + warm_up
+        )
         for _ in range(warm_up):
             next(batches)
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in batches:
             pass
-        count = _STEPS.value * _BATCH_SIZE.value
+        count = flags.FLAGS.steps * flags.FLAGS.batch_size
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         print(
             f"batches {canvas:8}: {count / wall:6.1f} images/s, {cpu / count * 1e3:.1f} ms of CPU "
@@ -200,4 +205,5 @@ def _peak_mib() -> float:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

@@ -19,13 +19,6 @@ from common import nms
 from common.cli import run_main
 from scripts.bench.timing import time_in_turns
 
-_IMAGES = flags.DEFINE_integer("images", 8, "Images.")
-_BOXES = flags.DEFINE_integer("boxes", 2000, "Boxes per image.")
-_CLASSES = flags.DEFINE_integer("classes", 500, "Classes; each box gets a random one.")
-_IOU_THRESHOLD = flags.DEFINE_float("iou_threshold", 0.5, "Suppress above this overlap.")
-_REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls of each side.")
-_THREADS = flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
-
 
 def random_case(
     rng: np.random.Generator, shape: tuple[int, int], num_classes: int, group: int
@@ -51,23 +44,32 @@ def random_case(
     return corners.astype(np.float32), scores.astype(np.float32), classes.astype(np.int32)
 
 
+def define_flags() -> None:
+    flags.DEFINE_integer("images", 8, "Images.")
+    flags.DEFINE_integer("boxes", 2000, "Boxes per image.")
+    flags.DEFINE_integer("classes", 500, "Classes; each box gets a random one.")
+    flags.DEFINE_float("iou_threshold", 0.5, "Suppress above this overlap.")
+    flags.DEFINE_integer("repeats", 20, "Timed calls of each side.")
+    flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
+
+
 def main(argv: Sequence[str]) -> int:
     del argv
     import torch
     import torchvision
 
-    torch.set_num_threads(_THREADS.value)
+    torch.set_num_threads(flags.FLAGS.threads)
     rng = np.random.default_rng(0)
-    shape = (_IMAGES.value, _BOXES.value)
-    threshold = _IOU_THRESHOLD.value
+    shape = (flags.FLAGS.images, flags.FLAGS.boxes)
+    threshold = flags.FLAGS.iou_threshold
     ours = jax.jit(jax.vmap(lambda b, s, v, c: nms.nms_mask(b, s, v, threshold, c)))
     print(
-        f"{shape[0]} images x {shape[1]} boxes x {_CLASSES.value} classes, "
+        f"{shape[0]} images x {shape[1]} boxes x {flags.FLAGS.classes} classes, "
         f"IoU {threshold}, {jax.devices()[0].platform}"
     )
     total_differing = 0
     for case, group in (("a random class per box", 1), ("a random class per 8 boxes", 8)):
-        boxes, scores, classes = random_case(rng, shape, _CLASSES.value, group)
+        boxes, scores, classes = random_case(rng, shape, flags.FLAGS.classes, group)
         arguments = jax.device_put((boxes, scores, np.ones(shape, bool), classes))
         tensors = [
             [torch.from_numpy(a[i]) for a in (boxes, scores, classes)] for i in range(len(boxes))
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         kept = run_ours()
         differing = int(np.sum(kept != run_theirs()))
         total_differing += differing
-        ours_seconds, theirs_seconds = time_in_turns([run_ours, run_theirs], _REPEATS.value)
+        ours_seconds, theirs_seconds = time_in_turns([run_ours, run_theirs], flags.FLAGS.repeats)
         print(f"{case}: kept {int(kept.sum())} of {kept.size}; {differing} decisions differ")
         for name, seconds in (("ours", ours_seconds), ("torchvision", theirs_seconds)):
             median, least = np.median(seconds) * 1e3, seconds.min() * 1e3
@@ -97,4 +99,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

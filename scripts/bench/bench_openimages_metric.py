@@ -24,22 +24,13 @@ from common.detections import DetectionsReader, DetectionsWriter
 from common.evaluation.coverage import selected_chunks
 from common.evaluation.openimages import MEAN_AP, evaluate_openimages
 
-IMAGES = flags.DEFINE_integer("images", 41_620, "Images of the split.")
-ROWS = flags.DEFINE_integer("detections", 300, "Detections per image.")
-CLASSES = flags.DEFINE_integer("classes", 500, "Classes, a tenth of them parents of ten each.")
-VERIFIED = flags.DEFINE_float(
-    "verified", 0.7, "Share of the detections that fall on verified classes and are matched."
-)
-TWIN_IMAGES = flags.DEFINE_integer("twin_images", 400, "Images for the plain-Python twin; 0: none.")
-ONLY = flags.DEFINE_string("only", None, "Folder with generated data: score it and stop.")
-
 BOXES, LABELS = 7, 12  # per image; the challenge's validation set has 5.4 boxes, 10 labels
 
 
 def generate(folder: Path, rng: np.random.Generator) -> None:
     """Writes folder/set and folder/detections.parquet."""
-    classes = [f"/m/{index:04d}" for index in range(CLASSES.value)]
-    parents = CLASSES.value // 10
+    classes = [f"/m/{index:04d}" for index in range(flags.FLAGS.classes)]
+    parents = flags.FLAGS.classes // 10
     hierarchy = {
         "LabelName": "/m/root",
         "Subcategory": [
@@ -51,18 +42,18 @@ def generate(folder: Path, rng: np.random.Generator) -> None:
         ],
     }
     names = np.array(classes)
-    popularity = 1 / np.arange(1, CLASSES.value + 1)
+    popularity = 1 / np.arange(1, flags.FLAGS.classes + 1)
     popularity = rng.permutation(popularity / popularity.sum())
     with (
         DatasetWriter(folder / "set", "bench", classes, classes, hierarchy) as dataset,
         DetectionsWriter(folder / "detections.parquet", {"model": "generated"}) as table,
     ):
-        for number in range(IMAGES.value):
+        for number in range(flags.FLAGS.images):
             image_id = f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}"
             boxes = random_boxes(rng, BOXES)
-            labels = rng.choice(CLASSES.value, BOXES, p=popularity)
+            labels = rng.choice(flags.FLAGS.classes, BOXES, p=popularity)
             flags_ = np.where(rng.random(BOXES) < 0.1, GROUP_OF, 0)
-            verified = np.unique([*labels, *rng.choice(CLASSES.value, LABELS - BOXES)])
+            verified = np.unique([*labels, *rng.choice(flags.FLAGS.classes, LABELS - BOXES)])
             confidence = np.isin(verified, labels)
             dataset.add_image(
                 image_id,
@@ -74,8 +65,8 @@ def generate(folder: Path, rng: np.random.Generator) -> None:
                 verified,
                 confidence,
             )
-            near = rng.integers(BOXES, size=ROWS.value)
-            found = boxes[near] + rng.normal(0, 0.04, (ROWS.value, 4))
+            near = rng.integers(BOXES, size=flags.FLAGS.detections)
+            found = boxes[near] + rng.normal(0, 0.04, (flags.FLAGS.detections, 4))
             found = np.clip(found, 0, 1)
             found = np.concatenate(
                 [
@@ -84,14 +75,14 @@ def generate(folder: Path, rng: np.random.Generator) -> None:
                 ],
                 axis=1,
             )
-            judged = rng.random(ROWS.value) < VERIFIED.value
-            any_verified = verified[rng.integers(len(verified), size=ROWS.value)]
-            right = rng.random(ROWS.value) < 0.5
+            judged = rng.random(flags.FLAGS.detections) < flags.FLAGS.verified
+            any_verified = verified[rng.integers(len(verified), size=flags.FLAGS.detections)]
+            right = rng.random(flags.FLAGS.detections) < 0.5
             found_labels = np.where(right, labels[near], any_verified)
-            other = rng.integers(CLASSES.value, size=ROWS.value)
+            other = rng.integers(flags.FLAGS.classes, size=flags.FLAGS.detections)
             found_labels = np.where(judged, found_labels, other)
-            table.add(image_id, names[found_labels], rng.random(ROWS.value), found)
-        dataset.add_split("validation", np.arange(IMAGES.value))
+            table.add(image_id, names[found_labels], rng.random(flags.FLAGS.detections), found)
+        dataset.add_split("validation", np.arange(flags.FLAGS.images))
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -122,8 +113,8 @@ def score_with_twin(folder: Path) -> float:
     dataset = Dataset.open(folder / "set")
     reader = DetectionsReader(folder / "detections.parquet")
     names = dataset.class_labels
-    indices = dataset.find_images(reader.image_ids[: TWIN_IMAGES.value])
-    selected = np.arange(len(reader.image_ids)) < TWIN_IMAGES.value
+    indices = dataset.find_images(reader.image_ids[: flags.FLAGS.twin_images])
+    selected = np.arange(len(reader.image_ids)) < flags.FLAGS.twin_images
     images = {}
     for image_id, index in zip(reader.image_ids, indices, strict=False):
         boxes = zip(*(a.tolist() for a in dataset.image_boxes(index)), strict=True)
@@ -160,9 +151,20 @@ def score_with_twin(folder: Path) -> float:
     return seconds
 
 
+def define_flags() -> None:
+    flags.DEFINE_integer("images", 41_620, "Images of the split.")
+    flags.DEFINE_integer("detections", 300, "Detections per image.")
+    flags.DEFINE_integer("classes", 500, "Classes, a tenth of them parents of ten each.")
+    flags.DEFINE_float(
+        "verified", 0.7, "Share of the detections that fall on verified classes and are matched."
+    )
+    flags.DEFINE_integer("twin_images", 400, "Images for the plain-Python twin; 0: none.")
+    flags.DEFINE_string("only", None, "Folder with generated data: score it and stop.")
+
+
 def main(_):
-    if ONLY.value:
-        score(Path(ONLY.value))
+    if flags.FLAGS.only:
+        score(Path(flags.FLAGS.only))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -174,10 +176,11 @@ def main(_):
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - start
         print(f"whole process with imports: {seconds:.1f} s")
-        if TWIN_IMAGES.value:
-            twin = score_with_twin(folder) * IMAGES.value
+        if flags.FLAGS.twin_images:
+            twin = score_with_twin(folder) * flags.FLAGS.images
             print(f"ratio twin / vectorised, for all images: {twin / seconds:.0f}x")
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

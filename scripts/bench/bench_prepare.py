@@ -25,11 +25,6 @@ from absl import flags
 from common.cli import run_main
 from common.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the files.", required=True)
-_IMAGES = flags.DEFINE_integer("num_images", 1_743_042, "Images of the set.")
-_BOXES = flags.DEFINE_integer("num_boxes", 12_195_144, "Boxes of the set.")
-_KEEP = flags.DEFINE_bool("keep", False, "Leave the files there.")
-
 _CLASSES = 500
 _BROKEN = 1_000
 _BLOCK = 500_000
@@ -50,14 +45,21 @@ print(json.dumps({'seconds': opened, 'heap_mib': anonymous() - before,
 """
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Folder for the files.", required=True)
+    flags.DEFINE_integer("num_images", 1_743_042, "Images of the set.")
+    flags.DEFINE_integer("num_boxes", 12_195_144, "Boxes of the set.")
+    flags.DEFINE_bool("keep", False, "Leave the files there.")
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(flags.FLAGS.workdir)
     source, output = workdir / "source", workdir / "dataset"
     if output.exists():
         raise UserError(f"{output} exists: choose another --workdir")
     start = time.perf_counter()
-    generate(source, _IMAGES.value, _BOXES.value)
+    generate(source, flags.FLAGS.num_images, flags.FLAGS.num_boxes)
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
     print(f"generated {size:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -75,10 +77,10 @@ def main(argv: Sequence[str]) -> None:
     )
     opened = json.loads(result.stdout)
     print(f"open: {opened['seconds']:.3f} s of 1 s, heap {opened['heap_mib']:.1f} of 200 MiB")
-    expected = (_IMAGES.value, _BOXES.value - _BROKEN)
+    expected = (flags.FLAGS.num_images, flags.FLAGS.num_boxes - _BROKEN)
     if (opened["images"], opened["boxes"]) != expected:
         raise UserError(f"found {opened['images']}, {opened['boxes']}; expected {expected}")
-    if not _KEEP.value:
+    if not flags.FLAGS.keep:
         shutil.rmtree(source)
         shutil.rmtree(output)
 
@@ -148,4 +150,5 @@ def _image_ids(num_images: int) -> pa.Array:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

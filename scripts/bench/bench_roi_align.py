@@ -20,13 +20,6 @@ from common import roi_align
 from common.cli import run_main
 from scripts.bench.timing import time_in_turns
 
-_METHODS = flags.DEFINE_list("methods", ["default"], "Forms of RoIAlign, 'default' or its METHODS.")
-_IMAGES = flags.DEFINE_integer("images", 2, "Images.")
-_SIZE = flags.DEFINE_integer("size", 512, "Side of the images, pixels; a multiple of 32.")
-_CHANNELS = flags.DEFINE_integer("channels", 256, "Feature channels.")
-_ROIS = flags.DEFINE_integer("rois", 512, "RoIs per image.")
-_RUNS = flags.DEFINE_integer("runs", 7, "Timed calls of each side.")
-_TORCH_THREADS = flags.DEFINE_integer("torch_threads", 2, "torch threads.")
 _STRIDES = (4, 8, 16, 32)
 _TOLERANCE = 1e-3  # sums of some hundred float32 products, in another order
 
@@ -41,14 +34,25 @@ def random_rois(rng: np.random.Generator, images: int, rois: int, size: int) -> 
     return np.clip(corners, 0.0, size).astype(np.float32)
 
 
+def define_flags() -> None:
+    flags.DEFINE_list("methods", ["default"], "Forms of RoIAlign, 'default' or its METHODS.")
+    flags.DEFINE_integer("images", 2, "Images.")
+    flags.DEFINE_integer("size", 512, "Side of the images, pixels; a multiple of 32.")
+    flags.DEFINE_integer("channels", 256, "Feature channels.")
+    flags.DEFINE_integer("rois", 512, "RoIs per image.")
+    flags.DEFINE_integer("runs", 7, "Timed calls of each side.")
+    flags.DEFINE_integer("torch_threads", 2, "torch threads.")
+
+
 def main(argv: Sequence[str]) -> int:
     del argv
     import torch
     import torchvision
 
-    torch.set_num_threads(_TORCH_THREADS.value)
+    torch.set_num_threads(flags.FLAGS.torch_threads)
     rng = np.random.default_rng(0)
-    images, size, channels, rois = _IMAGES.value, _SIZE.value, _CHANNELS.value, _ROIS.value
+    images, size = flags.FLAGS.images, flags.FLAGS.size
+    channels, rois = flags.FLAGS.channels, flags.FLAGS.rois
     features = tuple(
         rng.normal(size=(images, size // s, size // s, channels)).astype(np.float32)
         for s in _STRIDES
@@ -83,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = jax.device_put((features, boxes))
     device_gradient = jax.device_put(gradient)
     worst = 0.0
-    for name in _METHODS.value:
+    for name in flags.FLAGS.methods:
         method = None if name == "default" else name
 
         def crop(features, boxes, method=method):
@@ -116,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
             ("forward", (run_forward, torch_forward)),
             ("forward + backward", (run_both, torch_both)),
         ):
-            ours, theirs = (np.median(t) for t in time_in_turns(calls, _RUNS.value))
+            ours, theirs = (np.median(t) for t in time_in_turns(calls, flags.FLAGS.runs))
             print(
                 f"  {label:18s} ours {ours * 1e3:7.1f} ms   torchvision {theirs * 1e3:7.1f} ms   "
                 f"ratio {ours / theirs:.3f}"
@@ -125,4 +129,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)

@@ -7,9 +7,9 @@ Needs torch and torchvision in the same environment. Equal settings on both side
 2000 (1000) proposals in training (inference), 512 RoIs an image, 256 RPN samples an image, SGD with
 momentum and weight decay, 20 boxes an image. Random weights, of the same distributions.
 
-Each side is a process of its own; they take turns, so that other load on the machine meets both. A third
-process runs torchvision with our memory setting (`common.memory`), to tell what comes from where.
-Prints the ratios of the best times and the medians (below 1: ours is faster).
+Each side is a process of its own; they take turns, so that other load on the machine meets both. A
+third process runs torchvision with our memory setting (`common.memory`), to tell what comes from
+where. Prints the ratios of the best times and the medians (below 1: ours is faster).
 """
 
 import multiprocessing
@@ -20,12 +20,6 @@ import numpy as np
 from absl import flags
 
 from common.cli import run_main
-
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each side.")
-_SIZE = flags.DEFINE_integer("size", 512, "Side of the images, pixels.")
-_BATCH = flags.DEFINE_integer("batch", 2, "Images per step.")
-_CLASSES = flags.DEFINE_integer("classes", 500, "Classes without background.")
-_THREADS = flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
 
 TASKS = ("train", "inference")
 SIDES = ("torchvision", "torchvision, memory kept", "ours")
@@ -174,7 +168,10 @@ def serve(side: str, pipe, data, classes: int, threads: int) -> None:
         from common.memory import keep_freed_memory
 
         keep_freed_memory()
-    calls = our_calls(data, classes) if side == "ours" else torchvision_calls(data, classes, threads)
+    if side == "ours":
+        calls = our_calls(data, classes)
+    else:
+        calls = torchvision_calls(data, classes, threads)
     for task in TASKS:  # compiles, and fills caches
         for _ in range(2):
             calls[task]()
@@ -185,21 +182,29 @@ def serve(side: str, pipe, data, classes: int, threads: int) -> None:
         pipe.send((time.perf_counter() - start, found))
 
 
+def define_flags() -> None:
+    flags.DEFINE_integer("rounds", 5, "Turns of each side.")
+    flags.DEFINE_integer("size", 512, "Side of the images, pixels.")
+    flags.DEFINE_integer("batch", 2, "Images per step.")
+    flags.DEFINE_integer("classes", 500, "Classes without background.")
+    flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
-    data = example(_BATCH.value, _SIZE.value, _CLASSES.value)
+    data = example(flags.FLAGS.batch, flags.FLAGS.size, flags.FLAGS.classes)
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for side in SIDES:
         pipes[side], theirs = context.Pipe()
-        arguments = (side, theirs, data, _CLASSES.value, _THREADS.value)
+        arguments = (side, theirs, data, flags.FLAGS.classes, flags.FLAGS.threads)
         context.Process(target=serve, args=arguments, daemon=True).start()
         theirs.close()
         pipes[side].recv()  # one after the other: compiling would disturb no measurement yet
     for task in TASKS:
         seconds = {side: [] for side in SIDES}
         found = {}
-        for _ in range(_ROUNDS.value):
+        for _ in range(flags.FLAGS.rounds):
             for side, pipe in pipes.items():
                 pipe.send(task)
                 taken, found[side] = pipe.recv()
@@ -212,7 +217,7 @@ def main(argv: Sequence[str]) -> None:
 def report(task: str, seconds: dict[str, list[float]], found: dict[str, int]) -> None:
     """Prints a line per side and the ratios of one task."""
     ours = seconds["ours"]
-    print(f"{task}: {_BATCH.value} images of {_SIZE.value}x{_SIZE.value}")
+    print(f"{task}: {flags.FLAGS.batch} images of {flags.FLAGS.size}x{flags.FLAGS.size}")
     for side, taken in seconds.items():
         print(
             f"  {side:25s} best {min(taken):.3f} s, median {np.median(taken):.3f} s"
@@ -227,4 +232,5 @@ def report(task: str, seconds: dict[str, list[float]], found: dict[str, int]) ->
 
 
 if __name__ == "__main__":
+    define_flags()
     run_main(main)
