@@ -34,7 +34,8 @@ def main(argv):
     if report.missing:
         raise UserError(
             f"{flags.FLAGS.input}: found no value for {len(report.missing)} tensors "
-            f"of {flags.FLAGS.backbone}, first {report.missing[0]!r}; expected all; nothing was written"
+            f"of {flags.FLAGS.backbone}, first {report.missing[0]!r}; expected all; nothing "
+            "was written"
         )
     save_backbone_weights(
         flags.FLAGS.output, weights, flags.FLAGS.backbone, Path(flags.FLAGS.input).name
