@@ -98,7 +98,7 @@ def main(_):
     panels = []
     for index, metric in enumerate(flags.FLAGS.metrics):
         curves = {Path(w).name: read_curve(Path(w), metric) for w in flags.FLAGS.workdirs}
-        panels.append(panel(curves, metric, index * WIDTH))
+        panels.append(panel(curves, metric.rsplit("/", 1)[-1], index * WIDTH))
     body = "\n".join(panels)
     write_text(
         flags.FLAGS.output,
