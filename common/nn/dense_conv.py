@@ -27,7 +27,10 @@ def _general(x, kernel, strides, pads):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dense_conv(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], strides: tuple[int, int], pads: Pads
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "k k C D"],
+    strides: tuple[int, int],
+    pads: Pads,
 ) -> Float[Array, "B h w D"]:
     """Equals `lax.conv_general_dilated`; `pads` are explicit. Reverse mode only."""
     return _general(x, kernel, strides, pads)
@@ -69,12 +72,14 @@ def _kernel_grad(x, kernel_shape, grad, strides, pads):
         product = _dot(_transposed(taps[0]), grad)
     else:
         grad = _transposed(grad)
-        product = jnp.concatenate([_dot(grad, lax.optimization_barrier(tap)) for tap in taps], 1).T
+        # The barriers keep XLA from folding transposes into the matmuls, forms it has no fast
+        # kernel for.
+        products = [_dot(grad, lax.optimization_barrier(tap)) for tap in taps]
+        product = jnp.concatenate([lax.optimization_barrier(p).T for p in products])
     return product.reshape(kernel_shape).astype(x.dtype)
 
 
 def _transposed(x):
-    # The barrier makes the transpose a pass of its own; folded into the matmul it is slower.
     return lax.optimization_barrier(x.T)
 
 
