@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = r50.get_config()
     config.name = "quickstart"
     config.data.sampler = "uniform"
-    config.data.batch_size = 2
+    config.data.batch_size = 4
     config.data.canvas = (400, 400)
     config.model.backbone = "efficientnet_lite0"
     config.model.dtype = "float32"
@@ -33,13 +33,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.rpn.test_proposals = dict(pre_nms=500, post_nms=300, nms_iou=0.7)
     config.model.box_head.width = 256
     config.model.box_head.sample.num_samples = 128
-    config.optimizer.learning_rate_per_image = 0.004
-    config.optimizer.warmup_steps = 60
-    config.optimizer.num_epochs = 24.0
-    config.optimizer.decay_epochs = (18, 22)
+    config.optimizer.learning_rate_per_image = 0.002
+    config.optimizer.warmup_steps = 30
+    config.optimizer.num_epochs = 22.0
+    config.optimizer.decay_epochs = (17, 20)
     config.optimizer.clip_norm = 5.0
     config.checkpoint.every_steps = 100
     config.checkpoint.keep_epochs = False
     config.evaluation.batch_size = 6
-    config.log.every_steps = 40
+    config.log.every_steps = 20
     return config
