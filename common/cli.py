@@ -1,5 +1,6 @@
 """Entry point shared by all command-line tools."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -7,6 +8,9 @@ from absl import app, flags, logging
 
 from common.errors import UserError
 from common.memory import keep_freed_memory
+
+# Before anything imports TensorFlow, which would report its build options at every start.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
