@@ -1,8 +1,9 @@
 """Ungrouped convolution with a kernel gradient that XLA:CPU computes quickly.
 
 XLA:CPU runs forward convolutions and input gradients near the machine's peak, but writes a kernel
-gradient as a convolution whose window is the whole image, for which it has no fast path: 5 to 15
-times slower than the matmuls below. TPU and GPU differentiate the convolution as usual.
+gradient as a convolution whose window is the whole image, for which it has no fast path: for 1x1
+kernels about 10 times, for 3x3 kernels 1.2 to 4.5 times the processor time of the matmuls below.
+TPU and GPU differentiate the convolution as usual.
 
 Shapes: B batch, H W input height and width, h w output height and width, C input channels,
 D output channels, k kernel side, N = B * h * w output positions.
