@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from common.training.distributed import DATA_AXIS
+from common.training.distributed import DATA_AXIS, sum_over_devices
 from detection.models.faster_rcnn import FasterRCNN
 
 
@@ -61,7 +61,7 @@ def make_train_step(
             return sum(out["losses"].values()), (out, mutated.get("batch_stats", batch_stats))
 
         grads, (out, new_stats) = jax.grad(loss_fn, has_aux=True)(params)
-        grads, out = jax.lax.psum((grads, out), DATA_AXIS)
+        grads, out = sum_over_devices((grads, out))
         return grads, out, new_stats
 
     sharded_gradients = jax.shard_map(

@@ -132,11 +132,6 @@ def test_two_processes_with_two_devices_equal_one_with_four(dataset, tmp_path):
     ]
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    for (step, *ours), (other_step, *theirs) in zip(losses(two), losses(one), strict=True):
-        assert step == other_step
-        # Between processes the sum over devices adds in another order, and each step amplifies
-        # that rounding; before the first update nothing has been amplified.
-        tolerance = 1e-5 if step == 1 else 5e-3
-        assert [float(x) for x in ours] == pytest.approx([float(x) for x in theirs], rel=tolerance)
+    assert losses(two) == losses(one)
     covered = read_detections(two / "evaluation" / "9" / "validation.parquet").image_ids
     assert len(covered) == 3
