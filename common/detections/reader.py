@@ -21,19 +21,26 @@ from common.detections.table import (
     MASK_COLUMNS,
     METADATA_KEY,
     Detections,
+    find_duplicate,
     find_invalid,
     shard_name,
 )
 from common.errors import UserError
 
+_MIN_BATCH = 1 << 10  # rows of a file read at once
 _SHARD = re.compile(r"part-(\d{5})-of-(\d{5})\.parquet")
 
 
 class DetectionsReader:
     """An opened detections table (file or folder of shards); rows are checked as they are read."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, like: "DetectionsReader | None" = None):
         """Opens the table and checks schema, metadata and that all shards are there.
+
+        Args:
+          path: file or folder.
+          like: reader of another table. When both cover the same images the two share the list of
+            ids, so that many tables need the memory of one.
 
         Raises:
           UserError: no table there, or a broken one; the text names the file.
@@ -59,7 +66,13 @@ class DetectionsReader:
                     )
                 owner[image_id] = file.path
         self.image_ids = sorted(owner)
-        self.image_codes = {image_id: code for code, image_id in enumerate(self.image_ids)}
+        if like is not None and like.image_ids == self.image_ids:
+            self.image_ids, self.image_codes = like.image_ids, like.image_codes
+            for file in self.files:
+                codes = (self.image_codes[image_id] for image_id in file.image_ids)
+                file.image_ids = [self.image_ids[code] for code in codes]
+        else:
+            self.image_codes = {image_id: code for code, image_id in enumerate(self.image_ids)}
 
     def chunks(
         self,
@@ -67,6 +80,8 @@ class DetectionsReader:
         *,
         masks: bool = False,
         rows: int = 1 << 19,
+        images: range | None = None,
+        refuse_duplicates: bool = False,
     ) -> Iterator[Detections]:
         """Yields the rows in table order, over all shards, in pieces of whole images.
 
@@ -75,6 +90,8 @@ class DetectionsReader:
             is an error. None collects the labels as they come (later pieces may know more).
           masks: whether to read the mask columns.
           rows: about how many rows a piece has.
+          images: places in `image_ids` (step 1) to read; row groups without any are skipped.
+          refuse_duplicates: a row that equals an earlier one of its file is an error.
 
         Raises:
           UserError: a row that breaks the contract; the text names file and row.
@@ -83,10 +100,27 @@ class DetectionsReader:
             raise UserError(f"{self.path}: no mask column, expected a table with masks")
         labels = list(class_labels) if class_labels is not None else []
         label_codes = {label: code for code, label in enumerate(labels)}
-        batch = min(max(rows // len(self.files), 1 << 10), 1 << 16)
+        images = range(len(self.image_ids)) if images is None else images
+        if not images:
+            return
+        span = (images[0], images[-1] + 1)
+        whole = span == (0, len(self.image_ids))
+        ends = None if whole else (self.image_ids[images[0]], self.image_ids[images[-1]])
+        batch = min(max(rows // len(self.files), _MIN_BATCH), 1 << 16)
         known = class_labels is not None
         streams = [
-            _Stream(file.batches(batch, self.image_codes, label_codes, known, masks))
+            _Stream(
+                file.batches(
+                    batch,
+                    self.image_codes,
+                    label_codes,
+                    known,
+                    masks,
+                    span,
+                    ends,
+                    refuse_duplicates,
+                )
+            )
             for file in self.files
         ]
         ready: list[dict[str, np.ndarray]] = []
@@ -209,13 +243,20 @@ class _TableFile:
         label_codes: dict[str, int],
         labels_known: bool,
         masks: bool,
+        span: tuple[int, int],
+        ends: tuple[str, str] | None,
+        refuse_duplicates: bool,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields checked rows; unless `labels_known`, new labels are added to `label_codes`."""
-        covered = set(self.image_ids)
-        codes = {image_id: image_codes[image_id] for image_id in covered}
-        row = 0
+        """Yields checked rows of the images from span[0] to span[1] - 1, whose ids are `ends`.
+
+        Unless `labels_known`, new labels are added to `label_codes`.
+        """
+        codes = image_codes
+        if len(self.image_ids) < len(image_codes):
+            codes = {image_id: image_codes[image_id] for image_id in self.image_ids}
         last_image, last_score = -1, np.inf
-        for batch in self._raw_batches(size, masks):
+        tied: dict[str, np.ndarray] | None = None  # last rows, of one image and score
+        for row, batch in self._raw_batches(size, masks, ends):
             self._check_nulls(batch, row)
             if not labels_known:
                 for label in batch["label"].unique().to_pylist():
@@ -242,23 +283,63 @@ class _TableFile:
             arrays = dict(
                 image_index=image_index, label_index=label_index, scores=scores, boxes=boxes
             )
+            if refuse_duplicates:
+                both = arrays if tied is None else _concatenate([tied, arrays])
+                first = row - (0 if tied is None else len(tied["scores"]))
+                if (found := find_duplicate(**both)) is not None:
+                    at = found[1] + first - row  # the later of the two, always in this batch
+                    raise UserError(
+                        f"{self.path}: row {row + at}: the same as row {found[0] + first} (image "
+                        f"{batch['image_id'][at].as_py()!r}, {batch['label'][at].as_py()!r}, score "
+                        f"{scores[at]:g}), expected every detection once"
+                    )
+                same = (both["image_index"] == last_image) & (both["scores"] == last_score)
+                tied = {name: array[same].copy() for name, array in both.items()}
             if masks:
                 arrays["masks"] = np.array(batch["mask"].to_pylist() + [None], object)[:-1]
                 sizes = [batch[name].to_numpy() for name in ("mask_height", "mask_width")]
                 arrays["mask_sizes"] = np.stack(sizes, axis=1)
-            yield arrays
-            row += len(scores)
+            if span[0] <= image_index[0] and last_image < span[1]:
+                yield arrays
+                continue
+            chosen = slice(*np.searchsorted(image_index, span))
+            if chosen.start < chosen.stop:
+                yield {name: array[chosen] for name, array in arrays.items()}
 
-    def _raw_batches(self, size: int, masks: bool) -> Iterator[pa.RecordBatch]:
-        columns = [*COLUMNS, *(MASK_COLUMNS if masks else ())]
+    def labels(self) -> dict[str, int]:
+        """The labels of the rows, each with the first row that has it."""
+        found: dict[str, int] = {}
+        for row, batch in self._raw_batches(1 << 16, columns=["label"]):
+            column = batch["label"]
+            values = column.dictionary.to_pylist()
+            for code in [code for code, label in enumerate(values) if label not in found]:
+                at = np.flatnonzero(column.indices.to_numpy(zero_copy_only=False) == code)
+                if len(at):
+                    found[values[code]] = row + int(at[0])
+        return found
+
+    def _raw_batches(
+        self,
+        size: int,
+        masks: bool = False,
+        ends: tuple[str, str] | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yields batches and their first rows; with `ends`, of the row groups that may hold images
+        between these two ids."""
+        columns = columns or [*COLUMNS, *(MASK_COLUMNS if masks else ())]
         row = 0
         try:
             with pq.ParquetFile(
                 self.path, read_dictionary=["image_id", "label"], page_checksum_verification=True
             ) as file:
-                for batch in file.iter_batches(batch_size=size, columns=columns):
+                groups = range(file.num_row_groups)
+                if ends is not None:
+                    groups = _row_groups(file.metadata, *ends)
+                row = sum(file.metadata.row_group(g).num_rows for g in range(groups.start))
+                for batch in file.iter_batches(size, row_groups=list(groups), columns=columns):
                     if len(batch):
-                        yield batch
+                        yield row, batch
                     row += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path}: damaged after row {row} ({error})") from error
@@ -282,6 +363,18 @@ class _TableFile:
                 f"{self.path}: row {row + at}: {column[at].as_py()!r} is not among the {known}"
             )
         return encoded
+
+
+def _row_groups(metadata: pq.FileMetaData, first: str, last: str) -> range:
+    """The row groups that may hold images from `first` to `last`, by their statistics."""
+    column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index("image_id")
+    groups = []
+    for group in range(metadata.num_row_groups):
+        found = metadata.row_group(group).column(column).statistics
+        known = found is not None and found.has_min_max and isinstance(found.min, str)
+        if not known or (found.min <= last and found.max >= first):
+            groups.append(group)
+    return range(groups[0], groups[-1] + 1) if groups else range(0)
 
 
 class _Stream:

@@ -90,3 +90,26 @@ def find_invalid(scores: np.ndarray, boxes: np.ndarray) -> tuple[int, str] | Non
     if not inside[row].all():
         return row, f"box [{box}], expected coordinates normalised to [0, 1]"
     return row, f"inverted box [{box}], expected xmin <= xmax and ymin <= ymax"
+
+
+def find_duplicate(
+    image_index: np.ndarray, label_index: np.ndarray, scores: np.ndarray, boxes: np.ndarray, **_
+) -> tuple[int, int] | None:
+    """An earlier and a later row that are equal, or None. Rows must be in table order."""
+    tied = np.zeros(len(scores), bool)
+    same = (image_index[1:] == image_index[:-1]) & (scores[1:] == scores[:-1])
+    tied[1:] |= same
+    tied[:-1] |= same
+    rows = np.flatnonzero(tied)
+    if not len(rows):
+        return None
+    # -0 becomes 0, so that equal values have equal bits.
+    values = np.column_stack([scores[rows], boxes[rows]]) + np.float32(0)
+    keys = np.column_stack([image_index[rows], label_index[rows], values.view(np.int32)])
+    order = np.lexsort((rows, *keys.T))
+    equal = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    if not equal.any():
+        return None
+    pairs = np.column_stack([rows[order[:-1]], rows[order[1:]]])[equal]
+    earlier, later = pairs[np.argmin(pairs[:, 1])]
+    return int(earlier), int(later)

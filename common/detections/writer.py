@@ -37,6 +37,7 @@ _ROW = np.dtype(
         ("mask_size", "<i4", 2),
     ]
 )
+_NO_ROWS = np.zeros(0, _ROW)
 
 
 class DetectionsWriter:
@@ -159,7 +160,6 @@ class DetectionsWriter:
         image_ids = sorted(self._spans)
         spans = np.array([self._spans[i] for i in image_ids], np.int64).reshape(-1, 2)
         ends = np.cumsum(spans[:, 1])
-        spool = np.memmap(self._spool_path, _ROW, "r") if self._num_rows else np.zeros(0, _ROW)
         with pq.ParquetWriter(
             self._temporary,
             schema,
@@ -175,6 +175,8 @@ class DetectionsWriter:
                 counts = spans[first:last, 1]
                 owner = np.repeat(np.arange(last - first), counts)
                 within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+                # Mapped anew each time: pages of earlier groups leave the process.
+                spool = np.memmap(self._spool_path, _ROW, "r") if len(owner) else _NO_ROWS
                 rows = spool[spans[first:last, 0][owner] + within]
                 file.write_table(self._table(image_ids[first:last], owner, rows, schema))
                 first = last

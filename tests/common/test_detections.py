@@ -293,3 +293,50 @@ def test_paths_that_hold_no_table(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         DetectionsWriter(tmp_path / "file", {}, process_index=0, process_count=2)
+
+
+def test_reads_a_range_of_images_without_the_row_groups_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "ROW_GROUP", 8)
+    images = {k: v for k, v in draw_images(np.random.default_rng(3), 40).items() if len(v[1])}
+    path = tmp_path / "x.parquet"
+    write(path, images)
+    ids = sorted(images)
+    for first, stop in ((0, 5), (7, 8), (11, len(ids)), (4, 4)):
+        chunks = DetectionsReader(path).chunks(rows=6, images=range(first, stop))
+        expected = expected_rows({image: images[image] for image in ids[first:stop]})
+        assert [row for chunk in chunks for row in rows_of(chunk)] == expected
+    # Damage in the first row group does not matter to who reads the last images.
+    data = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(0).column(2).data_page_offset
+    data[start + 10 : start + 60] = bytes(50)
+    path.write_bytes(data)
+    last = list(DetectionsReader(path).chunks(images=range(len(ids) - 1, len(ids))))
+    assert rows_of(last[0]) == expected_rows({ids[-1]: images[ids[-1]]})
+    with pytest.raises(UserError, match="damaged after row 0"):
+        list(DetectionsReader(path).chunks())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_refuses_duplicate_rows_when_asked(tmp_path, monkeypatch, rows):
+    """Equal rows need not lie side by side: others of the same score may be between them."""
+    path = tmp_path / "x.parquet"
+    box = np.array([[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.6], [0, 0, 0.5, 0.5]], np.float32)
+    with DetectionsWriter(path, METADATA) as table_writer:
+        table_writer.add("a", ["/m/1"] * 2, [0.5, 0.4], box[1:])
+        table_writer.add("b", ["/m/1"] * 3, [0.5] * 3, box)
+        table_writer.add("c", ["/m/1", "/m/2"], [0.5] * 2, box[[0, 0]])
+    assert len(read_detections(path)) == 7
+    monkeypatch.setattr("common.detections.reader._MIN_BATCH", 1)
+    with pytest.raises(UserError, match=r"x\.parquet: row 4: the same as row 2 \(image 'b'"):
+        list(DetectionsReader(path).chunks(rows=rows, refuse_duplicates=True))
+
+
+def test_readers_of_the_same_images_share_their_ids(tmp_path):
+    images = draw_images(np.random.default_rng(4), 9)
+    write(tmp_path / "a.parquet", images)
+    write(tmp_path / "b", images, shards=2)
+    first = DetectionsReader(tmp_path / "a.parquet")
+    second = DetectionsReader(tmp_path / "b", like=first)
+    assert second.image_ids is first.image_ids and second.image_codes is first.image_codes
+    rows = [row for chunk in second.chunks() for row in rows_of(chunk)]
+    assert rows == expected_rows(images)
