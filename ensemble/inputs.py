@@ -1,0 +1,395 @@
+"""Opens many detections tables and reads them side by side, in chunks of whole images.
+
+The tables must cover the same images and use the labels of one vocabulary; both is checked before
+the first row is merged. The rows themselves are checked by the reader as they come.
+
+Shape legend: T tables, I images, K classes, n rows of a chunk (all tables).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+
+from common.detections import Detections, DetectionsReader
+from common.errors import UserError
+
+COVERAGES = ("same", "union", "intersection")
+_NAMED = re.compile(r"([\w.+-]+)=(.+)")
+_MIN_ROWS = 1 << 12  # of one table in a chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One opened input.
+
+    Attributes:
+      name: of the model, unique among the inputs.
+      reader: of the table.
+      source_labels: labels found in the table, sorted.
+      label_codes: class index of each source label, -1 for labels that a mapping drops.
+      image_codes: image index of each image of the reader, -1 for images left out; None when the
+        reader's images are the images of the ensemble.
+    """
+
+    name: str
+    reader: DetectionsReader
+    source_labels: list[str]
+    label_codes: Int32[np.ndarray, " C"]
+    image_codes: Int32[np.ndarray, " i"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Opened inputs with their common images (I, sorted ids) and classes (K labels)."""
+
+    tables: list[Table]
+    image_ids: list[str]
+    labels: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return [table.name for table in self.tables]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(table.reader.num_rows for table in self.tables)
+
+    @property
+    def expanded(self) -> bool:
+        return bool(self.tables[0].reader.metadata.get("expanded"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """All rows of the images [first, stop), sorted by table, then image, then score descending.
+
+    Attributes:
+      first: of the images of this chunk.
+      stop: end of the images of this chunk; images without rows count too.
+      images: (n,) image index.
+      labels: (n,) class index.
+      scores: (n,) as in the tables.
+      boxes: (n, 4) normalised.
+      models: (n,) place of the table among the inputs.
+      masks: (n,) COCO RLE counts, or None.
+      mask_sizes: (n, 2) height and width, or None.
+    """
+
+    first: int
+    stop: int
+    images: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"]
+    scores: Float32[np.ndarray, " n"]
+    boxes: Float32[np.ndarray, "n 4"]
+    models: Int32[np.ndarray, " n"]
+    masks: np.ndarray | None = None
+    mask_sizes: Int32[np.ndarray, "n 2"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def groups(self, num_classes: int) -> Int64[np.ndarray, " n"]:
+        """One key for each (image, class): image * K + class."""
+        return self.images.astype(np.int64) * num_classes + self.labels
+
+
+def open_tables(
+    inputs: Sequence[str],
+    *,
+    labels: Sequence[str] | None = None,
+    coverage: str = "same",
+    mappings: Mapping[str, Mapping[str, str]] | None = None,
+) -> Tables:
+    """Opens tables and makes sure that they belong together.
+
+    Args:
+      inputs: paths, or `name=path`. A table without a name is called by as much of its path as
+        tells it from the others (the file name without ending, mostly).
+      labels: classes, in the dataset's order. None takes the labels that the tables hold, sorted.
+      coverage: "same" refuses tables that cover different images, "union" takes an image that a
+        table does not cover for one without detections, "intersection" leaves such images out.
+      mappings: by name, for tables of another vocabulary: label there -> label here; detections of
+        other labels are dropped.
+
+    Raises:
+      UserError: no or unreadable tables, tables without rows, other labels, other images, parent
+        classes in some tables only, or a mapping for a model that is no input.
+    """
+    paths, names = parse_inputs(inputs)
+    mappings = dict(mappings or {})
+    for name in mappings:
+        check_known(name, names, "mapping")
+    readers: list[DetectionsReader] = []
+    for path in paths:
+        reader = DetectionsReader(path, like=readers[0] if readers else None)
+        if not reader.num_rows:
+            raise UserError(
+                f"{path}: no detections ({len(reader.image_ids)} images covered), expected rows"
+            )
+        readers.append(reader)
+    _check_expanded(readers)
+    image_ids, image_codes = _common_images(readers, coverage)
+    found = [_find_labels(reader) for reader in readers]
+    classes = _common_labels(readers, names, found, labels, mappings)
+    codes = {label: code for code, label in enumerate(classes)}
+    tables = []
+    for reader, name, rows, table_images in zip(readers, names, found, image_codes, strict=True):
+        mapping = mappings.get(name)
+        sources = sorted(rows)
+        targets = sources if mapping is None else [mapping.get(label) for label in sources]
+        label_codes = np.array([codes.get(label, -1) for label in targets], np.int32)
+        if (label_codes < 0).all():
+            raise UserError(
+                f"{reader.path}: the mapping of {name} has none of its labels (such as "
+                f"{sources[0]!r}), expected label there -> label here"
+            )
+        tables.append(Table(name, reader, sources, label_codes, table_images))
+    return Tables(tables, image_ids, classes)
+
+
+def parse_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Paths and unique names of inputs given as `path` or `name=path`."""
+    paths, names = [], []
+    for text in inputs:
+        match = None if Path(text).exists() else _NAMED.fullmatch(text)
+        paths.append(Path(match[2] if match else text))
+        names.append(match[1] if match else "")
+    if not paths:
+        raise UserError("--inputs: no tables, expected paths with commas between them")
+    for place, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:place]]:
+            raise UserError(f"--inputs: {path} is given twice, expected different tables")
+    parts = [[*path.parts[:-1], path.stem if path.suffix else path.name] for path in paths]
+    short = ["/".join(p[-1:]) for p in parts]
+    length = 1
+    while len(set(short)) < len(short) and length < max(map(len, parts)):
+        length += 1
+        short = ["/".join(p[-length:]) for p in parts]
+    names = [name or default for name, default in zip(names, short, strict=True)]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise UserError(f"--inputs: two tables are called {name!r}, expected name=path for one")
+    return paths, names
+
+
+def check_known(name: str, names: Sequence[str], field: str) -> int:
+    """Place of a model among the inputs; a `UserError` names the known ones."""
+    if name not in names:
+        raise UserError(f"{field}: no input is called {name!r}, expected one of {', '.join(names)}")
+    return list(names).index(name)
+
+
+def _check_expanded(readers: Sequence[DetectionsReader]) -> None:
+    first = readers[0]
+    for reader in readers:
+        if bool(reader.metadata.get("expanded")) != bool(first.metadata.get("expanded")):
+            pair = [first, reader] if first.metadata.get("expanded") else [reader, first]
+            raise UserError(
+                f"{pair[1].path}: not expanded to parent classes, but {pair[0].path} is; expected "
+                "all tables alike (expand the others: scripts.expand_detections)"
+            )
+
+
+def _common_images(
+    readers: Sequence[DetectionsReader], coverage: str
+) -> tuple[list[str], list[Int32[np.ndarray, " i"] | None]]:
+    """Ids of the images, and for each table the image index of its images (None: the same)."""
+    if coverage not in COVERAGES:
+        raise UserError(
+            f"config.coverage: found {coverage!r}, expected one of {', '.join(COVERAGES)}"
+        )
+    first = readers[0]
+    others = [reader for reader in readers if reader.image_ids is not first.image_ids]
+    if not others:
+        return first.image_ids, [None] * len(readers)
+    if coverage == "same":
+        other = others[0]
+        for one, two in ((first, other), (other, first)):
+            missing = [image for image in one.image_ids if image not in two.image_codes]
+            if missing:
+                raise UserError(
+                    f"{two.path}: covers {len(two.image_ids)} images, {one.path} "
+                    f"{len(one.image_ids)}: {missing[0]!r} is missing in {two.path.name}; expected "
+                    "the same images (--config.coverage=union or intersection takes both)"
+                )
+    sets = [reader.image_codes.keys() for reader in (first, *others)]
+    chosen = set().union(*sets) if coverage == "union" else set(sets[0]).intersection(*sets[1:])
+    if not chosen:
+        raise UserError(
+            f"{others[0].path}: covers none of the images of {first.path} (first ids: "
+            f"{others[0].image_ids[0]!r} and {first.image_ids[0]!r})"
+        )
+    image_ids = sorted(chosen)
+    codes = {image: code for code, image in enumerate(image_ids)}
+    return image_ids, [
+        np.array([codes.get(image, -1) for image in reader.image_ids], np.int32)
+        for reader in readers
+    ]
+
+
+def _find_labels(reader: DetectionsReader) -> dict[str, tuple[Path, int]]:
+    """Labels of a table, each with the file and row where it comes first."""
+    found: dict[str, tuple[Path, int]] = {}
+    for file in reader.files:
+        for label, row in file.labels().items():
+            found.setdefault(label, (file.path, row))
+    return found
+
+
+def _common_labels(
+    readers: Sequence[DetectionsReader],
+    names: Sequence[str],
+    found: Sequence[Mapping[str, tuple[Path, int]]],
+    labels: Sequence[str] | None,
+    mappings: Mapping[str, Mapping[str, str]],
+) -> list[str]:
+    """The vocabulary; a `UserError` when a table uses another one."""
+    own = [rows for name, rows in zip(names, found, strict=True) if name not in mappings]
+    if labels is not None:
+        known = set(labels)
+        for rows in own:
+            foreign = {label: place for label, place in rows.items() if label not in known}
+            if foreign:
+                label, (path, row) = min(foreign.items(), key=lambda item: item[1][1])
+                raise UserError(
+                    f"{path}: row {row}: {label!r} is not among the {len(labels)} classes of the "
+                    "dataset (a table of another vocabulary needs --config.mappings)"
+                )
+        return list(labels)
+    for place, (reader, name) in enumerate(zip(readers, names, strict=True)):
+        others = [rows for j, rows in enumerate(found) if j != place and names[j] not in mappings]
+        if name in mappings or not others:
+            continue
+        shared = found[place].keys() & set().union(*others)
+        if not shared:
+            mine, theirs = min(found[place]), min(min(rows) for rows in others)
+            raise UserError(
+                f"{reader.path}: shares no label with the other tables ({mine!r} here, {theirs!r} "
+                "there); a table of another vocabulary needs --config.mappings"
+            )
+    mapped = [set(mapping.values()) for mapping in mappings.values()]
+    return sorted(set().union(*own, *mapped))
+
+
+def aligned_chunks(
+    tables: Tables,
+    *,
+    rows: int = 1 << 19,
+    images: range | None = None,
+    masks: bool = False,
+    refuse_duplicates: bool = True,
+) -> Iterator[Chunk]:
+    """Yields the rows of all tables in chunks of whole images, in image order.
+
+    Memory holds a few times `rows` rows (of 32 bytes, without masks) whatever the number of tables
+    and images, plus a few megabytes of buffers for each table.
+
+    Args:
+      tables: opened.
+      rows: about how many rows, of all tables together, a chunk has (at least 4096 of each table
+        are read at a time).
+      images: image indices to read (default: all). Every one of them is in exactly one chunk,
+        with rows or without.
+      masks: read masks too.
+      refuse_duplicates: equal rows of one table are an error.
+
+    Raises:
+      UserError: a row that breaks the contract; the text names file and row.
+    """
+    images = range(len(tables.image_ids)) if images is None else images
+    share = max(rows // len(tables.tables), _MIN_ROWS)
+    streams = [
+        _Pending(place, table, share, images, masks, refuse_duplicates)
+        for place, table in enumerate(tables.tables)
+    ]
+    first = images.start
+    while first < images.stop:
+        stop = min(stream.complete() for stream in streams)
+        parts = [stream.pop(stop) for stream in streams]
+        names = [field.name for field in dataclasses.fields(Chunk)[2:]]
+        yield Chunk(
+            first,
+            stop,
+            **{
+                name: np.concatenate([part[name] for part in parts])
+                for name in names
+                if name in parts[0]
+            },
+        )
+        first = stop
+
+
+class _Pending:
+    """Rows of one table that were read but not yet passed on, with indices of the ensemble."""
+
+    def __init__(
+        self,
+        model: int,
+        table: Table,
+        rows: int,
+        images: range,
+        masks: bool,
+        refuse_duplicates: bool,
+    ):
+        self._model, self._table, self._masks = model, table, masks
+        self._share, self._stop = rows, images.stop
+        own = images
+        if table.image_codes is not None:
+            inside = np.flatnonzero(
+                (table.image_codes >= images.start) & (table.image_codes < images.stop)
+            )
+            own = range(int(inside[0]), int(inside[-1]) + 1) if len(inside) else range(0)
+        self._chunks = table.reader.chunks(
+            table.source_labels,
+            masks=masks,
+            rows=rows,
+            images=own,
+            refuse_duplicates=refuse_duplicates,
+        )
+        self._rows: dict[str, np.ndarray] | None = None
+        self._finished = False
+
+    def complete(self) -> int:
+        """Reads until a share of rows is pending; returns the end of the images that are whole."""
+        while not self._finished:
+            if self._rows is not None and len(self._rows["images"]) >= self._share:
+                break
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                self._finished = True
+                break
+            rows = self._convert(chunk)
+            if self._rows is not None:
+                rows = {n: np.concatenate([self._rows[n], array]) for n, array in rows.items()}
+            self._rows = rows
+        return self._stop if self._finished else int(self._rows["images"][-1]) + 1
+
+    def pop(self, stop: int) -> dict[str, np.ndarray]:
+        """Removes and returns the rows of images before `stop`."""
+        if self._rows is None:
+            none = Detections(
+                [], [], *(np.zeros(0, np.int32),) * 2, np.zeros(0, np.float32),
+                np.zeros((0, 4), np.float32), {}, np.zeros(0, object), np.zeros((0, 2), np.int32),
+            )
+            return self._convert(none)
+        cut = int(np.searchsorted(self._rows["images"], stop))
+        head = {name: array[:cut] for name, array in self._rows.items()}
+        self._rows = {name: array[cut:] for name, array in self._rows.items()}
+        return head
+
+    def _convert(self, found: Detections) -> dict[str, np.ndarray]:
+        images, labels = found.image_index, self._table.label_codes[found.label_index]
+        if self._table.image_codes is not None:
+            images = self._table.image_codes[images]
+        rows = dict(images=images, labels=labels, scores=found.scores, boxes=found.boxes)
+        if self._masks:
+            rows.update(masks=found.masks, mask_sizes=found.mask_sizes)
+        kept = (images >= 0) & (labels >= 0)
+        if not kept.all():
+            rows = {name: array[kept] for name, array in rows.items()}
+        rows["models"] = np.full(len(rows["scores"]), self._model, np.int32)
+        return rows
