@@ -13,7 +13,7 @@ Overlaps are computed in float64 from the float32 coordinates. Memory holds one 
 7 bytes per evaluated detection.
 
 Shape legend: I images of a chunk, n its detections, m its ground-truth boxes, K classes, E entries
-(detections that count, and hit group-of boxes) of all chunks.
+(detections that count, and hit group-of boxes) of all chunks, e evaluated detections of a chunk.
 """
 
 import os
@@ -34,7 +34,7 @@ MEAN_AP = "OpenImagesDetectionChallenge_Precision/mAP@{:g}IOU"
 CLASS_AP = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@{:g}IOU/{}"
 MAX_PER_CLASS = 10_000  # detections of one class in one image that the official tool looks at
 
-_FALSE, _TRUE, _GROUP = 0, 1, 2
+FALSE, TRUE, GROUP, ABSORBED = 0, 1, 2, 3  # ABSORBED only within `Matches`
 
 
 class Entries(NamedTuple):
@@ -42,7 +42,7 @@ class Entries(NamedTuple):
 
     classes: Int[np.ndarray, " E"]
     scores: Float[np.ndarray, " E"]
-    kinds: Int[np.ndarray, " E"]  # _FALSE, _TRUE or _GROUP
+    kinds: Int[np.ndarray, " E"]  # FALSE, TRUE or GROUP
 
 
 class Truth(NamedTuple):
@@ -52,6 +52,23 @@ class Truth(NamedTuple):
     boxes: Float[np.ndarray, "m 4"]
     keys: Int[np.ndarray, " m"]
     group_of: Bool[np.ndarray, " m"]
+    rows: Int[np.ndarray, " m"]  # of `dataset.boxes`
+    own: Bool[np.ndarray, " m"]  # the class as annotated, not a copy for an ancestor
+
+
+class Matches(NamedTuple):
+    """What became of the evaluated detections of a chunk, sorted by key = image * K + class.
+
+    Detections of one key stay in the order of the table.
+    """
+
+    rows: Int[np.ndarray, " e"]  # of the chunk
+    keys: Int[np.ndarray, " e"]
+    kinds: Int[np.ndarray, " e"]  # FALSE, TRUE or ABSORBED (inside a group-of box)
+    overlaps: Float[np.ndarray, " e"]  # largest IoU with a single object of the key, -1 for none
+    truth: Int[np.ndarray, " e"]  # row of the truth with that IoU, -1 for none
+    groups: Int[np.ndarray, " g"]  # rows of the truth: group-of boxes that were hit
+    group_scores: Float[np.ndarray, " g"]
 
 
 def evaluate_openimages(
@@ -125,7 +142,7 @@ def evaluate_openimages(
         )
 
     chunks = selected_chunks(source, dataset.class_labels, indices >= 0)
-    parts = list(_parallel_map(score_chunk, chunks, num_threads))
+    parts = list(parallel_map(score_chunk, chunks, num_threads))
     aps = average_precisions(parts, counts, group_of_weight)
     result = {MEAN_AP.format(iou_threshold): float(np.mean(aps[present]))}
     for index in present:
@@ -133,7 +150,7 @@ def evaluate_openimages(
     return result
 
 
-def _parallel_map(function: Callable, items: Iterable, num_threads: int) -> Iterator:
+def parallel_map(function: Callable, items: Iterable, num_threads: int) -> Iterator:
     """Ordered map over threads that never holds more than `num_threads` + 1 items."""
     with ThreadPoolExecutor(num_threads) as pool:
         pending = []
@@ -172,6 +189,8 @@ def gather_truth(
         boxes=np.asarray(dataset.boxes[rows], np.float64),
         keys=keys[order],
         group_of=(np.asarray(dataset.box_flags[rows]) & GROUP_OF) > 0,
+        rows=rows,
+        own=classes[order] == dataset.box_classes[rows],
     )
 
 
@@ -213,6 +232,24 @@ def match_chunk(
     group_of_weight: float,
 ) -> Entries:
     """Matches the detections of whole images, sorted by image, then score descending."""
+    matches = match_detections(
+        truth, image_index, classes, scores, boxes, num_classes, iou_threshold
+    )
+    if not group_of_weight:
+        matches = matches._replace(groups=matches.groups[:0], group_scores=matches.group_scores[:0])
+    return entries_of(matches, truth, scores, num_classes)[0]
+
+
+def match_detections(
+    truth: Truth,
+    image_index: Int[np.ndarray, " n"],
+    classes: Int[np.ndarray, " n"],
+    scores: Float[np.ndarray, " n"],
+    boxes: Float[np.ndarray, "n 4"],
+    num_classes: int,
+    iou_threshold: float,
+) -> Matches:
+    """What becomes of each detection of whole images, sorted by image, then score descending."""
     keep = truth.evaluated[image_index, classes]
     keep &= (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
     keys = (image_index.astype(np.int64) * num_classes + classes)[keep]
@@ -225,34 +262,52 @@ def match_chunk(
     scores, boxes = scores[rows], boxes[rows].astype(np.float64)
 
     num_keys = len(truth.evaluated) * num_classes
-    single, group = ~truth.group_of, truth.group_of
-    overlap, best = best_overlaps(
+    single, group = np.flatnonzero(~truth.group_of), np.flatnonzero(truth.group_of)
+    overlaps, best = best_overlaps(
         boxes, keys, truth.boxes[single], truth.keys[single], num_keys, union=True
     )
-    kinds = np.zeros(len(rows), np.int8)
-    candidates = np.flatnonzero(overlap >= iou_threshold)
+    kinds = np.full(len(rows), FALSE, np.int8)
+    candidates = np.flatnonzero(overlaps >= iou_threshold)
     # The first, best-scored candidate takes the box; the others look no further.
     _, first = np.unique(best[candidates], return_index=True)
-    kinds[candidates[first]] = _TRUE
+    kinds[candidates[first]] = TRUE
 
-    rest = np.flatnonzero(kinds == _FALSE)
-    group_boxes, group_keys = truth.boxes[group], truth.keys[group]
-    overlap, best = best_overlaps(
-        boxes[rest], keys[rest], group_boxes, group_keys, num_keys, union=False
+    rest = np.flatnonzero(kinds == FALSE)
+    inside_share, best_group = best_overlaps(
+        boxes[rest], keys[rest], truth.boxes[group], truth.keys[group], num_keys, union=False
     )
-    inside = overlap >= iou_threshold
-    group_scores = np.zeros(len(group_boxes), np.float32)
-    np.maximum.at(group_scores, best[inside], scores[rest[inside]])
-    hit = group_scores > 0 if group_of_weight > 0 else np.zeros(len(group_scores), bool)
+    inside = inside_share >= iou_threshold
+    group_scores = np.zeros(len(group), np.float32)
+    np.maximum.at(group_scores, best_group[inside], scores[rest[inside]])
+    kinds[rest[inside]] = ABSORBED
+    hit = group_scores > 0
+    matched = np.full(len(rows), -1, np.int64)
+    matched[overlaps >= 0] = single[best[overlaps >= 0]]
+    return Matches(rows, keys, kinds, overlaps, matched, group[hit], group_scores[hit])
 
-    kept = np.ones(len(rows), bool)
-    kept[rest[inside]] = False
-    keys = np.concatenate([keys[kept], group_keys[hit]])
-    scores = np.concatenate([scores[kept], group_scores[hit]])
-    kinds = np.concatenate([kinds[kept], np.full(hit.sum(), _GROUP, np.int8)])
+
+def entries_of(
+    matches: Matches, truth: Truth, scores: Float[np.ndarray, " n"], num_classes: int
+) -> tuple[Entries, Int[np.ndarray, " E"]]:
+    """Entries of a chunk, sorted by key, a key's group-of boxes after its detections.
+
+    Args:
+      matches: of the chunk.
+      truth: that it was matched with.
+      scores: of all rows of the chunk.
+      num_classes: K.
+
+    Returns:
+      The entries, and where each comes from: i < e is detection i of `matches`, e + j is group j.
+    """
+    kept = np.flatnonzero(matches.kinds != ABSORBED)
+    keys = np.concatenate([matches.keys[kept], truth.keys[matches.groups]])
+    ranked = np.concatenate([scores[matches.rows[kept]], matches.group_scores])
+    kinds = np.concatenate([matches.kinds[kept], np.full(len(matches.groups), GROUP, np.int8)])
+    source = np.concatenate([kept, len(matches.rows) + np.arange(len(matches.groups))])
     order = np.argsort(keys, kind="stable")
     classes = (keys[order] % num_classes).astype(np.int16)
-    return Entries(classes, scores[order].astype(np.float32), kinds[order])
+    return Entries(classes, ranked[order].astype(np.float32), kinds[order]), source[order]
 
 
 def _rank_in_run(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
@@ -323,18 +378,26 @@ def average_precisions(
     parts: list[Entries], counts: Float[np.ndarray, " K"], group_of_weight: float
 ) -> Float[np.ndarray, " K"]:
     """All-point interpolated AP per class, NaN for classes with nothing to find."""
+    credit = np.array([0.0, 1.0, group_of_weight])
+    aps = np.full(len(counts), np.nan)
+    for index, _, kinds in ranked_classes(parts, counts):
+        aps[index] = average_precision(credit[kinds], counts[index])
+    return aps
+
+
+def ranked_classes(
+    parts: list[Entries], counts: Float[np.ndarray, " K"]
+) -> Iterator[tuple[int, Float[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+    """Yields each class with something to find, and its scores and kinds, best score first."""
     classes = np.concatenate([np.zeros(0, np.int16), *(part.classes for part in parts)])
     order = np.argsort(classes, kind="stable")
     scores = np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)])[order]
     kinds = np.concatenate([np.zeros(0, np.int8), *(part.kinds for part in parts)])[order]
     ends = np.cumsum(np.bincount(classes, minlength=len(counts)))
-    credit = np.array([0.0, 1.0, group_of_weight])
-    aps = np.full(len(counts), np.nan)
     for index in np.flatnonzero(counts > 0):
         rows = slice(ends[index - 1] if index else 0, ends[index])
-        ranked = kinds[rows][np.argsort(-scores[rows], kind="stable")]
-        aps[index] = average_precision(credit[ranked], counts[index])
-    return aps
+        ranked = np.argsort(-scores[rows], kind="stable")
+        yield int(index), scores[rows][ranked], kinds[rows][ranked]
 
 
 def average_precision(labels: Float[np.ndarray, " n"], count: float) -> float:
