@@ -31,7 +31,8 @@ def start(module: str, dataset: Path, workdir: Path, *flags: str, devices: int =
         f"--config.data.dir={dataset}", f"--workdir={workdir}", *flags,
     ]
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **environment
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(dataset.parent / "compiled"), **environment,
     }
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True,
