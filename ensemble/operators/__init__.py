@@ -1,0 +1,73 @@
+"""Operators that make one list of boxes out of the boxes of one class in one image.
+
+An operator is a frozen dataclass of settings. `ensemble.groups.apply_operator` runs it over the
+rows of many images and models; called directly, it takes groups of fixed size with masks:
+
+    boxes, scores, valid = jax.jit(Nms(0.5))(boxes, scores, models, valid)  # (G, N, 4), (G, N)
+
+What holds for all:
+* Entries are ranked by falling score; equal scores by row (position in the input).
+* Thresholds on IoU and score are exceeded strictly (>), compared in float32.
+* Scores are not negative; a model's weight is multiplied into its scores beforehand. Boxes are
+  finite, and never clipped or turned upright: the reading of tables has seen to that. A box of
+  zero area overlaps nothing. (`ensemble_boxes` clips, turns and drops such boxes on its own.)
+* A fused box lies in the place of its cluster's best entry.
+* Same result on any device and in any grouping of the work, up to rounding of exp and sums.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import UserError
+from ensemble.operators.fusion import Nmw, WeightedBoxesFusion
+from ensemble.operators.operator import Fused, Operator
+from ensemble.operators.suppression import AdjNms, Nms, SoftNms
+from ensemble.operators.voting import Voting
+
+__all__ = [
+    "AdjNms", "Fused", "Nms", "Nmw", "OPERATORS", "Operator", "SoftNms", "Voting",
+    "WeightedBoxesFusion", "make_operator",
+]  # fmt: skip
+
+OPERATORS: Mapping[str, type[Operator]] = {
+    "nms": Nms,
+    "soft_nms": SoftNms,
+    "adj_nms": AdjNms,
+    "wbf": WeightedBoxesFusion,
+    "nmw": Nmw,
+    "voting": Voting,
+}
+
+
+def make_operator(config: Mapping[str, Any], num_models: int | None = None) -> Operator:
+    """Builds the operator that a config section asks for.
+
+    Args:
+      config: `name` (a key of `OPERATORS`) and any of the operator's fields; the others keep
+        their defaults.
+      num_models: of the ensemble; weighted boxes fusion without `model_weights` gives each the
+        weight 1.
+
+    Raises:
+      UserError: unknown name or field, or a value out of range.
+    """
+    fields = dict(config)
+    name = fields.pop("name", None)
+    if name not in OPERATORS:
+        raise UserError(f"operator.name {name!r}: unknown, expected one of {', '.join(OPERATORS)}")
+    kind = OPERATORS[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for field in fields:
+        if field not in known:
+            raise UserError(
+                f"operator.{field}: {name} has no such setting, expected {', '.join(known)}"
+            )
+    if kind is WeightedBoxesFusion:
+        weights = fields.get("model_weights")
+        if weights is None:
+            if num_models is None:
+                raise UserError("operator.model_weights: wbf needs the weights of all models")
+            weights = (1.0,) * num_models
+        fields["model_weights"] = tuple(float(weight) for weight in weights)
+    return kind(**fields)
