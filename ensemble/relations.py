@@ -30,7 +30,8 @@ from common.errors import UserError
 from common.ranges import expand_ranges, pieces
 
 FORMAT = 1
-_COUNTS = ("images_both", "images_known", "boxes_inside", "boxes_known")
+_PAIR_COUNTS = ("images_both", "images_known", "boxes_inside", "boxes_known")
+_CLASS_COUNTS = ("images_present", "images_absent")
 _MAX_JOINED = 1 << 21  # pairs looked at together, bounds the memory
 
 
@@ -44,6 +45,9 @@ class Relations:
       images_known: images with a box of j in which i is verified, present or absent.
       boxes_inside: boxes of i that lie inside some box of j.
       boxes_known: boxes of i in images in which j is verified.
+      images_present: images with a box of a class.
+      images_absent: images in which a class is verified absent. A class that is never found absent
+        is only verified where it is present, and every P and q of it would be 1.
       meta: dataset, split, share of a box that must be covered to be inside.
     """
 
@@ -52,6 +56,8 @@ class Relations:
     images_known: Int64[np.ndarray, "K K"]
     boxes_inside: Int64[np.ndarray, "K K"]
     boxes_known: Int64[np.ndarray, "K K"]
+    images_present: Int64[np.ndarray, " K"]
+    images_absent: Int64[np.ndarray, " K"]
     meta: Mapping[str, Any]
 
     def cooccurrence(
@@ -62,22 +68,27 @@ class Relations:
         Args:
           denominator: 'j' divides by the images with j, as the paper's example (a person in 90.7 %
             of the images with a guitar) has it; 'i' by those with i, as its formula is printed.
-          min_images: pairs with fewer images to divide by count as 0.
+          min_images: pairs with fewer images to divide by, or whose other class was found absent
+            from fewer images, count as 0.
         """
-        known = self.images_known if denominator == "j" else self.images_known.T
-        return _ratio(self.images_both, known, min_images)
+        judged = self.images_absent[:, None] >= min_images
+        ratio = _ratio(self.images_both, self.images_known, judged, min_images)
+        return ratio if denominator == "j" else ratio.T
 
     def containment(self, min_boxes: int = 1) -> Float32[np.ndarray, "K K"]:
-        """q[i, j]: share of the i boxes that lie inside a j box; 0 with fewer than `min_boxes`."""
-        return _ratio(self.boxes_inside, self.boxes_known, min_boxes)
+        """q[i, j]: share of the i boxes inside a j box; 0 where too few, as in `cooccurrence`."""
+        judged = self.images_absent[None, :] >= min_boxes
+        return _ratio(self.boxes_inside, self.boxes_known, judged, min_boxes)
 
     def reordered(self, class_labels: Sequence[str]) -> "Relations":
         """The same relations for another list of classes; classes not known here have none."""
         place = {label: index for index, label in enumerate(self.class_labels)}
         source = np.array([place.get(label, -1) for label in class_labels], np.int64)
         known = np.flatnonzero(source >= 0)
-        counts = {}
-        for name in _COUNTS:
+        counts = {name: np.zeros(len(source), np.int64) for name in _CLASS_COUNTS}
+        for name, count in counts.items():
+            count[known] = getattr(self, name)[source[known]]
+        for name in _PAIR_COUNTS:
             counts[name] = np.zeros((len(source), len(source)), np.int64)
             counts[name][np.ix_(known, known)] = getattr(self, name)[
                 np.ix_(source[known], source[known])
@@ -92,7 +103,7 @@ class Relations:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                counts = {name: getattr(self, name) for name in _COUNTS}
+                counts = {name: getattr(self, name) for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
                 np.savez_compressed(file, header=np.array(json.dumps(header)), **counts)
             os.replace(temporary, path)
         except OSError as error:
@@ -109,7 +120,7 @@ def read_relations(path: str | os.PathLike) -> Relations:
     try:
         with np.load(path) as file:
             header = json.loads(str(file["header"]))
-            arrays = {name: file[name] for name in _COUNTS}
+            arrays = {name: file[name] for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
             found = header.pop("format")
             labels = header.pop("class_labels")
     except FileNotFoundError as error:
@@ -124,10 +135,9 @@ def read_relations(path: str | os.PathLike) -> Relations:
     if found != FORMAT:
         raise UserError(f"{path}: format is {found!r}, expected {FORMAT}: mine the relations again")
     for name, array in arrays.items():
-        if array.shape != (len(labels), len(labels)):
-            raise UserError(
-                f"{path}: {name} has shape {array.shape}, expected {len(labels)} by {len(labels)}"
-            )
+        shape = (len(labels),) * (1 if name in _CLASS_COUNTS else 2)
+        if array.shape != shape:
+            raise UserError(f"{path}: {name} has shape {array.shape}, expected {shape}")
     return Relations(labels, meta=header, **arrays)
 
 
@@ -400,7 +410,10 @@ def _scaled(
 
 
 def _ratio(
-    count: Int64[np.ndarray, "K K"], of: Int64[np.ndarray, "K K"], least: int
+    count: Int64[np.ndarray, "K K"],
+    of: Int64[np.ndarray, "K K"],
+    judged: Bool[np.ndarray, "..."],
+    least: int,
 ) -> Float32[np.ndarray, "K K"]:
-    enough = of >= max(least, 1)
+    enough = judged & (of >= max(least, 1))
     return np.where(enough, count / np.maximum(of, 1), 0).astype(np.float32)

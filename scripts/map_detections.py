@@ -1,0 +1,98 @@
+"""Renames the labels of a detections table into another vocabulary.
+
+    python -m scripts.map_detections --detections=coco_model.parquet \\
+        --mapping=openimages_coco_objects365.csv --source=coco_name --target=oid_mid \\
+        --dataset=DIR --output=expert.parquet
+
+So a model trained on COCO or Objects365 becomes an expert for the classes that it shares with
+OpenImages. Rows of other classes are left out. The output's metadata list the classes that it can
+hold (`classes`), by which `ensemble.merge` knows an expert. Parents are not expanded: that comes
+after (`scripts.expand_detections`), with the hierarchy of the new vocabulary.
+"""
+
+import numpy as np
+from absl import flags
+
+from common.class_mapping import RULES, map_detections, read_class_mapping
+from common.cli import run_main
+from common.data.dataset import Dataset
+from common.detections import DetectionsReader, DetectionsWriter
+from common.errors import UserError
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("detections", None, "Table to read.", required=True)
+    flags.DEFINE_string("mapping", None, "CSV file, one column a vocabulary.", required=True)
+    flags.DEFINE_string("source", None, "Column with the table's labels.", required=True)
+    flags.DEFINE_string("target", None, "Column with the new labels.", required=True)
+    flags.DEFINE_enum("rule", "error", RULES, "For a label with several targets.")
+    flags.DEFINE_multi_string(
+        "where", [], "COLUMN=VALUE: only rows of the mapping with this value, repeatable."
+    )
+    flags.DEFINE_string(
+        "dataset", None, "Dataset directory of the new vocabulary: targets must be its classes."
+    )
+    flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+    args = flags.FLAGS
+    for text in args.where:
+        if "=" not in text:
+            raise UserError(f"--where={text}: expected COLUMN=VALUE")
+    where = dict(text.split("=", 1) for text in args.where)
+    mapping = read_class_mapping(args.mapping, args.source, args.target, rule=args.rule, where=where)
+    targets = mapping.target_labels
+    if args.dataset:
+        known = set(Dataset.open(args.dataset).class_labels)
+        unknown = [label for label in targets if label not in known]
+        if unknown:
+            raise UserError(
+                f"{args.mapping}: {args.target} {unknown[0]!r} is no class of {args.dataset} "
+                f"({len(unknown)} such targets)"
+            )
+    reader = DetectionsReader(args.detections)
+    if reader.metadata.get("expanded"):
+        raise UserError(
+            f"{args.detections}: is expanded to the parent classes of its own vocabulary, expected "
+            "a table that is not: expand after renaming"
+        )
+    metadata = {**reader.metadata, "expanded": False, "classes": sorted(targets)}
+    metadata["mapping"] = {"from": args.source, "to": args.target, "where": where}
+    counts: dict[str, int] = {}
+    labels, written = np.array(targets), 0
+    with DetectionsWriter(args.output, metadata, masks=reader.has_masks) as writer:
+        empty = set(reader.image_ids)
+        for chunk in reader.chunks(masks=reader.has_masks):
+            found = np.bincount(chunk.label_index, minlength=len(chunk.labels))
+            for label, count in zip(chunk.labels, found.tolist(), strict=True):
+                counts[label] = counts.get(label, 0) + count
+            mapped = map_detections(chunk, mapping, targets)
+            for rows in mapped.chunks(rows=1):
+                image_id = reader.image_ids[rows.image_index[0]]
+                masks = (rows.masks, rows.mask_sizes) if reader.has_masks else ()
+                writer.add(image_id, labels[rows.label_index], rows.scores, rows.boxes, *masks)
+                empty.remove(image_id)
+            written += len(mapped)
+        if counts and not any(label in mapping.targets for label in counts):
+            raise UserError(
+                f"{args.detections}: none of its labels ({', '.join(list(counts)[:3])}...) is in "
+                f"column {args.source} of {args.mapping} ({', '.join(list(mapping.targets)[:3])}...)"
+            )
+        none = np.zeros((0, 4), np.float32)
+        masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
+        for image_id in empty:
+            writer.add(image_id, [], none[:, 0], none, *masks)
+    lost = {label: count for label, count in counts.items() if label not in mapping.targets}
+    print(f"{args.output}: {written} detections from {reader.num_rows}")
+    print(f"labels renamed: {len(counts) - len(lost)}, target classes: {len(targets)}")
+    if lost:
+        named = ", ".join(sorted(lost, key=lost.get, reverse=True)[:10])
+        print(f"labels without a target: {len(lost)} with {sum(lost.values())} rows: {named}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_main(main)
