@@ -75,7 +75,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {f"loss/{name}": value for name, value in out["losses"].items()}
-        metrics |= {"loss": sum(out["losses"].values()), "gradient_norm": optax.global_norm(grads)}
+        metrics |= {"loss": sum(out["losses"].values()), "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics | out["monitor"]
 
     return train_step

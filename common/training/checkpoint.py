@@ -10,10 +10,8 @@ All processes of a run share DIRECTORY (a common file system or `gs://`) and cal
 """
 
 import contextlib
-import errno
 import logging
 import os
-import shutil
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,8 +23,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from common.errors import UserError
+from common.training.checkpoint_items import (
+    MODEL_FIELDS,
+    describe,
+    flatten,
+    path_name,
+    read_items,
+    saved_arrays,
+    split_fields,
+    to_nested_dict,
+)
+from common.training.storage_errors import free_space, is_disk_full, is_file_error
 
-_MODEL_FIELDS = ("params", "batch_stats")
 _MAX_NAMED = 4  # differing parameters spelled out in an error
 _COMMITTED = "commit_success.txt"  # orbax writes it last
 
@@ -77,7 +85,7 @@ class Checkpoints:
         """
         if step in self.all_steps():
             return
-        model, training = _split_fields(_to_nested_dict(state))
+        model, training = split_fields(to_nested_dict(state))
         items = {"model": ocp.args.StandardSave(model), "extra": ocp.args.JsonSave(dict(extra))}
         if training:
             items["training"] = ocp.args.StandardSave(training)
@@ -142,10 +150,10 @@ class Checkpoints:
         """
         step = self._choose_step(step)
         paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_state)
-        names = [_name(path) for path, _ in paths]
-        model, training = _split_fields(_to_nested_dict(abstract_state))
+        names = [path_name(path) for path, _ in paths]
+        model, training = split_fields(to_nested_dict(abstract_state))
         restored = self._read(step, {"model": model, "training": training})
-        arrays = _flatten({**restored["model"], **restored["training"]})
+        arrays = flatten({**restored["model"], **restored["training"]})
         return jax.tree.unflatten(treedef, [arrays[name] for name in names]), restored["extra"]
 
     def restore_params(
@@ -165,9 +173,9 @@ class Checkpoints:
           UserError: as `restore`.
         """
         step = self._choose_step(step)
-        wanted = None if abstract is None else _to_nested_dict(dict(abstract))
+        wanted = None if abstract is None else to_nested_dict(dict(abstract))
         read = self._read(step, {"model": wanted})
-        return {field: read["model"].get(field, {}) for field in _MODEL_FIELDS}, read["extra"]
+        return {field: read["model"].get(field, {}) for field in MODEL_FIELDS}, read["extra"]
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The `extra` of a save (None: of the newest) alone, cheap.
@@ -219,9 +227,9 @@ class Checkpoints:
     def _read(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Reads items into the given nested dictionaries (None: as NumPy, whatever is there)."""
         try:
-            saved = _saved_arrays(self.directory / str(step), tuple(wanted))
+            saved = saved_arrays(self.directory / str(step), tuple(wanted))
             self._refuse_other_model(step, wanted, saved)
-            return _read_items(
+            return read_items(
                 self.directory / str(step),
                 {item: saved[item] if wanted[item] is None else wanted[item] for item in wanted},
             )
@@ -237,9 +245,9 @@ class Checkpoints:
         for item, tree in wanted.items():
             if tree is None:
                 continue
-            ours, theirs = _flatten(tree), _flatten(saved[item])
+            ours, theirs = flatten(tree), flatten(saved[item])
             for name in sorted(ours.keys() | theirs.keys()):
-                has, needs = _describe(theirs.get(name)), _describe(ours.get(name))
+                has, needs = describe(theirs.get(name)), describe(ours.get(name))
                 if has != needs:
                     differences.append(f"{name}: checkpoint has {has}, model has {needs}")
         if differences:
@@ -266,7 +274,7 @@ class Checkpoints:
         path = self.directory / str(step)
         try:
             items = [item for item in ("model", "training") if (path / item).exists()]
-            _read_items(path, _saved_arrays(path, tuple(items)))
+            read_items(path, saved_arrays(path, tuple(items)))
         except Exception:  # whatever the damage is, the answer is no
             return False
         return True
@@ -276,12 +284,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not _is_file_error(error):
+            if not is_file_error(error):
                 raise
             steps = self.all_steps()
             earlier = f"the earlier checkpoint {steps[-1]} is intact" if steps else "none is lost"
-            if _is_disk_full(error):
-                reason = f"disk full{_free_space(self.directory)}"
+            if is_disk_full(error):
+                reason = f"disk full{free_space(self.directory)}"
                 advice = "free some space and run the same command again"
             else:
                 reason = f"cannot write ({str(error).splitlines()[0][:200]})"
@@ -290,7 +298,6 @@ class Checkpoints:
             raise UserError(
                 f"{self.directory}: {reason} while saving a checkpoint; {earlier}; {advice}"
             ) from error
-
 
     def _give_up(self) -> None:
         """Ends the writer after a failed save and takes away what it left, where it can.
@@ -305,113 +312,6 @@ class Checkpoints:
             for path in self._half_written():
                 with contextlib.suppress(OSError):  # a thread of orbax may still write there
                     path.rmtree()
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _to_nested_dict(tree: Any) -> dict[str, Any]:
-    """Any pytree as nested dictionaries by path; parts without arrays vanish."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, last = _name(path).split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
-    return nested
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _split_fields(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = {field: state[field] for field in _MODEL_FIELDS if field in state}
-    return model, {field: value for field, value in state.items() if field not in model}
-
-
-def _describe(leaf: Any) -> str:
-    if leaf is None:
-        return "nothing"
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(
-            model=ocp.StandardCheckpointHandler(),
-            training=ocp.StandardCheckpointHandler(),
-            extra=ocp.JsonCheckpointHandler(),
-        )
-    )
-
-
-def _saved_arrays(path: epath.Path, items: tuple[str, ...]) -> dict[str, Any]:
-    """Shapes and dtypes of what a checkpoint holds, per item a nested dictionary."""
-    with _checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata
-    trees = {item: dict(metadata.items()).get(item) for item in items}
-    for item, tree in trees.items():
-        if tree is None and (item == "model" or (path / item).exists()):
-            raise ValueError(f"no metadata of {item}")
-    return {
-        item: {}
-        if tree is None
-        else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree.tree))
-        for item, tree in trees.items()
-    }
-
-
-def _read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the arrays of nested dictionaries of abstract arrays, and `extra`."""
-
-    def template(leaf):
-        if getattr(leaf, "sharding", None) is None:
-            return np.empty(leaf.shape, leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    arguments = {
-        item: ocp.args.StandardRestore(jax.tree.map(template, tree))
-        for item, tree in wanted.items()
-        if tree
-    }
-    with _checkpointer() as checkpointer:
-        restored = checkpointer.restore(
-            path, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **arguments)
-        )
-    read = {item: restored[item] if item in arguments else {} for item in wanted}
-    return {**read, "extra": restored["extra"]}
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return any(
-        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        or os.strerror(errno.ENOSPC) in str(cause)
-        or os.strerror(errno.EDQUOT) in str(cause)
-        for cause in _causes(error)
-    )
-
-
-def _is_file_error(error: Exception) -> bool:
-    """tensorstore reports failures of the file system as ValueError with the number in the text."""
-    return _is_disk_full(error) or any(
-        isinstance(cause, OSError) or "os_error_code" in str(cause) for cause in _causes(error)
-    )
-
-
-def _free_space(directory: epath.Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(directory).free / 1e9:.2f} GB free)"
-    except OSError:  # not a local directory
-        return ""
 
 
 def _print_once(text: str) -> None:

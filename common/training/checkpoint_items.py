@@ -1,0 +1,97 @@
+"""What is in a checkpoint on disk: states as nested dictionaries, and reading them with orbax.
+
+On disk an item is a plain nested dictionary of arrays by path, so that it can be read without the
+code that wrote it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+MODEL_FIELDS = ("params", "batch_stats")
+
+
+def path_name(path: tuple) -> str:
+    """The path of a leaf as one string, `params/backbone/stem/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def to_nested_dict(tree: Any) -> dict[str, Any]:
+    """Any pytree as nested dictionaries by path; parts without arrays vanish."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = path_name(path).split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
+    return nested
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a nested dictionary by their `path_name`."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def split_fields(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What evaluation needs of a state (params, batch_stats), and the rest."""
+    model = {field: state[field] for field in MODEL_FIELDS if field in state}
+    return model, {field: value for field, value in state.items() if field not in model}
+
+
+def describe(leaf: Any) -> str:
+    """Type and shape of an array for an error message; None is "nothing"."""
+    if leaf is None:
+        return "nothing"
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            model=ocp.StandardCheckpointHandler(),
+            training=ocp.StandardCheckpointHandler(),
+            extra=ocp.JsonCheckpointHandler(),
+        )
+    )
+
+
+def saved_arrays(path: epath.Path, items: tuple[str, ...]) -> dict[str, Any]:
+    """Shapes and dtypes of what a checkpoint holds, per item a nested dictionary."""
+    with _checkpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+    trees = {item: dict(metadata.items()).get(item) for item in items}
+    for item, tree in trees.items():
+        if tree is None and (item == "model" or (path / item).exists()):
+            raise ValueError(f"no metadata of {item}")
+    return {
+        item: {}
+        if tree is None
+        else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree.tree))
+        for item, tree in trees.items()
+    }
+
+
+def read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the arrays of nested dictionaries of abstract arrays, and `extra`."""
+
+    def template(leaf):
+        if getattr(leaf, "sharding", None) is None:
+            return np.empty(leaf.shape, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    arguments = {
+        item: ocp.args.StandardRestore(jax.tree.map(template, tree))
+        for item, tree in wanted.items()
+        if tree
+    }
+    with _checkpointer() as checkpointer:
+        restored = checkpointer.restore(
+            path, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **arguments)
+        )
+    read = {item: restored[item] if item in arguments else {} for item in wanted}
+    return {**read, "extra": restored["extra"]}
