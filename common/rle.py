@@ -111,8 +111,20 @@ def tight_boxes(counts: Sequence[bytes], sizes: Int[np.ndarray, "n 2"]) -> Int[n
     return boxes
 
 
-def _sum(
-    values: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"]
-) -> Int[np.ndarray, " n"]:
+def _sum(values: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"]) -> Int[np.ndarray, " n"]:
     total = np.concatenate([[0], np.cumsum(values)])
     return total[offsets[1:]] - total[offsets[:-1]]
+
+
+def encode_runs(runs: Sequence[int]) -> bytes:
+    """Compressed counts of one mask, the reverse of `decode_runs`."""
+    characters = bytearray()
+    for i, length in enumerate(runs):
+        value = int(length) - (int(runs[i - 2]) if i > 2 else 0)
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            more = value != (-1 if bits & 16 else 0)
+            characters.append(bits + 48 + (32 if more else 0))
+    return bytes(characters)

@@ -37,6 +37,7 @@ def test_runs_areas_and_boxes(seed, count):
         own = runs[offsets[i] : offsets[i + 1]]
         pixels = np.repeat(np.arange(len(own)) % 2, own).reshape(mask.shape, order="F")
         np.testing.assert_array_equal(pixels, mask)
+        assert rle.encode_runs(own) == counts[i]
     assert not len(broken) and rle.find_broken(counts, sizes) is None
     assert rle.areas(counts).tolist() == [int(mask.sum()) for mask in masks]
     for mask, box in zip(masks, rle.tight_boxes(counts, sizes).tolist(), strict=True):

@@ -4,9 +4,12 @@ Objects365 has a training file of more than 5 GB, which `json.load` would turn i
 Python objects. One element at a time costs a few megabytes and about 3 microseconds an element.
 """
 
+import contextlib
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +35,38 @@ def stream_json(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
       UserError: no such file, not UTF-8, cut off or no JSON object; names the place.
     """
+    with _opened(path) as walker:
+        yield from walker.walk()
+
+
+def stream_json_list(path: Path) -> Iterator[Any]:
+    """Walks through the list at the top of a JSON file, such as COCO results.
+
+    Args:
+      path: of the file, possibly .gz.
+
+    Yields:
+      The elements.
+
+    Raises:
+      UserError: no such file, not UTF-8, cut off or no JSON list; names the place.
+    """
+    with _opened(path) as walker:
+        yield from walker.walk_list()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator["_Walker"]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from _Walker(path, file).walk()
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            yield _Walker(path, file)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the compressed file is cut off or damaged ({error})") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
+        raise UserError(f"{path}: cannot read it ({error.strerror or error})") from error
 
 
 class _Walker:
@@ -47,13 +75,13 @@ class _Walker:
         self._decode = json.JSONDecoder().raw_decode
         self._text, self._at = "", 0
         self._passed = 0  # characters before the buffer, for messages
+        self._done = 0  # elements of lists
         self._ended = False
         self._ticker = Ticker(path.name, unit="values")
         self._size = os.path.getsize(path)
 
     def walk(self) -> Iterator[tuple[str, Any]]:
         self._expect("{", "an object {...} at the top")
-        done = 0
         if self._next() == "}":
             return
         while True:
@@ -62,20 +90,36 @@ class _Walker:
             if self._next() != "[":
                 yield key, self._value()
             else:
-                self._at += 1
-                if self._next() == "]":
-                    self._at += 1
+                empty = True
+                for element in self._elements():
+                    empty = False
+                    yield key, element
+                if empty:
                     yield key, None
-                else:
-                    while True:
-                        yield key, self._value()
-                        done += 1
-                        if done % 10_000 == 0:
-                            self._ticker.tick(done, self._passed / self._size)
-                        if self._take(",]", "',' or ']' in a list") == "]":
-                            break
             if self._take(",}", "',' or '}' after a value") == "}":
                 return
+
+    def walk_list(self) -> Iterator[Any]:
+        if self._next() != "[":
+            self._fail("expected a list [...] at the top")
+        yield from self._elements()
+
+    def _elements(self) -> Iterator[Any]:
+        """Elements of the list that begins here."""
+        self._expect("[", "'[' of a list")
+        if self._next() == "]":
+            self._at += 1
+            return
+        while True:
+            yield self._value()
+            self._done += 1
+            if self._done % 10_000 == 0:
+                self._ticker.tick(self._done, self._fraction())
+            if self._take(",]", "',' or ']' in a list") == "]":
+                return
+
+    def _fraction(self) -> float | None:
+        return None if self._path.suffix == ".gz" else self._passed / self._size
 
     def _read(self) -> None:
         """Adds a chunk to the buffer and forgets what was used."""
