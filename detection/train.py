@@ -38,7 +38,7 @@ from detection.train_step import TrainState, batch_shapes, init_variables, make_
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
     "log", "checkpoint", "evaluation", "optimizer.num_epochs", "data.dir", "data.num_threads",
-    "data.prefetch", "data.eval_split", "model.pretrained",
+    "data.prefetch", "data.eval_split", "model.pretrained", "model.drop_background_rois",
 )
 
 
@@ -67,6 +67,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     plan = make_plan(
         dataset, config.data.train_split, config.data.sampler, config.seed, batch_size,
         ignore_flags=GROUP_OF if config.data.group_of == "drop" else 0,
+        positive_share=config.data.get("positive_share", 0.25),
     )
     steps_per_epoch = plan.steps_per_epoch
     num_steps = total_steps(config.optimizer, steps_per_epoch)

@@ -5,9 +5,9 @@
         --dataset=DIR --output=expert.parquet
 
 So a model trained on COCO or Objects365 becomes an expert for the classes that it shares with
-OpenImages. Rows of other classes are left out. The output's metadata list the classes that it can
-hold (`classes`), by which `ensemble.merge` knows an expert. Parents are not expanded: that comes
-after (`scripts.expand_detections`), with the hierarchy of the new vocabulary.
+OpenImages. Rows of other classes are left out; the output's metadata list under `classes` what the
+mapping can give. Parents are not expanded: that comes after (`scripts.expand_detections`), with the
+hierarchy of the new vocabulary.
 """
 
 import numpy as np
@@ -43,7 +43,9 @@ def main(argv):
         if "=" not in text:
             raise UserError(f"--where={text}: expected COLUMN=VALUE")
     where = dict(text.split("=", 1) for text in args.where)
-    mapping = read_class_mapping(args.mapping, args.source, args.target, rule=args.rule, where=where)
+    mapping = read_class_mapping(
+        args.mapping, args.source, args.target, rule=args.rule, where=where
+    )
     targets = mapping.target_labels
     if args.dataset:
         known = set(Dataset.open(args.dataset).class_labels)
@@ -79,7 +81,8 @@ def main(argv):
         if counts and not any(label in mapping.targets for label in counts):
             raise UserError(
                 f"{args.detections}: none of its labels ({', '.join(list(counts)[:3])}...) is in "
-                f"column {args.source} of {args.mapping} ({', '.join(list(mapping.targets)[:3])}...)"
+                f"column {args.source} of {args.mapping} "
+                f"({', '.join(list(mapping.targets)[:3])}...)"
             )
         none = np.zeros((0, 4), np.float32)
         masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()

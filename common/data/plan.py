@@ -11,6 +11,7 @@ P pairs (class, image containing it).
 
 import dataclasses
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,12 +20,13 @@ from jaxtyping import Int32, Int64, UInt64
 from common.data.dataset import Dataset
 from common.errors import UserError
 
-SAMPLERS = ("uniform", "class_aware", "full_class_batch")
+SAMPLERS = ("uniform", "class_aware", "full_class_batch", "expert")
 
 _ROUNDS = 48  # of the swap-or-not shuffle
 _MAX_SIZE = 1 << 32  # of a permutation
 # Streams of random numbers, so that no two uses share a key.
 _IMAGES, _CLASS_ROUNDS, _CLASS_IMAGES, _EXTRA_ROUNDS, _SLOTS = range(5)
+_DENOMINATOR = 1000  # of the share of positive images
 
 
 class Plan(Protocol):
@@ -45,7 +47,8 @@ def make_plan(
     batch_size: int,
     *,
     ignore_flags: int = 0,
-) -> "UniformPlan | ClassPlan":
+    positive_share: float = 0.25,
+) -> "UniformPlan | ClassPlan | ExpertPlan":
     """Builds the plan of a sampler.
 
     Args:
@@ -55,13 +58,16 @@ def make_plan(
         'class_aware': an endless stream of permutations of the classes; a class takes the next
         image of its own endless stream of permuted images (FACTS 11.1, images without replacement).
         'full_class_batch': the same, and every batch of at least K slots holds every class.
+        'expert': images with boxes by class, mixed with images that have none (FACTS 5).
       seed: of the run.
       batch_size: B, images of all hosts together.
       ignore_flags: boxes with any of these bits (`common.data.dataset.GROUP_OF`, ...) do not count
         as containing a class; pass GROUP_OF when training drops group-of boxes.
+      positive_share: of the slots of 'expert', between 0 and 1; 0.25 mixes 1:3.
 
     Raises:
-      UserError: unknown sampler or split, an empty split, or a class sampler without any box.
+      UserError: unknown sampler or split, an empty split, a class sampler without any box, or an
+        expert without images that have none.
     """
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
@@ -79,7 +85,19 @@ def make_plan(
             "by the classes of their boxes: use sampler 'uniform'"
         )
     full_rounds = batch_size // len(classes) if sampler == "full_class_batch" else 0
-    return ClassPlan(classes, offsets, members, len(images), seed, batch_size, full_rounds)
+    by_class = ClassPlan(classes, offsets, members, len(images), seed, batch_size, full_rounds)
+    if sampler != "expert":
+        return by_class
+    share = Fraction(positive_share).limit_denominator(_DENOMINATOR)
+    if not 0 < share < 1:
+        raise UserError(f"positive_share {positive_share}: expected a number between 0 and 1")
+    background = images[np.diff(dataset.box_offsets)[images] == 0]
+    if not len(background):
+        raise UserError(
+            f"{dataset.directory}: all images of split {split!r} have boxes, sampler 'expert' "
+            "mixes in images without: use sampler 'class_aware'"
+        )
+    return ExpertPlan(by_class, UniformPlan(background, seed, batch_size), share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +119,13 @@ class UniformPlan:
         return -(-len(self.images) // self.batch_size)
 
     def batch(self, step: int) -> tuple[Int64[np.ndarray, " B"], Int32[np.ndarray, " B"]]:
-        epoch, position = np.divmod(_slots(step, self.batch_size), len(self.images))
-        place = permute(position, len(self.images), _key(self.seed, _IMAGES, epoch))
-        return self.images[place], np.full(self.batch_size, -1, np.int32)
+        images = self.draw(_slots(step, self.batch_size))
+        return images, np.full(self.batch_size, -1, np.int32)
+
+    def draw(self, slots: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Images at the given places of the stream."""
+        epoch, position = np.divmod(slots, len(self.images))
+        return self.images[permute(position, len(self.images), _key(self.seed, _IMAGES, epoch))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +177,17 @@ class ClassPlan:
                 np.arange(self.batch_size), self.batch_size, _key(self.seed, _SLOTS, step)
             )
             row, draw = row[order], draw[order]
+        return self._images(row, draw)
+
+    def draw(
+        self, slots: Int64[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+        """Images and classes at the given places of the stream (of a plan with f = 0)."""
+        stream, position = np.divmod(slots, len(self.classes))
+        return self._images(self._stream_class(stream, position), stream)
+
+    def _images(self, row: np.ndarray, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images of the given draws of class rows, and the classes."""
         size = np.diff(self.offsets)[row]
         epoch, place = np.divmod(draw, size)
         place = permute(place, size, _key(self.seed, _CLASS_IMAGES, self.classes[row], epoch))
@@ -174,6 +207,46 @@ class ClassPlan:
         row, inner = np.divmod(np.arange(num_classes * self.full_rounds), self.full_rounds)
         return row, drawn[row] + inner
 
+
+@dataclasses.dataclass(frozen=True)
+class ExpertPlan:
+    """Images of an expert's classes, by class, mixed with background images (FACTS 5).
+
+    Of the endless stream of slots, slot t is a positive one when floor((t + 1) p) > floor(t p), so
+    any run of slots holds the share p, up to one slot. The i-th positive slot takes slot i of the
+    class-aware stream, the i-th other one image i of endless permutations of the background. The
+    slots of a batch are then put into random order, so that no device gets one kind only.
+
+    Attributes:
+      positives: over the images with boxes.
+      background: over those without.
+      share: p.
+    """
+
+    positives: ClassPlan
+    background: UniformPlan
+    share: Fraction
+
+    @property
+    def batch_size(self) -> int:
+        return self.positives.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.positives.steps_per_epoch
+
+    def batch(self, step: int) -> tuple[Int64[np.ndarray, " B"], Int32[np.ndarray, " B"]]:
+        slots = _slots(step, self.batch_size)
+        order = _key(self.positives.seed, _SLOTS, step)
+        slots = slots[permute(np.arange(len(slots)), len(slots), order)]
+        p = self.share
+        before, after = (s * p.numerator // p.denominator for s in (slots, slots + 1))
+        positive = after > before
+        images = np.empty(len(slots), np.int64)
+        classes = np.full(len(slots), -1, np.int32)
+        images[positive], classes[positive] = self.positives.draw(before[positive])
+        images[~positive] = self.background.draw((slots - before)[~positive])
+        return images, classes
 
 class ClassHistogram(NamedTuple):
     """How often classes were seen; each array is (num_classes,) int64."""

@@ -23,7 +23,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dir="",  # dataset directory written by scripts.prepare_data
         train_split="train",
         eval_split="validation",
-        sampler="class_aware",  # uniform | class_aware | full_class_batch
+        sampler="class_aware",  # uniform | class_aware | full_class_batch | expert
+        positive_share=0.25,  # sampler expert: of images with boxes, the rest has none
         batch_size=64,  # images of all devices together
         canvas=(800, 1333),  # height, width; photos are fitted into it and padded
         pad_multiple=32,
@@ -70,6 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             loss=dict(beta=1.0, normaliser="sampled"),  # sampled | positive (FACTS 13, item 7)
         ),
         loss_weights=dict(rpn_class=1.0, rpn_box=1.0, box_class=1.0, box_regression=1.0),
+        drop_background_rois=False,  # experts: no detection where background scores highest
         detections=dict(
             score_threshold=0.001, iou_threshold=0.5, max_candidates=4096, max_detections=300
         ),

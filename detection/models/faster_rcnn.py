@@ -159,6 +159,9 @@ class FasterRCNN(nn.Module):
         size = batch["image_size"][:, None]
         boxes = jax.vmap(jax.vmap(box_ops.clip, (0, None)))(boxes, size[:, 0])
         valid = proposals.valid & batch["image_valid"][:, None]
+        if s.get("drop_background_rois", False):
+            # Stricter than the score threshold, for experts (FACTS 5).
+            valid &= class_logits.argmax(axis=-1) != 0
 
         def select(boxes, scores, valid):
             return multiclass_nms(boxes, scores, valid, **s.detections)
