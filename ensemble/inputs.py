@@ -30,7 +30,8 @@ class Table:
       name: of the model, unique among the inputs.
       reader: of the table.
       source_labels: labels found in the table, sorted.
-      label_codes: class index of each source label, -1 for labels that a mapping drops.
+      label_codes: class index of each source label, -1 for labels that a mapping drops. A mapping
+        with several targets gives more columns, filled up by -1.
       image_codes: image index of each image of the reader, -1 for images left out; None when the
         reader's images are the images of the ensemble.
     """
@@ -38,7 +39,7 @@ class Table:
     name: str
     reader: DetectionsReader
     source_labels: list[str]
-    label_codes: Int32[np.ndarray, " C"]
+    label_codes: Int32[np.ndarray, "C targets"]
     image_codes: Int32[np.ndarray, " i"] | None
 
 
@@ -102,7 +103,7 @@ def open_tables(
     *,
     labels: Sequence[str] | None = None,
     coverage: str = "same",
-    mappings: Mapping[str, Mapping[str, str]] | None = None,
+    mappings: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> Tables:
     """Opens tables and makes sure that they belong together.
 
@@ -112,8 +113,8 @@ def open_tables(
       labels: classes, in the dataset's order. None takes the labels that the tables hold, sorted.
       coverage: "same" refuses tables that cover different images, "union" takes an image that a
         table does not cover for one without detections, "intersection" leaves such images out.
-      mappings: by name, for tables of another vocabulary: label there -> label here; detections of
-        other labels are dropped.
+      mappings: by name, for tables of another vocabulary: label there -> labels here (such as
+        `ClassMapping.targets`); detections of other labels are dropped.
 
     Raises:
       UserError: no or unreadable tables, tables without rows, other labels, other images, parent
@@ -140,12 +141,15 @@ def open_tables(
     for reader, name, rows, table_images in zip(readers, names, found, image_codes, strict=True):
         mapping = mappings.get(name)
         sources = sorted(rows)
-        targets = sources if mapping is None else [mapping.get(label) for label in sources]
-        label_codes = np.array([codes.get(label, -1) for label in targets], np.int32)
+        targets = [[label] if mapping is None else mapping.get(label, ()) for label in sources]
+        targets = [[codes[label] for label in group if label in codes] for group in targets]
+        label_codes = np.full((len(sources), max(1, *map(len, targets))), -1, np.int32)
+        for row, group in zip(label_codes, targets, strict=True):
+            row[: len(group)] = group
         if (label_codes < 0).all():
             raise UserError(
-                f"{reader.path}: the mapping of {name} has none of its labels (such as "
-                f"{sources[0]!r}), expected label there -> label here"
+                f"{reader.path}: the mapping of {name} leads from none of its labels (such as "
+                f"{sources[0]!r}) to one of the classes (such as {classes[0]!r})"
             )
         tables.append(Table(name, reader, sources, label_codes, table_images))
     return Tables(tables, image_ids, classes)
@@ -245,7 +249,7 @@ def _common_labels(
     names: Sequence[str],
     found: Sequence[Mapping[str, tuple[Path, int]]],
     labels: Sequence[str] | None,
-    mappings: Mapping[str, Mapping[str, str]],
+    mappings: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> list[str]:
     """The vocabulary; a `UserError` when a table uses another one."""
     own = [rows for name, rows in zip(names, found, strict=True) if name not in mappings]
@@ -271,8 +275,16 @@ def _common_labels(
                 f"{reader.path}: shares no label with the other tables ({mine!r} here, {theirs!r} "
                 "there); a table of another vocabulary needs --config.mappings"
             )
-    mapped = [set(mapping.values()) for mapping in mappings.values()]
-    return sorted(set().union(*own, *mapped))
+    mapped = [
+        mappings[name].get(label, ())
+        for name, rows in zip(names, found, strict=True)
+        if name in mappings
+        for label in rows
+    ]
+    vocabulary = sorted(set().union(*own, *mapped))
+    if not vocabulary:
+        raise UserError("config.mappings: lead from none of the tables' labels to any class")
+    return vocabulary
 
 
 def aligned_chunks(
@@ -370,26 +382,38 @@ class _Pending:
 
     def pop(self, stop: int) -> dict[str, np.ndarray]:
         """Removes and returns the rows of images before `stop`."""
-        if self._rows is None:
-            none = Detections(
-                [], [], *(np.zeros(0, np.int32),) * 2, np.zeros(0, np.float32),
-                np.zeros((0, 4), np.float32), {}, np.zeros(0, object), np.zeros((0, 2), np.int32),
-            )
-            return self._convert(none)
-        cut = int(np.searchsorted(self._rows["images"], stop))
-        head = {name: array[:cut] for name, array in self._rows.items()}
-        self._rows = {name: array[cut:] for name, array in self._rows.items()}
-        return head
+        rows = self._convert(_no_rows()) if self._rows is None else self._rows
+        cut = int(np.searchsorted(rows["images"], stop))
+        self._rows = {name: array[cut:] for name, array in rows.items()}
+        return {name: array[:cut] for name, array in rows.items()}
 
     def _convert(self, found: Detections) -> dict[str, np.ndarray]:
-        images, labels = found.image_index, self._table.label_codes[found.label_index]
+        images, targets = found.image_index, self._table.label_codes[found.label_index]
         if self._table.image_codes is not None:
             images = self._table.image_codes[images]
-        rows = dict(images=images, labels=labels, scores=found.scores, boxes=found.boxes)
+        rows = dict(images=images, scores=found.scores, boxes=found.boxes)
         if self._masks:
             rows.update(masks=found.masks, mask_sizes=found.mask_sizes)
-        kept = (images >= 0) & (labels >= 0)
-        if not kept.all():
-            rows = {name: array[kept] for name, array in rows.items()}
-        rows["models"] = np.full(len(rows["scores"]), self._model, np.int32)
-        return rows
+        kept = (images >= 0)[:, None] & (targets >= 0)
+        labels = targets[:, 0]
+        if targets.shape[1] > 1 or not kept.all():
+            source, column = np.nonzero(kept)
+            rows = {name: array[source] for name, array in rows.items()}
+            labels = targets[source, column]
+        models = np.full(len(labels), self._model, np.int32)
+        return rows | {"labels": labels, "models": models}
+
+
+def _no_rows() -> Detections:
+    none = np.zeros(0, np.int32)
+    return Detections(
+        image_ids=[],
+        labels=[],
+        image_index=none,
+        label_index=none,
+        scores=np.zeros(0, np.float32),
+        boxes=np.zeros((0, 4), np.float32),
+        metadata={},
+        masks=np.zeros(0, object),
+        mask_sizes=np.zeros((0, 2), np.int32),
+    )

@@ -1,0 +1,52 @@
+"""Naive ensemble: the boxes of all models in one list, NMS in each class.
+
+    python -m ensemble.merge --config=configs/ensemble/naive.py --inputs=a.parquet,b.parquet
+        --output=m.parquet
+
+Paper: 61.917 with models 1 to 16 (table 4), single models 58.6 to 60.5; 57.994 with four (table 3).
+"""
+
+import ml_collections
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: another operator, such as "wbf" (with its own defaults); default "nms"."""
+    config = ml_collections.ConfigDict()
+    config.name = "naive"
+    config.dataset = ""  # dataset directory: order of the classes, hierarchy; not needed otherwise
+    config.coverage = "same"  # same | union | intersection: when tables cover different images
+    config.mappings = ""  # name=FILE:COLUMN THERE:COLUMN HERE,...: tables of another vocabulary
+    config.experts = ""  # name=file,...: models that contribute only the classes listed there
+    config.masks = False  # keep the masks (of fused boxes: of the best box)
+    config.min_score = 0.0  # weighted scores below are dropped before the operator
+
+    config.weights = dict(
+        metrics="",  # JSON with AP per class, one file a table in the order of the inputs
+        normalize="max",  # max | sum | none: what AP is divided by (FACTS 13, item 9)
+        exponent=1.0,
+        floor=0.0,
+        models="",  # name=weight,...
+    )
+
+    # Any operator of ensemble.operators with its fields.
+    config.operator = ml_collections.ConfigDict({"name": arg or "nms"})
+    if arg is None:
+        config.operator.iou_threshold = 0.5
+    config.tree = ""  # JSON file of ensemble.search; takes the place of the operator
+
+    config.expansion = "none"  # none | before | after the operator: copy to parent classes
+    config.relations = dict(
+        file="",  # of scripts.mine_relations
+        cooccurrence="top",  # top | scale | off (FACTS 13, item 22)
+        surround=True,
+    )
+    config.rescoring = dict(
+        groups="",  # LVIS JSON, {label: r|c|f} JSON or dataset directory
+        mode="multiplier",  # multiplier | exponent (FACTS 13, item 30)
+        rare=1.0,
+        common=1.0,
+        frequent=1.0,
+    )
+    config.max_detections = 300  # of an image; 0: all
+    config.chunk_rows = 1 << 19  # rows of all tables in memory at once, about
+    return config
