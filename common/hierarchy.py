@@ -100,3 +100,39 @@ def expand_detections(
     expanded = detections.take(rows)
     metadata = {**detections.metadata, "expanded": True}
     return dataclasses.replace(expanded, label_index=classes.astype(np.int32), metadata=metadata)
+
+
+def siblings(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> Bool[np.ndarray, "K K"]:
+    """Symmetric matrix of the pairs of classes that are children of one node.
+
+    Children of the virtual root are no siblings: they have nothing in common.
+    """
+    index = {label: i for i, label in enumerate(class_labels)}
+    matrix = np.zeros((len(class_labels), len(class_labels)), bool)
+    pending = list(hierarchy.get("Subcategory", ()))
+    while pending:
+        children = pending.pop().get("Subcategory", ())
+        places = [index[c["LabelName"]] for c in children if c["LabelName"] in index]
+        matrix[np.ix_(places, places)] = True
+        pending.extend(children)
+    np.fill_diagonal(matrix, False)
+    return matrix
+
+
+def restrict(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> dict[str, Any]:
+    """The hierarchy of some of its classes: others are left out, their children move up."""
+    kept = set(class_labels)
+
+    def nodes(children: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for child in children:
+            below = nodes(child.get("Subcategory", ()))
+            if child["LabelName"] in kept:
+                node = {"LabelName": child["LabelName"]}
+                found.append({**node, "Subcategory": below} if below else node)
+            else:
+                found.extend(below)
+        return found
+
+    below = nodes(hierarchy.get("Subcategory", ()))
+    return {"LabelName": hierarchy.get("LabelName", "/root"), "Subcategory": below}

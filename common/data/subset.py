@@ -1,0 +1,103 @@
+"""Dataset directories made of some images and some classes of another one.
+
+Shape legend: K classes of the source, C of them kept.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from common.data.dataset import Dataset
+from common.data.dataset_writer import DatasetWriter
+from common.hierarchy import restrict
+from common.ranges import rows_of
+
+SLAB = 1 << 16  # images
+
+
+def write_subset(
+    dataset: Dataset,
+    directory: str | os.PathLike,
+    name: str,
+    classes: Int[np.ndarray, " C"],
+    splits: Mapping[str, Int[np.ndarray, " n"]],
+    *,
+    overwrite: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    finish: Callable[[DatasetWriter], None] = lambda writer: None,
+) -> None:
+    """Writes the images of `splits` with their boxes and image-level labels of `classes`.
+
+    Images keep their order, ids and photos; those without such boxes stay, as background. Masks are
+    left out.
+
+    Args:
+      dataset: the source.
+      directory: to write, appears when complete.
+      name: of the new set.
+      classes: indices of the classes to keep, in the new order.
+      splits: name to image indices of the source.
+      overwrite: replace an existing dataset directory.
+      extra: further fields of dataset.json.
+      finish: called before the directory is completed, to add files.
+
+    Raises:
+      UserError: the output exists.
+    """
+    images = np.unique(np.concatenate([np.zeros(0, np.int64), *splits.values()]))
+    new_class = np.full(dataset.num_classes, -1, np.int32)
+    new_class[classes] = np.arange(len(classes))
+    labels = [dataset.class_labels[c] for c in classes]
+    names = [dataset.class_names[c] for c in classes]
+    with DatasetWriter(
+        directory,
+        name,
+        labels,
+        names,
+        restrict(dataset.hierarchy, labels),
+        os.path.abspath(dataset.image_root) if "://" not in dataset.image_root
+        else dataset.image_root,
+        source=str(dataset.directory),
+        overwrite=overwrite,
+        extra={"exhaustive": bool(dataset.meta.get("exhaustive")), **(extra or {})},
+    ) as writer:
+        for start in range(0, len(images), SLAB):
+            slab = images[start : start + SLAB]
+            boxes, box_classes, box_counts = _kept(
+                dataset.box_offsets, dataset.box_classes, slab, new_class
+            )
+            rows, label_classes, label_counts = _kept(
+                dataset.label_offsets, dataset.label_classes, slab, new_class
+            )
+            writer.add_images(
+                _texts(dataset.image_ids[slab]),
+                _texts(dataset.image_paths[slab]),
+                np.asarray(dataset.image_sizes[slab]),
+                box_counts,
+                np.asarray(dataset.boxes[boxes]),
+                box_classes,
+                np.asarray(dataset.box_flags[boxes]),
+                label_counts,
+                label_classes,
+                np.asarray(dataset.label_confidences[rows]),
+            )
+        for split, indices in splits.items():
+            writer.add_split(split, np.searchsorted(images, indices))
+        finish(writer)
+
+
+def _kept(
+    offsets: np.ndarray, classes: np.ndarray, images: np.ndarray, new_class: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of kept classes, their new classes, and how many each image has."""
+    owner, rows = rows_of(offsets, images)
+    renamed = new_class[np.asarray(classes[rows])]
+    kept = renamed >= 0
+    return rows[kept], renamed[kept], np.bincount(owner[kept], minlength=len(images))
+
+
+def _texts(values: Sequence[bytes]) -> list[str]:
+    return [value.decode() for value in values]
