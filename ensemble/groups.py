@@ -12,10 +12,12 @@ Shape legend:
 import collections
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32, Int64
 
 from ensemble.operators import Fused, Operator
@@ -141,19 +143,20 @@ def bucket_sizes(counts: np.ndarray) -> Int64[np.ndarray, " groups"]:
 
 def _blocks(operator, starts, counts, columns, scores, model):
     """Yields index (N, G) into the ranked rows, which entries are real, and the result."""
+    devices = jax.local_devices()
+    run = _program(operator, tuple(devices))
     bucket = bucket_sizes(counts)
     pending = collections.deque()
     for size in np.unique(bucket).tolist():
         members = np.flatnonzero(bucket == size)
-        width = max(_BLOCK_ENTRIES // size, 1)
+        width = max(_BLOCK_ENTRIES // size, 1) * len(devices)
         position = np.arange(size)[:, None]
         for first in range(0, len(members), width):
             chosen = members[first : first + width]
             begin, sizes = np.zeros(width, np.int64), np.zeros(width, np.int32)
             begin[: len(chosen)], sizes[: len(chosen)] = starts[chosen], counts[chosen]
             index = begin + position
-            fused = _run(
-                operator,
+            fused = run(
                 columns.take(index, axis=1, mode="clip"),
                 scores.take(index, mode="clip"),
                 None if model is None else model.take(index, mode="clip"),
@@ -165,13 +168,30 @@ def _blocks(operator, starts, counts, columns, scores, model):
     yield from pending
 
 
-@functools.partial(jax.jit, static_argnames="operator")
-def _run(
-    operator: Operator,
-    boxes: Float32[Array, "4 N G"],
-    scores: Float32[Array, "N G"],
-    models: Int32[Array, "N G"] | None,
-    sizes: Int32[Array, " G"],
-) -> Fused:
-    valid = jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None] < sizes
-    return operator.fuse(boxes, scores, models, valid)
+@functools.lru_cache(maxsize=64)
+def _program(operator: Operator, devices: tuple[jax.Device, ...]) -> Callable[..., Fused]:
+    """The jitted operator; with several devices each takes an equal part of the groups."""
+
+    def run(
+        boxes: Float32[Array, "4 N G"],
+        scores: Float32[Array, "N G"],
+        models: Int32[Array, "N G"] | None,
+        sizes: Int32[Array, " G"],
+    ) -> Fused:
+        valid = jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None] < sizes
+        return operator.fuse(boxes, scores, models, valid)
+
+    if len(devices) == 1:
+        return jax.jit(run)
+    mesh = jax.sharding.Mesh(np.array(devices), ("groups",))
+    boxes, entries, groups = P(None, None, "groups"), P(None, "groups"), P("groups")
+    return jax.jit(
+        jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(boxes, entries, entries, groups),
+            out_specs=Fused(valid=entries, scores=entries, boxes=boxes),
+            # The loops carry constants next to values that differ between devices.
+            check_vma=False,
+        )
+    )

@@ -16,7 +16,7 @@ What holds for all:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from common.errors import UserError
@@ -37,6 +37,33 @@ OPERATORS: Mapping[str, type[Operator]] = {
     "wbf": WeightedBoxesFusion,
     "nmw": Nmw,
     "voting": Voting,
+}
+
+_SHARE = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_SWITCH = (lambda x: isinstance(x, bool), "True or False")
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda x: x in names, f"one of {', '.join(names)}"
+
+
+# Field -> test of a value, what is expected.
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "iou_threshold": _SHARE,
+    "box_weight": _SHARE,
+    "min_score": (lambda x: x >= 0, "a number of at least 0"),
+    "score_weight": (lambda x: x >= 0, "a number of at least 0"),
+    "sigma": (lambda x: x > 0, "a number greater than 0"),
+    "k": (lambda x: isinstance(x, int) and x > 0, "a whole number of at least 1"),
+    "method": _one_of("gaussian", "linear"),
+    "few": _one_of("mean", "fixed"),
+    "conf_type": _one_of("avg", "max", "box_and_model_avg", "absent_model_aware_avg"),
+    "sequential": _SWITCH,
+    "allows_overflow": _SWITCH,
+    "model_weights": (
+        lambda x: all(weight >= 0 for weight in x) and sum(x) > 0,
+        "numbers of at least 0, one above",
+    ),
 }
 
 
@@ -69,5 +96,15 @@ def make_operator(config: Mapping[str, Any], num_models: int | None = None) -> O
             if num_models is None:
                 raise UserError("operator.model_weights: wbf needs the weights of all models")
             weights = (1.0,) * num_models
-        fields["model_weights"] = tuple(float(weight) for weight in weights)
+        fields["model_weights"] = tuple(weights)
+    for field, value in fields.items():
+        accepts, expected = _RULES[field]
+        try:
+            good = accepts(value)
+        except TypeError:  # compares no string with a number
+            good = False
+        if field == "sigma" and value is None and kind is Voting:
+            good = True
+        if not good:
+            raise UserError(f"operator.{field} {value!r}: expected {expected}")
     return kind(**fields)
