@@ -2,6 +2,7 @@
 
     python -m scripts.prepare_data openimages --source=DIR --images=DIR --output=DIR
     python -m scripts.prepare_data coco       --source='DIR/inst*.json' --images=DIR --output=DIR
+    python -m scripts.prepare_data lvis       --source='DIR/lvis_v*.json' --images=DIR --output=DIR
     python -m scripts.prepare_data objects365 --source=DIR --images=DIR --output=DIR
     python -m scripts.prepare_data voc        --source=DIR --output=DIR
     python -m scripts.prepare_data tfds       --source=NAME[:VERSION] --data_dir=DIR --output=DIR
@@ -23,7 +24,7 @@ from common.data.convert.report import Report
 from common.data.dataset import check_output
 from common.errors import UserError
 
-FORMATS = ("openimages", "coco", "objects365", "voc", "tfds")
+FORMATS = ("openimages", "coco", "lvis", "objects365", "voc", "tfds")
 
 
 def define_flags() -> None:
@@ -61,7 +62,7 @@ def define_flags() -> None:
         "where <source><database> says that the file is of the official VOC.",
     )
     flags.DEFINE_enum(
-        "image_id", "id", ["id", "file_stem"], "coco, objects365: what identifies a photo."
+        "image_id", "id", ["id", "file_stem"], "coco, lvis, objects365: what identifies a photo."
     )
     flags.DEFINE_string("data_dir", None, "tfds: folder of the prepared TFDS data sets.")
     flags.DEFINE_bool("download", False, "tfds: download and prepare the set if needed.")
@@ -107,7 +108,7 @@ def _read(format_name: str, report: Report, spool: Path):
             hierarchy=hierarchy,
             mask_folder=_path(flags.FLAGS.masks),
         )
-    if format_name in ("coco", "objects365"):
+    if format_name in ("coco", "lvis", "objects365"):
         from common.data.convert.coco import read_coco
 
         return read_coco(

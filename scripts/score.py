@@ -3,6 +3,8 @@
     python -m scripts.score --metric=openimages --dataset=DIR --split=validation \\
         --detections=x.parquet [--expand_predictions] [--json=out.json]
 
+Metrics: openimages, coco, coco_masks, lvis, lvis_masks; the masks are those of the table.
+
 Prints the figures, the best and worst classes, and whether the predictions were expanded to
 parent classes. `--json` gets plain {"name": value} pairs with the official metric names and one
 value per class that has ground truth.
@@ -20,9 +22,9 @@ from common.cli import run_main
 from common.data.dataset import Dataset
 from common.detections import DetectionsReader
 from common.errors import UserError
-from common.evaluation import coco, openimages
+from common.evaluation import coco, lvis, openimages
 
-METRICS = ("openimages", "coco")
+METRICS = ("openimages", "coco", "coco_masks", "lvis", "lvis_masks")
 
 
 def define_flags() -> None:
@@ -69,10 +71,13 @@ def main(argv):
             allow_partial=flags.FLAGS.allow_partial,
         )
     else:
-        results = coco.evaluate_coco(
+        metric, _, masks = flags.FLAGS.metric.partition("_")
+        evaluate = {"coco": coco.evaluate_coco, "lvis": lvis.evaluate_lvis}[metric]
+        results = evaluate(
             dataset,
             flags.FLAGS.split,
             flags.FLAGS.detections,
+            masks=bool(masks),
             allow_partial=flags.FLAGS.allow_partial,
         )
     print(

@@ -8,6 +8,9 @@
     index/*.npy     the arrays of `dataset_format.INDEX`, memory-mapped: page cache, not heap
     masks.bin       JSON texts, one a box: {"png": path} | COCO polygons | COCO RLE (optional)
 
+Sets made of COCO and LVIS files keep the `category_ids` of their classes in dataset.json, LVIS
+also the `frequency` of each class in the training set, "r", "c" or "f".
+
 Shape legend: N images, M boxes of all images, L verified image labels of all images, K classes.
 Boxes are xmin, ymin, xmax, ymax, normalised to [0, 1], continuous and half-open.
 """
@@ -21,15 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8
+from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 
 from common.data.dataset_format import (
+    ABSENT,
     DEPICTION,
     FORMAT,
     GROUP_OF,
     INDEX,
     INSIDE,
+    NOT_EXHAUSTIVE,
     OCCLUDED,
+    OPTIONAL,
+    PRESENT,
     STRINGS,
     TRUNCATED,
 )
@@ -37,10 +44,13 @@ from common.data.dataset_writer import DatasetWriter, check_output, flat_hierarc
 from common.errors import UserError
 
 __all__ = [
+    "ABSENT",
     "DEPICTION",
     "GROUP_OF",
     "INSIDE",
+    "NOT_EXHAUSTIVE",
     "OCCLUDED",
+    "PRESENT",
     "TRUNCATED",
     "Dataset",
     "DatasetWriter",
@@ -70,9 +80,11 @@ class Dataset:
       box_flags: (M,) bits GROUP_OF, OCCLUDED, TRUNCATED, DEPICTION, INSIDE.
       label_offsets: (N + 1,) like box_offsets for the verified image-level labels.
       label_classes: (L,) class indices.
-      label_confidences: (L,) 1 verified present, 0 verified absent.
+      label_confidences: (L,) PRESENT or ABSENT, both verified, or NOT_EXHAUSTIVE.
       image_id_order: (N,) indices that sort `image_ids`.
       mask_offsets: (M + 1,) byte ranges in masks.bin, or None when the set has no masks.
+      box_areas: (M,) area of the object's segment as annotated, as a share of the image's pixels;
+        None when the source has none.
     """
 
     directory: Path
@@ -93,6 +105,7 @@ class Dataset:
     label_confidences: UInt8[np.ndarray, " L"]
     image_id_order: Int32[np.ndarray, " N"]
     mask_offsets: Int64[np.ndarray, " M+1"] | None
+    box_areas: Float64[np.ndarray, " M"] | None = None
 
     @classmethod
     def open(cls, directory: str | os.PathLike, image_root: str | None = None) -> "Dataset":
@@ -117,8 +130,8 @@ class Dataset:
         labels, names = read_classes(directory / "classes.csv")
         arrays = {name: _load(directory, name) for name in (*STRINGS, "image_id_order")}
         for name in INDEX:
-            optional = name == "mask_offsets" and not meta.get("has_masks")
-            arrays[name] = None if optional else _load(directory, name)
+            absent = name in OPTIONAL and not meta.get(OPTIONAL[name])
+            arrays[name] = None if absent else _load(directory, name)
         _check_lengths(directory, meta, arrays)
         return cls(
             directory=directory,
@@ -139,6 +152,7 @@ class Dataset:
             label_confidences=arrays["label_confidence"],
             image_id_order=arrays["image_id_order"],
             mask_offsets=arrays["mask_offsets"],
+            box_areas=arrays["box_area"],
         )
 
     @property
@@ -177,7 +191,7 @@ class Dataset:
         return self.boxes[rows], self.box_classes[rows], self.box_flags[rows]
 
     def image_labels(self, index: int) -> tuple[Int32[np.ndarray, " n"], UInt8[np.ndarray, " n"]]:
-        """Classes verified at image level and their confidences (1 present, 0 absent)."""
+        """Classes verified at image level and their confidences (`label_confidences`)."""
         rows = slice(self.label_offsets[index], self.label_offsets[index + 1])
         return self.label_classes[rows], self.label_confidences[rows]
 
@@ -261,6 +275,7 @@ def _check_lengths(directory: Path, meta: dict[str, Any], arrays: dict[str, Any]
         "label_class": labels,
         "label_confidence": labels,
         "mask_offsets": boxes + 1,
+        "box_area": boxes,
     }
     for name, array in arrays.items():
         if array is not None and len(array) != expected[name]:

@@ -9,6 +9,11 @@ TRUNCATED = 4
 DEPICTION = 8
 INSIDE = 16
 
+# Values of `label_confidence`.
+ABSENT = 0
+PRESENT = 1
+NOT_EXHAUSTIVE = 2  # present, and not every instance has a box (LVIS)
+
 # File stem -> (dtype, columns or None for a vector); 'S' arrays have their own fixed width.
 INDEX: dict[str, tuple[str, int | None]] = {
     "image_size": ("int32", 2),
@@ -20,5 +25,8 @@ INDEX: dict[str, tuple[str, int | None]] = {
     "label_class": ("int32", None),
     "label_confidence": ("uint8", None),
     "mask_offsets": ("int64", None),
+    "box_area": ("float64", None),
 }
+# Only there when dataset.json says so under this key.
+OPTIONAL = {"mask_offsets": "has_masks", "box_area": "has_areas"}
 STRINGS = ("image_id", "image_path")

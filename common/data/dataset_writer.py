@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from common.data.dataset_format import FORMAT, INDEX, STRINGS
+from common.data.dataset_format import FORMAT, INDEX, OPTIONAL, STRINGS
 from common.errors import UserError
 
 
@@ -41,6 +41,7 @@ class DatasetWriter:
         *,
         source: str = "",
         has_masks: bool = False,
+        has_areas: bool = False,
         overwrite: bool = False,
         extra: Mapping[str, Any] | None = None,
     ):
@@ -56,6 +57,7 @@ class DatasetWriter:
             or relative to the dataset directory.
           source: free text, where the annotations came from.
           has_masks: whether `masks` will be given.
+          has_areas: whether areas will be given.
           overwrite: replace an existing dataset (other folders are never replaced).
           extra: further fields of dataset.json.
 
@@ -70,7 +72,7 @@ class DatasetWriter:
             raise UserError(f"{name}: class labels given twice: {repeated[:5]}")
         self.num_classes = len(class_labels)
         self.num_images = self.num_boxes = self.num_labels = self._mask_bytes = 0
-        self._has_masks = has_masks
+        self._optional = {"has_masks": has_masks, "has_areas": has_areas}
         self._strings: dict[str, list[np.ndarray]] = {name: [] for name in STRINGS}
         self._meta = {"format": FORMAT, "name": name, "source": source, "image_root": image_root}
         self._extra = dict(extra or {})
@@ -78,7 +80,7 @@ class DatasetWriter:
         shutil.rmtree(self.temporary, ignore_errors=True)
         for folder in ("index", "splits"):
             (self.temporary / folder).mkdir(parents=True)
-        names = [key for key in INDEX if has_masks or key != "mask_offsets"]
+        names = [k for k in INDEX if k not in OPTIONAL or self._optional[OPTIONAL[k]]]
         self._arrays = {
             key: _NpyAppender(self.temporary / "index" / f"{key}.npy", *INDEX[key]) for key in names
         }
@@ -103,6 +105,7 @@ class DatasetWriter:
         label_classes: Sequence[int] = (),
         label_confidences: Sequence[int] = (),
         masks: Sequence[Any] | None = None,
+        areas: Sequence[float] | None = None,
     ) -> int:
         """Adds one image with n boxes, returns its index.
 
@@ -114,8 +117,9 @@ class DatasetWriter:
           classes: (n,) class indices.
           flags: (n,) bits, 0 by default.
           label_classes: verified image-level classes.
-          label_confidences: 1 present, 0 absent, for each of `label_classes`.
+          label_confidences: PRESENT, ABSENT or NOT_EXHAUSTIVE for each of `label_classes`.
           masks: (n,) JSON values or None.
+          areas: (n,) areas of the segments, shares of the image.
         """
         texts = [b"" if m is None else json.dumps(m).encode() for m in masks or []]
         texts = texts or [b""] * len(classes)
@@ -132,6 +136,7 @@ class DatasetWriter:
             np.asarray(label_confidences, np.uint8),
             [len(text) for text in texts],
             b"".join(texts),
+            areas,
         )
         return self.num_images - 1
 
@@ -149,6 +154,7 @@ class DatasetWriter:
         label_confidences: UInt8[np.ndarray, " l"],
         mask_lengths: Sequence[int] | None = None,
         mask_bytes: bytes = b"",
+        box_areas: Sequence[float] | None = None,
     ) -> None:
         """Adds n images with their boxes (and labels) one after the other.
 
@@ -180,6 +186,10 @@ class DatasetWriter:
         self._arrays["label_offsets"].append(
             self.num_labels + np.cumsum(label_counts, dtype=np.int64)
         )
+        if self._optional["has_areas"]:
+            if box_areas is None or len(box_areas) != num_boxes:
+                raise ValueError("box_areas do not agree with the boxes")
+            self._arrays["box_area"].append(np.asarray(box_areas, np.float64))
         if self._masks is not None:
             lengths = np.zeros(num_boxes, np.int64) if mask_lengths is None else mask_lengths
             if len(lengths) != num_boxes or int(np.sum(lengths)) != len(mask_bytes):
@@ -221,7 +231,7 @@ class DatasetWriter:
             "num_boxes": self.num_boxes,
             "num_labels": self.num_labels,
             "num_classes": self.num_classes,
-            "has_masks": self._has_masks,
+            **self._optional,
             **self._extra,
         }
         self.write_json("dataset.json", self._meta)

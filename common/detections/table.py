@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 METADATA_KEY = b"detections"
 MAX_SCORE = 1.5
@@ -72,6 +72,13 @@ class Detections:
             stop = int(np.searchsorted(self.image_index, self.image_index[stop - 1], "right"))
             yield self.take(slice(start, stop))
             start = stop
+
+
+def rank_in_image(image_index: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Number of earlier rows of the same image; rows of an image lie together."""
+    positions = np.arange(len(image_index))
+    new = np.diff(image_index, prepend=-1) != 0
+    return positions - np.maximum.accumulate(np.where(new, positions, 0))
 
 
 def find_invalid(scores: np.ndarray, boxes: np.ndarray) -> tuple[int, str] | None:

@@ -53,15 +53,21 @@ def split_images(
 
 
 def selected_chunks(
-    source: Detections | DetectionsReader, class_labels: list[str], selected: Bool[np.ndarray, " i"]
+    source: Detections | DetectionsReader,
+    class_labels: list[str],
+    selected: Bool[np.ndarray, " i"],
+    *,
+    masks: bool = False,
 ) -> Iterator[Detections]:
     """Chunks of whole images, at most MAX_IMAGES each, without images not `selected`."""
     if isinstance(source, Detections):
         if list(source.labels) != list(class_labels):
             raise ValueError("read the detections with class_labels=dataset.class_labels")
+        if masks and source.masks is None:
+            raise ValueError("read the detections with masks=True")
         chunks: Iterable[Detections] = source.chunks()
     else:
-        chunks = source.chunks(class_labels)
+        chunks = source.chunks(class_labels, masks=masks)
     for chunk in chunks:
         chosen = selected[chunk.image_index]
         if not chosen.all():
@@ -71,3 +77,15 @@ def selected_chunks(
         starts = np.flatnonzero(np.diff(chunk.image_index, prepend=-1))[::MAX_IMAGES]
         for start, stop in zip(starts, [*starts[1:], len(chunk)], strict=True):
             yield chunk.take(slice(start, stop))
+
+
+def image_ranks(dataset: Dataset, images: Int[np.ndarray, " i"]) -> dict[int, int]:
+    """Place of each image, from 1, in the order in which COCO's and LVIS's tools rank equal scores.
+
+    That is by number where all ids are numbers, else the order of the dataset.
+    """
+    images = np.sort(images)
+    ids = [dataset.image_id(i) for i in images.tolist()]
+    if all(image_id.isascii() and image_id.isdecimal() for image_id in ids):
+        images = images[np.argsort(np.array([int(i) for i in ids]), kind="stable")]
+    return {image: rank for rank, image in enumerate(images.tolist(), start=1)}

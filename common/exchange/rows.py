@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from common import rle
 from common.data.convert.report import Ticker
 from common.detections import Detections, DetectionsReader
-from common.detections.table import MAX_SCORE
+from common.detections.table import MAX_SCORE, rank_in_image
 from common.errors import UserError
 
 SCORES = ("clip", "scale", "keep")
@@ -95,10 +95,3 @@ class Outgoing:
             )
         if self.cut:
             say(f"note: {self.cut} detections beyond {self.max_per_image} per image are left out")
-
-
-def rank_in_image(image_index: np.ndarray) -> np.ndarray:
-    """(n,) number of earlier rows of the same image; rows of an image lie together."""
-    positions = np.arange(len(image_index))
-    new = np.diff(image_index, prepend=-1) != 0
-    return positions - np.maximum.accumulate(np.where(new, positions, 0))

@@ -25,6 +25,8 @@ LABEL_COLUMNS = {
     "file": "int32",
     "row": "int64",
 }
+# Area of the segment as a share of the image's pixels, where the source tells it.
+AREA_COLUMNS = {"area": "float64"}
 # Where the JSON text of a box's mask lies in the spool file; length 0 = no mask.
 MASK_COLUMNS = {"mask_start": "int64", "mask_length": "int32"}
 
@@ -97,7 +99,8 @@ class Annotations:
       hierarchy: nested dictionary, None = flat.
       images: the image table.
       splits: name -> image indices.
-      boxes: columns of BOX_COLUMNS (and MASK_COLUMNS when `mask_spool` is given).
+      boxes: columns of BOX_COLUMNS (and MASK_COLUMNS when `mask_spool` is given, AREA_COLUMNS when
+        every box has an area).
       labels: columns of LABEL_COLUMNS.
       files: names of the source files.
       search: folder in which photos are looked for when none is given by the user.

@@ -72,6 +72,7 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
         root,
         source=annotations.source,
         has_masks=annotations.mask_spool is not None,
+        has_areas="area" in boxes,
         overwrite=options.overwrite,
         extra=annotations.extra,
     )
@@ -296,6 +297,7 @@ def _write_blocks(writer, ids, paths, sizes, box_rows, label_rows, mask_spool) -
             labels["confidence"][label_slice],
             lengths,
             texts,
+            boxes["area"][box_slice] if "area" in boxes else None,
         )
         ticker.tick(min(start + _BLOCK, len(ids)))
 

@@ -78,7 +78,7 @@ def clean_labels(
     known = table["class"] >= 0
     note(~known, "image label of unknown class")
     key = table["image"].astype(np.uint64) << np.uint64(32)
-    key |= table["class"].astype(np.uint32).astype(np.uint64) << np.uint64(1)
+    key |= table["class"].astype(np.uint32).astype(np.uint64) << np.uint64(2)
     key |= table["confidence"].astype(np.uint64)
     again = _seen_before(key) & known
     note(again, "duplicate image label")

@@ -1,9 +1,16 @@
-"""COCO and Objects365: `images`, `annotations` and `categories` in JSON files, one a split.
+"""COCO, Objects365 and LVIS: `images`, `annotations` and `categories` in JSON files, one a split.
 
-All classes are labelled on every photo, so there are no image-level labels (`"exhaustive": true` in
-dataset.json). The label of a class is its name; `category_ids` in dataset.json keeps the ids, which
-results in COCO form need. Image ids are those of the file, as text.
-Crowd regions get the flag GROUP_OF, Objects365's `isfake` the flag DEPICTION.
+The label of a class is its name; `category_ids` in dataset.json keeps the ids, which results in
+COCO form need. Image ids are those of the file, as text. Crowd regions get the flag GROUP_OF,
+Objects365's `isfake` the flag DEPICTION. The `area` of a segment is kept for COCO and LVIS, whose
+metrics tell small from large objects by it.
+
+COCO and Objects365 label all classes on every photo, so there are no image-level labels
+(`"exhaustive": true` in dataset.json). LVIS checks only some classes on a photo: those with boxes,
+`neg_category_ids` (image-level labels of confidence ABSENT) and, of those with boxes,
+`not_exhaustive_category_ids` (confidence NOT_EXHAUSTIVE). dataset.json gets the `frequency` of each
+class. Photos of LVIS are looked for by `coco_url`, since some releases give them file names of the
+COCO 2014 release.
 """
 
 import glob
@@ -17,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from common.data.convert.annotations import (
+    AREA_COLUMNS,
     BOX_COLUMNS,
     LABEL_COLUMNS,
     MASK_COLUMNS,
@@ -28,12 +36,15 @@ from common.data.convert.classes import read_hierarchy
 from common.data.convert.cleaning import check_class_ids, check_pixel_xywh
 from common.data.convert.json_stream import stream_json
 from common.data.convert.report import DROPPED, Report
-from common.data.dataset import DEPICTION, GROUP_OF
+from common.data.dataset import ABSENT, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.errors import UserError
 
-_PREFIX = re.compile(r"^(instances|boxes|annotations|image_info|zhiyuan_objv2|objects365)_")
+_PREFIX = re.compile(
+    r"^(instances|boxes|annotations|image_info|zhiyuan_objv2|objects365|lvis(_v[0-9._]*[0-9])?)_"
+)
 # Other files that the official archives put beside the instances.
 _OTHER = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
+_FREQUENCIES = ("r", "c", "f")
 
 
 def read_coco(
@@ -52,7 +63,7 @@ def read_coco(
         name tells the split: instances_train2017.json -> train2017, boxes_val_a.json -> val_a.
       report: gets annotations of unknown images.
       spool_folder: for temporary files.
-      name: of the set.
+      name: of the set: coco, objects365 or lvis.
       image_id: 'id' = the images' id, 'file_stem' = file name without folder and extension, for
         sets whose files number their images each from 1.
       hierarchy: optional hierarchy of the category names.
@@ -60,52 +71,71 @@ def read_coco(
     Raises:
       UserError: no such file, broken JSON, missing fields, categories that differ between files.
     """
-    paths, search = _find_files(source)
+    paths, search = _find_files(source, name == "lvis")
     images, files = ImageTable(), [str(path) for path in paths.values()]
-    columns = Columns(BOX_COLUMNS | MASK_COLUMNS)
+    # Objects365 repeats the area of the box.
+    areas = AREA_COLUMNS if name != "objects365" else {}
+    columns, labels = Columns(BOX_COLUMNS | MASK_COLUMNS | areas), Columns(LABEL_COLUMNS)
     categories: dict[int, str] = {}
+    frequencies: dict[int, str] = {}
     splits = {}
     spool = spool_folder / "masks.spool"
     with open(spool, "wb") as masks:
         for number, (split, path) in enumerate(paths.items()):
-            content = _File(path, masks)
+            content = _File(path, masks, lvis=name == "lvis")
+            frequencies |= content.frequencies
             _merge_categories(categories, content.categories, path, files[0])
             places = _add_images(content, images, image_id)
             splits[split] = places[places >= 0]
             _add_boxes(content, places, images, categories, columns, number, report)
-    labels, names = _labels(categories)
+            _add_labels(content, places, categories, labels, number)
+    class_labels, names = _labels(categories)
     boxes = columns.take()
     has_masks = bool(boxes["mask_length"].any())
     if not has_masks:
-        boxes = {key: boxes[key] for key in BOX_COLUMNS}
+        for column in MASK_COLUMNS:
+            del boxes[column]
+    if areas and not np.isfinite(boxes["area"]).all():
+        del boxes["area"]
+    extra = {"exhaustive": name != "lvis", "category_ids": list(categories)}
+    if name == "lvis":
+        extra["frequency"] = _frequencies(categories, frequencies, files[-1])
     return Annotations(
         name=name,
         source=source,
-        class_labels=labels,
+        class_labels=class_labels,
         class_names=names,
-        hierarchy=read_hierarchy(hierarchy, labels) if hierarchy else None,
+        hierarchy=read_hierarchy(hierarchy, class_labels) if hierarchy else None,
         images=images,
         splits=splits,
         boxes=boxes,
-        labels=Columns(LABEL_COLUMNS).take(),
+        labels=labels.take(),
         files=files,
         search=search,
         mask_spool=spool if has_masks else None,
-        extra={"exhaustive": True, "category_ids": list(categories)},
+        extra=extra,
     )
+
+
+_CONFIDENCES = {"neg_category_ids": ABSENT, "not_exhaustive_category_ids": NOT_EXHAUSTIVE}
 
 
 class _File:
     """One file in compact form: columns of numbers instead of 30 million dictionaries."""
 
-    def __init__(self, path: Path, masks):
+    def __init__(self, path: Path, masks, lvis: bool):
         self.path = path
+        self._lvis = lvis
         self.categories: dict[int, str] = {}
+        self.frequencies: dict[int, str] = {}
         self.image_index: dict[Any, int] = {}  # id in the file -> order of first mention
         self.image_files: dict[int, str] = {}  # only of images that are listed
         self.image_sizes: dict[int, tuple[int, int]] = {}
         self.image, self.category = array("i"), array("q")
         self.xywh, self.flags, self.row = array("f"), array("B"), array("q")
+        self.area = array("d")
+        # Image-level labels: image, category id, confidence.
+        self.labels = (array("i"), array("q"), array("B"))
         self.mask_start, self.mask_length = array("q"), array("i")
         self._masks = masks
         readers = {
@@ -142,16 +172,33 @@ class _File:
         return self.image_index.setdefault(raw_id, len(self.image_index))
 
     def _read_category(self, value: dict[str, Any]) -> None:
-        self.categories[_integer(value["id"])] = str(value["name"])
+        number = _integer(value["id"])
+        self.categories[number] = str(value["name"])
+        if self._lvis:
+            frequency = value["frequency"]
+            if frequency not in _FREQUENCIES:
+                raise ValueError(f"frequency {frequency!r}, expected 'r', 'c' or 'f'")
+            self.frequencies[number] = frequency
 
     def _read_image(self, value: dict[str, Any]) -> None:
         index = self._index(value["id"])
         if index in self.image_files:
             raise UserError(f"{self.path}: image id {value['id']!r} is given twice")
-        # LVIS-like files have only the address of the photo.
-        file = value.get("file_name") or value["coco_url"]
+        if self._lvis and value.get("coco_url"):
+            file = "/".join(str(value["coco_url"]).split("/")[-2:])
+        else:
+            # LVIS-like files have only the address of the photo.
+            file = value.get("file_name") or value["coco_url"]
         self.image_files[index] = str(file)
         self.image_sizes[index] = (_integer(value["height"]), _integer(value["width"]))
+        if self._lvis:
+            # Lists are missing in files of test sets.
+            for key, confidence in _CONFIDENCES.items():
+                for category in value.get(key) or ():
+                    for column, item in zip(
+                        self.labels, (index, _integer(category), confidence), strict=True
+                    ):
+                        column.append(item)
 
     def _read_annotation(self, value: dict[str, Any]) -> None:
         box = value["bbox"]
@@ -163,6 +210,8 @@ class _File:
         self.flags.append(
             GROUP_OF * (value.get("iscrowd") == 1) | DEPICTION * (value.get("isfake") == 1)
         )
+        area = value.get("area")
+        self.area.append(float("nan") if area is None else area)
         row = value.get("id")
         self.row.append(row if isinstance(row, int) else len(self.row) + 1)
         mask = value.get("segmentation")
@@ -179,13 +228,17 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
-def _find_files(source: str) -> tuple[dict[str, Path], Path]:
+def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
     """Split -> file, and the folder in which photos are looked for."""
     found: list[Path] = []
     for part in source.split(","):
         folder = Path(part)
         if folder.is_dir():
             inside = sorted(folder.glob("*.json")) or sorted(folder.glob("annotations/*.json"))
+            if lvis:
+                # Lists of categories lie beside the annotations.
+                found += [p for p in inside if re.match(r"lvis_(?!.*categories)", p.name)]
+                continue
             found += [path for path in inside if not path.name.startswith(_OTHER)]
         else:
             found += [Path(name) for name in sorted(glob.glob(part))]
@@ -264,17 +317,45 @@ def _add_boxes(
     sizes = np.zeros((len(images), 2), np.float32)
     for i in np.unique(image):
         sizes[i] = images.sizes[int(i)]
+    area = np.frombuffer(content.area, np.float64)[keep]
     box = np.frombuffer(content.xywh, np.float32).reshape(-1, 4)[keep]
     check_pixel_xywh(box, sizes[image], str(content.path))
     box[:, 2:] += box[:, :2]
     box /= sizes[image][:, [1, 0, 1, 0]]
     columns.append(
         **{"class": class_, "image": image, "box": box, "row": row[keep]},
+        area=area / sizes[image].astype(np.float64).prod(1),
         flags=np.frombuffer(content.flags, np.uint8)[keep],
         file=np.full(len(image), number, np.int32),
         mask_start=np.frombuffer(content.mask_start, np.int64)[keep],
         mask_length=np.frombuffer(content.mask_length, np.int32)[keep],
     )
+
+
+def _add_labels(
+    content: _File, places: np.ndarray, categories: dict[int, str], labels: Columns, number: int
+) -> None:
+    image, category, confidence = content.labels
+    if not image:
+        return
+    order = {category_id: i for i, category_id in enumerate(categories)}
+    indices = np.frombuffer(image, np.int32)
+    names = [raw if isinstance(raw, int) else i for raw, i in content.image_index.items()]
+    image = places[indices]
+    labels.append(
+        **{"class": [order.get(i, -1) for i in category], "image": image},
+        row=np.array(names, np.int64)[indices],
+        confidence=np.frombuffer(confidence, np.uint8),
+        file=np.full(len(image), number, np.int32),
+    )
+
+
+def _frequencies(categories: dict[int, str], frequencies: dict[int, str], path: str) -> list[str]:
+    """Frequency of each class in the order of the classes."""
+    missing = [name for number, name in categories.items() if number not in frequencies]
+    if missing:
+        raise UserError(f"{path}: no frequency of category {missing[0]!r}")
+    return [frequencies[number] for number in categories]
 
 
 def _labels(categories: dict[int, str]) -> tuple[list[str], list[str]]:
