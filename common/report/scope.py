@@ -1,0 +1,117 @@
+"""What all tables of a report are judged by: the images, the truth and the names of the tables.
+
+Shape legend: I images scored, K classes, S sizes.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from common.data.dataset import Dataset
+from common.detections import DetectionsReader
+from common.errors import UserError
+from common.evaluation import openimages
+from common.evaluation.coverage import split_images
+from common.hierarchy import ancestors
+from common.ranges import rows_of
+from common.report import gains
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What all tables are judged by: images, truth and its counts (expanded to parents)."""
+
+    dataset: Dataset
+    split: str
+    images: Int[np.ndarray, " I"]  # sorted indices of the dataset
+    parents: Bool[np.ndarray, "K K"]
+    counts: Float[np.ndarray, " K"]  # boxes to find
+    size_counts: Float[np.ndarray, "S K"]
+    image_counts: Int[np.ndarray, " I"]
+    train_counts: Float[np.ndarray, " K"] | None
+    train_split: str | None
+
+
+def open_scope(
+    dataset: Dataset,
+    split: str,
+    readers: Sequence[DetectionsReader],
+    *,
+    train_split: str | None,
+    allow_partial: bool,
+    say: Callable[[str], None] = print,
+) -> Scope:
+    """Checks that the tables cover the same images of the split, and counts the truth.
+
+    Args:
+      dataset: holds truth, verified labels and hierarchy.
+      split: images to score.
+      readers: the tables.
+      train_split: its boxes per class say how rare a class is; None when there is no such split.
+      allow_partial: other images of the split may be missing.
+      say: where notes go.
+
+    Raises:
+      UserError: as `evaluate_openimages`, or tables of different images.
+    """
+    images = None
+    for reader in readers:
+        indices, notes = split_images(dataset, split, reader, allow_partial)
+        for line in notes:
+            say(line)
+        covered = np.sort(indices[indices >= 0])
+        if images is not None and not np.array_equal(images, covered):
+            raise UserError(
+                f"{reader.path}: covers {len(covered)} images of split {split!r}, not the same as "
+                f"the {len(images)} of {readers[0].path}: compare tables of the same images"
+            )
+        images = covered
+    parents = ancestors(dataset.hierarchy, dataset.class_labels)
+    counts = openimages.count_truth(dataset, images, parents, 1.0)
+    if not counts.any():
+        raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
+    owner, rows = rows_of(dataset.box_offsets, images)
+    classes = np.asarray(dataset.box_classes[rows])
+    sizes = gains.size_of(np.asarray(dataset.boxes[rows]))
+    cells = np.bincount(
+        sizes * np.int64(len(parents)) + classes, minlength=len(gains.SIZES) * len(parents)
+    )
+    size_counts = cells.reshape(-1, len(parents)).astype(np.float64)
+    train = None
+    if train_split is not None:
+        train = openimages.count_truth(dataset, dataset.split(train_split), parents, 1.0)
+    return Scope(
+        dataset=dataset,
+        split=split,
+        images=images,
+        parents=parents,
+        counts=counts,
+        size_counts=size_counts + size_counts @ parents,
+        image_counts=np.bincount(owner, 1 + parents.sum(1)[classes], len(images)).astype(int),
+        train_counts=train,
+        train_split=train_split,
+    )
+
+
+def table_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Short names that tell the tables apart: the parts of the paths that differ.
+
+    Raises:
+      UserError: a table is given twice.
+    """
+    parts = [Path(os.path.abspath(path)).with_suffix("").parts for path in paths]
+    if len(set(parts)) < len(parts):
+        twice = next(path for i, path in enumerate(paths) if parts[i] in parts[:i])
+        raise UserError(f"--detections: {twice} is given twice")
+    stems = [part[-1] for part in parts]
+    if len(set(stems)) == len(stems):
+        return stems
+    while all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return ["/".join(part) for part in parts]
