@@ -196,6 +196,11 @@ def _rows(
     mask_sizes = np.array([s[1:] for s in segments if s is not None], np.int64).reshape(-1, 2)
     if (found := rle.find_broken(counts, mask_sizes)) is not None:
         raise UserError(f"{path}: row {numbers[coded][found[0]]}: {found[1]}")
+    if (negative := (xywh[:, 2:] < 0).any(1)).any():
+        at = int(np.argmax(negative))
+        raise UserError(
+            f"{path}: row {numbers[at]}: bbox {xywh[at].tolist()}, expected x, y, width, height"
+        )
     corners = xywh.copy()
     corners[:, 2:] += xywh[:, :2]
     boxed = np.isfinite(xywh).any(1) | ~coded

@@ -83,7 +83,8 @@ def test_coco(folder):
     ("flags", "message"),
     [
         (["--split=both"], "covers 1 of the 2 images of split 'both', 'b' is missing"),
-        (["--metric=lvis"], "--metric=lvis: expected one of openimages, coco"),
+        (["--metric=voc"], "--metric=voc: expected one of openimages, coco, coco_masks, lvis"),
+        (["--metric=lvis"], "no frequency of the classes"),
         (["--split=test"], "no split 'test'"),
         (["--detections=nothing.parquet"], "nothing.parquet: no such file"),
         (["--dataset=nowhere"], "nowhere"),
