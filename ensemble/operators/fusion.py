@@ -9,7 +9,6 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int
 
 from ensemble.operators import kernels
@@ -17,6 +16,7 @@ from ensemble.operators.kernels import GroupBoxes, GroupMask, GroupScores
 from ensemble.operators.operator import Fused, Operator
 
 _MODELS_PER_WORD = 31
+_TINY = np.finfo(np.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Nmw(Operator):
     def fuse(self, boxes: GroupBoxes, scores: GroupScores, models, valid: GroupMask) -> Fused:
         at = kernels.positions(boxes)
 
-        def visit(j, state):
+        def visit(j, now, state):
+            (box, score, real), _ = now
             founded, total, mass = state
-            box, real = kernels.entry(boxes, j), kernels.entry(valid, j)
             best, slot = kernels.first_best(kernels.overlaps(box, boxes), founded)
             matched = best > self.iou_threshold
-            weight = kernels.entry(scores, j) * jnp.where(matched, best, 1.0)
-            chosen = (at == jnp.where(matched, slot, j)) & real
+            weight = score * jnp.where(matched, best, 1.0)
+            chosen = at == jnp.where(real, jnp.where(matched, slot, j), -1)
             return (
-                founded | (chosen & ~matched),
-                jnp.where(chosen, total + weight * box[:, None], total),
-                jnp.where(chosen, mass + weight, mass),
+                jnp.where(chosen, 1.0, founded),
+                total + jnp.where(chosen, weight * box[:, None], 0.0),
+                mass + jnp.where(chosen, weight, 0.0),
             )
 
-        n = boxes.shape[1]
-        state = (jnp.zeros(valid.shape, bool), jnp.zeros_like(boxes), jnp.zeros_like(scores))
-        founded, total, mass = lax.fori_loop(0, n, visit, state)
+        none = jnp.zeros_like(scores)
+        state = (none, jnp.zeros_like(boxes), none)
+        founded, total, mass = kernels.walk((boxes, scores, valid), visit, state)
         several = mass > scores
         mean = jnp.where(several, total / jnp.where(several, mass, 1.0), boxes)
-        return Fused(valid=founded, boxes=mean)
+        return Fused(valid=founded > 0, boxes=mean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,26 +101,27 @@ class WeightedBoxesFusion(Operator):
     ) -> Fused:
         at = kernels.positions(boxes)
 
-        def visit(j, state):
+        def visit(j, now, state):
+            (box, score, real, model), _ = now
             fused, total, mass, count, of_models = state
-            box, score = kernels.entry(boxes, j), kernels.entry(scores, j)
-            best, slot = kernels.first_best(kernels.overlaps(box, fused), count > 0)
+            best, slot = kernels.first_best(kernels.overlaps(box, fused), count)
             matched = best > self.iou_threshold
-            chosen = (at == jnp.where(matched, slot, j)) & kernels.entry(valid, j)
-            total = jnp.where(chosen, total + score * box[:, None], total)
-            mass = jnp.where(chosen, mass + score, mass)
-            joined = chosen & matched & (mass > 0)
-            mean = jnp.where(joined, total / jnp.where(joined, mass, 1.0), fused)
-            fused = jnp.where(chosen & ~matched, box[:, None], mean)
+            chosen = at == jnp.where(real, jnp.where(matched, slot, j), -1)
+            total = total + jnp.where(chosen, score * box[:, None], 0.0)
+            mass = mass + jnp.where(chosen, score, 0.0)
+            # The founder alone is its own mean, to the last bit.
+            mean = jnp.where(matched, total / jnp.maximum(mass, _TINY), box[:, None])
+            fused = jnp.where(chosen & (~matched | (mass > 0)), mean, fused)
             if of_models is not None:
-                of_models = _add_model(of_models, kernels.entry(models, j), chosen, self._weights)
-            return fused, total, mass, count + chosen, of_models
+                of_models = _add_model(of_models, model, chosen, self._weights)
+            return fused, total, mass, count + jnp.where(chosen, 1.0, 0.0), of_models
 
         none = jnp.zeros_like(scores)
         words = -(-len(self.model_weights) // _MODELS_PER_WORD)
         of_models = (none, jnp.zeros((words, *none.shape), jnp.int32)) if self.uses_models else None
         state = (jnp.zeros_like(boxes), jnp.zeros_like(boxes), none, none, of_models)
-        fused, _, mass, count, of_models = lax.fori_loop(0, boxes.shape[1], visit, state)
+        arrays = (boxes, scores, valid, models if self.uses_models else None)
+        fused, _, mass, count, of_models = kernels.walk(arrays, visit, state)
         return Fused(count > 0, self._scores(scores, mass, count, of_models), fused)
 
     @property

@@ -29,7 +29,7 @@ class Nms(Operator):
     keeps_single = True
 
     def fuse(self, boxes: GroupBoxes, scores: GroupScores, models, valid: GroupMask) -> Fused:
-        return Fused(valid=kernels.greedy(boxes, valid, self.iou_threshold)[0])
+        return Fused(valid=kernels.greedy(boxes, valid, self.iou_threshold))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,6 @@ class AdjNms(Operator):
     keeps_single = True
 
     def fuse(self, boxes: GroupBoxes, scores: GroupScores, models, valid: GroupMask) -> Fused:
-        keep = kernels.greedy(boxes, valid, self.iou_threshold)[0]
+        keep = kernels.greedy(boxes, valid, self.iou_threshold)
         lower = kernels.decay if self.sequential else kernels.decay_in_order
         return Fused(scores=lower(boxes, scores, keep, kernels.gaussian(self.sigma)), valid=keep)

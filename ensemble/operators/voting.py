@@ -7,7 +7,6 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import lax
 
 from ensemble.operators import kernels
 from ensemble.operators.kernels import GroupBoxes, GroupMask, GroupScores
@@ -45,32 +44,34 @@ class Voting(Operator):
     keeps_single = True
 
     def fuse(self, boxes: GroupBoxes, scores: GroupScores, models, valid: GroupMask) -> Fused:
-        n = boxes.shape[1]
         at = kernels.positions(boxes)
-        keep, owner, overlap = kernels.greedy(boxes, valid, self.iou_threshold)
-        dropped = valid & ~keep
+        keep, owner, overlap = kernels.greedy_owners(boxes, valid, self.iou_threshold)
 
-        def count_better(i, better):
-            iou = kernels.entry(overlap, i)
+        def count_better(i, now, better):
+            (iou, its_owner), _ = now
             wins = (iou > overlap) | ((iou == overlap) & (i < at))
-            rival = kernels.entry(dropped, i) & (kernels.entry(owner, i) == owner)
-            return better + (rival & wins)
+            return better + jnp.where((its_owner == owner) & wins, 1, 0)
 
-        better = lax.fori_loop(1, n, count_better, jnp.zeros(valid.shape, jnp.int32))
-        votes = dropped & (better < self.k)
+        better = kernels.walk(
+            (overlap, owner), count_better, jnp.zeros(valid.shape, jnp.int32), start=1
+        )
+        votes_for = jnp.where(better < self.k, owner, -1)
 
-        def add_vote(i, state):
+        def add_vote(_, now, state):
+            (box, score, candidate), _ = now
             box_sum, score_sum, count = state
-            mine = (kernels.entry(owner, i) == at) & kernels.entry(votes, i)
+            elected = candidate == at
             return (
-                jnp.where(mine, box_sum + kernels.entry(boxes, i)[:, None], box_sum),
-                jnp.where(mine, score_sum + kernels.entry(scores, i), score_sum),
-                count + mine,
+                box_sum + jnp.where(elected, box[:, None], 0.0),
+                score_sum + jnp.where(elected, score, 0.0),
+                count + jnp.where(elected, 1.0, 0.0),
             )
 
         none = jnp.zeros_like(scores)
         state = (jnp.zeros_like(boxes), none, none)
-        box_sum, score_sum, count = lax.fori_loop(1, n, add_vote, state)
+        box_sum, score_sum, count = kernels.walk(
+            (boxes, scores, votes_for), add_vote, state, start=1
+        )
         scores = scores + self.score_weight * score_sum
         share = self.box_weight / (
             jnp.maximum(count, 1.0) if self.few == "mean" else float(self.k)

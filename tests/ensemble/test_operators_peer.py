@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ensemble import groups
 from ensemble.groups import Rows, apply_operator
 from ensemble.operators import Nms, Nmw, SoftNms, WeightedBoxesFusion
 
@@ -10,6 +11,12 @@ peer = pytest.importorskip("ensemble_boxes", reason="ensemble-boxes (with numba)
 peer_nms = pytest.importorskip("ensemble_boxes.ensemble_boxes_nms")
 
 MODELS, LABELS, WEIGHTS = 3, 4, (2.0, 1.0, 3.0)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """What the tests need; the real size only takes longer."""
+    monkeypatch.setattr(groups, "_BLOCK_ENTRIES", 1 << 10)
 
 
 def draw_image(seed, n=30):
@@ -53,7 +60,7 @@ def assert_same(rows, operator, theirs):
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
 def test_nms(threshold):
-    for seed in range(4):
+    for seed in range(2):
         rows = draw_image(seed)
         assert_same(rows, Nms(threshold), peer.nms(*lists(rows), iou_thr=threshold))
         # The package divides its weights by their sum.
@@ -64,7 +71,7 @@ def test_nms(threshold):
 @pytest.mark.parametrize("number, method", [(1, "linear"), (2, "gaussian")])
 def test_soft_nms(number, method):
     """The same rows survive with the same lowered scores."""
-    for seed in range(4):
+    for seed in range(2):
         rows = draw_image(seed)
         operator = SoftNms(method, sigma=0.3, iou_threshold=0.4, min_score=0.1)
         ours, source = apply_operator(rows, operator)
@@ -95,7 +102,7 @@ def test_soft_nms_of_the_package_returns_the_scores_it_was_given():
 
 @pytest.mark.parametrize("threshold", [0.4, 0.55])
 def test_nmw(threshold):
-    for seed in range(4):
+    for seed in range(2):
         rows = draw_image(seed)
         operator = Nmw(threshold)
         assert_same(rows, operator, peer.non_maximum_weighted(*lists(rows), iou_thr=threshold))
@@ -113,7 +120,7 @@ def test_nmw(threshold):
 )  # fmt: skip
 def test_wbf(confidence, overflow):
     options = dict(conf_type=confidence, allows_overflow=overflow)
-    for seed in range(4):
+    for seed in range(2):
         rows = draw_image(seed)
         theirs = peer.weighted_boxes_fusion(
             *lists(rows), weights=WEIGHTS, iou_thr=0.5, skip_box_thr=0.0, **options
