@@ -179,3 +179,45 @@ def test_class_sampler_without_any_box_is_refused(tmp_path):
         writer.add_split("train", [writer.add_image("a", "a.jpg")])
     with pytest.raises(UserError, match="has no boxes"):
         plans.make_plan(Dataset.open(tmp_path / "bare"), "train", "class_aware", 0, 8)
+
+
+def test_expert_mixes_drawn_classes_with_images_without_boxes(dataset):
+    """One slot in four holds an image by class, the others each background image equally often."""
+    plan = plans.make_plan(dataset, "all", "expert", 1, 10)
+    by_class = plans.make_plan(dataset, "all", "class_aware", 1, 10)
+    empty = np.flatnonzero(np.diff(dataset.box_offsets) == 0)
+    steps = 4 * len(empty)
+    images, drawn = draws(plan, steps)
+    positive = drawn >= 0
+    per_batch = positive.reshape(steps, 10).sum(axis=1)
+    assert set(per_batch) == {2, 3} and positive.sum() == steps * 10 // 4
+    for image, label in zip(images[positive], drawn[positive], strict=True):
+        assert label in dataset.image_boxes(image)[1]
+    background = np.bincount(images[~positive], minlength=60)
+    assert background[empty].max() - background[empty].min() <= 1
+    assert background.sum() == background[empty].sum()
+    # The draws are those of class-aware sampling, in another order within a batch.
+    expected = [part[: positive.sum()] for part in draws(by_class, steps)]
+    assert sorted(zip(images[positive], drawn[positive], strict=True)) == sorted(
+        zip(*expected, strict=True)
+    )
+    # No place of the batch, hence no device, gets one kind only.
+    assert (positive.reshape(steps, 10).any(axis=0)).all()
+    assert not (positive.reshape(steps, 10).all(axis=0)).any()
+
+
+def test_expert_share_is_exact_over_any_run_of_slots(dataset):
+    for share in (1 / 3, 0.9):
+        plan = plans.make_plan(dataset, "all", "expert", 1, 7, positive_share=share)
+        positive = (draws(plan, 20)[1] >= 0).reshape(20, 7).sum(axis=1).cumsum()
+        np.testing.assert_allclose(positive, share * 7 * np.arange(1, 21), atol=1.0)
+
+
+def test_expert_needs_both_kinds_of_images(dataset, tmp_path):
+    with pytest.raises(UserError, match="positive_share 1.0: expected a number between 0 and 1"):
+        plans.make_plan(dataset, "all", "expert", 0, 8, positive_share=1.0)
+    with DatasetWriter(tmp_path / "full", "full", ["a"], ["a"], None) as writer:
+        writer.add_image("x", "x.jpg", (4, 4), [[0, 0, 1, 1]], [0])
+        writer.add_split("train", [0])
+    with pytest.raises(UserError, match="all images of split 'train' have boxes"):
+        plans.make_plan(Dataset.open(tmp_path / "full"), "train", "expert", 0, 8)
