@@ -25,14 +25,16 @@ so that every operation runs over contiguous groups however small they are.
 Shape legend: n rows, G groups of a block, N places of a group.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
+
+from ensemble.groups import rank_rows
+from ensemble.operators import kernels
+from ensemble.operators.kernels import GroupBoxes, GroupMask, GroupScores
 
 ELEMENTS = ("both", "scores", "boxes")
 NMS_TYPES = ("nms", "soft", "adj")
@@ -44,7 +46,7 @@ class NodeRows(NamedTuple):
     """Detections of a tree's node, sorted by group, then score descending.
 
     Attributes:
-      group: any key of image and class in [0, 2**31).
+      group: key of image and class.
       scores: finite, not negative.
       columns: xmin, ymin, xmax, ymax.
       source: row number of the leaf's detection that was kept, in the caller's numbering.
@@ -68,14 +70,8 @@ def leaf_rows(
     boxes: Float32[np.ndarray, "n 4"],
     source: Int64[np.ndarray, " n"],
 ) -> NodeRows:
-    """Sorts the rows of one table; equal scores of a group keep their order.
-
-    Raises:
-      ValueError: a group outside [0, 2**31).
-    """
-    if len(group) and not 0 <= group.min() <= group.max() < 1 << 31:
-        raise ValueError(f"groups from {group.min()} to {group.max()}, expected [0, 2**31)")
-    order = _rank(group, scores)
+    """Sorts the rows of one table; equal scores of a group keep their order."""
+    order = rank_rows(group, scores)
     return NodeRows(
         group=np.asarray(group, np.int64)[order],
         scores=np.asarray(scores, np.float32)[order],
@@ -113,9 +109,13 @@ def join(
       min_score: type "soft" drops rows whose score decays below it.
     """
     num_left = len(left.scores)
-    scores = np.concatenate([left.scores * np.float32(weights[0]), right.scores * np.float32(weights[1])])
+    weighted = [
+        rows.scores * np.float32(weight)
+        for rows, weight in zip((left, right), weights, strict=True)
+    ]
+    scores = np.concatenate(weighted)
     group = np.concatenate([left.group, right.group])
-    order = _rank(group, scores)
+    order = rank_rows(group, scores)
     group, scores = group[order], scores[order]
     # One dummy place at the end stands for padding.
     n = len(order)
@@ -129,13 +129,14 @@ def join(
     starts, sizes = _runs(group)
     alive = enters[side]
     partner = np.full(n + 1, -1, np.int32)
-    for places in _blocks(starts, sizes, n):
+    for places, stop in _blocks(starts, sizes, n):
         block_alive, block_partner = _match(
-            tuple(column[places] for column in columns),
-            side[places],
+            columns.take(places, axis=1),
+            side[places].astype(np.float32),
             alive[places],
             np.float32(iou_threshold),
-            np.bool_(nms != "soft"),
+            np.float32(nms != "soft"),
+            np.int32(stop),
         )
         alive[places] = block_alive
         partner[places] = block_partner
@@ -168,11 +169,11 @@ def join(
         moved[to] = True
     rows = NodeRows(group, scores_out, columns_out, source, moved)
     if vote:
-        rows = _take(rows, _rank(group, scores_out))
+        rows = _take(rows, rank_rows(group, scores_out))
     if nms != "nms":
         rows = _decay(rows, sigma)
     if nms == "soft":
-        rows = _take(rows, np.flatnonzero(rows.scores >= np.float32(min_score)))
+        rows = _take(rows, np.flatnonzero(rows.scores > np.float32(min_score)))
     return rows
 
 
@@ -180,31 +181,14 @@ def _decay(rows: NodeRows, sigma: float) -> NodeRows:
     """Gaussian soft-NMS that drops nothing; the rows come back in order of the new scores."""
     n = len(rows.scores)
     columns = np.concatenate([rows.columns, np.zeros((4, 1), np.float32)], axis=1)
-    scores = np.append(rows.scores, np.float32(-1))
+    scores = np.append(rows.scores, np.float32(0))
     starts, sizes = _runs(rows.group)
-    decayed = scores.copy()
-    order = np.arange(n + 1)
-    for places in _blocks(starts, sizes, n):
-        block_scores, block_order = _soft(
-            tuple(column[places] for column in columns), scores[places], np.float32(sigma)
+    for places, _ in _blocks(starts, sizes, n):
+        scores[places] = _soft(
+            columns.take(places, axis=1), scores[places], places < n, np.float32(sigma)
         )
-        decayed[places] = block_scores
-        order[places] = np.minimum(places[0] + np.asarray(block_order), n)
-    order = order[:n]
-    return NodeRows(
-        rows.group,
-        decayed[:n],
-        columns[:, order],
-        rows.source[order],
-        rows.moved[order],
-    )
-
-
-def _rank(group: Int64[np.ndarray, " n"], scores: Float32[np.ndarray, " n"]) -> np.ndarray:
-    """Order by group, then score descending, then place."""
-    # Bits of floats that are not negative rise with their value; adding 0 turns -0 into +0.
-    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)
-    return np.argsort((group << 32) | (0xFFFFFFFF - bits), kind="stable")
+    scores = scores[:n]
+    return _take(rows._replace(scores=scores), rank_rows(rows.group, scores))
 
 
 def _runs(group: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
@@ -214,20 +198,27 @@ def _runs(group: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blocks(starts: np.ndarray, sizes: np.ndarray, dummy: int):
-    """Yields (N, G) row numbers of all groups with two rows or more; padding is row `dummy`."""
+    """Yields row numbers (N, G) of all groups with two rows or more, and the size of the largest.
+
+    Padding is row `dummy`.
+    """
     bucket = np.searchsorted(_SIZES, sizes)
     for index in range(len(_SIZES)):
         chosen = np.flatnonzero((bucket == index) & (sizes > 1))
         if not len(chosen):
             continue
         size = _SIZES[index]
-        width = max(_BLOCK // size // 16 * 16, 16)
+        wide = max(_BLOCK // size // 16 * 16, 16)
+        narrow = max(_BLOCK // 4 // size // 16 * 16, 16)
         ranks = np.arange(size)[:, None]
-        for first in range(0, len(chosen), width):
+        first = 0
+        while first < len(chosen):
+            width = wide if len(chosen) - first > narrow else narrow
             part = chosen[first : first + width]
             places = np.full((size, width), dummy)
             places[:, : len(part)] = np.where(ranks < sizes[part], starts[part] + ranks, dummy)
-            yield places
+            yield places, sizes[part].max()
+            first += width
 
 
 def _take(rows: NodeRows, index: np.ndarray) -> NodeRows:
@@ -240,77 +231,53 @@ def _take(rows: NodeRows, index: np.ndarray) -> NodeRows:
     )
 
 
-def _overlap(columns, areas, i):
-    """(N, G) IoU of place i of each group with all its places, as `common.boxes.iou` has it."""
-    x0, y0, x1, y1 = columns
-    width = jnp.minimum(x1, x1[i]) - jnp.maximum(x0, x0[i])
-    height = jnp.minimum(y1, y1[i]) - jnp.maximum(y0, y0[i])
-    return _ratio(width, height, areas, areas[i])
-
-
-def _ratio(width, height, areas, area):
-    shared = jnp.maximum(width, 0.0) * jnp.maximum(height, 0.0)
-    union = areas + area - shared
-    return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
-
-
-def _areas(columns):
-    x0, y0, x1, y1 = columns
-    return jnp.maximum(x1 - x0, 0.0) * jnp.maximum(y1 - y0, 0.0)
-
-
 @jax.jit
 def _match(
-    columns: tuple[Float[Array, "N G"], ...],
-    side: Int[Array, "N G"],
-    enters: Bool[Array, "N G"],
+    boxes: GroupBoxes,
+    side: Float[Array, "N G"],
+    enters: GroupMask,
     iou_threshold: Float[Array, ""],
-    hard: Bool[Array, ""],
-) -> tuple[Bool[Array, "N G"], Int32[Array, "N G"]]:
-    """Greedy NMS of the entering rows, and each row's partner on the other side (-1: none)."""
-    areas = _areas(columns)
-    places = jnp.arange(side.shape[0])[:, None]
+    hard: Float[Array, ""],
+    stop: Int[Array, ""],
+) -> tuple[GroupMask, Int32[Array, "N G"]]:
+    """Greedy NMS of the entering rows, and each row's partner on the other side (-1: none).
 
-    def visit(i, state):
+    Args:
+      boxes: by falling score.
+      side: which child a row is of.
+      enters: rows that may be kept.
+      iou_threshold: of NMS and for partners, exceeded strictly.
+      hard: 1; 0 keeps all rows that enter.
+      stop: end of the places in use.
+    """
+    at = kernels.positions(boxes)
+
+    def visit(i, now, state):
+        (box, own), leads = now
         alive, best, partner = state
-        overlap = _overlap(columns, areas, i)
-        same = overlap > iou_threshold
-        alive = alive & ~(same & alive[i] & (places > i) & hard)
-        better = (overlap > best) & (side != side[i])
-        return alive, jnp.where(better, overlap, best), jnp.where(better, i, partner)
+        overlap = kernels.overlaps(box, boxes)
+        hit = (overlap * leads * hard > iou_threshold) & (at > i)
+        better = (overlap > best) & (side != own)
+        return (
+            jnp.where(hit, 0.0, alive),
+            jnp.where(better, overlap, best),
+            jnp.where(better, i, partner),
+        )
 
-    best = jnp.full(side.shape, iou_threshold)
-    partner = jnp.full(side.shape, -1, jnp.int32)
-    alive, _, partner = lax.fori_loop(0, side.shape[0], visit, (enters, best, partner))
-    return alive, partner
+    state = (
+        enters.astype(boxes.dtype),
+        jnp.full(side.shape, iou_threshold),
+        jnp.full(side.shape, -1, jnp.int32),
+    )
+    alive, _, partner = kernels.walk(
+        (boxes, side), visit, state, stop=stop, watch=lambda state: state[0]
+    )
+    return alive > 0, partner
 
 
 @jax.jit
 def _soft(
-    columns: tuple[Float[Array, "N G"], ...], scores: Float[Array, "N G"], sigma: Float[Array, ""]
-) -> tuple[Float[Array, "N G"], Int32[Array, "N G"]]:
-    """Scores by falling decayed score and the place each comes from; padding has score -1."""
-    areas = _areas(columns)
-    x0, y0, x1, y1 = columns
-    size = scores.shape[0]
-    places = jnp.arange(size)[:, None]
-
-    def visit(i, state):
-        left, decayed, order = state
-        top = left.max(axis=0)
-        chosen = jnp.where(left == top, places, size - 1).min(axis=0)
-
-        def pick(column):
-            return jnp.take_along_axis(column, chosen[None], axis=0)
-
-        width = jnp.minimum(x1, pick(x1)) - jnp.maximum(x0, pick(x0))
-        height = jnp.minimum(y1, pick(y1)) - jnp.maximum(y0, pick(y0))
-        overlap = _ratio(width, height, areas, pick(areas))
-        rest = left * jnp.exp(-(overlap * overlap) / sigma)
-        # Visited places sink to -2, below padding, which is so visited last.
-        left = jnp.where(places == chosen, -2.0, jnp.where(left >= 0, rest, left))
-        return left, decayed.at[i].set(top), order.at[i].set(chosen)
-
-    empty = jnp.zeros(scores.shape, jnp.int32)
-    _, decayed, order = lax.fori_loop(0, size, visit, (scores, scores, empty))
-    return decayed, order
+    boxes: GroupBoxes, scores: GroupScores, valid: GroupMask, sigma: Float[Array, ""]
+) -> GroupScores:
+    """Gaussian soft-NMS."""
+    return kernels.decay(boxes, scores, valid, kernels.gaussian(sigma))

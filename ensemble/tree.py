@@ -127,7 +127,7 @@ def apply(tree: Tree, rows_by_model: Mapping[str, Rows] | Sequence[Rows]) -> Row
     Args:
       tree: the ensemble.
       rows_by_model: rows of each model of the tree; a sequence is in the order of `tree.models`.
-        Groups must mean the same in all of them and lie in [0, 2**31).
+        Groups must mean the same in all of them.
 
     Returns:
       Rows sorted by group, then score descending; `model` is the one whose box was kept, as the
