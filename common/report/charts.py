@@ -73,7 +73,7 @@ def rarity_scatter(
             title = escape(f"{names[index]}: AP {values[index]:.3f}, {boxes[index]:.0f} boxes")
             dots.append(
                 f'<a href="#class-{index}" tabindex="-1"><circle class="dot {table_class(number)}" '
-                f'cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{title}</title></circle></a>'
+                f'cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{title}</title></circle></a>'
             )
     ticks = [(0, "0")] + [
         (float(np.log10(10**power + 1) / edge), f"{10**power:,}") for power in range(top + 1)

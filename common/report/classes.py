@@ -64,7 +64,8 @@ def class_table(scope: Scope, tables: Sequence[TableReport]) -> str:
     if scope.train_counts is not None:
         heads.append(sort_head(f"boxes in {scope.split}", "number"))
     heads += [
-        sort_head(f"AP {table.name}", "number", number) for number, table in enumerate(tables)
+        sort_head(f"AP {table.name}", "number", number, ascending=not number)
+        for number, table in enumerate(tables)
     ]
     if len(tables) > 1:
         heads.append(sort_head("last − first" if len(tables) == 2 else "max − min", "number"))

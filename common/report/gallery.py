@@ -96,18 +96,28 @@ def controls(names: Sequence[str]) -> str:
         parts.append(
             f'<div class="buttons" id="layers" role="group" aria-label="Boxes of">{buttons}</div>'
         )
-    boxes = (
-        ("truth", "found truth", "found", True),
-        ("missed", "missed truth", "missed", True),
-        ("correct", "correct", "correct", True),
-        ("wrong", "wrong", "background", True),
-        ("unverified", "unverified", "unverified", False),
-        ("texts", "texts", "", True),
-    )
     parts.append('<div class="buttons" id="boxes" role="group" aria-label="Boxes shown">')
-    for key, text, style, on in boxes:
-        swatch = f'<i class="swatch {style}"></i>' if style else ""
+    for key, on, kinds in (
+        ("truth", True, {"found": "found truth"}),
+        ("missed", True, {"missed": "missed truth"}),
+        ("correct", True, {"correct": "correct"}),
+        (
+            "wrong",
+            True,
+            {
+                "class": "wrong: class",
+                "localisation": "place or duplicate",
+                "background": "background",
+            },
+        ),
+        ("unverified", False, {"unverified": "unverified"}),
+        ("texts", True, {"": "texts"}),
+    ):
         checked = " checked" if on else ""
-        parts.append(f'<label><input type="checkbox" value="{key}"{checked}>{swatch}{text}</label>')
+        swatches = "".join(
+            (f'<i class="swatch {style}"></i>' if style else "") + text
+            for style, text in kinds.items()
+        )
+        parts.append(f'<label><input type="checkbox" value="{key}"{checked}>{swatches}</label>')
     parts.append("</div>")
     return f'<div class="controls">{"".join(parts)}</div>'
