@@ -337,10 +337,12 @@ class _TableFile:
                 if ends is not None:
                     groups = _row_groups(file.metadata, *ends)
                 row = sum(file.metadata.row_group(g).num_rows for g in range(groups.start))
-                for batch in file.iter_batches(size, row_groups=list(groups), columns=columns):
-                    if len(batch):
-                        yield row, batch
-                    row += len(batch)
+                # One by one: of several, the compressed bytes of all are read at once.
+                for group in groups:
+                    for batch in file.iter_batches(size, row_groups=[group], columns=columns):
+                        if len(batch):
+                            yield row, batch
+                        row += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path}: damaged after row {row} ({error})") from error
 
