@@ -29,8 +29,9 @@ from common.cli import run_main
 from common.data.convert.json_stream import stream_json
 from common.data.dataset import Dataset
 from common.detections import Detections, read_detections
+from common.detections.table import rank_in_image
 from common.errors import UserError
-from common.evaluation import coco, openimages
+from common.evaluation import coco, lvis, openimages
 from common.training.workdir import write_text
 
 RARE, COMMON, FREQUENT = range(3)
@@ -79,8 +80,9 @@ def read_groups(path: str | os.PathLike, labels: Sequence[str]) -> Int8[np.ndarr
 
     Args:
       path: LVIS annotation file (`categories` with `name` and `frequency` r, c or f), a JSON object
-        {label: "r" | "c" | "f"}, or a dataset directory: then the images of its split "train" (of
-        all, when it has none) that show a class are counted; up to 10 rare, up to 100 common.
+        {label: "r" | "c" | "f"}, or a dataset directory. One that does not know its frequencies (as
+        those of `scripts.prepare_data lvis` do) has the images of its split "train" (of all, when
+        it has none) that show a class counted: up to 10 rare, up to 100 common.
       labels: of the classes.
 
     Raises:
@@ -88,7 +90,11 @@ def read_groups(path: str | os.PathLike, labels: Sequence[str]) -> Int8[np.ndarr
     """
     if Path(path).is_dir():
         dataset = Dataset.open(path)
-        known = _counted_groups(dataset)
+        frequency = dataset.meta.get("frequency")
+        if frequency:
+            known = _from_letters(dict(zip(dataset.class_labels, frequency, strict=True)), path)
+        else:
+            known = _counted_groups(dataset)
     else:
         known = _listed_groups(Path(path))
     if not known.keys() & set(labels):
@@ -122,8 +128,11 @@ def _listed_groups(path: Path) -> dict[str, int]:
             categories[str(value.get("name"))] = value.get("frequency")
         elif isinstance(value, str):
             plain[key] = value
+    return _from_letters(categories or plain, path)
+
+
+def _from_letters(found: Mapping[str, Any], path: str | os.PathLike) -> dict[str, int]:
     letters = {"r": RARE, "c": COMMON, "f": FREQUENT}
-    found = categories or plain
     for label, letter in found.items():
         if letter not in letters:
             raise UserError(f"{path}: class {label!r} has frequency {letter!r}, expected r, c or f")
@@ -138,12 +147,7 @@ def best_rows(
     A limit of 0 keeps all.
     """
     order = np.lexsort((-scores, images))
-    if not limit or not len(order):
-        return order
-    ranked = images[order]
-    new = np.flatnonzero(np.diff(ranked, prepend=ranked[0] - 1))
-    counts = np.diff(new, append=len(ranked))
-    return order[np.arange(len(ranked)) - np.repeat(new, counts) < limit]
+    return order[rank_in_image(images[order]) < limit] if limit else order
 
 
 def search(
@@ -198,7 +202,9 @@ def evaluator(
         return lambda d: openimages.evaluate_openimages(dataset, split, d, **options)[name]
     if metric == "coco":
         return lambda d: coco.evaluate_coco(dataset, split, d, **options)["AP"]
-    raise UserError(f"--metric={metric}: expected one of openimages, coco")
+    if metric == "lvis":
+        return lambda d: lvis.evaluate_lvis(dataset, split, d, **options)["AP"]
+    raise UserError(f"--metric={metric}: expected one of openimages, coco, lvis")
 
 
 def define_flags() -> None:

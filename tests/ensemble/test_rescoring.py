@@ -43,6 +43,10 @@ def test_groups_of_an_lvis_file_a_plain_list_and_a_dataset(tmp_path):
             table.add_image(f"i{number}", "x.jpg", (10, 10), boxes, classes)
         table.add_split("train", range(101))
     assert read_groups(tmp_path / "set", LABELS).tolist() == [FREQUENT, RARE, COMMON]
+    # A set that knows its frequencies is not counted.
+    meta = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(meta | {"frequency": list("rcf")}))
+    assert read_groups(tmp_path / "set", LABELS).tolist() == [RARE, COMMON, FREQUENT]
 
 
 def test_group_files_that_do_not_fit(tmp_path):
