@@ -48,13 +48,31 @@ def draw(tree: trees.Tree, notes: Mapping[str, Any]) -> str:
     for path, node in nodes.items():
         x, y = centre(path)
         if isinstance(node, Leaf):
-            shapes.append(_shape(x, y, LEAF_WIDTH, LEAF_HEIGHT, "#eef4fb", [_short(node.model)],
-                                 _values(scores.get(path))))
+            shapes.append(
+                _shape(
+                    x,
+                    y,
+                    LEAF_WIDTH,
+                    LEAF_HEIGHT,
+                    "#eef4fb",
+                    [_short(node.model)],
+                    _values(scores.get(path)),
+                )
+            )
             continue
         operators = node.operators
         details = f"vote {operators.vote:g}, box {operators.box:g}"
-        shapes.append(_shape(x, y, NODE_WIDTH, NODE_HEIGHT, "#fdf3e3" if path else "#e4f3e6",
-                             [operators.nms, details], _values(scores.get(path))))
+        shapes.append(
+            _shape(
+                x,
+                y,
+                NODE_WIDTH,
+                NODE_HEIGHT,
+                "#fdf3e3" if path else "#e4f3e6",
+                [operators.nms, details],
+                _values(scores.get(path)),
+            )
+        )
         for index, side in enumerate("lr"):
             child_x, child_y = centre(path + side)
             child_x += (LEAF_WIDTH if isinstance(nodes[path + side], Leaf) else NODE_WIDTH) / 2

@@ -169,9 +169,7 @@ class Scorer:
 
         return self._score(evaluate)
 
-    def score_operator(
-        self, apply: Callable[[Rows], tuple[Rows, Int[np.ndarray, " m"]]]
-    ) -> Score:
+    def score_operator(self, apply: Callable[[Rows], tuple[Rows, Int[np.ndarray, " m"]]]) -> Score:
         """mAP of a function of the rows of all models, such as a flat NMS."""
 
         def evaluate(index: int) -> openimages.Entries:

@@ -174,9 +174,7 @@ def parse_options(
     ):
         for value in values:
             if value not in known:
-                raise UserError(
-                    f"config.search.{name}: {value!r}, expected of {', '.join(known)}"
-                )
+                raise UserError(f"config.search.{name}: {value!r}, expected of {', '.join(known)}")
     for name in ("population", "tournament", "threads"):
         if options[name] < 1:
             raise UserError(f"config.search.{name}: {options[name]}, expected 1 or more")

@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         metric=dict(iou_threshold=0.5, group_of_weight=1.0, image_labels=True),
         threads=2,
         cache_gigabytes=2.0,  # for joined subtrees
-        save_seconds=30,  # a killed search loses at most so much
-        log_seconds=20,
+        save_seconds=30.0,  # a killed search loses at most so much
+        log_seconds=20.0,
     )
     return config

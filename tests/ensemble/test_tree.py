@@ -95,7 +95,9 @@ def test_a_tree_does_what_its_definition_says(seed):
         for index, name in enumerate(("score", "box")):
             ours = np.array([row[index] for row in found[group]])
             theirs = np.array([row[index] for row in rows])
-            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-7, err_msg=f"{name} {group}")
+            np.testing.assert_allclose(
+                ours, theirs, rtol=2e-6, atol=1e-7, err_msg=f"{name} {group}"
+            )
     # Sorted by group, then score; models and scores within their ranges.
     assert (np.diff(merged.group) >= 0).all()
     falling = np.diff(merged.scores) <= 0
@@ -125,7 +127,9 @@ def test_the_way_images_are_cut_into_chunks_does_not_matter():
     tree = Tree(Node(Node(Leaf("a"), Leaf("b"), operators), Leaf("c"), operators), MODELS)
     whole = trees.apply(tree, given)
     parts = [
-        trees.apply(tree, [rows.take((rows.group >= low) & (rows.group < low + 50)) for rows in given])
+        trees.apply(
+            tree, [rows.take((rows.group >= low) & (rows.group < low + 50)) for rows in given]
+        )
         for low in range(0, 200, 50)
     ]
     for name in ("group", "scores", "boxes", "model"):

@@ -30,9 +30,7 @@ def join(left, right, operators, iou_threshold=0.5, sigma=0.5, min_score=1e-3):
             kept.append(i)
     norm = max(
         operators.weights[side]
-        + (operators.elements[1 - side] != "boxes")
-        * operators.vote
-        * operators.weights[1 - side]
+        + (operators.elements[1 - side] != "boxes") * operators.vote * operators.weights[1 - side]
         for side in (0, 1)
         if operators.elements[side] == "both"
     )
@@ -57,7 +55,6 @@ def join(left, right, operators, iou_threshold=0.5, sigma=0.5, min_score=1e-3):
         score, box = pending.pop(best)
         done.append((score, box))
         pending = [
-            (s * np.exp(-(iou([b], box)[0].astype(np.float64) ** 2) / sigma), b)
-            for s, b in pending
+            (s * np.exp(-(iou([b], box)[0].astype(np.float64) ** 2) / sigma), b) for s, b in pending
         ]
     return [row for row in done if operators.nms == "adj" or row[0] > min_score]
