@@ -76,8 +76,12 @@ class WeightedBoxesFusion(Operator):
 
     The scores come multiplied by their model's weight, as everywhere here.
 
+    "avg" counts entries, not models: several boxes of one model vouch for one another. The last two
+    do not.
+
     Equals `ensemble_boxes.weighted_boxes_fusion`, except that this returns NaN boxes for clusters
-    of several entries whose scores are all zero; here they keep the founder's box.
+    of several entries whose scores are all zero; here they keep the founder's box. Like NMW there,
+    it passes labels through float32, so that those above 2^24 change.
 
     Attributes:
       model_weights: w_m of all models, also of those without entries.
@@ -145,10 +149,11 @@ class WeightedBoxesFusion(Operator):
                 share = jnp.minimum(len(weights), count) / jnp.maximum(count, 1.0)
             return mass * share / weights.sum()
         entry_weights, seen = of_models
-        present = sum(
-            jnp.where(seen[m // _MODELS_PER_WORD] & (1 << m % _MODELS_PER_WORD), weight, 0.0)
-            for m, weight in enumerate(weights)
-        )
+        by_bit = np.zeros((len(seen) * _MODELS_PER_WORD, 1, 1), np.float32)
+        by_bit[: len(weights), 0, 0] = weights
+        bit = jnp.arange(_MODELS_PER_WORD, dtype=jnp.int32)[:, None, None]
+        bits = ((seen[:, None] >> bit) & 1).reshape(-1, *mass.shape)
+        present = jnp.sum(bits * by_bit, axis=0)
         if self.conf_type == "box_and_model_avg":
             numerator, denominator = mass * present, entry_weights * weights.sum()
         else:

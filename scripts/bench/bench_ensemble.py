@@ -126,8 +126,12 @@ def cases(models: int) -> list[tuple[str, Operator, Callable | None]]:
 
 
 def to_lists(rows: Rows, image: np.ndarray) -> Iterator[tuple[list, list, list]]:
-    """Boxes, scores and groups for each image, a list entry a model, float64."""
+    """Boxes, scores and labels for each image, a list entry a model, float64.
+
+    Labels are classes, not groups: the package rounds labels to float32 (exact up to 2^24).
+    """
     models = flags.FLAGS.models
+    labels = rows.group % flags.FLAGS.classes
     order = np.lexsort((rows.model, image))
     edges = np.searchsorted(
         image[order] * models + rows.model[order],
@@ -135,7 +139,7 @@ def to_lists(rows: Rows, image: np.ndarray) -> Iterator[tuple[list, list, list]]
     )
     columns = [
         np.split(np.asarray(a[order], kind), edges[1:])
-        for a, kind in ((rows.boxes, np.float64), (rows.scores, np.float64), (rows.group, np.int64))
+        for a, kind in ((rows.boxes, np.float64), (rows.scores, np.float64), (labels, np.int64))
     ]
     for first in range(0, len(edges), models):
         yield tuple(column[first : first + models] for column in columns)
@@ -193,7 +197,10 @@ class Tally:
         # The package returns the scores that soft-NMS was given.
         scores = rows.scores[source] if isinstance(self.operator, SoftNms) else out.scores
         columns = zip(*results, strict=True)
-        boxes, peer_scores, groups = (np.concatenate(column) for column in columns)
+        boxes, peer_scores, labels = (np.concatenate(column) for column in columns)
+        classes = flags.FLAGS.classes
+        images = np.unique(rows.group[sampled] // classes)
+        groups = np.repeat(images, [len(result[2]) for result in results]) * classes + labels
         differing, compared = count_differing(
             (out.group[mine], scores[mine], out.boxes[mine]),
             (groups.astype(np.int64), peer_scores, boxes),

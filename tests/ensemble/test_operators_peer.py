@@ -162,3 +162,14 @@ def test_the_package_clips_and_drops_boxes_on_its_own():
     rows = one_group([[0.5, 0.5, 1.25, 1.0], [0.5, 0.5, 0.5, 1.0]], [0.9, 0.8])
     np.testing.assert_allclose(peer.nms(*lists(rows))[0], [[0.5, 0.5, 1.0, 1.0]])
     np.testing.assert_array_equal(apply_operator(rows, Nms())[0].boxes, rows.boxes)
+
+
+@pytest.mark.parametrize("function", [peer.non_maximum_weighted, peer.weighted_boxes_fusion])
+def test_the_package_rounds_great_labels(function):
+    """So a key of image and class is no label for it; groups here may be any integers."""
+    rows = one_group([BOX, NEAR], [0.5, 0.4])
+    boxes, scores, _ = lists(rows)
+    assert function(boxes, scores, [[2**24 + 1] * 2, [], []])[2] == [2**24]
+    key = np.full(2, 2**24 + 1)
+    ours, _ = apply_operator(Rows(key, rows.scores, rows.boxes, rows.model), Nmw())
+    np.testing.assert_array_equal(ours.group, [2**24 + 1])
