@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("common", "detection", "segmentation", "ensemble", "configs", "scripts")
+PACKAGES = ("common", "configs", "detection", "ensemble", "scripts")
 # Peers that tests compare with: no product code may need them.
-OPTIONAL = ("torch", "torchvision", "timm", "pycocotools", "ensemble_boxes", "libtpu")
+OPTIONAL = ("torch", "torchvision", "timm", "pycocotools", "lvis", "ensemble_boxes", "libtpu")
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
