@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("common", "configs", "detection", "ensemble", "scripts")
+PACKAGES = ("common", "detection", "segmentation", "ensemble", "configs", "scripts")
 # Peers that tests compare with: no product code may need them.
 OPTIONAL = ("torch", "torchvision", "timm", "pycocotools", "lvis", "ensemble_boxes", "libtpu")
 
