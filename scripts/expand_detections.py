@@ -6,6 +6,8 @@ The OpenImages metric and the challenge server expect it of every entry; `script
 only when asked. The output says `expanded: true` in its metadata and is refused as input.
 """
 
+from pathlib import Path
+
 import numpy as np
 from absl import flags
 
@@ -22,18 +24,20 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
-    dataset = Dataset.open(flags.FLAGS.dataset)
-    reader = DetectionsReader(flags.FLAGS.detections)
+def expand_table(path: str | Path, dataset: Dataset, output: str | Path) -> tuple[int, int]:
+    """Writes the expanded table; returns the numbers of rows read and written.
+
+    Raises:
+      UserError: the table is broken, expanded already, or has labels that the dataset lacks.
+    """
+    reader = DetectionsReader(path)
     if reader.metadata.get("expanded"):
-        raise UserError(f"{flags.FLAGS.detections}: is expanded to parent classes already")
+        raise UserError(f"{path}: is expanded to parent classes already")
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     labels = np.array(dataset.class_labels)
     metadata = {**reader.metadata, "expanded": True}
     written = 0
-    with DetectionsWriter(flags.FLAGS.output, metadata, masks=reader.has_masks) as writer:
+    with DetectionsWriter(output, metadata, masks=reader.has_masks) as writer:
         empty = set(reader.image_ids)
         for chunk in reader.chunks(dataset.class_labels, masks=reader.has_masks):
             chunk = expand_detections(chunk, parents, dataset.class_labels)
@@ -53,7 +57,15 @@ def main(argv):
             none = np.zeros((0, 4), np.float32)
             masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
             writer.add(image_id, [], none[:, 0], none, *masks)
-    print(f"{flags.FLAGS.output}: {written} detections from {reader.num_rows}")
+    return reader.num_rows, written
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+    dataset = Dataset.open(flags.FLAGS.dataset)
+    read, written = expand_table(flags.FLAGS.detections, dataset, flags.FLAGS.output)
+    print(f"{flags.FLAGS.output}: {written} detections from {read}")
 
 
 if __name__ == "__main__":
