@@ -1,4 +1,4 @@
-"""Expert models: which classes one is for, what it must tell them from, and which images (FACTS 5).
+"""Expert models (section 5.4): which classes, what to tell them from, and which images.
 
 An expert predicts a few classes that the general models are bad at (C_pos). It is trained on the
 images of these classes, and on images of classes that are easily taken for them (C_neg), whose

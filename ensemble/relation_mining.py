@@ -1,4 +1,4 @@
-"""Counts which classes are seen together and inside one another in a dataset directory (FACTS 10).
+"""Counts which classes are seen together and inside one another in a dataset (section 5.8).
 
 Images are gone through in slabs, pairs in pieces, so memory does not grow with the data. Boxes
 count for their class and all its ancestors. Pairs of a class and its ancestor, or of two ancestors

@@ -1,4 +1,4 @@
-"""Category relationships: re-scoring of detections by what is usually seen together (FACTS 10).
+"""Category relationships: re-scoring of detections by what is usually seen together (section 5.8).
 
 Two rules, both learned by `scripts.mine_relations` from a dataset directory:
 

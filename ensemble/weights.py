@@ -78,7 +78,7 @@ def relative_ap(
     exponent: float = 1.0,
     floor: float = 0.0,
 ) -> Float[np.ndarray, "T K"]:
-    """PFDet re-weighting (FACTS 2.4; paper sections 4.1 and 5.1).
+    """PFDet re-weighting (paper sections 4.1 and 5.1).
 
     Args:
       aps: validation AP, NaN where unknown: such a pair has weight 1.

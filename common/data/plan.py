@@ -56,9 +56,9 @@ def make_plan(
       split: name of its split.
       sampler: 'uniform': an endless stream of permutations of the split.
         'class_aware': an endless stream of permutations of the classes; a class takes the next
-        image of its own endless stream of permuted images (FACTS 11.1, images without replacement).
+        image of its own endless stream of permuted images (without replacement).
         'full_class_batch': the same, and every batch of at least K slots holds every class.
-        'expert': images with boxes by class, mixed with images that have none (FACTS 5).
+        'expert': images with boxes by class, mixed with images that have none (paper section 5.4).
       seed: of the run.
       batch_size: B, images of all hosts together.
       ignore_flags: boxes with any of these bits (`common.data.dataset.GROUP_OF`, ...) do not count
@@ -130,7 +130,7 @@ class UniformPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ClassPlan:
-    """Class-aware sampling in closed form (FACTS 11.1).
+    """Class-aware sampling in closed form (paper section 5.1).
 
     An endless stream of class slots is made of rounds, each a permutation of the K classes. Its
     slots [sB, (s+1)B) belong to step s, so the draw of class c in round r is exactly the r-th draw
@@ -210,7 +210,7 @@ class ClassPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertPlan:
-    """Images of an expert's classes, by class, mixed with background images (FACTS 5).
+    """Images of an expert's classes, by class, mixed with background images (paper section 5.4).
 
     Of the endless stream of slots, slot t is a positive one when floor((t + 1) p) > floor(t p), so
     any run of slots holds the share p, up to one slot. The i-th positive slot takes slot i of the

@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             name="adj_nms",
             iou_threshold=0.5,
             sigma=float(arg or 0.5),
-            sequential=True,  # FACTS 13, item 8
+            sequential=True,  # False: one pass without re-ranking
         )
     )
     return config

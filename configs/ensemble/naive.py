@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.weights = dict(
         metrics="",  # JSON with AP per class, one file a table in the order of the inputs
-        normalize="max",  # max | sum | none: what AP is divided by (FACTS 13, item 9)
+        normalize="max",  # max | sum | none: what AP is divided by
         exponent=1.0,
         floor=0.0,
         models="",  # name=weight,...
@@ -37,12 +37,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.expansion = "none"  # none | before | after the operator: copy to parent classes
     config.relations = dict(
         file="",  # of scripts.mine_relations
-        cooccurrence="top",  # top | scale | off (FACTS 13, item 22)
+        cooccurrence="top",  # top | scale | off
         surround=True,
     )
     config.rescoring = dict(
         groups="",  # LVIS JSON, {label: r|c|f} JSON or dataset directory
-        mode="multiplier",  # multiplier | exponent (FACTS 13, item 30)
+        mode="multiplier",  # multiplier | exponent
         rare=1.0,
         common=1.0,
         frequent=1.0,

@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             k=int(arg or 4),
             score_weight=0.05,
             box_weight=0.3,
-            few="mean",  # mean | fixed: fewer than k votes (FACTS 13, item 10)
+            few="mean",  # mean | fixed: fewer than k votes
             sigma=0.5,  # of the decay afterwards
         )
     )

@@ -3,7 +3,7 @@
     python -m scripts.bench.bench_prepare --workdir=/tmp/bench_prepare
 
 The set has 1,743,042 images, 12,195,144 boxes and 500 classes, as the Challenge 2019 training files
-(FACTS 6.1), rows of an image not always together, and 1,000 broken rows. Prints time and peak
+have, rows of an image not always together, and 1,000 broken rows. Prints time and peak
 resident memory of the conversion against the limits of 10 minutes and 3 GiB, and time and heap of
 opening the index against 1 s and 200 MiB. Takes about 1.6 GB of disk.
 """

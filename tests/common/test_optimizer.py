@@ -31,7 +31,7 @@ def toy_params(seed=0):
 
 
 def test_schedule_is_the_papers_for_64_accelerators():
-    """Warm-up from .001 to .004 * 64 over one epoch, a tenth at epochs 9 and 11 (FACTS 12.1)."""
+    """Warm-up from .001 to .004 * 64 over one epoch, a tenth at epochs 9 and 11."""
     schedule = jax.jit(make_schedule(config(), batch_size=128, steps_per_epoch=100))
     expected = {
         0: 0.001, 50: (0.001 + 0.256) / 2, 100: 0.256, 899: 0.256, 900: 0.0256, 1099: 0.0256,

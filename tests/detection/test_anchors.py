@@ -11,7 +11,7 @@ def test_sizes_of_the_papers_18_anchors():
     cell = cell_anchors(4, scales=(8, 11, 14), ratios=(0.1, 0.5, 1, 2, 4, 8))
     sides = cell[:, 2:] - cell[:, :2]
     assert cell.shape == (18, 4)
-    # FACTS 9.8: squares of 32, 44, 56; ratio 0.1 is 101 x 10, ratio 8 is 11.3 x 90.5.
+    # Squares of 32, 44, 56; ratio 0.1 is 101 x 10, ratio 8 is 11.3 x 90.5.
     np.testing.assert_allclose(sides[6:9], [[32, 32], [44, 44], [56, 56]], rtol=1e-5)
     np.testing.assert_allclose(sides[0], [101.2, 10.12], rtol=1e-3)
     np.testing.assert_allclose(sides[15], [11.31, 90.51], rtol=1e-3)
@@ -45,4 +45,4 @@ def test_count_at_1024_with_18_anchors():
     levels = grid_anchors(
         shapes, (4, 8, 16, 32, 64), (8, 11, 14), (0.1, 0.5, 1, 2, 4, 8)
     )
-    assert sum(len(level) for level in levels) == 1_571_328  # FACTS 14
+    assert sum(len(level) for level in levels) == 1_571_328

@@ -1,4 +1,4 @@
-"""OpenImages: Challenge 2019 files and the V4 to V7 files (FACTS 6.1 and 6.2).
+"""OpenImages: Challenge 2019 files and the V4 to V7 files.
 
 Files are found by pattern below the source folder, columns by header name. Classes are keyed on the
 MID: names are not unique. Rows of an image need not be together; nothing is expanded to parents.
