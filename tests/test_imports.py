@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "detection", "segmentation", "ensemble", "configs", "scripts")
 # Peers that tests compare with: no product code may need them.
-OPTIONAL = ("torch", "torchvision", "timm", "pycocotools", "lvis", "ensemble_boxes", "libtpu")
+OPTIONAL = (
+    "torch", "torchvision", "timm", "pycocotools", "lvis", "ensemble_boxes", "numba", "libtpu"
+)
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
