@@ -52,15 +52,16 @@ def write_subset(
     new_class[classes] = np.arange(len(classes))
     labels = [dataset.class_labels[c] for c in classes]
     names = [dataset.class_names[c] for c in classes]
+    root = dataset.image_root
     with DatasetWriter(
         directory,
         name,
         labels,
         names,
         restrict(dataset.hierarchy, labels),
-        os.path.abspath(dataset.image_root) if "://" not in dataset.image_root
-        else dataset.image_root,
+        root if "://" in root else os.path.abspath(root),
         source=str(dataset.directory),
+        has_areas=dataset.box_areas is not None,
         overwrite=overwrite,
         extra={"exhaustive": bool(dataset.meta.get("exhaustive")), **(extra or {})},
     ) as writer:
@@ -83,6 +84,7 @@ def write_subset(
                 label_counts,
                 label_classes,
                 np.asarray(dataset.label_confidences[rows]),
+                box_areas=None if dataset.box_areas is None else dataset.box_areas[boxes],
             )
         for split, indices in splits.items():
             writer.add_split(split, np.searchsorted(images, indices))
