@@ -46,7 +46,7 @@ def draw_matrix(
     side = size * CELL
     label_width = max((len(label) for label in labels), default=0) * TEXT + 8
     left, top = MARGIN + label_width, MARGIN + 28 + label_width
-    width, height = left + side + MARGIN + 70, top + side + MARGIN
+    width, height = left + side + MARGIN + 84, top + side + MARGIN
     parts = [f'<text x="{MARGIN}" y="{MARGIN + 12}" font-size="14">{escape(title)}</text>']
     for row in range(size):
         y = top + row * CELL
