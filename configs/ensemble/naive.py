@@ -39,6 +39,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         file="",  # of scripts.mine_relations
         cooccurrence="top",  # top | scale | off
         surround=True,
+        denominator="j",  # P(i|j) = N(i and j) / N(j); "i": N(i), as the paper prints it
+        tau_p=0.8,  # least P(i|j) of a pair
+        tau_s=0.5,  # least score of the class that speaks for another
+        tau_i=0.1,  # least score of the class that is spoken for
+        tau_q=0.9,  # least share of boxes of a class inside boxes of another
+        inside=0.9,  # share of its area from which a box is inside another
+        gain=0.1,  # factor 1 + gain where the partner is found
+        loss=0.1,  # factor 1 - loss where it is missing
+        min_images=10,  # that a pair was counted in
+        min_boxes=10,
     )
     config.rescoring = dict(
         groups="",  # LVIS JSON, {label: r|c|f} JSON or dataset directory
