@@ -95,19 +95,61 @@ class Settings:
         )
 
 
+class PhotoErrors:
+    """What becomes of photos that cannot be read: `data.on_image_error`. Threads may share it.
+
+    Attributes:
+      skipped: how often one was left out.
+    """
+
+    def __init__(self, on_image_error: str):
+        self.skipped = 0
+        self._fatal = on_image_error == "fatal"
+        self._tried = 0
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+
+    def count(self) -> None:
+        """Counts a photo, readable or not."""
+        with self._lock:
+            self._tried += 1
+
+    def skip(self, path: str, error: images.ImageError) -> None:
+        """Counts an unreadable photo and names it once.
+
+        Raises:
+          UserError: the config says 'fatal', or most photos so far cannot be read.
+        """
+        if self._fatal:
+            raise UserError(
+                f"{path}: cannot read the image: {error} "
+                "(data.on_image_error='skip' goes on without such images)"
+            ) from error
+        with self._lock:
+            self.skipped += 1
+            first = path not in self._told
+            self._told.add(path)
+            skipped, tried = self.skipped, self._tried
+        if first:
+            _tell(f"{path}: skipped, cannot read the image: {error}")
+        if tried >= _MIN_TRIED and skipped > tried // 2:
+            raise UserError(
+                f"{path}: cannot read the image: {error}; {skipped} of {tried} images could not "
+                "be read: is the dataset's image_root the folder of the photos?"
+            ) from error
+
+
 class ExampleLoader:
     """Makes examples of slots; threads may share it.
 
     Attributes:
-      skipped_images: how often an unreadable photo was left out.
+      photo_errors: counts the unreadable photos that were left out.
       dropped_boxes: how many boxes did not fit into `max_boxes`.
     """
 
     def __init__(self, dataset: Dataset, settings: Settings):
-        self.skipped_images = 0
+        self.photo_errors = PhotoErrors(settings.on_image_error)
         self.dropped_boxes = 0
-        self._tried = 0
-        self._told: set[str] = set()
         self._lock = threading.Lock()
         self._dataset = dataset
         self._settings = settings
@@ -140,8 +182,7 @@ class ExampleLoader:
         # Before anything is known of the photo, so that they depend on the slot alone.
         scale, top, left, coin = slot.rng.random(4)
         if slot.index >= 0:
-            with self._lock:
-                self._tried += 1
+            self.photo_errors.count()
             low, high = self._settings.scale_jitter
             try:
                 photo = self._open(slot.index)
@@ -154,7 +195,7 @@ class ExampleLoader:
                 )
                 example["image"] = images.draw(photo, geometry, self._settings.shape)
             except images.ImageError as error:
-                self._skip(self._dataset.image_file(slot.index), error)
+                self.photo_errors.skip(self._dataset.image_file(slot.index), error)
             else:
                 example["image_size"][:] = geometry.content
                 example["original_size"][:] = photo.size
@@ -200,25 +241,6 @@ class ExampleLoader:
                 f"{limit} of them are used (data.max_boxes); further such images are not printed"
             )
         return rows[np.sort(np.argsort(priority, kind="stable")[:limit])]
-
-    def _skip(self, path: str, error: images.ImageError) -> None:
-        if self._settings.on_image_error == "fatal":
-            raise UserError(
-                f"{path}: cannot read the image: {error} "
-                "(data.on_image_error='skip' goes on without such images)"
-            ) from error
-        with self._lock:
-            self.skipped_images += 1
-            first = path not in self._told
-            self._told.add(path)
-            skipped, tried = self.skipped_images, self._tried
-        if first:
-            _tell(f"{path}: skipped, cannot read the image: {error}")
-        if tried >= _MIN_TRIED and skipped > tried // 2:
-            raise UserError(
-                f"{path}: cannot read the image: {error}; {skipped} of {tried} images could not "
-                "be read: is the dataset's image_root the folder of the photos?"
-            ) from error
 
 
 def _tell(text: str) -> None:

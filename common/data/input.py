@@ -160,7 +160,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     @property
     def skipped_images(self) -> int:
         """Photos left out so far because they cannot be read (those of prefetched batches too)."""
-        return self._loader.skipped_images
+        return self._loader.photo_errors.skipped
 
     @property
     def dropped_boxes(self) -> int:

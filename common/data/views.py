@@ -1,0 +1,216 @@
+"""Photos at several sizes, grouped by format: what test-time augmentation looks at.
+
+A canvas serves photos of one format only: landscape or portrait, and no longer than one of a few
+ratios of long to short side. So a handful of static shapes wastes little on padding. A photo is
+read once and drawn at each size from its bytes; the format is that of the photo itself, whatever
+the annotations say.
+
+Shape legend: B photos of a block, b of them in one batch, H, W padded canvas.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int64, UInt8
+
+from common.data import images
+from common.data.dataset import Dataset
+from common.data.examples import PhotoErrors
+
+_TOLERATED = 1.01  # a photo longer than its canvas by less than this is rather shrunk a little
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewBatch:
+    """Some photos of a block at one size.
+
+    Attributes:
+      image_index: (B,) row of the dataset of each photo of the block, -1: padding.
+      last: whether this is the last batch of the block.
+      scale: which of the sizes.
+      rows: (b,) the photos' places in the block.
+      image: RGB, content top left, padding 0.
+      image_size: height and width of the content.
+      image_valid: False: padding, or a photo that could not be read.
+    """
+
+    image_index: Int64[np.ndarray, " B"]
+    last: bool
+    scale: int
+    rows: Int[np.ndarray, " b"]
+    image: UInt8[np.ndarray, "b H W 3"]
+    image_size: Float32[np.ndarray, "b 2"]
+    image_valid: Bool[np.ndarray, " b"]
+
+
+def format_canvases(
+    short_side: int, long_ratios: Sequence[float], max_long: int
+) -> list[tuple[int, int]]:
+    """Height, width of the canvas of each format: landscape, portrait for each ratio.
+
+    Args:
+      short_side: pixels.
+      long_ratios: long side over short side, ascending.
+      max_long: no canvas is longer.
+    """
+    longs = [min(round(short_side * ratio), max_long) for ratio in long_ratios]
+    return [shape for long in longs for shape in ((short_side, long), (long, short_side))]
+
+
+def choose_format(size: tuple[int, int], long_ratios: Sequence[float]) -> int:
+    """Place in `format_canvases` of the format of a photo of this height, width."""
+    height, width = size
+    aspect = max(size) / min(size)
+    fits = [place for place, ratio in enumerate(long_ratios) if aspect <= ratio * _TOLERATED]
+    return 2 * (fits[0] if fits else len(long_ratios) - 1) + (height > width)
+
+
+def view_batches(
+    dataset: Dataset,
+    indices: Int64[np.ndarray, " n"],
+    canvases: Sequence[Sequence[tuple[int, int]]],
+    long_ratios: Sequence[float],
+    rows: Sequence[Sequence[Int[np.ndarray, " b"]]],
+    errors: PhotoErrors,
+    *,
+    pad_multiple: int,
+    num_threads: int = 0,
+) -> Iterator[ViewBatch]:
+    """Yields the photos block by block, and of each block all batches, scale by scale.
+
+    The photos of a block have one format. Blocks come as they fill up; the last one of each format
+    is padded.
+
+    Args:
+      dataset: where the photos are listed.
+      indices: of the photos.
+      canvases: of each scale and format, height and width (`format_canvases`).
+      long_ratios: of the formats.
+      rows: of each scale, the places in the block of the photos of each batch.
+      errors: what becomes of unreadable photos.
+      pad_multiple: canvases are padded up to multiples of it.
+      num_threads: 0: twice as many as there are cores, at most 64.
+
+    Raises:
+      UserError: a photo that cannot be read (unless `errors` skips it).
+    """
+    threads = num_threads or min(2 * (os.cpu_count() or 1), 64)
+    block_size = sum(map(len, rows[0]))
+    pool = ThreadPoolExecutor(threads)
+
+    def submit() -> Iterator[tuple[dict[str, Any], list[Future]]]:
+        opened = _ahead(pool, lambda i: _open(dataset, int(i), errors), indices, 2 * threads)
+        for format_, block in _blocks(opened, long_ratios, block_size):
+            index = np.array([-1 if photo is None else photo.index for photo in block])
+            batches = [(scale, part) for scale, parts in enumerate(rows) for part in parts]
+            for scale, part in batches:
+                canvas = canvases[scale][format_]
+                shape = images.canvas_shape(canvas, pad_multiple)
+                drawn = [
+                    pool.submit(_draw, dataset, block[row], canvas, shape, errors) for row in part
+                ]
+                last = part is batches[-1][1]
+                yield dict(image_index=index, last=last, scale=scale, rows=part), drawn
+
+    try:
+        waiting: collections.deque = collections.deque()
+        in_flight = 0
+        for fields, drawn in submit():
+            waiting.append((fields, drawn))
+            in_flight += len(drawn)
+            while in_flight - len(waiting[0][1]) >= 2 * threads:
+                in_flight -= len(waiting[0][1])
+                yield _batch(*waiting.popleft())
+        while waiting:
+            yield _batch(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass
+class _Photo:
+    index: int
+    data: bytes
+    size: tuple[int, int]
+    broken: bool = False
+
+
+def _open(dataset: Dataset, index: int, errors: PhotoErrors) -> _Photo | None:
+    errors.count()
+    path = dataset.image_file(index)
+    try:
+        data = images.read_file(path)
+        return _Photo(index, data, _opened(dataset, index, data).size)
+    except images.ImageError as error:
+        errors.skip(path, error)
+        return None
+
+
+def _opened(dataset: Dataset, index: int, data: bytes) -> images.Photo:
+    return images.open_photo(data, tuple(dataset.image_sizes[index].tolist()))
+
+
+def _blocks(
+    photos: Iterable[_Photo | None], long_ratios: Sequence[float], block_size: int
+) -> Iterator[tuple[int, list[_Photo | None]]]:
+    """Format and photos of each block."""
+    open_blocks: dict[int, list[_Photo | None]] = {}
+    for photo in photos:
+        if photo is None:
+            continue
+        format_ = choose_format(photo.size, long_ratios)
+        block = open_blocks.setdefault(format_, [])
+        block.append(photo)
+        if len(block) == block_size:
+            yield format_, open_blocks.pop(format_)
+    for format_, block in sorted(open_blocks.items()):
+        yield format_, block + [None] * (block_size - len(block))
+
+
+def _draw(
+    dataset: Dataset,
+    photo: _Photo | None,
+    canvas: tuple[int, int],
+    shape: tuple[int, int],
+    errors: PhotoErrors,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Pixels, and height and width of the content: 0 for no photo."""
+    empty = np.zeros((*shape, 3), np.uint8), (0, 0)
+    if photo is None or photo.broken:
+        return empty
+    # Opened anew: the decoder's size reduction is a state of the handle.
+    opened = _opened(dataset, photo.index, photo.data)
+    geometry = images.fit(opened.size, canvas)
+    try:
+        return images.draw(opened, geometry, shape), geometry.content
+    except images.ImageError as error:
+        if not photo.broken:
+            photo.broken = True
+            errors.skip(dataset.image_file(photo.index), error)
+        return empty
+
+
+def _batch(fields: dict[str, Any], drawn: Sequence[Future]) -> ViewBatch:
+    pixels, sizes = zip(*(future.result() for future in drawn), strict=True)
+    size = np.array(sizes, np.float32)
+    return ViewBatch(
+        **fields, image=np.stack(pixels), image_size=size, image_valid=size[:, 0] > 0
+    )
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable, items: Iterable, window: int
+) -> Iterator[Any]:
+    """Ordered map over a pool that runs at most `window` items ahead."""
+    pending: collections.deque = collections.deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
