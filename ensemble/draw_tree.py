@@ -39,7 +39,6 @@ def draw(tree: trees.Tree, notes: Mapping[str, Any]) -> str:
     height = 2 * MARGIN + num_leaves * ROW + 18 * bool(splits)
 
     def centre(path: str) -> tuple[float, float]:
-        x = MARGIN + LEAF_WIDTH / 2 if path not in columns else 0
         column = columns[path]
         x = MARGIN + LEAF_WIDTH / 2 if not column else MARGIN + LEAF_WIDTH + (column - 0.3) * COLUMN
         return x, MARGIN + (rows[path] + 0.5) * ROW
@@ -76,10 +75,10 @@ def draw(tree: trees.Tree, notes: Mapping[str, Any]) -> str:
         for index, side in enumerate("lr"):
             child_x, child_y = centre(path + side)
             child_x += (LEAF_WIDTH if isinstance(nodes[path + side], Leaf) else NODE_WIDTH) / 2
-            end, middle = x - NODE_WIDTH / 2, x - NODE_WIDTH / 2 - 46
+            end, middle = x - NODE_WIDTH / 2, x - NODE_WIDTH / 2 - 66
             target = y + (-12 if index == 0 else 12)
             edges.append(
-                f'<path d="M{child_x:.1f} {child_y:.1f}H{middle - 34:.1f}'
+                f'<path d="M{child_x:.1f} {child_y:.1f}H{middle - 20:.1f}'
                 f'L{middle:.1f} {target:.1f}H{end:.1f}" fill="none" stroke="#888" '
                 'stroke-width="1.5"/>'
             )
