@@ -2,7 +2,8 @@
 
     python -m detection.evaluate --config=... --workdir=WORK --split=validation
 
-Prints the result and writes WORK/evaluation/STEP/{detections.parquet, metrics.json}.
+Prints the result and writes WORK/evaluation/STEP/{SPLIT.parquet, SPLIT_metrics.json}; with
+`--config.test_time.scales=600,800,1000` (`detection.test_time`) they are SPLIT_test_time...
 """
 
 import json
@@ -24,6 +25,7 @@ from common.training.workdir import write_text
 from detection import setup
 from detection.models.faster_rcnn import FasterRCNN
 from detection.predict import predict_split
+from detection.test_time import detect_split, is_on
 
 METRICS = ("openimages", "coco")
 
@@ -57,11 +59,13 @@ def evaluate_variables(
     folder: Path,
     *,
     split: str | None = None,
+    test_time: bool = False,
     say: Callable = print,
 ) -> dict[str, float]:
     """Detects in a split, scores the table and writes both; returns the summary figures.
 
     Every host detects its part; the first one scores. Per-class figures are in metrics.json only.
+    `test_time` asks for the views of `config.test_time`, if there are any; training goes without.
     """
     if config.evaluation.metric not in METRICS:
         raise UserError(
@@ -69,15 +73,23 @@ def evaluate_variables(
             f"{', '.join(METRICS)}"
         )
     split = split or config.data.eval_split
-    table = folder / f"{split}.parquet"
-    predict_split(config, model, variables, dataset, split, mesh, table, step=step, say=say)
+    test_time = test_time and is_on(config)
+    if test_time and config.test_time.merge == "tables":
+        raise UserError(
+            "config.test_time.merge: found 'tables', expected 'union' or 'mean' to score; write "
+            "the tables with detection.export, then ensemble.merge and scripts.score"
+        )
+    name = f"{split}_test_time" if test_time else split
+    table = folder / f"{name}.parquet"
+    detect = detect_split if test_time else predict_split
+    detect(config, model, variables, dataset, split, mesh, table, step=step, say=say)
     if not distributed.is_main_process():
         return {}
     results = score(config, dataset, split, table)
-    write_text(folder / f"{split}_metrics.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / f"{name}_metrics.json", json.dumps(results, indent=1) + "\n")
     summary = {k: v for k, v in results.items() if "PerformanceByCategory" not in k}
-    for name, value in summary.items():
-        say(f"step {step}  {split}  {name} = {value:.4f}", flush=True)
+    for metric, value in summary.items():
+        say(f"step {step}  {name}  {metric} = {value:.4f}", flush=True)
     return summary
 
 
@@ -103,6 +115,7 @@ def main(_):
         step,
         folder,
         split=flags.FLAGS.split,
+        test_time=True,
         say=print if distributed.is_main_process() else lambda *_, **__: None,
     )
 

@@ -4,6 +4,10 @@
 
 With several hosts the output is a folder of shards, one a host. Parent classes are added by
 scripts.expand_detections: ensembles work on the classes themselves.
+
+`--config.test_time.scales=600,800,1000` looks at each photo at several scales, and mirrored
+(`detection.test_time`); with `--config.test_time.merge=tables` the
+output is a folder of one table a view.
 """
 
 from pathlib import Path
@@ -14,7 +18,7 @@ from common.cli import run_main
 from common.training import distributed
 from detection import setup
 from detection.evaluate import restore_variables
-from detection.predict import predict_split
+from detection.test_time import detect_split
 
 
 def define_flags() -> None:
@@ -33,7 +37,7 @@ def main(_):
     split = flags.FLAGS.split or config.data.eval_split
     output = Path(flags.FLAGS.output)
     say = print if distributed.is_main_process() else lambda *_, **__: None
-    predict_split(config, model, variables, dataset, split, mesh, output, step=step, say=say)
+    detect_split(config, model, variables, dataset, split, mesh, output, step=step, say=say)
     say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
 
 

@@ -1,15 +1,17 @@
 """Runs a detector over a split and writes the detections table.
 
-Shape legend: b images of this host's part of a batch, D detections per image.
+Shape legend: b images of this host's part of a batch, D detections per image, K classes.
 """
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool, Int, Shaped
 from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
@@ -58,14 +60,7 @@ def predict_split(
     predict = compiled_predict_step(model, mesh)
     labels = np.array(dataset.class_labels)
     indices = dataset.split(split)
-    metadata = {
-        "model": config.name,
-        "config": config.to_dict(),
-        "dataset": dataset.meta.get("name", str(dataset.directory)),
-        "split": split,
-        "step": step,
-        "expanded": False,
-    }
+    metadata = table_metadata(config, dataset, split, step)
     num_batches = -(-len(indices) // batch_size)
     progress = Progress(num_batches, batch_size, mesh.size)
     writer = DetectionsWriter(
@@ -93,19 +88,53 @@ def predict_split(
     distributed.barrier("predict_split")
 
 
+def table_metadata(config: ConfigDict, dataset: Dataset, split: str, step: int) -> dict[str, Any]:
+    """What a detections table says of its origin."""
+    return {
+        "model": config.name,
+        "config": config.to_dict(),
+        "dataset": dataset.meta.get("name", str(dataset.directory)),
+        "split": split,
+        "step": step,
+        "expanded": False,
+    }
+
+
+def add_rows(
+    writer: DetectionsWriter,
+    found: dict[str, np.ndarray],
+    image_index: Int[np.ndarray, " b"],
+    image_valid: Bool[np.ndarray, " b"],
+    dataset: Dataset,
+    labels: Shaped[np.ndarray, " K"],
+) -> None:
+    """Adds the detections of each real image.
+
+    Args:
+      writer: of the table.
+      found: boxes (b, D, 4) normalised, scores, classes, valid (b, D). Boxes are clipped to the
+        image; what has no area then is left out.
+      image_index: rows of the dataset.
+      image_valid: images to add.
+      dataset: where the ids are.
+      labels: of the classes.
+    """
+    boxes = np.clip(found["boxes"], 0.0, 1.0)
+    for slot in np.flatnonzero(image_valid):
+        sides = boxes[slot, :, 2:] > boxes[slot, :, :2]
+        rows = found["valid"][slot] & sides.all(axis=-1)
+        writer.add(
+            dataset.image_id(image_index[slot]),
+            labels[found["classes"][slot][rows]],
+            found["scores"][slot][rows],
+            boxes[slot][rows],
+        )
+
+
 def _write(writer, host_batch, found, dataset, labels) -> None:
     found = distributed.to_host(found)
     # Padded images have size 0; any other number does for them.
     size = np.maximum(host_batch["image_size"], 1)
     height, width = size[:, None, :1], size[:, None, 1:]
-    boxes = found["boxes"] / np.concatenate([width, height, width, height], axis=-1)
-    boxes = np.clip(boxes, 0.0, 1.0)
-    for slot in np.flatnonzero(host_batch["image_valid"]):
-        sides = boxes[slot, :, 2:] > boxes[slot, :, :2]
-        rows = found["valid"][slot] & sides.all(axis=-1)
-        writer.add(
-            dataset.image_id(host_batch["image_index"][slot]),
-            labels[found["classes"][slot][rows]],
-            found["scores"][slot][rows],
-            boxes[slot][rows],
-        )
+    found["boxes"] = found["boxes"] / np.concatenate([width, height, width, height], axis=-1)
+    add_rows(writer, found, host_batch["image_index"], host_batch["image_valid"], dataset, labels)

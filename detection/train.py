@@ -37,8 +37,9 @@ from detection.train_step import TrainState, batch_shapes, init_variables, make_
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
-    "log", "checkpoint", "evaluation", "optimizer.num_epochs", "data.dir", "data.num_threads",
-    "data.prefetch", "data.eval_split", "model.pretrained", "model.drop_background_rois",
+    "log", "checkpoint", "evaluation", "test_time", "optimizer.num_epochs", "data.dir",
+    "data.num_threads", "data.prefetch", "data.eval_split", "model.pretrained",
+    "model.drop_background_rois",
 )
 
 

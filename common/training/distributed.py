@@ -128,6 +128,21 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def to_local(tree: Any, mesh: Mesh) -> Any:
+    """Replicated arrays of the whole run on a mesh of this process's devices, without a copy.
+
+    What is computed from them concerns this process alone: the others need not take part.
+    """
+    sharding = replicated(mesh)
+
+    def on_own_devices(array: jax.Array) -> jax.Array:
+        shards = {shard.device: shard.data for shard in array.addressable_shards}
+        parts = [shards[device] for device in mesh.devices.flat]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+    return jax.tree.map(on_own_devices, tree)
+
+
 def to_host(tree: Any) -> Any:
     """Fetches global arrays as NumPy: replicated ones whole, split ones this process's rows."""
 
