@@ -24,6 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = naive.get_config()
     config.name = "auto"
     config.tree = ""  # what ensemble.merge applies
+    config.max_detections = 0  # of an image; 0: all, as the search counts them
 
     # joint: one stage over trees and operators; topology, operators: the paper's two stages
     stages = {

@@ -14,6 +14,7 @@ from configs.ensemble import auto
 from ensemble import draw_tree, inputs, scoring, search, tree_search
 from ensemble import tree as trees
 from ensemble.groups import Rows, apply_operator
+from ensemble.merge import merge_tables
 from ensemble.operators import Voting
 from ensemble.tree import Leaf, Node, Operators, Tree
 
@@ -247,6 +248,12 @@ def test_search_beats_its_start_and_reports_both_splits(folder, tmp_path):
     for split, value in zip(("tune", "report"), final, strict=True):
         official = evaluate(dataset, like, merged, split)
         assert value == official[openimages.MEAN_AP.format(0.5)]
+    # So do those that the command writes.
+    config.tree = str(tmp_path / "tree.json")
+    config.dataset = str(folder / "set")
+    merge_tables(paths(folder), config, tmp_path / "merged.parquet", say=lambda *_, **__: None)
+    official = openimages.evaluate_openimages(dataset, "tune", tmp_path / "merged.parquet")
+    assert official[openimages.MEAN_AP.format(0.5)] == final[0]
     assert notes["nodes"][""] == final and len(notes["nodes"]) == 5
     progress = [line for line in lines if "trees/hour" in line]
     assert len(progress) == 16 and "best tune 0." in progress[-1] and "report 0." in progress[-1]
