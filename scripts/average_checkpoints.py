@@ -1,11 +1,14 @@
-"""Averages the parameters of several checkpoints of one run (paper section 6, FACTS 12.1).
+"""Averages the parameters of several checkpoints of one run (paper section 6).
 
     python -m scripts.average_checkpoints --workdir=RUN --epochs=9-13 --output=RUN_AVERAGED
     python -m scripts.average_checkpoints --workdir=RUN --steps=9000,10000,11000 --output=DIR
+    python -m scripts.average_checkpoints --workdir=RUN --epochs=9-13 --output=RUN_AVERAGED \\
+        --recompute_batch_stats=1000 --config=configs/detection/r50.py --config.data.dir=DIR
 
-The output is a work directory with one checkpoint that `evaluate` and `export` read. It is the
-plain mean of params and batch_stats. (The batch-norm statistics of averaged weights are not exactly
-the average of the statistics; with frozen norms they are.)
+The output is a work directory with one checkpoint that `evaluate` and `export` read: the plain mean
+of params and batch_stats. The batch-norm statistics of averaged weights are not exactly the average
+of the statistics (with frozen norms they are): `--recompute_batch_stats=N` measures them anew on N
+training batches, of the size in the config and on all devices of this machine.
 """
 
 import os
@@ -17,10 +20,13 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict, config_flags
 
 from common.cli import run_main
 from common.errors import UserError
+from common.training import distributed
 from common.training.checkpoint import Checkpoints
+from common.training.checkpoint_items import describe, flatten, to_nested_dict
 
 
 def define_flags() -> None:
@@ -28,6 +34,11 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Work directory to make.", required=True)
     flags.DEFINE_string("steps", None, "Checkpoints by step: 9000,10000,11000.")
     flags.DEFINE_string("epochs", None, "Checkpoints by epoch end: 9-13 or 9,11,13.")
+    flags.DEFINE_integer(
+        "recompute_batch_stats", 0, "Training batches to measure the batch norms on; 0: average.",
+        lower_bound=0,
+    )
+    config_flags.DEFINE_config_file("config", None, "Of the run; to recompute batch norms.")
 
 
 def main(_: Sequence[str]) -> None:
@@ -42,14 +53,20 @@ def main(_: Sequence[str]) -> None:
     else:
         steps = steps_of_epochs(checkpoints, parse_numbers("--epochs", flags.FLAGS.epochs))
 
+    num_batches, config = flags.FLAGS.recompute_batch_stats, flags.FLAGS.config
+    if num_batches and config is None:
+        raise UserError("--recompute_batch_stats: needs --config (and --config.data.dir)")
     average = average_checkpoints(checkpoints, steps)
+    extra = checkpoints.read_extra(steps[-1]) | {"averaged_steps": steps}
+    if num_batches:
+        average = with_recomputed_statistics(average, config, num_batches)
+        extra["recomputed_on_batches"] = num_batches
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     if (workdir / "config.json").exists():
         (workdir / "config.json").copy(temporary / "config.json")
     writer = Checkpoints(temporary / "checkpoints")
     state = {"step": np.int32(steps[-1]), **average}
-    extra = checkpoints.read_extra(steps[-1]) | {"averaged_steps": steps}
     writer.save(steps[-1], state, extra, wait=True)
     writer.close()
     temporary.rename(output)
@@ -84,6 +101,38 @@ def average_checkpoints(checkpoints: Checkpoints, steps: Sequence[int]) -> dict[
         )
 
     return jax.tree.map(mean, total, shapes)
+
+
+def with_recomputed_statistics(
+    variables: dict[str, Any], config: ConfigDict, num_batches: int
+) -> dict[str, Any]:
+    """The same parameters with batch-norm statistics measured on training batches.
+
+    Raises:
+      UserError: the config is of another model, or one of `recompute_batch_stats`.
+    """
+    # TensorFlow, which feeds the batches, takes seconds to import: the plain mean goes without.
+    from detection import setup
+    from detection.batch_statistics import recompute_batch_stats
+
+    dataset = setup.open_dataset(config)
+    model = setup.build_model(config, dataset.num_classes)
+    _refuse_other_model(setup.variable_shapes(config, model), variables)
+    batch_stats = recompute_batch_stats(
+        config, model, variables, dataset, distributed.make_mesh(), num_batches
+    )
+    return {**variables, "batch_stats": batch_stats}
+
+
+def _refuse_other_model(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    expected, found = flatten(to_nested_dict(expected)), flatten(found)
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = describe(expected.get(name)), describe(found.get(name))
+        if ours != theirs:
+            raise UserError(
+                f"--config: another model than that of the checkpoints ({name}: checkpoint has "
+                f"{theirs}, config has {ours})"
+            )
 
 
 def parse_numbers(flag: str, text: str) -> list[int]:

@@ -3,13 +3,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from common.data.dataset import Dataset
+from common.data.input import train_batches
+from common.data.plan import make_plan
 from common.errors import UserError
+from common.nn.norm import Norm
+from common.training import distributed
 from common.training.checkpoint import Checkpoints
+from detection.batch_statistics import recompute_batch_stats
 from scripts.average_checkpoints import average_checkpoints, parse_numbers, steps_of_epochs
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,3 +127,60 @@ def test_numbers_and_ranges():
     for text in ("", "9,9", "13-9", "9;10", "-3", "11,10"):
         with pytest.raises(UserError, match="--epochs="):
             parse_numbers("--epochs", text)
+
+
+class ThreeNorms(nn.Module):
+    """Stands in for a detector: norms one after another."""
+
+    kinds: tuple[str, str, str] = ("frozen", "sync", "batch")
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, batch, train):
+        fields = dict(axis_name=self.axis_name)
+        x = Norm(self.kinds[0], name="fixed", **fields)(batch["image"].astype(jnp.float32), train)
+        x = Norm(self.kinds[1], momentum=0.99, name="first", **fields)(x, train)
+        x = nn.relu(x) * self.param("gain", nn.initializers.ones_init(), (3,))
+        return {"losses": {"x": Norm(self.kinds[2], name="second", **fields)(x, train).sum()}}
+
+
+def test_recomputed_statistics_are_those_of_the_batches(tmp_path):
+    directory = tiny.write_dataset(tmp_path / "tiny")
+    config = tiny.get_config()
+    config.data.update(dir=str(directory), batch_size=4, canvas=(32, 32))
+    dataset, model = Dataset.open(directory), ThreeNorms(axis_name="data")
+    old = {
+        name: {"mean": np.full(3, 100.0, np.float32), "var": np.full(3, 2500.0, np.float32)}
+        for name in ("fixed", "first", "second")
+    }
+    ones = {"scale": np.ones(3, np.float32), "bias": np.zeros(3, np.float32)}
+    gain = np.float32([1, 2, 3])
+    variables = {"params": {name: ones for name in old} | {"gain": gain}, "batch_stats": old}
+    found = recompute_batch_stats(
+        config, model, variables, dataset, distributed.make_mesh(jax.devices()[:2]), 3,
+        say=lambda *_, **__: None,
+    )
+    plan = make_plan(dataset, "train", "uniform", 0, 4)
+    batches = train_batches(dataset, plan, config.data, seed=0, num_steps=3)
+    first, second = [], []  # moments of each batch
+    for batch in batches:
+        x = (batch["image"].astype(np.float64) - 100) / 50
+        first.append([x.mean((0, 1, 2)), (x**2).mean((0, 1, 2))])
+        y = np.maximum((x - x.mean((0, 1, 2))) / x.std((0, 1, 2)), 0) * gain
+        within = np.mean([y[:2].var((0, 1, 2)), y[2:].var((0, 1, 2))], axis=0)  # two devices
+        second.append([y.mean((0, 1, 2)), within + y.mean((0, 1, 2)) ** 2])
+    for name, moments in (("first", first), ("second", second)):
+        mean, mean_square = np.mean(moments, axis=0)
+        np.testing.assert_allclose(found[name]["mean"], mean, rtol=1e-3)
+        np.testing.assert_allclose(found[name]["var"], mean_square - mean**2, rtol=2e-3)
+    np.testing.assert_array_equal(found["fixed"]["mean"], old["fixed"]["mean"])
+    np.testing.assert_array_equal(found["fixed"]["var"], old["fixed"]["var"])
+
+
+def test_recomputing_needs_norms_that_are_trained():
+    config = tiny.get_config()
+    config.model.norm = "frozen"
+    with pytest.raises(UserError, match=r"config\.model\.norm: found 'frozen'"):
+        recompute_batch_stats(
+            config, ThreeNorms(("frozen",) * 3), {}, None, distributed.make_mesh(), 3
+        )

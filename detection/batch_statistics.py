@@ -1,0 +1,158 @@
+"""Batch-norm statistics of given parameters, measured on training batches.
+
+Averaged parameters have other activations than any of their parents, so the mean of the parents'
+running statistics is not theirs. Here the parameters stay fixed, and each norm's mean and variance
+over all images of the batches are computed ("precise batch norm", Wu & Johnson 2021).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from common.data.dataset import GROUP_OF, Dataset
+from common.data.input import train_batches
+from common.data.plan import make_plan
+from common.errors import UserError
+from common.nn.norm import Norm
+from common.training import distributed
+from common.training.distributed import DATA_AXIS
+from common.training.progress import Progress
+from detection import setup
+from detection.models.faster_rcnn import FasterRCNN
+from detection.train_step import batch_shapes
+
+
+def recompute_batch_stats(
+    config: ConfigDict,
+    model: FasterRCNN,
+    variables: Mapping[str, Any],
+    dataset: Dataset,
+    mesh: Mesh,
+    num_batches: int,
+    *,
+    say: Callable = print,
+) -> dict[str, Any]:
+    """Statistics of all norms that training updates; the others keep theirs.
+
+    The batches are the first ones of training: its sampler, augmentation and batch size, of which
+    'sync' norms see the whole and 'batch' norms each device's part, as in training. (The variance
+    of 'batch' norms is that within the parts.)
+
+    Args:
+      config: of the run.
+      model: as `setup.build_model` makes it.
+      variables: {'params', 'batch_stats'} in host memory.
+      dataset: with the training split.
+      mesh: all devices.
+      num_batches: how many to look at; a thousand or so.
+      say: where progress lines go.
+
+    Returns:
+      The new `batch_stats`, NumPy.
+
+    Raises:
+      UserError: no norm of the model is updated in training, or the batch size does not suit.
+    """
+    momenta = norm_momenta(config, model)
+    if not momenta:
+        raise UserError(
+            f"config.model.norm: found {config.model.norm!r}, whose statistics training does not "
+            "change; expected 'batch' or 'sync' to recompute them"
+        )
+    if config.data.batch_size % mesh.size:
+        raise UserError(
+            f"config.data.batch_size: found {config.data.batch_size}, expected a multiple of the "
+            f"{mesh.size} devices"
+        )
+    plan = make_plan(
+        dataset, config.data.train_split, config.data.sampler, config.seed,
+        config.data.batch_size,
+        ignore_flags=GROUP_OF if config.data.group_of == "drop" else 0,
+        positive_share=config.data.get("positive_share", 0.25),
+    )
+    stats = flax.traverse_util.flatten_dict(dict(variables["batch_stats"]))
+    # Starting at zero, a step leaves (1 - momentum) times the batch's own figures.
+    start = {
+        path: np.zeros_like(value) if path[:-1] in momenta else value
+        for path, value in stats.items()
+    }
+    fixed = distributed.replicate(
+        {"params": variables["params"], "batch_stats": flax.traverse_util.unflatten_dict(start)},
+        mesh,
+    )
+    measure = jax.jit(make_measure_step(model, mesh))
+    fields = batch_shapes((0, 0), 1, 0, 0).keys()
+    progress = Progress(num_batches, config.data.batch_size, mesh.size)
+    sums = {path: np.zeros((2, *stats[(*path, "mean")].shape)) for path in momenta}
+
+    def add(measured) -> None:
+        measured = flax.traverse_util.flatten_dict(distributed.to_host(measured))
+        for path, momentum in momenta.items():
+            mean, var = (
+                measured[(*path, name)].astype(np.float64) / (1 - momentum)
+                for name in ("mean", "var")
+            )
+            sums[path] += [mean, var + mean**2]
+
+    batches = train_batches(
+        dataset, plan, config.data, seed=config.seed, num_steps=num_batches,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+    ahead = None
+    for number, host_batch in enumerate(batches, start=1):
+        batch = distributed.to_global({k: host_batch[k] for k in fields}, mesh)
+        measured = measure(fixed, jax.random.fold_in(jax.random.key(config.seed), number), batch)
+        if ahead is not None:
+            add(ahead)
+        ahead = measured
+        progress.step_done(number)
+        if number % max(num_batches // 20, 1) == 0:
+            say(f"batch statistics: {progress.line(number, {})}", flush=True)
+    add(ahead)
+    for path, total in sums.items():
+        mean, mean_square = total / num_batches
+        stats[(*path, "mean")] = mean.astype(np.float32)
+        stats[(*path, "var")] = np.maximum(mean_square - mean**2, 0.0).astype(np.float32)
+    return flax.traverse_util.unflatten_dict(stats)
+
+
+def norm_momenta(config: ConfigDict, model: FasterRCNN) -> dict[tuple[str, ...], float]:
+    """Momentum of each norm whose running statistics training updates, by its path."""
+    momenta = {}
+
+    def note(call, args, kwargs, context):
+        norm = context.module
+        if isinstance(norm, Norm) and norm.kind in ("batch", "sync"):
+            momenta[norm.path] = norm.momentum
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        setup.variable_shapes(config, model)
+    return momenta
+
+
+def make_measure_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`(variables, key, batch) -> batch_stats` after one batch in training mode.
+
+    The losses are not asked for, so the compiler drops what only they need.
+    """
+
+    def measure(variables, key, batch):
+        streams = {
+            name: jax.random.fold_in(key, i) for i, name in enumerate(("sampling", "dropout"))
+        }
+        _, mutated = model.apply(
+            variables, batch, train=True, rngs=streams, mutable=["batch_stats"]
+        )
+        return mutated["batch_stats"]
+
+    return jax.shard_map(
+        measure, mesh=mesh, in_specs=(P(), P(), P(DATA_AXIS)), out_specs=P(), check_vma=False
+    )
