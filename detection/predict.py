@@ -72,7 +72,7 @@ def predict_split(
             process_index=jax.process_index(), process_count=jax.process_count(),
         )
         ahead = None  # the host writes batch i while the devices work on i + 1
-        for number, host_batch in enumerate(batches, start=1):
+        for number, host_batch in enumerate(progress.timed(batches), start=1):
             batch = distributed.to_global({k: host_batch[k] for k in INFERENCE_FIELDS}, mesh)
             found = predict(variables, batch)
             if ahead is not None:

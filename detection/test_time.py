@@ -192,11 +192,12 @@ def predict_views(
                 report()
                 said = time.monotonic()
 
-        readable = None
-        for batch in view_batches(
+        batches = view_batches(
             dataset, share, canvases, settings.long_ratios, rows, errors,
             pad_multiple=config.data.pad_multiple, num_threads=config.data.num_threads,
-        ):
+        )
+        readable = None
+        for batch in progress.timed(batches):
             readable = batch.image_index >= 0 if readable is None else readable
             readable[batch.rows] &= batch.image_valid
             content += batch.image_size.prod(axis=1).sum()

@@ -4,7 +4,9 @@ import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+_Batch = TypeVar("_Batch")
 
 
 class _Mark(NamedTuple):
@@ -71,6 +73,16 @@ class Progress:
             yield
         finally:
             self._data_wait += self._clock() - start
+
+    def timed(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """Yields the batches and times the wait for each."""
+        end = object()
+        while True:
+            with self.data_wait():
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
