@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from common.nn.dense_conv import dense_conv
 from common.nn.depthwise import depthwise_conv
+from common.nn.grouped_conv import grouped_conv
 
 Padding = str | int | Sequence[tuple[int, int]]
 
@@ -57,14 +58,12 @@ def conv2d(
             feature_group_count=groups,
         )
 
-    if groups != inputs.shape[-1] or kernel.shape[-1] != groups:
-        return general(inputs, kernel)
-    return jax.lax.platform_dependent(
-        inputs,
-        kernel,
-        cpu=lambda x, k: depthwise_conv(x, k, strides, pads),
-        default=general,
-    )
+    def on_cpu(inputs, kernel):
+        if kernel.shape[2] == 1 and kernel.shape[3] == groups:
+            return depthwise_conv(inputs, kernel, tuple(strides), pads)
+        return grouped_conv(inputs, kernel, tuple(strides), pads, groups)
+
+    return jax.lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=general)
 
 
 class Conv(nn.Module):

@@ -1,10 +1,12 @@
 """Times our convolutions against torch's: forward, input gradient and kernel gradient.
 
     python -m scripts.bench.bench_conv
+    python -m scripts.bench.bench_conv --shapes=grouped
 
-Needs torch in the same environment. Shapes: the convolutions of R50-FPN and its proposal network at
-batch 2 and 512x512, float32. Each side is a process of its own and they take turns; a column gives
-the best milliseconds of both and their ratio (below 1: ours is faster).
+Needs torch in the same environment. Shapes: the convolutions of R50-FPN and its proposal network,
+or the grouped ones of ResNeXt-101 64x4d and 32x8d and of SENet-154, at batch 2 and 512x512,
+float32. Each side is a process of its own and they take turns; a column gives the best milliseconds
+of both and their ratio (below 1: ours is faster).
 """
 
 import multiprocessing
@@ -18,6 +20,7 @@ from common.cli import run_main
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each side and shape.")
 _CALLS = flags.DEFINE_integer("calls", 3, "Timed calls of each computation in a turn.")
+_SHAPES = flags.DEFINE_enum("shapes", "r50", ("r50", "grouped"), "Which convolutions.")
 _THREADS = flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
 
 BATCH = 2
@@ -32,6 +35,13 @@ SHAPES = (
     (16, 512, 512, 3, 1), (16, 512, 2048, 1, 1), (16, 2048, 512, 1, 1),
     (128, 256, 256, 3, 1), (64, 256, 256, 3, 1), (128, 256, 256, 1, 1),
 )
+# (input side, input channels, output channels, kernel side, stride, groups)
+GROUPED_SHAPES = (
+    (128, 256, 256, 3, 1, 64), (64, 512, 512, 3, 1, 64), (32, 1024, 1024, 3, 1, 64),
+    (32, 2048, 2048, 3, 2, 64), (16, 2048, 2048, 3, 1, 64),
+    (128, 256, 256, 3, 1, 32), (64, 512, 512, 3, 1, 32), (32, 1024, 1024, 3, 1, 32),
+    (128, 128, 256, 3, 1, 64), (64, 256, 512, 3, 1, 64), (32, 512, 1024, 3, 1, 64),
+)
 PARTS = ("forward", "input gradient", "kernel gradient")
 
 
@@ -40,19 +50,20 @@ def torch_calls(shape, threads: int) -> list[Callable[[], object]]:
     import torch
 
     torch.set_num_threads(threads)
-    side, c, d, k, stride = shape
-    x, kernel = torch.randn(BATCH, c, side, side), torch.randn(d, c, k, k)
+    side, c, d, k, stride, groups = shape
+    x, kernel = torch.randn(BATCH, c, side, side), torch.randn(d, c // groups, k, k)
     pads, strides = [k // 2] * 2, [stride] * 2
-    gradient = torch.randn_like(torch.conv2d(x, kernel, stride=strides, padding=pads))
+    options = {"stride": strides, "padding": pads, "groups": groups}
+    gradient = torch.randn_like(torch.conv2d(x, kernel, **options))
 
     def backward(of_x, of_kernel):
         return torch.ops.aten.convolution_backward(
-            gradient, x, kernel, None, strides, pads, [1, 1], False, [0, 0], 1,
+            gradient, x, kernel, None, strides, pads, [1, 1], False, [0, 0], groups,
             [of_x, of_kernel, False],
         )
 
     return [
-        lambda: torch.conv2d(x, kernel, stride=strides, padding=pads),
+        lambda: torch.conv2d(x, kernel, **options),
         lambda: backward(True, False),
         lambda: backward(False, True),
     ]
@@ -65,13 +76,13 @@ def our_calls(shape) -> list[Callable[[], object]]:
 
     from common.nn.conv import conv2d
 
-    side, c, d, k, stride = shape
+    side, c, d, k, stride, groups = shape
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((BATCH, side, side, c), np.float32))
-    kernel = jnp.asarray(rng.standard_normal((k, k, c, d), np.float32))
+    kernel = jnp.asarray(rng.standard_normal((k, k, c // groups, d), np.float32))
 
     def conv(x, kernel):
-        return conv2d(x, kernel, (stride, stride), k // 2)
+        return conv2d(x, kernel, (stride, stride), k // 2, groups)
 
     forward = jax.jit(conv)
     gradient = jnp.ones_like(forward(x, kernel))
@@ -113,9 +124,10 @@ def main(argv: Sequence[str]) -> None:
         pipes[side], theirs = context.Pipe()
         arguments = (side, theirs, _CALLS.value, _THREADS.value)
         context.Process(target=serve, args=arguments, daemon=True).start()
-    print(f"{'side C D k stride':22s}" + "".join(f"{part:>26s}" for part in PARTS))
+    print(f"{'side C D k stride G':22s}" + "".join(f"{part:>26s}" for part in PARTS))
     total = np.zeros((2, len(PARTS)))
-    for shape in SHAPES:
+    shapes = [(*shape, 1) for shape in SHAPES] if _SHAPES.value == "r50" else GROUPED_SHAPES
+    for shape in shapes:
         best = np.full((2, len(PARTS)), np.inf)
         for _ in range(_ROUNDS.value):
             for row, pipe in zip(best, pipes.values(), strict=True):
