@@ -4,6 +4,7 @@ Shapes: B batch, H W input height and width, h w output height and width, C inpu
 D output channels (`features`), k kernel side.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -45,8 +46,14 @@ def conv2d(
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
+    return _conv2d(inputs, kernel, tuple(strides), pads, groups)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _conv2d(inputs, kernel, strides, pads, groups):
+    """Jitted so that the many equal convolutions of a network are traced and lowered once."""
     if groups == 1:
-        return dense_conv(inputs, kernel, tuple(strides), pads)
+        return dense_conv(inputs, kernel, strides, pads)
 
     def general(inputs, kernel):
         return jax.lax.conv_general_dilated(
@@ -60,8 +67,8 @@ def conv2d(
 
     def on_cpu(inputs, kernel):
         if kernel.shape[2] == 1 and kernel.shape[3] == groups:
-            return depthwise_conv(inputs, kernel, tuple(strides), pads)
-        return grouped_conv(inputs, kernel, tuple(strides), pads, groups)
+            return depthwise_conv(inputs, kernel, strides, pads)
+        return grouped_conv(inputs, kernel, strides, pads, groups)
 
     return jax.lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=general)
 
