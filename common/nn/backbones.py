@@ -4,34 +4,50 @@ from flax import linen as nn
 
 from common.errors import UserError
 from common.nn.efficientnet import EFFICIENTNETS, EfficientNet
+from common.nn.hrnet import HRNETS, HRNet
+from common.nn.nasnet import NASNETS, NASNet
 from common.nn.resnet import RESNETS, ResNet
+from common.nn.senet import SENETS
 
-BACKBONES = (*RESNETS, *EFFICIENTNETS)
+_RESIDUAL = RESNETS | SENETS
+BACKBONES = (*_RESIDUAL, *EFFICIENTNETS, *HRNETS, *NASNETS)
 
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 # TensorFlow's lite models: efficientnet_lite_builder.py (MEAN_RGB, STDDEV_RGB)
 _LITE = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
+_NASNET = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 
 
 def make_backbone(name: str, **fields) -> nn.Module:
     """Returns the trunk `name` (one of `BACKBONES`).
 
-    `fields`: norm, axis_name, frozen_stages, remat, dtype, drop_path_rate.
+    `fields`: norm, axis_name, frozen_stages, remat, dtype of all; drop_path_rate (EfficientNet,
+    NASNet; 0 elsewhere); deform (networks of bottleneck blocks; zeros elsewhere); and those of the
+    network's module, such as `upsampling` of HRNet. `layout` replaces the one of that name, e.g.
+    NASNet's with fewer filters or cells.
 
     Raises:
-      UserError: unknown name, or stochastic depth asked of a ResNet, which has none.
+      UserError: unknown name, or something asked of a network that has no such thing.
     """
     _check(name)
+    if name not in EFFICIENTNETS and name not in NASNETS and fields.pop("drop_path_rate", 0.0):
+        raise UserError(f"drop_path_rate: {name} has no stochastic depth, expected 0")
+    if name in _RESIDUAL:
+        return ResNet(**({"layout": _RESIDUAL[name]} | fields))
+    if any(fields.pop("deform", ())):
+        raise UserError(f"deform: {name} has no bottleneck blocks, expected zeros")
     if name in EFFICIENTNETS:
         return EfficientNet(name, **fields)
-    if fields.pop("drop_path_rate", 0.0):
-        raise UserError(f"drop_path_rate: {name} has no stochastic depth, expected 0")
-    return ResNet(name, **fields)
+    if name in HRNETS:
+        return HRNet(**({"layout": HRNETS[name]} | fields))
+    return NASNet(**({"layout": NASNETS[name]} | fields))
 
 
 def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of RGB pixels (0..255) that the public weights expect."""
     _check(name)
+    if name in NASNETS:
+        return _NASNET
     return _LITE if "lite" in name else _IMAGENET
 
 

@@ -1,11 +1,12 @@
-"""EfficientNet-B0..B7 (Tan & Le 2019) and EfficientNet-Lite0, with TensorFlow padding and epsilon.
+"""EfficientNet-B0..B7 (Tan & Le 2019) and -Lite0..Lite4, with TensorFlow padding and epsilon.
 
 Shapes: B batch, H W input height and width, h w those of a block, C D channels in and out, E those
 of the expanded block. NHWC.
 
-Lite0 is B0 without squeeze-and-excitation and with ReLU6 in place of swish. The 1280-channel
-classification head is left out. Parameter paths read `stage3/block0/expand_conv/kernel`,
-`stage3/block0/depthwise_norm/scale`, `stage3/block0/se_reduce/bias`.
+The lite ones have no squeeze-and-excitation, ReLU6 in place of swish, a stem of one width and a
+first and a last stage of one depth for all. The 1280-channel classification head is left out.
+Parameter paths read `stage3/block0/expand_conv/kernel`, `stage3/block0/depthwise_norm/scale`,
+`stage3/block0/se_reduce/bias`.
 """
 
 import functools
@@ -20,9 +21,13 @@ from jaxtyping import Array, Float
 from common.nn.conv import Conv
 from common.nn.norm import Norm, frozen_pattern
 
-# name -> (width multiplier, depth multiplier); Lite0 equals B0 in size
+# name -> (width multiplier, depth multiplier)
 EFFICIENTNETS = {
     "efficientnet_lite0": (1.0, 1.0),
+    "efficientnet_lite1": (1.0, 1.1),
+    "efficientnet_lite2": (1.1, 1.2),
+    "efficientnet_lite3": (1.2, 1.4),
+    "efficientnet_lite4": (1.4, 1.8),
     "efficientnet_b0": (1.0, 1.0),
     "efficientnet_b1": (1.0, 1.1),
     "efficientnet_b2": (1.1, 1.2),
@@ -56,7 +61,11 @@ def scale_width(channels: int, multiplier: float) -> int:
 
 def stage_repeats(network: str) -> list[int]:
     """Number of blocks in each of the stages 1..7."""
-    return [math.ceil(EFFICIENTNETS[network][1] * blocks) for blocks, *_ in _STAGES]
+    _, depth = EFFICIENTNETS[network]
+    repeats = [math.ceil(depth * blocks) for blocks, *_ in _STAGES]
+    if "lite" in network:
+        repeats[0], repeats[-1] = _STAGES[0][0], _STAGES[-1][0]
+    return repeats
 
 
 class DropPath(nn.Module):
@@ -202,7 +211,8 @@ class EfficientNet(nn.Module):
         rates = [self.drop_path_rate * i / sum(repeats) for i in range(sum(repeats))]
 
         frozen = self._frozen_trunk_stages()
-        stem = Stem(scale_width(32, width), activation, conv, norm, name="stem")
+        stem_features = 32 if lite else scale_width(32, width)
+        stem = Stem(stem_features, activation, conv, norm, name="stem")
         x = stem(images.astype(self.dtype), train and not frozen)
         taps = {}
         for i, (_, kernel_size, stride, expansion, channels) in enumerate(_STAGES, start=1):

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from etils import epath
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
 from common.errors import UserError
 from common.nn.backbones import make_backbone
-from common.nn.efficientnet import EFFICIENTNETS, stage_repeats
 from common.nn.unpickle import read_torch_checkpoint
+from common.nn.weight_names import module_path
 
 State = dict[str, np.ndarray]
 
@@ -115,81 +116,10 @@ _LEAVES = {
 }
 
 
-def _resnet_module(name: str, backbone: str) -> str | None:
-    """torchvision and timm: `layer2.0.bn1` -> `stage2/block0/norm1`."""
-    del backbone
-    if name in ("conv1", "bn1"):
-        return {"conv1": "stem/conv", "bn1": "stem/norm"}[name]
-    match = re.fullmatch(r"layer(\d)\.(\d+)\.(conv\d|bn\d|downsample\.[01])", name)
-    if not match:
-        return None
-    stage, block, module = match.groups()
-    module = module.replace("bn", "norm")
-    module = {"downsample.0": "downsample_conv", "downsample.1": "downsample_norm"}.get(
-        module, module
-    )
-    return f"stage{stage}/block{block}/{module}"
-
-
-_TIMM_FIRST_STAGE = {
-    "conv_dw": "depthwise_conv",
-    "bn1": "depthwise_norm",
-    "conv_pw": "project_conv",
-    "bn2": "project_norm",
-    "se.conv_reduce": "se_reduce",
-    "se.conv_expand": "se_expand",
-}
-_TIMM_STAGE = {
-    "conv_pw": "expand_conv",
-    "bn1": "expand_norm",
-    "conv_dw": "depthwise_conv",
-    "bn2": "depthwise_norm",
-    "se.conv_reduce": "se_reduce",
-    "se.conv_expand": "se_expand",
-    "conv_pwl": "project_conv",
-    "bn3": "project_norm",
-}
-# The efficientnet-pytorch family of packages, with and without "lite".
-_FLAT_BLOCK = {
-    "_expand_conv": "expand_conv",
-    "_bn0": "expand_norm",
-    "_depthwise_conv": "depthwise_conv",
-    "_bn1": "depthwise_norm",
-    "_se_reduce": "se_reduce",
-    "_se_expand": "se_expand",
-    "_project_conv": "project_conv",
-    "_bn2": "project_norm",
-}
-_EFFICIENTNET_STEM = {
-    "conv_stem": "stem/conv",
-    "bn1": "stem/norm",
-    "_conv_stem": "stem/conv",
-    "_bn0": "stem/norm",
-}
-
-
-def _efficientnet_module(name: str, backbone: str) -> str | None:
-    """timm `blocks.2.0.bn1` -> `stage3/block0/expand_norm`; `_blocks.3._bn0` counts all blocks."""
-    if name in _EFFICIENTNET_STEM:
-        return _EFFICIENTNET_STEM[name]
-    if match := re.fullmatch(r"blocks\.(\d)\.(\d+)\.(.+)", name):
-        stage, block = int(match[1]), int(match[2])
-        module = (_TIMM_FIRST_STAGE if stage == 0 else _TIMM_STAGE).get(match[3])
-        return module and f"stage{stage + 1}/block{block}/{module}"
-    if match := re.fullmatch(r"_blocks\.(\d+)\.(.+)", name):
-        block, module = int(match[1]), _FLAT_BLOCK.get(match[2])
-        for stage, repeats in enumerate(stage_repeats(backbone), start=1):
-            if block < repeats:
-                return module and f"stage{stage}/block{block}/{module}"
-            block -= repeats
-    return None
-
-
 def _target(name: str, value: np.ndarray, backbone: str) -> str | None:
     """Path in our tree of the torch tensor `name`, or None where we have no such tensor."""
     module_name, _, leaf = name.rpartition(".")
-    to_module = _efficientnet_module if backbone in EFFICIENTNETS else _resnet_module
-    module = to_module(module_name, backbone)
+    module = module_path(module_name, backbone)
     if module is None or leaf not in (*_LEAVES, "weight"):
         return None
     if leaf == "weight":
@@ -204,13 +134,18 @@ def _target(name: str, value: np.ndarray, backbone: str) -> str | None:
 # ------------------------------------------------------------------------------------------------
 
 
-def convert_state_dict(state: State, backbone: str) -> tuple[State, Report]:
+def convert_state_dict(state: State, backbone: str, **fields) -> tuple[State, Report]:
     """Renames and transposes a torch state dict of `backbone` to our flat paths, float32.
+
+    Args:
+      state: by torch's names.
+      backbone: name of the network.
+      fields: of its module, where the network is a variant (`common.nn.backbones.make_backbone`).
 
     Raises:
       UserError: a tensor has another shape than our network's.
     """
-    expected = backbone_shapes(backbone)
+    expected = backbone_shapes(backbone, **fields)
     converted, unused = {}, []
     for name, value in state.items():
         path = _target(name, value, backbone)
@@ -229,22 +164,32 @@ def convert_state_dict(state: State, backbone: str) -> tuple[State, Report]:
     return converted, Report(list(converted), unused, missing)
 
 
-def backbone_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
+def backbone_shapes(backbone: str, **fields) -> dict[str, tuple[int, ...]]:
     """Shapes of all variables of a backbone with batch norm, by '/'-joined path."""
-    module = make_backbone(backbone, norm="frozen")
+    module = make_backbone(backbone, norm="frozen", **fields)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, False), images)
     return {k: v.shape for k, v in traverse_util.flatten_dict(variables, sep="/").items()}
 
 
 def save_backbone_weights(path: str | Path, weights: State, backbone: str, source: str) -> None:
-    """Writes flat weights atomically, with the names of network and source file as metadata."""
-    path = Path(path)
+    """Writes flat weights atomically, with the names of network and source file as metadata.
+
+    Args:
+      path: local or behind an address such as gs://bucket/name.
+      weights: by '/'-joined path.
+      backbone: name of the network.
+      source: name of the file that the weights come from.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    path = epath.Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     metadata = {"backbone": backbone, "source": source}
     try:
         temporary.write_bytes(safetensors_numpy.save(weights, metadata))
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error})") from error
@@ -261,6 +206,7 @@ def load_backbone_weights(
         `jax.ShapeDtypeStruct`. With group norm there are no `batch_stats`, and those of the file
         are reported as unused.
       allow_missing: keep the value in `variables` where the file has none, instead of failing.
+        The offsets of deformable convolutions, which no classification network has, always do.
 
     Raises:
       UserError: unreadable file, another shape than in `variables`, or missing values.
@@ -273,6 +219,7 @@ def load_backbone_weights(
     used = [name for name in weights if name in flat]
     unused = [name for name in weights if name not in flat]
     missing = [name for name in flat if name not in weights]
+    needed = [name for name in missing if not re.fullmatch(r".*/offset/(?:kernel|bias)", name)]
     if not used:
         raise UserError(
             f"{path}: found names such as {next(iter(weights), 'none')!r}, expected names such as "
@@ -285,9 +232,9 @@ def load_backbone_weights(
                 f"(is it the file of another backbone?)"
             )
         flat[name] = weights[name].astype(flat[name].dtype)
-    if missing and not allow_missing:
+    if needed and not allow_missing:
         raise UserError(
-            f"{path}: found no value for {len(missing)} tensors, first {missing[0]!r}, expected "
+            f"{path}: found no value for {len(needed)} tensors, first {needed[0]!r}, expected "
             "all of them (is it the file of another backbone?)"
         )
     return traverse_util.unflatten_dict(flat, sep="/"), Report(used, unused, missing)

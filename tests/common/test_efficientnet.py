@@ -31,7 +31,7 @@ def test_taps_have_strides_4_to_32(name):
     )
     shapes = [taps[tap].shape[1:3] for tap in ("c2", "c3", "c4", "c5")]
     assert shapes == [(26, 17), (13, 9), (7, 5), (4, 3)]
-    if name.endswith(("lite0", "b0")):
+    if name in ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_b0"):
         assert [taps[tap].shape[-1] for tap in sorted(taps)] == [24, 40, 112, 320]
 
 
@@ -108,6 +108,10 @@ def test_training_draws_depth_and_evaluation_does_not():
     ("name", "size"),
     [
         ("efficientnet_lite0", (97, 131)),
+        *(
+            pytest.param(f"efficientnet_lite{i}", (97, 131), marks=pytest.mark.slow)
+            for i in (1, 2, 3, 4)
+        ),
         ("efficientnet_b0", (96, 128)),
         ("efficientnet_b0", (97, 131)),
         pytest.param("efficientnet_b1", (97, 131), marks=pytest.mark.slow),

@@ -10,18 +10,42 @@ from common.nn.backbones import make_backbone
 from common.nn.weights import convert_state_dict
 
 
-def assert_equals_timm(name: str, timm_name: str, size: tuple[int, int]) -> None:
-    """Converts a random timm network and compares parameter count and all four taps.
+def assert_equals_timm(
+    name: str, timm_name: str, size: tuple[int, int], layout=None, **options
+) -> None:
+    """Builds a random network of timm and compares it as `assert_equals`.
 
-    Batch norm statistics are randomised; taps may differ by 1e-4 of their largest value.
+    Args:
+      name: our backbone.
+      timm_name: timm's.
+      size: height, width of the images.
+      layout: of a smaller variant of our backbone.
+      options: that make timm's network the same variant.
     """
+    timm, torch = import_timm()
+    torch.manual_seed(0)
+    options |= {"features_only": True, "out_indices": (1, 2, 3, 4)}
+    assert_equals(name, timm.create_model(timm_name, **options), size, layout)
+
+
+def import_timm():
+    """The modules timm and torch; skips the test where they are missing."""
     try:
         import timm
         import torch
     except (ImportError, RuntimeError) as error:  # RuntimeError: torch and torchvision do not match
         pytest.skip(f"compares with timm, which cannot be imported: {error}")
-    torch.manual_seed(0)
-    peer = timm.create_model(timm_name, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    return timm, torch
+
+
+def assert_equals(name: str, peer, size: tuple[int, int], layout=None) -> None:
+    """Converts a random torch network that returns four taps; compares parameter count and taps.
+
+    Batch norm statistics are randomised; taps may differ by 1e-4 of their largest value.
+    """
+    _, torch = import_timm()
+    peer = peer.eval()
+    fields = {} if layout is None else {"layout": layout}
     for layer in peer.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
@@ -30,19 +54,20 @@ def assert_equals_timm(name: str, timm_name: str, size: tuple[int, int]) -> None
             # 0.5..1.5, B7 in float32 differs from itself in float64 by 84 %).
             torch.nn.init.uniform_(layer.weight, 0.3, 0.9)
             torch.nn.init.normal_(layer.bias, 0.0, 0.1)
-    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-    with torch.no_grad():
-        expected = peer(torch.tensor(images).permute(0, 3, 1, 2))
-    state = {key: value.numpy() for key, value in peer.state_dict().items()}
+    # Some of timm's feature extractors wrap the network.
+    state = {k.removeprefix("body."): v.numpy() for k, v in peer.state_dict().items()}
 
-    flat, report = convert_state_dict(state, name)
+    flat, report = convert_state_dict(state, name, **fields)
     assert not report.missing
     assert all(key.endswith("num_batches_tracked") for key in report.unused)
     variables = traverse_util.unflatten_dict(flat, sep="/")
     count = sum(value.size for value in jax.tree.leaves(variables["params"]))
     assert count == sum(value.numel() for value in peer.parameters())
 
-    module = make_backbone(name, norm="frozen")
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = peer(torch.tensor(images).permute(0, 3, 1, 2))
+    module = make_backbone(name, norm="frozen", **fields)
     found = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, jnp.asarray(images))
     for tap, theirs in zip(("c2", "c3", "c4", "c5"), expected, strict=True):
         theirs = theirs.permute(0, 2, 3, 1).numpy()
