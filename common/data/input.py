@@ -17,9 +17,11 @@ A batch is a dictionary (b: images of this host, M: data.max_boxes, H, W: canvas
   drawn_class    int32   (b,)          the class that the plan drew the image for, -1: none
 """
 
+import atexit
 import dataclasses
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,6 +130,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       num_batches: how many there are in all.
     """
 
+    _open: weakref.WeakSet["Batches"] = weakref.WeakSet()
+
     def __init__(
         self,
         dataset: Dataset,
@@ -156,6 +160,20 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             .with_options(options)
             .as_numpy_iterator()
         )
+        self._open.add(self)
+
+    def close(self) -> None:
+        """Stops reading ahead. At exit this happens by itself.
+
+        A thread of tf.data that waits for Python when the interpreter has gone never ends, and the
+        iterator, deleted so late, would wait for it.
+        """
+        self._iterator = iter(())
+
+    @classmethod
+    def close_all(cls) -> None:
+        for batches in list(cls._open):
+            batches.close()
 
     @property
     def skipped_images(self) -> int:
@@ -192,6 +210,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             self._errors[int(number)] = error
             example = self._loader.empty()
         return [example[name] for name in DTYPES]
+
+
+atexit.register(Batches.close_all)
 
 
 class _StepMemo:

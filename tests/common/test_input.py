@@ -1,7 +1,10 @@
 """Batches: exact resume, any number of hosts, exactly-once evaluation, bad photos."""
 
 import re
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,3 +273,28 @@ def test_wrong_settings_are_refused(dataset, changes, text):
 def test_batch_that_the_hosts_cannot_share_is_refused(dataset):
     with pytest.raises(UserError, match="multiple of 4"):
         train(dataset, batch_size=6, process_count=4)
+
+
+READS_AHEAD_AT_EXIT = """
+import sys
+from common.data import input as inputs
+from common.data.dataset import Dataset
+from common.data.plan import make_plan
+from tests.common.test_input import config
+
+dataset = Dataset.open(sys.argv[1])
+plan = make_plan(dataset, "train", "uniform", 0, 2)
+batches = inputs.train_batches(dataset, plan, config(prefetch=10**5), seed=0, num_steps=10**6)
+next(batches)
+cycle = [batches]
+cycle.append(cycle)  # deleted by the garbage collector only, when the interpreter goes
+sys.modules["cycle"] = cycle
+"""
+
+
+def test_a_process_that_still_reads_ahead_ends(dataset):
+    result = subprocess.run(
+        [sys.executable, "-c", READS_AHEAD_AT_EXIT, str(dataset.directory)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
