@@ -64,9 +64,12 @@ def test_it_learns_to_find_and_name_what_it_is_shown(config):
     state = jax.jit(lambda: make_state(model, tx))()
     step = jax.jit(make_train_step(model, tx, mesh, seed=0))
     batch = make_batch()
-    for _ in range(150):
+    accuracies = []
+    for _ in range(170):
         state, metrics = step(state, batch)
-    assert metrics["positive_accuracy"] > 0.95
+        accuracies.append(metrics["positive_accuracy"])
+    # Each step samples other regions: one mistake in a step of 16 positives is 0.94.
+    assert np.mean(accuracies[-20:]) > 0.95
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     found = jax.tree.map(np.asarray, jax.jit(make_predict_step(model, mesh))(variables, batch))
     for i in range(4):
