@@ -47,7 +47,7 @@ def frozen_pattern(config: ConfigDict) -> str:
     backbone = make_backbone(
         model.backbone, norm=model.norm, frozen_stages=model.frozen_stages
     )
-    return f"backbone/(?:{backbone.frozen_pattern()})"
+    return f"backbone(?:_class|_box)?/(?:{backbone.frozen_pattern()})"
 
 
 def init_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

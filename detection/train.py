@@ -195,19 +195,27 @@ def check(metrics: dict[str, jax.Array], step: int, image_index, dataset) -> dic
 
 
 def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainState:
-    """Replaces the backbone's random parameters and statistics by those of a converted file."""
-    backbone = {
-        "params": state.params["backbone"], "batch_stats": state.batch_stats.get("backbone", {})
-    }
-    loaded, report = load_backbone_weights(path, distributed.to_host(backbone))
-    say(f"pretrained: {path}: {report}", flush=True)
-    loaded = distributed.replicate(loaded, mesh)
-    batch_stats = dict(state.batch_stats)
-    if loaded["batch_stats"]:
-        batch_stats["backbone"] = loaded["batch_stats"]
-    return state.replace(
-        params={**state.params, "backbone": loaded["params"]}, batch_stats=batch_stats
-    )
+    """Replaces the backbone's random parameters and statistics by those of a converted file.
+
+    A decoupled backbone is a trunk and two branches (`backbone_class`, `backbone_box`): each branch
+    starts from the same weights.
+    """
+    params, batch_stats = dict(state.params), dict(state.batch_stats)
+    names = [name for name in params if name.startswith("backbone")]
+    for branch in [name for name in names if name != "backbone"] or ["backbone"]:
+        parts = ["backbone", branch] if branch != "backbone" else [branch]
+        whole = {
+            field: {k: v for part in parts for k, v in tree.get(part, {}).items()}
+            for field, tree in (("params", params), ("batch_stats", batch_stats))
+        }
+        loaded, report = load_backbone_weights(path, distributed.to_host(whole))
+        say(f"pretrained: {branch}: {path}: {report}", flush=True)
+        loaded = distributed.replicate(loaded, mesh)
+        for part in parts:
+            params[part] = {k: loaded["params"][k] for k in params[part]}
+            if part in batch_stats:
+                batch_stats[part] = {k: loaded["batch_stats"][k] for k in batch_stats[part]}
+    return state.replace(params=params, batch_stats=batch_stats)
 
 
 def main(_):

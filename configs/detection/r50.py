@@ -42,14 +42,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         pretrained="",  # file written by scripts.convert_weights; empty: random weights
         norm="frozen",  # frozen | batch (per device) | sync | group
         frozen_stages=1,  # the stem and this many stages are not trained
+        deform=(0, 0, 0),  # version of the deformable convolutions in c3, c4, c5; 0: ordinary ones
+        split_after="",  # c2 | c3: two branches from there, one for classes and one for boxes
+        low_weight=0.25,  # of box losses in the class branch and of class losses in the box branch
         drop_path_rate=0.0,  # stochastic depth of the last block (EfficientNet)
         remat=False,  # recompute backbone activations in the backward pass
         dtype="bfloat16",  # of matmuls and convolutions; parameters and losses are float32
+        neck="fpn",  # fpn | nas_fpn
         fpn_channels=256,
+        nas_fpn=dict(repeats=7, min_level=3, norm="sync"),
         anchors=dict(
             scales=(8.0,),  # in strides
             ratios=(0.5, 1.0, 2.0),
-            ratio_convention="h/w",  # FACTS 13, item 17
+            ratio_convention="h/w",  # what `ratios` are
             centre=0.5,  # of a cell; 0 puts anchors on cell corners (torchvision)
         ),
         rpn=dict(
@@ -61,16 +66,37 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             test_proposals=dict(pre_nms=1000, post_nms=1000, nms_iou=0.7),
         ),
         box_head=dict(
+            kind="two_fc",  # two_fc | decoupling
             width=1024,
+            class_agnostic=False,  # one box a region instead of one a class
             pool_size=7,
-            aligned=True,  # half-pixel RoIAlign (FACTS 9.7)
-            stds=(0.1, 0.1, 0.2, 0.2),
-            sample=dict(
-                num_samples=512, positive_fraction=0.25, positive_iou=0.5, negative_iou=0.5
+            aligned=True,  # half-pixel RoIAlign
+            sample_mode="centre",  # centre | edge (the authors' code): where shifted bins are read
+            offsets=dict(  # of the Decoupling Head
+                offset_width=256,
+                gamma=0.1,  # unit of the shifts, in region sizes
+                offset_init="small",  # small | zero | release
             ),
-            loss=dict(beta=1.0, normaliser="sampled"),  # sampled | positive (FACTS 13, item 7)
+            sample=dict(num_samples=512, positive_fraction=0.25),
+            loss=dict(
+                beta=1.0,
+                normaliser="sampled",  # sampled | positive
+                target_gradient=False,  # box loss moves the shift through its target too
+            ),
+            margin=dict(class_margin=0.2, box_margin=0.2, clip=True),
         ),
-        loss_weights=dict(rpn_class=1.0, rpn_box=1.0, box_class=1.0, box_regression=1.0),
+        stages=dict(  # one entry a stage; several make a cascade
+            iou=(0.5,),
+            stds=((0.1, 0.1, 0.2, 0.2),),
+            loss_weights=(1.0,),
+            score_weights=(1.0,),
+            average="probability",  # probability | logit
+            box_stage=-1,  # whose boxes are the result
+        ),
+        loss_weights=dict(
+            rpn_class=1.0, rpn_box=1.0, box_class=1.0, box_regression=1.0,
+            sibling_box_class=1.0, sibling_box_regression=1.0, margin_class=1.0, margin_box=1.0,
+        ),
         drop_background_rois=False,  # experts: no detection where background scores highest
         detections=dict(
             score_threshold=0.001, iou_threshold=0.5, max_candidates=4096, max_detections=300
@@ -100,6 +126,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         every_epochs=0,  # 0: only at the end, 1: after each epoch
         metric="openimages",  # openimages | coco
         expand_predictions=True,  # copy detections to parent classes first (paper section 1)
+    )
+    config.test_time = dict(  # of detection.export and detection.evaluate, see detection.test_time
+        scales=(),  # short sides, such as (600, 800, 1000, 1333, 1666, 2000); (): one view
+        long_ratios=(1.0, 1.34, 1.67),  # of canvases; longer photos are shrunk to the last one
+        max_long=3333,
+        flip=True,
+        merge="union",  # union | tables | mean
     )
     config.log = dict(every_steps=50, stall_seconds=1800)
     return config

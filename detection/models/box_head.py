@@ -1,4 +1,4 @@
-"""Second stage: classify each region and refine its box, one regression per class.
+"""Box heads: classify each region and refine its box.
 
 Shape legend
   B  images
@@ -6,9 +6,11 @@ Shape legend
   P  proposals
   M  padded ground-truth boxes
   K  classes; logits have K + 1 columns, column 0 is background
+  k  boxes regressed per region: K (one a class) or 1 (class-agnostic)
   S  pooled side (7)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,6 +22,13 @@ from common import boxes as box_ops
 from detection import losses, matching
 from detection.models.rpn import Proposals
 
+# Features (B,R,S,S,C) of boxes (B,R,4), with optional shifts of each bin (B,R,S,S,2).
+Pool = Callable[..., Array]
+
+DENSE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+CLASSIFIER_INIT = nn.initializers.normal(0.01)
+REGRESSOR_INIT = nn.initializers.normal(0.001)
+
 
 class RoITargets(NamedTuple):
     """Sampled regions of a batch and what each should become."""
@@ -28,6 +37,16 @@ class RoITargets(NamedTuple):
     labels: Int[Array, "B R"]  # 0 background, class + 1 otherwise
     truth: Float[Array, "B R 4"]  # ground-truth box of a positive region
     valid: Bool[Array, "B R"]
+    is_truth: Bool[Array, "B R"]  # the region is a ground-truth box itself
+
+
+class HeadOutput(NamedTuple):
+    """What a head says of its regions."""
+
+    logits: Float[Array, "B R K1"]
+    deltas: Float[Array, "B R k 4"]
+    references: Float[Array, "B R 4"]  # boxes that the deltas are relative to
+    sibling: "HeadOutput | None" = None  # of the plain head that trains beside a Decoupling Head
 
 
 def sample_rois(
@@ -37,18 +56,21 @@ def sample_rois(
     classes: Int[Array, "B M"],
     truth_valid: Bool[Array, "B M"],
     *,
+    iou: float,
     num_samples: int,
     positive_fraction: float,
-    positive_iou: float,
-    negative_iou: float,
 ) -> RoITargets:
-    """Draws the regions to train on from proposals and the ground-truth boxes themselves."""
+    """Draws the regions to train on from proposals and the ground-truth boxes themselves.
+
+    Regions of IoU >= `iou` with some ground truth are positive, all others background.
+    """
+    num_truth = truth.shape[1]
 
     def draw(key, boxes, valid, truth, classes, truth_valid):
         boxes = jnp.concatenate([truth, boxes])
         valid = jnp.concatenate([truth_valid, valid])
         found = matching.match(
-            boxes, valid, truth, truth_valid, positive_iou=positive_iou, negative_iou=negative_iou
+            boxes, valid, truth, truth_valid, positive_iou=iou, negative_iou=iou
         )
         index, positive, slot_valid = matching.sample(
             key, found.positive, found.negative, num_samples, positive_fraction
@@ -56,7 +78,7 @@ def sample_rois(
         sampled = boxes[index]
         answer = matching.best_truth(sampled, truth, truth_valid)
         labels = jnp.where(positive, classes[answer] + 1, 0)
-        return RoITargets(sampled, labels, truth[answer], slot_valid)
+        return RoITargets(sampled, labels, truth[answer], slot_valid, index < num_truth)
 
     targets = jax.vmap(draw)(
         keys, proposals.boxes, proposals.valid, truth, classes, truth_valid
@@ -64,66 +86,96 @@ def sample_rois(
     return jax.tree.map(jax.lax.stop_gradient, targets)
 
 
+def two_fc(x: Float[Array, "N F"], width: int, dtype: jnp.dtype, prefix: str = "") -> Array:
+    """Two fully connected layers with ReLU, made in the scope of the calling module."""
+    for name in ("fc1", "fc2"):
+        dense = nn.Dense(width, dtype=dtype, kernel_init=DENSE_INIT, name=prefix + name)
+        x = nn.relu(dense(x))
+    return x
+
+
+def predict(
+    for_class: Float[Array, "N D"],
+    for_box: Float[Array, "N D"],
+    shape: tuple[int, int],
+    num_classes: int,
+    class_agnostic: bool,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "B R K1"], Float[Array, "B R k 4"]]:
+    """Layers `classifier` and `regressor`, made in the scope of the calling module."""
+    num_boxes = 1 if class_agnostic else num_classes
+    logits = nn.Dense(
+        num_classes + 1, dtype=dtype, kernel_init=CLASSIFIER_INIT, name="classifier"
+    )(for_class)
+    deltas = nn.Dense(4 * num_boxes, dtype=dtype, kernel_init=REGRESSOR_INIT, name="regressor")(
+        for_box
+    )
+    return (
+        logits.reshape(*shape, -1).astype(jnp.float32),
+        deltas.reshape(*shape, num_boxes, 4).astype(jnp.float32),
+    )
+
+
 class TwoFCHead(nn.Module):
-    """Two fully connected layers, then K + 1 class logits and 4 deltas for each of K classes."""
+    """The plain ("sibling") head: class and box from the same two fully connected layers."""
 
     num_classes: int
     width: int = 1024
+    class_agnostic: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, pooled: Float[Array, "B R S S C"]
-    ) -> tuple[Float[Array, "B R K1"], Float[Array, "B R K 4"]]:
-        batch, regions = pooled.shape[:2]
+    def __call__(self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool) -> HeadOutput:
+        shape = boxes.shape[:2]
         # One (B * R, features) matrix: rank-3 dense layers are slower on CPU.
-        x = pooled.reshape(batch * regions, -1)
-        dense = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-        for name in ("fc1", "fc2"):
-            x = nn.relu(nn.Dense(self.width, dtype=self.dtype, kernel_init=dense, name=name)(x))
-        logits = nn.Dense(
-            self.num_classes + 1, dtype=self.dtype, name="classifier",
-            kernel_init=nn.initializers.normal(0.01),
-        )(x)
-        deltas = nn.Dense(
-            4 * self.num_classes, dtype=self.dtype, name="regressor",
-            kernel_init=nn.initializers.normal(0.001),
-        )(x)
-        return (
-            logits.reshape(batch, regions, -1).astype(jnp.float32),
-            deltas.reshape(batch, regions, self.num_classes, 4).astype(jnp.float32),
+        x = pool(boxes).reshape(shape[0] * shape[1], -1)
+        x = two_fc(x, self.width, self.dtype)
+        logits, deltas = predict(
+            x, x, shape, self.num_classes, self.class_agnostic, self.dtype
         )
+        return HeadOutput(logits, deltas, boxes)
+
+
+def of_class(values: Float[Array, "B R k 4"], index: Int[Array, "B R"]) -> Float[Array, "B R 4"]:
+    """The row of each region's class, zeros where `index` is -1; the only row if there is one."""
+    if values.shape[2] == 1:
+        return values[:, :, 0]
+    chosen = jax.nn.one_hot(index, values.shape[2], dtype=values.dtype)
+    return (values * chosen[..., None]).sum(axis=2)
 
 
 def box_head_losses(
-    logits: Float[Array, "B R K1"],
-    deltas: Float[Array, "B R K 4"],
+    output: HeadOutput,
     targets: RoITargets,
     image_valid: Bool[Array, " B"],
     *,
     stds: tuple[float, float, float, float],
     beta: float,
     normaliser: str,
+    target_gradient: bool = False,
     axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """Softmax cross-entropy over K + 1 and smooth L1 on the deltas of the true class.
 
     Args:
-      logits, deltas: head outputs.
+      output: of a head on `targets.boxes`.
       targets: from `sample_rois`.
       image_valid: images that count.
       stds: standard deviations by which deltas are divided.
       beta: where smooth L1 turns linear.
       normaliser: box loss is divided by the number of "sampled" or of "positive" regions.
+      target_gradient: lets the box loss move learned references through its target too, as in the
+        authors' code of the Decoupling Head.
       axis_name: device axis over which regions are counted.
     """
     valid = targets.valid & image_valid[:, None]
     positive = valid & (targets.labels > 0)
-    classification = losses.softmax_cross_entropy(logits, targets.labels)
-    # Row `labels - 1`; background (-1) gives an all-zero row, masked below.
-    chosen = jax.nn.one_hot(targets.labels - 1, deltas.shape[2], dtype=jnp.float32)
-    chosen = (deltas * chosen[..., None]).sum(axis=2)
-    wanted = box_ops.encode(targets.truth, targets.boxes, stds)
+    classification = losses.softmax_cross_entropy(output.logits, targets.labels)
+    references = output.references
+    if not target_gradient:
+        references = jax.lax.stop_gradient(references)
+    wanted = box_ops.encode(targets.truth, references, stds)
+    chosen = of_class(output.deltas, targets.labels - 1)
     regression = losses.smooth_l1(chosen - wanted, beta).sum(axis=-1)
     count = valid.sum() if normaliser == "sampled" else positive.sum()
     return {

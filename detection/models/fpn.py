@@ -26,8 +26,11 @@ class FPN(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, taps: Mapping[str, Float[Array, "B h w c"]]) -> dict[str, Array]:
+    def __call__(
+        self, taps: Mapping[str, Float[Array, "B h w c"]], train: bool
+    ) -> dict[str, Array]:
         """Maps {'c2': stride 4, ..., 'c5': stride 32} to {'p2': ..., 'p6': stride 64}."""
+        del train  # no norm
         init = nn.initializers.xavier_uniform()
         names = sorted(taps, reverse=True)
         merged = {}

@@ -29,6 +29,7 @@ class Proposals(NamedTuple):
 
     boxes: Float[Array, "B P 4"]
     valid: Bool[Array, "B P"]
+    logits: Float[Array, "B P"] | None = None  # objectness, where the network made the boxes
 
 
 class RPNHead(nn.Module):
@@ -101,7 +102,7 @@ def propose(
     count = min(post_nms, scores.shape[1])
     top, index = jax.lax.top_k(scores, count)
     boxes = jnp.take_along_axis(boxes.reshape(batch, -1, 4), index[..., None], axis=1)
-    return Proposals(boxes, jnp.isfinite(top))
+    return Proposals(boxes, jnp.isfinite(top), top)
 
 
 def rpn_losses(

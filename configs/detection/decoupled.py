@@ -1,0 +1,29 @@
+"""Decoupled backbone with Decoupling Heads on SENet-154: models 25 to 28 (section 5.2).
+
+    python -m detection.train --config=configs/detection/decoupled.py --config.data.dir=DIR
+        --config.model.pretrained=FILE --workdir=WORK
+
+Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
+Schedule: 13 epochs; `decoupled.py:26` is the long one.
+Paper:    models 17 to 28 and one expert reach up to 63.596 on the public leaderboard (table 4).
+
+The branches part after stride 8; --config.model.split_after=c2 parts them before.
+"""
+
+import ml_collections
+
+from configs.detection import r50
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    config = r50.get_config(arg)
+    config.name = "decoupled"
+    config.model.backbone = "senet154"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.split_after = "c3"
+    config.model.anchors.scales = (8.0, 11.0, 14.0)
+    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    config.model.box_head.kind = "decoupling"
+    return config

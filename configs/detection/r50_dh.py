@@ -1,0 +1,22 @@
+"""Faster R-CNN with Decoupling Head, ResNet-50 with FPN: tables 1 and 2.
+
+    python -m detection.train --config=configs/detection/r50_dh.py --config.data.dir=DIR
+        --config.model.pretrained=FILE --workdir=WORK
+
+Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
+Schedule: 13 epochs; `r50_dh.py:26` is the long one.
+Paper:    validation mAP@0.5 68.18, public leaderboard 52.55 (55.88 with multi-scale test);
+          64.64 and 49.79 without the head (r50.py).
+"""
+
+import ml_collections
+
+from configs.detection import r50
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    config = r50.get_config(arg)
+    config.name = "r50_dh"
+    config.model.box_head.kind = "decoupling"
+    return config

@@ -1,0 +1,24 @@
+"""Faster R-CNN with Decoupling Head, ResNet-50 with NAS-FPN: the NAS-FPN family of table 4.
+
+    python -m detection.train --config=configs/detection/r50_nas_fpn.py --config.data.dir=DIR
+        --config.model.pretrained=FILE --workdir=WORK
+
+Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
+Schedule: 13 epochs; `r50_nas_fpn.py:26` is the long one.
+Paper:    one of models 1 to 16, public leaderboard between 58.596 and 60.5.
+"""
+
+import ml_collections
+
+from configs.detection import r50
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    config = r50.get_config(arg)
+    config.name = "r50_nas_fpn"
+    config.model.neck = "nas_fpn"
+    config.model.anchors.scales = (8.0, 11.0, 14.0)
+    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    config.model.box_head.kind = "decoupling"
+    return config

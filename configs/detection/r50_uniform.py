@@ -1,0 +1,21 @@
+"""Faster R-CNN, ResNet-50 with FPN, images drawn uniformly: first row of the paper's table 1.
+
+    python -m detection.train --config=configs/detection/r50_uniform.py --config.data.dir=DIR
+        --config.model.pretrained=FILE --workdir=WORK
+
+Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
+Schedule: 13 epochs; `r50_uniform.py:26` is the long one.
+Paper:    validation mAP@0.5 58.88; 64.64 with class-aware sampling (r50.py).
+"""
+
+import ml_collections
+
+from configs.detection import r50
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    config = r50.get_config(arg)
+    config.name = "r50_uniform"
+    config.data.sampler = "uniform"
+    return config

@@ -1,0 +1,27 @@
+"""Decoupling Head on SENet-154 with deformable convolutions: table 2's best single model.
+
+    python -m detection.train --config=configs/detection/se154_dcn_dh.py --config.data.dir=DIR
+        --config.model.pretrained=FILE --workdir=WORK
+
+Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
+Schedule: 13 epochs; `se154_dcn_dh.py:26` is the long one.
+Paper:    validation mAP@0.5 72.19, public leaderboard 60.5 (multi-scale test, averaged
+          parameters).
+"""
+
+import ml_collections
+
+from configs.detection import r50
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    config = r50.get_config(arg)
+    config.name = "se154_dcn_dh"
+    config.model.backbone = "senet154"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.scales = (8.0, 11.0, 14.0)
+    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    config.model.box_head.kind = "decoupling"
+    return config

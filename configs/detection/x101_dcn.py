@@ -1,0 +1,26 @@
+"""Faster R-CNN, ResNeXt-101 64x4d with deformable convolutions in c3 to c5: table 2.
+
+    python -m detection.train --config=configs/detection/x101_dcn.py --config.data.dir=DIR
+        --config.model.pretrained=FILE --workdir=WORK
+
+Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
+Schedule: 13 epochs; `x101_dcn.py:26` is the long one.
+Paper:    validation mAP@0.5 68.7, public leaderboard 55.046 (multi-scale test, averaged
+          parameters).
+"""
+
+import ml_collections
+
+from configs.detection import r50
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    config = r50.get_config(arg)
+    config.name = "x101_dcn"
+    config.model.backbone = "resnext101_64x4d"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.scales = (8.0, 11.0, 14.0)
+    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    return config

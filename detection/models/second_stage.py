@@ -1,0 +1,204 @@
+"""The second stage: one or more box heads in a row, each starting from the boxes of the one before.
+
+One head is Faster R-CNN; more are Cascade R-CNN (Cai and Vasconcelos 2018). The paper's has four,
+with IoU thresholds 0.5, 0.5, 0.6, 0.7 and weights 0.75, 1, 0.25, 0.25 (section 5.6). Where the
+backbone is decoupled (section 5.2), every stage has two heads on pyramids of their own: the first
+one's classes and the last one's boxes count.
+
+Shape legend
+  B  images
+  R  regions
+  P  proposals
+  M  padded ground-truth boxes
+  K  classes
+  k  boxes per region: K, or 1 when class-agnostic
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from common import boxes as box_ops
+from common.errors import UserError
+from detection.models import box_head
+from detection.models.box_head import HeadOutput, Pool, RoITargets
+from detection.models.decoupling_head import margin_losses
+from detection.models.rpn import Proposals
+
+AVERAGES = ("probability", "logit")
+
+Head = Callable[[Pool, Array, bool], HeadOutput]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Constants of one stage; the fields of `config.model.stages` at one index.
+
+    Attributes:
+      iou: overlap with the ground truth from which a region is positive.
+      stds: standard deviations by which its deltas are divided.
+      loss_weight: of all its losses.
+      score_weight: share of its class scores in the result.
+    """
+
+    iou: float
+    stds: tuple[float, float, float, float]
+    loss_weight: float
+    score_weight: float
+
+
+def read_stages(settings: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages of `config.model.stages`.
+
+    Raises:
+      UserError: lists of different lengths, or an unknown average.
+    """
+    fields = ("iou", "stds", "loss_weights", "score_weights")
+    lengths = {name: len(settings[name]) for name in fields}
+    if len(set(lengths.values())) != 1:
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise UserError(f"config.model.stages: found {found} entries, expected as many in each")
+    if settings["average"] not in AVERAGES:
+        raise UserError(
+            f"config.model.stages.average: found {settings['average']!r}, expected one of "
+            f"{', '.join(AVERAGES)}"
+        )
+    return tuple(Stage(*values) for values in zip(*(settings[f] for f in fields), strict=True))
+
+
+def stage_losses(
+    heads: Sequence[Sequence[Head]],
+    pools: Sequence[Pool],
+    keys: Array,
+    proposals: Proposals,
+    batch: Mapping[str, Array],
+    stages: Sequence[Stage],
+    weights: Sequence[Mapping[str, float]],
+    *,
+    sample: Mapping[str, Any],
+    loss: Mapping[str, Any],
+    margin: Mapping[str, Any],
+    axis_name: str | None = None,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Losses of all stages, weighted, and monitoring figures of the last.
+
+    Args:
+      heads: of each branch, of each stage.
+      pools: of each branch.
+      keys: (B,) random keys, one an image.
+      proposals: of the first stage.
+      batch: ground truth: boxes, classes, valid; image_size, image_valid.
+      stages: constants of each.
+      weights: of the losses by name, for each branch.
+      sample: options of `box_head.sample_rois`.
+      loss: options of `box_head.box_head_losses`.
+      margin: options of `margin_losses`.
+      axis_name: device axis over which regions are counted.
+    """
+    terms: dict[str, Array] = {}
+    for index, stage in enumerate(stages):
+        targets = box_head.sample_rois(
+            jax.vmap(jax.random.fold_in, (0, None))(keys, index), proposals,
+            batch["boxes"], batch["classes"], batch["valid"], iou=stage.iou, **sample,
+        )
+        outputs = [
+            branch[index](pool, targets.boxes, True)
+            for branch, pool in zip(heads, pools, strict=True)
+        ]
+        for branch, (output, by_name) in enumerate(zip(outputs, weights, strict=True)):
+            found = head_losses(
+                output, targets, batch["image_valid"], stage, loss, margin, axis_name
+            )
+            suffix = f"_{branch + 1}" if len(outputs) > 1 else ""
+            suffix += f"_stage{index + 1}" if len(stages) > 1 else ""
+            for name, value in found.items():
+                terms[name + suffix] = stage.loss_weight * by_name.get(name, 1.0) * value
+        if index + 1 < len(stages):
+            proposals = _next_proposals(outputs, targets, stage, batch["image_size"])
+    monitor = box_head.head_accuracy(
+        outputs[0].logits, targets, batch["image_valid"], axis_name
+    )
+    return terms, monitor
+
+
+def head_losses(
+    output: HeadOutput,
+    targets: RoITargets,
+    image_valid: Bool[Array, " B"],
+    stage: Stage,
+    loss: Mapping[str, Any],
+    margin: Mapping[str, Any],
+    axis_name: str | None,
+) -> dict[str, Array]:
+    """Losses of one head; a Decoupling Head adds its sibling's and the margin losses."""
+    common = dict(stds=stage.stds, axis_name=axis_name)
+    terms = box_head.box_head_losses(output, targets, image_valid, **common, **loss)
+    if output.sibling is not None:
+        beside = box_head.box_head_losses(output.sibling, targets, image_valid, **common, **loss)
+        terms |= {f"sibling_{name}": value for name, value in beside.items()}
+        terms |= margin_losses(output, targets, image_valid, **common, **margin)
+    return terms
+
+
+def detect_stages(
+    heads: Sequence[Sequence[Head]],
+    pools: Sequence[Pool],
+    proposals: Proposals,
+    image_size: Float[Array, "B 2"],
+    stages: Sequence[Stage],
+    *,
+    average: str,
+    box_stage: int,
+) -> tuple[Float[Array, "B P K1"], Float[Array, "B P k 4"]]:
+    """Class probabilities (column 0 background) and boxes of each proposal.
+
+    Args:
+      heads, pools, stages: as in `stage_losses`.
+      proposals: of the first stage.
+      image_size: content height, width, pixels; boxes are clipped to it.
+      average: weighted mean of "probability" or of "logit" over the stages.
+      box_stage: index of the stage whose boxes are returned; -1 is the last.
+    """
+    total = sum(stage.score_weight for stage in stages)
+    scores, boxes = 0.0, []
+    for index, stage in enumerate(stages):
+        outputs = [
+            branch[index](pool, proposals.boxes, False)
+            for branch, pool in zip(heads, pools, strict=True)
+        ]
+        logits = outputs[0].logits
+        part = jax.nn.softmax(logits) if average == "probability" else logits
+        scores += stage.score_weight / total * part
+        boxes.append(_decode(outputs[-1], stage, image_size))
+        if index + 1 < len(stages):
+            best = logits[..., 1:].argmax(axis=-1)
+            proposals = Proposals(box_head.of_class(boxes[-1], best), proposals.valid)
+    if average == "logit":
+        scores = jax.nn.softmax(scores)
+    return scores, boxes[box_stage]
+
+
+def _decode(output: HeadOutput, stage: Stage, image_size: Array) -> Float[Array, "B R k 4"]:
+    boxes = box_ops.decode(output.deltas, output.references[:, :, None], stage.stds)
+    return jax.vmap(box_ops.clip)(
+        boxes.reshape(boxes.shape[0], -1, 4), image_size
+    ).reshape(boxes.shape)
+
+
+def _next_proposals(
+    outputs: Sequence[HeadOutput], targets: RoITargets, stage: Stage, image_size: Array
+) -> Proposals:
+    """Refined regions, cut off from the gradient; copies of the ground truth are left out.
+
+    A positive region takes the box of its label, background that of its best class.
+    """
+    boxes = _decode(outputs[-1], stage, image_size)
+    best = outputs[0].logits[..., 1:].argmax(axis=-1)
+    chosen: Int[Array, "B R"] = jnp.where(targets.labels > 0, targets.labels - 1, best)
+    boxes = jax.lax.stop_gradient(box_head.of_class(boxes, chosen))
+    valid = targets.valid & ~targets.is_truth & box_ops.is_valid(boxes)
+    return Proposals(boxes, valid)

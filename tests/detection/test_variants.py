@@ -1,0 +1,110 @@
+"""Every kind of detector builds from its config, and every part of it is trained."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from detection import setup
+from detection.models.faster_rcnn import build
+from detection.train_step import batch_shapes, init_variables
+from tests import tiny
+from tests.detection.test_faster_rcnn import make_batch
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "detection").glob("*.py"))
+TWO_STAGES = dict(
+    iou=(0.5, 0.6), stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1)),
+    loss_weights=(1.0, 0.5), score_weights=(1.0, 1.0), average="probability", box_stage=-1,
+)
+VARIANTS = {
+    "decoupling head": dict(box_head=dict(kind="decoupling")),
+    "class-agnostic on NAS-FPN": dict(
+        neck="nas_fpn", nas_fpn=dict(repeats=1, norm="group"), box_head=dict(class_agnostic=True)
+    ),
+}
+
+
+def variant(**fields):
+    config = tiny.get_config()
+    config.model.update(fields)
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
+    model = build(variant(**VARIANTS[name]).model, 3)
+    variables = jax.jit(lambda: init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1)))()
+    batch = make_batch(2)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            out, _ = model.apply(
+                {**variables, "params": params}, batch, train=True, mutable=["batch_stats"],
+                rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
+            )
+            return sum(out["losses"].values()), out["losses"]
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, terms = gradients(variables["params"])
+    assert all(np.isfinite(value) and value >= 0 for value in terms.values()), terms
+    for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert np.isfinite(gradient).all(), name
+        # No region on photos this small is read from the coarser levels.
+        assert name.startswith("neck") or np.abs(gradient).max() > 0, name
+    found = jax.jit(lambda v: model.apply(v, batch, train=False))(variables)
+    assert found["boxes"].shape == (2, 20, 4) and found["valid"].any()
+
+
+def test_cascade_on_a_decoupled_backbone_has_a_loss_of_each_branch_and_stage():
+    model = build(variant(split_after="c3", stages=TWO_STAGES).model, 3)
+    shapes = jax.eval_shape(lambda: init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1)))
+    assert {"backbone", "backbone_class", "backbone_box", "neck_class", "neck_box"} < set(
+        shapes["params"]
+    )
+    assert "stage2" in shapes["params"]["backbone"]
+    assert set(shapes["params"]["backbone_box"]) == {"stage3", "stage4"}
+
+    def losses(variables):
+        out, _ = model.apply(
+            variables, make_batch(2), train=True, mutable=["batch_stats"],
+            rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
+        )
+        return out["losses"]
+
+    expected = {
+        f"{name}_{branch}_stage{stage}"
+        for name in ("box_class", "box_regression") for branch in (1, 2) for stage in (1, 2)
+    }
+    assert set(jax.eval_shape(losses, shapes)) == {"rpn_class", "rpn_box"} | expected
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_a_detector_of_500_classes(path):
+    if path.stem == "__init__":
+        pytest.skip("no config")
+    module = __import__(f"configs.detection.{path.stem}", fromlist=["get_config"])
+    config = module.get_config()
+    shapes = setup.variable_shapes(config, setup.build_model(config, 500))
+    assert shapes["params"]["rpn_head"]["objectness"]["kernel"].shape[-1] == len(
+        config.model.anchors.scales
+    ) * len(config.model.anchors.ratios)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(neck="pan"), r"config.model.neck: found 'pan', expected one of 'fpn', 'nas_fpn'"),
+        (dict(split_after="c4"), "config.model.split_after: found 'c4'"),
+        (dict(box_head=dict(kind="mask")), "config.model.box_head.kind: found 'mask'"),
+    ],
+)
+def test_unknown_choices_are_named(fields, message):
+    config = variant(**fields)
+    with pytest.raises(UserError, match=message):
+        setup.variable_shapes(config, setup.build_model(config, 3))
