@@ -6,8 +6,11 @@ table; the feature gradient adds rows to such a table. The table comes in two fo
   corners  one row per cell, four rows per sample: what XLA:CPU and GPU fuse into one loop over
            channels, which needs no memory but the result's
   quads    one row per 2 x 2 cells, one row per sample: for TPU, which reads and adds whole rows,
-           sorts the row numbers before it adds, and compiles each such sort for seconds. Samples
-           are taken in turns of a loop, so that rows of few samples exist at a time
+           sorts the row numbers before it adds, and compiles each such sort for seconds. The T
+           samples are taken in turns of a loop: only the rows of one exist at a time
+
+Images are taken in turn, too. A batch that is sharded over devices should come here through
+`jax.shard_map`, device by device.
 
 Rules at the border:
 
@@ -19,7 +22,7 @@ one, zero where the point was moved or does not count.
 
 Shape legend:
   B: images   N: outputs per image   T: samples per output   L: maps   H, W: height, width of a map
-  C: channels   Z: rows of a table per image
+  C: channels   Z: rows of an image's table   D: their length, C ('corners') or 4 C ('quads')
 """
 
 import functools
@@ -34,13 +37,14 @@ from jaxtyping import Array, Float, Int
 METHODS = ("corners", "quads")
 BORDERS = ("zero", "clamp")
 Sizes = tuple[tuple[int, int], ...]  # (H, W) of each map
+Four = tuple[Float[Array, " N"], ...]  # one array for each of the four cells, in reading order
 
 
 def sample_mean(
     maps: Sequence[Float[Array, "B H W C"]],
     levels: Int[Array, "B N"],
-    y: Float[Array, "T B N"],
-    x: Float[Array, "T B N"],
+    y: Float[Array, "B T N"],
+    x: Float[Array, "B T N"],
     *,
     border: str = "zero",
     method: str | None = None,
@@ -51,7 +55,7 @@ def sample_mean(
 
     Args:
       maps: of one type, which the result has too; arithmetic is float32.
-      levels: which map to sample.
+      levels: which of the maps to sample.
       y, x: points in cells of that map; whole numbers are centres of cells.
       border: one of BORDERS.
       method: one of METHODS; None takes what suits the platform that the program is compiled for.
@@ -59,12 +63,11 @@ def sample_mean(
     Raises:
       ValueError: unknown method or border.
     """
+    check_method(method)
     if border not in BORDERS:
         raise ValueError(f"border {border!r}, expected one of {BORDERS}")
-    check_method(method)
-    sizes = tuple(feature.shape[1:3] for feature in maps)
     y, x = y.astype(jnp.float32), x.astype(jnp.float32)
-    return _sample_mean(method, border, sizes, tuple(maps), levels, y, x)
+    return _sample_mean(method, border, tuple(maps), levels, y, x)
 
 
 def check_method(method: str | None) -> None:
@@ -84,74 +87,90 @@ def by_platform(method: str | None, function: Callable, *arguments):
     )
 
 
-def unrolled(method: str) -> bool:
-    """Whether a loop over samples should be unrolled, for `lax.scan`."""
-    return method == "corners"
+def scan_samples(method: str, body: Callable, start, samples):
+    """`lax.scan` over the leading axis of `samples`, unrolled where the method wants that."""
+    return lax.scan(body, start, samples, unroll=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sample_mean(method, border, sizes, maps, levels, y, x):
-    def forward(method, maps, levels, y, x):
-        table = make_table(method, maps)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sample_mean(method, border, maps, levels, y, x):
+    def forward(method, *batch):
+        def of_image(image):
+            maps, levels, y, x = image
+            table = make_table(method, maps)
 
-        def add_sample(total, point):
-            place = locate(method, border, sizes, levels, *point)
-            return total + interpolate(place.weights, read(table, place.rows)), None
+            def add_sample(total, point):
+                place = locate(method, border, _sizes(maps), levels, *point)
+                return total + interpolate(place.weights, read(table, place.rows)), None
 
-        total = jnp.zeros((*levels.shape, maps[0].shape[-1]), jnp.float32)
-        total, _ = lax.scan(add_sample, total, (y, x), unroll=unrolled(method))
-        return (total / len(y)).astype(maps[0].dtype)
+            total = jnp.zeros((len(levels), maps[0].shape[-1]), jnp.float32)
+            total, _ = scan_samples(method, add_sample, total, (y, x))
+            return (total / len(y)).astype(maps[0].dtype)
+
+        # XLA:CPU would fuse the flattening that a dense layer begins with into the reading of the
+        # table; channels would no longer be its innermost index, and it 10 times slower.
+        return lax.optimization_barrier(lax.map(of_image, batch))
 
     return by_platform(method, forward, maps, levels, y, x)
 
 
-def _sample_mean_forward(method, border, sizes, maps, levels, y, x):
-    return _sample_mean(method, border, sizes, maps, levels, y, x), (maps, levels, y, x)
+def _sample_mean_forward(method, border, *arrays):
+    return _sample_mean(method, border, *arrays), arrays
 
 
-def _sample_mean_backward(method, border, sizes, saved, grad):
-    def backward(method, maps, levels, y, x, grad):
-        table = make_table(method, maps)
-        grad = grad.astype(jnp.float32) / len(y)
+def _sample_mean_backward(method, border, saved, grad):
+    def backward(method, *batch):
+        def of_image(image):
+            (maps, levels, y, x), grad = image
+            table = make_table(method, maps)
+            grad = grad.astype(jnp.float32) / len(y)
 
-        def add_sample(total, point):
-            place = locate(method, border, sizes, levels, *point)
-            slopes = contract(read(table, place.rows), grad)
-            total = add(total, place.rows, place.weights, grad)
-            return total, (dot(place.y_slopes, slopes), dot(place.x_slopes, slopes))
+            def add_sample(total, point):
+                place = locate(method, border, _sizes(maps), levels, *point)
+                slopes = contract(read(table, place.rows), grad)
+                total = add(total, place.rows, place.weights, grad)
+                return total, (dot(place.y_slopes, slopes), dot(place.x_slopes, slopes))
 
-        total = jnp.zeros(table.shape, jnp.float32)
-        total, (y_grad, x_grad) = lax.scan(add_sample, total, (y, x), unroll=unrolled(method))
-        return fold_table(method, sizes, total.astype(maps[0].dtype)), None, y_grad, x_grad
+            total = jnp.zeros(table.shape, jnp.float32)
+            total, (y_grad, x_grad) = scan_samples(method, add_sample, total, (y, x))
+            maps_grad = fold_table(method, _sizes(maps), total)
+            return tuple(grad.astype(table.dtype) for grad in maps_grad), y_grad, x_grad
 
-    return by_platform(method, backward, *saved, grad)
+        return lax.map(of_image, batch)
+
+    maps_grad, y_grad, x_grad = by_platform(method, backward, saved, grad)
+    return maps_grad, None, y_grad, x_grad
 
 
 _sample_mean.defvjp(_sample_mean_forward, _sample_mean_backward)
 
 
+def _sizes(maps):
+    return tuple(feature.shape[:2] for feature in maps)
+
+
 class Place(NamedTuple):
-    """Where one sample of each output lies; arrays (B, N), four for the cells in reading order.
+    """Where one sample of each output lies.
 
     Attributes:
-      rows: of the table, four for 'corners' and one for 'quads'.
+      rows: of the table, (N,) each: four for 'corners', one for 'quads'.
       weights: of the cells.
       y_slopes, x_slopes: derivatives of the weights with respect to the point.
     """
 
-    rows: tuple[Array, ...]
-    weights: tuple[Array, ...]
-    y_slopes: tuple[Array, ...]
-    x_slopes: tuple[Array, ...]
+    rows: tuple[Int[Array, " N"], ...]
+    weights: Four
+    y_slopes: Four
+    x_slopes: Four
 
 
 def locate(
     method: str,
     border: str,
     sizes: Sizes,
-    levels: Int[Array, "B N"] | None,
-    y: Float[Array, "B N"],
-    x: Float[Array, "B N"],
+    levels: Int[Array, " N"] | None,
+    y: Float[Array, " N"],
+    x: Float[Array, " N"],
 ) -> Place:
     """Finds the points in the table of maps of these sizes; `levels` None: there is one map."""
     margin = 1 if method == "quads" else 0
@@ -202,86 +221,78 @@ def _locate_on_axis(border, points, size):
     return first, ((1.0 - fraction) * low, fraction * high), (-low * free, high * free)
 
 
-def make_table(method: str, maps: Sequence[Float[Array, "B H W C"]]) -> Float[Array, "B Z D"]:
-    """Rows of all maps, map after map: D is C for 'corners', 4 C for 'quads'."""
+def make_table(method: str, maps: Sequence[Float[Array, "H W C"]]) -> Float[Array, "Z D"]:
+    """Rows of all maps of one image, map after map."""
     if method == "quads":
         maps = [_quads(feature) for feature in maps]
-    return jnp.concatenate([m.reshape(m.shape[0], -1, m.shape[-1]) for m in maps], axis=1)
+    return jnp.concatenate([m.reshape(-1, m.shape[-1]) for m in maps])
 
 
 def _quads(feature):
-    """(B, H + 1, W + 1, 4C): each 2 x 2 cells of the map with a border of zeros around it."""
-    height, width = feature.shape[1:3]
-    padded = jnp.pad(feature, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    corners = [
-        padded[:, i : height + 1 + i, j : width + 1 + j] for i in (0, 1) for j in (0, 1)
-    ]
+    """(H + 1, W + 1, 4C): each 2 x 2 cells of the map with a border of zeros around it."""
+    height, width = feature.shape[:2]
+    padded = jnp.pad(feature, ((1, 1), (1, 1), (0, 0)))
+    corners = [padded[i : height + 1 + i, j : width + 1 + j] for i in (0, 1) for j in (0, 1)]
     return jnp.concatenate(corners, axis=-1)
 
 
 def fold_table(
-    method: str, sizes: Sizes, table: Float[Array, "B Z D"]
-) -> tuple[Float[Array, "B H W C"], ...]:
+    method: str, sizes: Sizes, table: Float[Array, "Z D"]
+) -> tuple[Float[Array, "H W C"], ...]:
     """Transpose of `make_table`."""
     margin = 1 if method == "quads" else 0
     grids = [(height + margin, width + margin) for height, width in sizes]
     ends = [sum(h * w for h, w in grids[: level + 1]) for level in range(len(grids) - 1)]
     parts = [
-        part.reshape(part.shape[0], *grid, part.shape[-1])
-        for part, grid in zip(jnp.split(table, ends, axis=1), grids, strict=True)
+        part.reshape(*grid, part.shape[-1])
+        for part, grid in zip(jnp.split(table, ends), grids, strict=True)
     ]
-    if method == "quads":
-        parts = [_fold_quads(part) for part in parts]
-    return tuple(parts)
+    return tuple(_fold_quads(part) if margin else part for part in parts)
 
 
 def _fold_quads(quads):
-    height, width = quads.shape[1] - 1, quads.shape[2] - 1
+    height, width = quads.shape[0] - 1, quads.shape[1] - 1
     corners = jnp.split(quads, 4, axis=-1)
     return sum(
-        corners[2 * i + j][:, 1 - i : height + 1 - i, 1 - j : width + 1 - j]
+        corners[2 * i + j][1 - i : height + 1 - i, 1 - j : width + 1 - j]
         for i in (0, 1) for j in (0, 1)
     )
 
 
-def read(table: Float[Array, "B Z D"], rows: tuple[Array, ...]) -> list[Float[Array, "B N C"]]:
+def read(
+    table: Float[Array, "Z D"], rows: tuple[Int[Array, " N"], ...]
+) -> Sequence[Float[Array, "N C"]]:
     """Values of the four cells."""
-    take = jax.vmap(lambda table, rows: table.at[rows].get(mode="promise_in_bounds"))
-    values = [take(table, r) for r in rows]
+    values = [table.at[r].get(mode="promise_in_bounds") for r in rows]
     return jnp.split(values[0], 4, axis=-1) if len(rows) == 1 else values
 
 
 def add(
-    table: Float[Array, "B Z D"],
-    rows: tuple[Array, ...],
-    weights: tuple[Array, ...],
-    values: Float[Array, "B N C"],
-) -> Float[Array, "B Z D"]:
+    table: Float[Array, "Z D"],
+    rows: tuple[Int[Array, " N"], ...],
+    weights: Four,
+    values: Float[Array, "N C"],
+) -> Float[Array, "Z D"]:
     """Adds `values`, weighted, to the four cells."""
-    put = jax.vmap(lambda table, rows, v: table.at[rows].add(v, mode="promise_in_bounds"))
-    updates = [weight[..., None] * values for weight in weights]
+    updates = [weight[:, None] * values for weight in weights]
     if len(rows) == 1:
         updates = [jnp.concatenate(updates, axis=-1)]
     for r, update in zip(rows, updates, strict=True):
-        table = put(table, r, update)
+        table = table.at[r].add(update, mode="promise_in_bounds")
     return table
 
 
-def interpolate(
-    weights: tuple[Array, ...], cells: Sequence[Float[Array, "B N C"]]
-) -> Float[Array, "B N C"]:
+def interpolate(weights: Four, cells: Sequence[Float[Array, "N C"]]) -> Float[Array, "N C"]:
     """Weighted sum of the four cells, float32."""
     # One addend per cell keeps channels innermost in XLA's loop, which vectorises it on CPU.
-    return sum(w[..., None] * c.astype(jnp.float32) for w, c in zip(weights, cells, strict=True))
+    return sum(w[:, None] * c.astype(jnp.float32) for w, c in zip(weights, cells, strict=True))
 
 
-def contract(
-    cells: Sequence[Float[Array, "B N C"]], grad: Float[Array, "B N C"]
-) -> tuple[Float[Array, "B N"], ...]:
+def contract(cells: Sequence[Float[Array, "N C"]], grad: Float[Array, "N C"]) -> Four:
     """Derivatives of sum(sample * grad) with respect to the weights of the four cells."""
     return tuple(jnp.sum(c.astype(jnp.float32) * grad, axis=-1) for c in cells)
 
 
-def dot(a: tuple[Array, ...], b: tuple[Array, ...]) -> Array:
-    """Sum of products of two tuples of arrays."""
+def dot(a: Four, b: Four) -> Float[Array, " N"]:
+    """Sum over the four cells of products."""
     return sum(u * v for u, v in zip(a, b, strict=True))

@@ -82,31 +82,46 @@ def roi_align(
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"RoIAlign method {method!r}, expected one of {METHODS} or None")
+    levels, start, size = locate_windows(features, boxes, strides, aligned)
+    steps = sample_steps(output_size, sampling_ratio)
+    points = start[..., None, None] + size[..., None, None] * steps
+    sizes = tuple(feature.shape[1:3] for feature in features)
+    return _align(
+        method, sizes, tuple(features), levels, points[..., 1, :, :], points[..., 0, :, :]
+    )
+
+
+def locate_windows(
+    features: Sequence[Float[Array, "B H W C"]],
+    boxes: Float[Array, "B R 4"],
+    strides: Sequence[int],
+    aligned: bool,
+) -> tuple[Int[Array, "B R"], Float[Array, "B R 2"], Float[Array, "B R 2"]]:
+    """Returns the index of each RoI's feature map, and its corner (x, y) and size (x, y) in cells.
+
+    Arguments and errors as of `roi_align`; no gradient to the boxes.
+    """
     if len(features) != len(strides):
         raise ValueError(f"{len(features)} feature maps but {len(strides)} strides")
     if any(stride != strides[0] << level for level, stride in enumerate(strides)):
         raise ValueError(f"strides {tuple(strides)}, expected each twice the one before")
-    if sampling_ratio < 1:
-        raise ValueError(f"sampling_ratio {sampling_ratio}, expected at least 1")
     boxes = lax.stop_gradient(boxes.astype(jnp.float32))
     min_level = round(math.log2(strides[0]))
     levels = assign_levels(boxes, min_level, min_level + len(strides) - 1) - min_level
     scale = 1.0 / jnp.asarray(strides, jnp.float32)[levels]
-    y, x = _sample_points(boxes, scale, output_size, sampling_ratio, aligned)
-    sizes = tuple(feature.shape[1:3] for feature in features)
-    return _align(method, sizes, tuple(features), levels, y, x)
-
-
-def _sample_points(boxes, scale, output_size, sampling_ratio, aligned):
-    """Returns y and x of the sampling points in cells, each (B, R, S, Q)."""
     boxes = boxes * scale[..., None] - (0.5 if aligned else 0.0)
     start, size = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
-    if not aligned:
-        size = jnp.maximum(size, 1.0)
-    sample = (jnp.arange(sampling_ratio) + 0.5) / sampling_ratio
-    steps = (jnp.arange(output_size)[:, None] + sample) / output_size
-    points = start[..., None, None] + size[..., None, None] * steps
-    return points[..., 1, :, :], points[..., 0, :, :]
+    return levels, start, size if aligned else jnp.maximum(size, 1.0)
+
+
+def sample_steps(
+    output_size: int, sampling_ratio: int, position: float = 0.5
+) -> Float[Array, "S Q"]:
+    """Returns where the samples of each bin lie, as shares of the window; `position`: in theirs."""
+    if sampling_ratio < 1:
+        raise ValueError(f"sampling_ratio {sampling_ratio}, expected at least 1")
+    sample = (jnp.arange(sampling_ratio) + position) / sampling_ratio
+    return (jnp.arange(output_size)[:, None] + sample) / output_size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,8 +6,9 @@
 Reads timm and torchvision state dicts of ResNets and ResNeXts; timm's `legacy_seresnet*`,
 `legacy_seresnext*`, `legacy_senet154`, `hrnet_w*` (also of the authors' repositories),
 `nasnetalarge` and `tf_efficientnet_*`, and those of the efficientnet-pytorch packages;
-`.safetensors`, `.pth`, `.pt`, or a wheel that holds one such file. Torch is not needed, and nothing in a pickle is executed. Prints every tensor that has no
-place in the backbone (the classifier) and every one that the backbone misses.
+`.safetensors`, `.pth`, `.pt`, or a wheel that holds one such file. Torch is not needed, and nothing
+in a pickle is executed. Prints every tensor that has no place in the backbone (the classifier) and
+every one that the backbone misses.
 """
 
 from pathlib import Path

@@ -41,11 +41,11 @@ def write_dataset(directory: Path, num_images: int = 12, size: int = 64, seed: i
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """ResNet-18 on 64x64 canvases; `arg` is the number of epochs (default 3)."""
+    """ResNet-10 on 64x64 canvases; `arg` is the number of epochs (default 3)."""
     config = r50.get_config()
     config.name = "tiny"
     config.data.update(sampler="uniform", batch_size=4, canvas=(64, 64), max_boxes=8)
-    config.model.update(backbone="resnet18", norm="group", frozen_stages=0, dtype="float32")
+    config.model.update(backbone="resnet10", norm="group", frozen_stages=0, dtype="float32")
     config.model.fpn_channels = 16
     config.model.anchors.scales = (4.0,)
     config.model.rpn.loss.num_samples = 32

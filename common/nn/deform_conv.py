@@ -19,10 +19,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from common import bilinear
-from common.nn.conv import Conv, Padding, conv2d, he_normal_fan_out
+from common.nn.conv import Conv, Padding, he_normal_fan_out
 
 _BORDER = "zero"
-_LANES = 128
+# Input channels of a matmul where groups are merged.
+_PART_CHANNELS = {"corners": 64, "quads": 128}
 
 
 def deform_conv2d(
@@ -74,22 +75,21 @@ def deform_conv2d(
             expected = (x.shape[0], *size, channels)
             raise ValueError(f"{name} of shape {array.shape}, expected {expected}")
 
-    # Positions as the last axis: TPU pads that one to 128.
+    # (B, T, N): TPU would pad an axis of 2 or of T, were it the last, to 128.
     offsets = offsets.astype(jnp.float32).reshape(x.shape[0], -1, taps, 2)
-    y, x_points = jnp.moveaxis(offsets, (3, 2), (0, 1))
+    y_points, x_points = jnp.moveaxis(offsets, (3, 2), (0, 2))
     rows, columns = (
         jnp.arange(size[axis])[:, None] * strides[axis] - padding[axis][0]
         + jnp.arange(sides[axis]) * dilations[axis]
         for axis in (0, 1)
     )
     shape = (*size, *sides)
-    rows = jnp.broadcast_to(rows[:, None, :, None], shape).reshape(-1, taps).T
-    columns = jnp.broadcast_to(columns[None, :, None, :], shape).reshape(-1, taps).T
-    y, x_points = y + rows[:, None], x_points + columns[:, None]
+    y_points += jnp.broadcast_to(rows[:, None, :, None], shape).reshape(-1, taps).T
+    x_points += jnp.broadcast_to(columns[None, :, None, :], shape).reshape(-1, taps).T
     if mask is not None:
-        mask = jnp.moveaxis(mask.astype(jnp.float32).reshape(x.shape[0], -1, taps), 2, 0)
-    kernel = kernel.reshape(taps, *kernel.shape[2:])
-    return _deform_conv(method, size, groups, x, y, x_points, mask, kernel)
+        mask = jnp.moveaxis(mask.astype(jnp.float32).reshape(x.shape[0], -1, taps), 2, 1)
+    kernel = jnp.swapaxes(kernel.reshape(taps, *kernel.shape[2:]), 1, 2)
+    return _deform_conv(method, size, groups, x, y_points, x_points, mask, kernel)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -97,48 +97,29 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _deform_conv(method, size, groups, x, y, x_points, mask, kernel):
-    """`y`, `x_points` and `mask` (T, B, N); `kernel` (T, C / groups, D); `size` (h, w)."""
+def _deform_conv(method, size, groups, x, y_points, x_points, mask, kernel):
+    """`y_points`, `x_points`, `mask` (B, T, N); `kernel` (T, D, C / groups); `size` (h, w)."""
 
-    def forward(method, x, *taps):
-        table = bilinear.make_table(method, [x])
+    def forward(method, kernel, *batch):
+        def of_image(image):
+            x, *taps = image
+            table = bilinear.make_table(method, [x])
 
-        def add_tap(total, tap):
-            y, x_points, mask, kernel = tap
-            place = bilinear.locate(method, _BORDER, (x.shape[1:3],), None, y, x_points)
-            weights = _masked(place.weights, mask)
-            samples = bilinear.interpolate(weights, bilinear.read(table, place.rows))
-            return total + _product(method, size, groups, samples.astype(x.dtype), kernel), None
+            def add_tap(total, tap):
+                *point, mask, kernel = tap
+                place = bilinear.locate(method, _BORDER, (x.shape[:2],), None, *point)
+                weights = _masked(place.weights, mask)
+                samples = bilinear.interpolate(weights, bilinear.read(table, place.rows))
+                samples = samples.astype(x.dtype)
+                return total + _product(method, groups, samples, kernel), None
 
-        total = jnp.zeros((*y.shape[1:], kernel.shape[-1]), jnp.float32)
-        total, _ = lax.scan(add_tap, total, taps, unroll=bilinear.unrolled(method))
-        return total.astype(x.dtype).reshape(x.shape[0], *size, -1)
+            total = jnp.zeros((size[0] * size[1], kernel.shape[1]), jnp.float32)
+            total, _ = bilinear.scan_samples(method, add_tap, total, (*taps, kernel))
+            return total.astype(x.dtype).reshape(*size, -1)
 
-    return bilinear.by_platform(method, forward, x, y, x_points, mask, kernel)
+        return lax.map(of_image, batch)
 
-
-def _masked(weights, mask):
-    return weights if mask is None else tuple(weight * mask for weight in weights)
-
-
-def _product(method, size, groups, samples, kernel):
-    """(B, N, D): samples (B, N, C) times the kernel (C / groups, D) of a tap."""
-    if method == "corners":
-        samples = samples.reshape(samples.shape[0], *size, -1)
-        product = conv2d(samples, kernel[None, None], padding=0, groups=groups)
-        return product.reshape(product.shape[0], -1, product.shape[-1])
-    # TPU's matrix unit takes _LANES channels: neighbouring groups that share it cost nothing, while
-    # a batch of narrow products would be padded to that width one by one.
-    group_channels = kernel.shape[0]
-    merged = max(
-        m for m in range(1, groups + 1)
-        if groups % m == 0 and m * group_channels <= max(_LANES, group_channels)
-    )
-    blocks = kernel.reshape(group_channels, groups // merged, merged, -1)
-    blocks = jnp.einsum("cpmd,nm->pncmd", blocks, jnp.eye(merged, dtype=kernel.dtype))
-    blocks = blocks.reshape(groups // merged, merged * group_channels, -1)
-    parts = jnp.split(samples, len(blocks), axis=-1)
-    return jnp.concatenate([p @ b for p, b in zip(parts, blocks, strict=True)], axis=-1)
+    return bilinear.by_platform(method, forward, kernel, x, y_points, x_points, mask)
 
 
 def _deform_conv_forward(method, size, groups, *arrays):
@@ -146,36 +127,72 @@ def _deform_conv_forward(method, size, groups, *arrays):
 
 
 def _deform_conv_backward(method, size, groups, saved, grad):
-    def backward(method, grad, x, *taps):
-        table = bilinear.make_table(method, [x])
-        grad = grad.reshape(x.shape[0], -1, grad.shape[-1])
+    *batch, kernel = saved
 
-        def add_tap(total, tap):
-            y, x_points, mask, kernel = tap
-            place = bilinear.locate(method, _BORDER, (x.shape[1:3],), None, y, x_points)
-            weights = _masked(place.weights, mask)
-            cells = bilinear.read(table, place.rows)
-            samples = bilinear.interpolate(weights, cells).astype(x.dtype)
-            product = functools.partial(_product, method, size, groups)
-            samples_grad, kernel_grad = jax.vjp(product, samples, kernel)[1](grad)
-            samples_grad = samples_grad.astype(jnp.float32)
-            total = bilinear.add(total, place.rows, weights, samples_grad)
-            slopes = bilinear.contract(cells, samples_grad)
-            mask_grad = None if mask is None else bilinear.dot(place.weights, slopes)
-            slopes = _masked(slopes, mask)
-            y_grad = bilinear.dot(place.y_slopes, slopes)
-            x_grad = bilinear.dot(place.x_slopes, slopes)
-            return total, (y_grad, x_grad, mask_grad, kernel_grad)
+    def backward(method, kernel, *batch):
+        def of_image(image):
+            x, *taps, grad = image
+            table = bilinear.make_table(method, [x])
+            grad = grad.reshape(-1, grad.shape[-1])
 
-        total = jnp.zeros(table.shape, jnp.float32)
-        total, grads = lax.scan(add_tap, total, taps, unroll=bilinear.unrolled(method))
-        (x_grad,) = bilinear.fold_table(method, (x.shape[1:3],), total)
-        return x_grad.astype(x.dtype), *grads
+            def add_tap(total, tap):
+                *point, mask, kernel = tap
+                place = bilinear.locate(method, _BORDER, (x.shape[:2],), None, *point)
+                weights = _masked(place.weights, mask)
+                cells = bilinear.read(table, place.rows)
+                samples = bilinear.interpolate(weights, cells).astype(x.dtype)
+                product = functools.partial(_product, method, groups)
+                samples_grad, kernel_grad = jax.vjp(product, samples, kernel)[1](grad)
+                samples_grad = samples_grad.astype(jnp.float32)
+                total = bilinear.add(total, place.rows, weights, samples_grad)
+                slopes = bilinear.contract(cells, samples_grad)
+                mask_grad = None if mask is None else bilinear.dot(place.weights, slopes)
+                slopes = _masked(slopes, mask)
+                y_grad = bilinear.dot(place.y_slopes, slopes)
+                x_grad = bilinear.dot(place.x_slopes, slopes)
+                return total, (y_grad, x_grad, mask_grad, kernel_grad)
 
-    return bilinear.by_platform(method, backward, grad, *saved)
+            total = jnp.zeros(table.shape, jnp.float32)
+            total, grads = bilinear.scan_samples(method, add_tap, total, (*taps, kernel))
+            (map_grad,) = bilinear.fold_table(method, (x.shape[:2],), total)
+            return map_grad.astype(x.dtype), *grads
+
+        *grads, kernel_grad = lax.map(of_image, batch)
+        kernel_grad = jnp.sum(kernel_grad, axis=0, dtype=jnp.float32)
+        return *grads, kernel_grad.astype(kernel.dtype)
+
+    return bilinear.by_platform(method, backward, kernel, *batch, grad)
 
 
 _deform_conv.defvjp(_deform_conv_forward, _deform_conv_backward)
+
+
+def _masked(weights, mask):
+    return weights if mask is None else tuple(weight * mask for weight in weights)
+
+
+def _product(method, groups, samples, kernel):
+    """(N, D): samples (N, C) times the kernel (D, C / groups) of a tap.
+
+    Neighbouring groups are merged, with zeros between them, until they fill the matrix unit of TPU
+    or make a matmul that XLA:CPU has a fast kernel for.
+    """
+    group_channels = kernel.shape[1]
+    limit = max(_PART_CHANNELS[method] // group_channels, 1)
+    merged = max(m for m in range(1, min(limit, groups) + 1) if groups % m == 0)
+    if merged == groups == 1:
+        return _times_transposed(samples, kernel)
+    parts = groups // merged
+    blocks = kernel.reshape(parts, merged, -1, group_channels)
+    blocks = jnp.einsum("pmdc,nm->pmdnc", blocks, jnp.eye(merged, dtype=kernel.dtype))
+    blocks = blocks.reshape(parts, -1, merged * group_channels)
+    samples = jnp.split(samples, parts, axis=-1)
+    return jnp.concatenate(list(map(_times_transposed, samples, blocks)), axis=-1)
+
+
+def _times_transposed(a, b):
+    # Its gradients are matmuls without transposed results, which would cost XLA:CPU as much again.
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())))
 
 
 class DeformConv(nn.Module):

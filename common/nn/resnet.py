@@ -131,6 +131,7 @@ class Layout:
 
 
 RESNETS = {
+    "resnet10": Layout((1, 1, 1, 1), BasicBlock),  # no public weights; for tests
     "resnet18": Layout((2, 2, 2, 2), BasicBlock),
     "resnet34": Layout((3, 4, 6, 3), BasicBlock),
     "resnet50": Layout((3, 4, 6, 3)),

@@ -93,5 +93,5 @@ def test_the_same_shift_of_every_bin_is_roi_align_of_the_moved_box(case):
 
 
 def test_unknown_sample_mode_is_refused(case):
-    with pytest.raises(ValueError, match="sample mode 'corner', expected one of"):
+    with pytest.raises(ValueError, match="sample_mode 'corner', expected one of"):
         deform_roi_align(*case, STRIDES, output_size=3, sample_mode="corner")
