@@ -33,12 +33,13 @@ def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 
 
 def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up, then drops by `decay_factor` at the given epochs.
+    """Linear warm-up, then drops by `decay_factor` at the given epochs, or half a cosine to 0.
 
     Args:
       config: learning_rate_per_image; warmup_start, the absolute rate of step 0 (or the peak where
-        that is lower); warmup_epochs, or warmup_steps when positive; decay_epochs, ascending;
-        decay_factor; num_epochs.
+        that is lower); warmup_epochs, or warmup_steps when positive; decay, 'step' (also where the
+        field is missing) or 'cosine'; decay_epochs, ascending, and decay_factor of 'step';
+        num_epochs.
       batch_size: images of one global step; the peak is learning_rate_per_image * batch_size.
       steps_per_epoch: of the training split.
 
@@ -53,12 +54,16 @@ def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) 
     start = min(config.warmup_start, peak)
     warmup_steps = config.get("warmup_steps") or round(config.warmup_epochs * steps_per_epoch)
     boundaries = np.array([round(e * steps_per_epoch) for e in config.decay_epochs], np.int32)
+    cosine, last = config.get("decay", "step") == "cosine", total_steps(config, steps_per_epoch)
     factors = config.decay_factor ** np.arange(len(boundaries) + 1, dtype=np.float64)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.int32)
         share = jnp.minimum(step.astype(jnp.float32) / max(warmup_steps, 1), 1.0)
         warm = start + (peak - start) * share if warmup_steps else peak
+        if cosine:
+            left = (step - warmup_steps) / max(last - warmup_steps, 1)
+            return jnp.float32(warm) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0)))
         drops = jnp.sum(step >= boundaries, dtype=jnp.int32)
         return jnp.float32(warm) * jnp.asarray(factors, jnp.float32)[drops]
 
@@ -127,6 +132,10 @@ def _check_schedule(config: ConfigDict) -> None:
     for name in ("learning_rate_per_image", "num_epochs", "decay_factor"):
         if not config[name] > 0:
             raise UserError(f"config.optimizer.{name}: found {config[name]}, expected more than 0")
+    if config.get("decay", "step") not in ("step", "cosine"):
+        raise UserError(
+            f"config.optimizer.decay: found {config.decay!r}, expected 'step' or 'cosine'"
+        )
     for name in ("warmup_start", "warmup_epochs"):
         if config[name] < 0:
             raise UserError(f"config.optimizer.{name}: found {config[name]}, expected 0 or more")
