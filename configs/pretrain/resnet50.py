@@ -1,0 +1,66 @@
+"""ImageNet pre-training of a backbone: the standard recipe of 90 epochs.
+
+    python -m detection.pretrain --config=configs/pretrain/resnet50.py --config.data.dir=DIR
+        --workdir=WORK
+    python -m detection.pretrain --config=configs/pretrain/resnet50.py:senet154
+        --config.data.tfds=imagenet2012 --workdir=WORK
+
+DIR holds train/CLASS/*.jpg and validation/CLASS/*.jpg.
+Hardware: any number of accelerators; the learning rate is written per image (0.1 for 256) and
+          follows the batch size.
+Expected: top-1 of 76 to 77 % with ResNet-50 (literature: 76.1 torchvision V1, 77.2 with smoothed
+          labels and a cosine).
+"""
+
+import ml_collections
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: the backbone, "resnet50" (default) or another of `common.nn.backbones`."""
+    config = ml_collections.ConfigDict()
+    config.name = f"pretrain_{arg or 'resnet50'}"
+    config.seed = 0
+
+    config.data = dict(
+        dir="",  # folder with SPLIT/CLASS/PHOTO; with `tfds`: the folder of TFDS
+        tfds="",  # name in TensorFlow Datasets, prepared as array_record
+        train_split="train",
+        eval_split="validation",
+        batch_size=1024,  # images of all devices together
+        image_size=224,
+        crop_area=(0.08, 1.0),  # share of the photo in a random crop
+        crop_aspect=(3 / 4, 4 / 3),
+        flip=True,
+        eval_crop=0.875,  # of the short side
+        num_threads=0,  # of decoding; 0: twice the cores
+        prefetch=2,  # batches
+    )
+
+    config.model = dict(
+        backbone=arg or "resnet50",
+        norm="sync",  # batch (per device) | sync | group
+        remat=False,  # recompute backbone activations in the backward pass
+        drop_path_rate=0.0,  # stochastic depth (EfficientNet, NASNet)
+        dropout_rate=0.0,
+        label_smoothing=0.1,
+        dtype="bfloat16",  # of convolutions; parameters, head and loss are float32
+    )
+
+    config.optimizer = dict(
+        learning_rate_per_image=0.1 / 256,
+        warmup_start=0.0,
+        warmup_epochs=5.0,
+        warmup_steps=0,  # when positive, instead of warmup_epochs
+        num_epochs=90.0,
+        decay="cosine",  # cosine | step
+        decay_epochs=(30, 60, 80),  # of step
+        decay_factor=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        clip_norm=0.0,  # 0: off
+    )
+
+    config.checkpoint = dict(every_steps=2000, keep_last=2)
+    config.evaluation = dict(batch_size=256, every_epochs=5)  # 0: only at the end
+    config.log = dict(every_steps=50, stall_seconds=1800)
+    return config

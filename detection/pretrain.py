@@ -1,0 +1,243 @@
+"""Trains a backbone as image classifier, on ImageNet or any photos sorted into classes.
+
+    python -m detection.pretrain --config=configs/pretrain/resnet50.py --config.data.dir=DIR
+        --workdir=WORK
+
+DIR holds train/CLASS/*.jpg and validation/CLASS/*.jpg; --config.data.tfds=imagenet2012 reads TFDS
+instead. The same command goes on from the last checkpoint in --workdir. At the end it reports top-1
+accuracy and writes WORK/backbone.safetensors, which detectors take as --config.model.pretrained.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from common.cli import run_main
+from common.data.labelled_batches import eval_batches, train_batches
+from common.data.labelled_images import LabelledImages, open_images
+from common.errors import UserError
+from common.nn.weights import save_backbone_weights
+from common.training import distributed
+from common.training.checkpoint import Checkpoints
+from common.training.metrics import RunMetrics, log_parameter_overview
+from common.training.optimizer import make_optimizer, make_schedule, total_steps
+from common.training.progress import Progress
+from common.training.watchdog import StallWatchdog, check_finite
+from common.training.workdir import prepare_workdir
+from detection.models.classifier import Classifier
+from detection.setup import abstract, define_flags
+from detection.train_step import TrainState, init_variables, make_predict_step, make_train_step
+
+# Fields that may change between two starts of one run: they do not change what a step computes.
+MAY_DIFFER = (
+    "log", "checkpoint", "evaluation", "data.dir", "data.num_threads", "data.prefetch",
+    "data.eval_split",
+)
+WEIGHTS = "backbone.safetensors"
+
+
+def pretrain(config: ConfigDict, workdir: str) -> float:
+    """Runs (or finishes) a training; returns the top-1 accuracy."""
+
+    # ---------------------------------------------------------------- devices and work directory
+    distributed.initialize()
+    mesh = distributed.make_mesh()
+    is_main = distributed.is_main_process()
+    say = print if is_main else lambda *_, **__: None
+    say(
+        f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, "
+        f"{jax.process_count()} processes", flush=True,
+    )
+    for name, size in (
+        ("data.batch_size", config.data.batch_size),
+        ("evaluation.batch_size", config.evaluation.batch_size),
+    ):
+        if size % mesh.size:
+            raise UserError(
+                f"config.{name}: found {size}, expected a multiple of the {mesh.size} devices"
+            )
+    workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
+
+    # ---------------------------------------------------------------- data
+    train_images, eval_images = open_splits(config)
+    batch_size = config.data.batch_size
+    steps_per_epoch = -(-len(train_images) // batch_size)
+    num_steps = total_steps(config.optimizer, steps_per_epoch)
+    say(
+        f"data: {len(train_images)} training and {len(eval_images)} validation images, "
+        f"{len(train_images.class_names)} classes, {steps_per_epoch} steps an epoch", flush=True,
+    )
+
+    # ---------------------------------------------------------------- model and optimiser
+    model = build_model(config, len(train_images.class_names))
+    schedule = make_schedule(
+        config.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
+    )
+    shapes = jax.eval_shape(lambda: init_variables(model, config.seed, init_batch(config)))
+    tx = make_optimizer(config.optimizer, schedule, shapes["params"])
+    log_parameter_overview(shapes["params"], say)
+
+    def init_state():
+        variables = init_variables(model, config.seed, init_batch(config))
+        params = variables["params"]
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params)
+        )
+
+    # ---------------------------------------------------------------- state
+    replicated = distributed.replicated(mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last)
+    start_step = checkpoints.latest_step() or 0
+    if start_step:
+        abstract_state = abstract(jax.eval_shape(init_state), mesh)
+        state, _ = checkpoints.restore(start_step, abstract_state)
+        say(f"resuming at step {start_step}", flush=True)
+    else:
+        state = jax.jit(init_state, out_shardings=replicated)()
+
+    # ---------------------------------------------------------------- loop
+    step_fn = jax.jit(
+        make_train_step(model, tx, mesh, config.seed),
+        donate_argnums=0,
+        in_shardings=(replicated, distributed.batch_sharded(mesh)),
+        out_shardings=replicated,
+    )
+    predict = jax.jit(make_predict_step(model, mesh))
+    batches = train_batches(
+        train_images, config.data, seed=config.seed, start_step=start_step,
+        num_steps=num_steps - start_step,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+    progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
+    extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": config.name}
+
+    def evaluate(step):
+        with progress.pause():
+            top1 = top1_accuracy(state, eval_images, config, predict, mesh)
+        say(f"top-1 {top1:.4f} on {len(eval_images)} images after step {step}", flush=True)
+        log.write(step, {"evaluation/top1": top1})
+        return top1
+
+    def check(metrics, step, image_index):
+        figures = {name: float(value) for name, value in distributed.to_host(metrics).items()}
+        check_finite(figures, step, [train_images.name(i) for i in image_index])
+        return figures
+
+    with RunMetrics(workdir, start_step) as log, StallWatchdog(config.log.stall_seconds) as stall:
+        checked = None  # metrics of the step before, looked at while the device works on this one
+        for step in range(start_step + 1, num_steps + 1):
+            with progress.data_wait():
+                host_batch = next(batches)
+            image_index = host_batch.pop("image_index")
+            state, metrics = step_fn(state, distributed.to_global(host_batch, mesh))
+            progress.step_done(step)
+            if checked is not None:
+                check(*checked)
+            checked = (metrics, step, image_index)
+            stall.beat(step)
+
+            last, epoch_end = step == num_steps, step % steps_per_epoch == 0
+            if step % config.log.every_steps == 0 or step == start_step + 1 or last:
+                figures = check(*checked)
+                figures["learning_rate"] = float(schedule(step - 1))
+                say(progress.line(step, figures), flush=True)
+                log.write(step, figures | progress.rates(step))
+                checkpoints.check()
+            due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+            if due or last:
+                check(*checked)  # never keep a state that has already diverged
+                with progress.pause():
+                    checkpoints.save(step, state, extra)
+            every = config.evaluation.every_epochs
+            if every and epoch_end and (step // steps_per_epoch) % every == 0 and not last:
+                evaluate(step)
+                stall.beat(step)
+        checkpoints.close()
+        top1 = evaluate(num_steps)
+    if is_main:
+        path = workdir / WEIGHTS
+        write_backbone(path, state, config)
+        say(f"wrote {path} (config.model.pretrained of a detector)", flush=True)
+    return top1
+
+
+def open_splits(config: ConfigDict) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images.
+
+    Raises:
+      UserError: they cannot be opened, or their classes differ.
+    """
+    data = config.data
+    train, evaluation = (
+        open_images(data.dir, data.tfds, split) for split in (data.train_split, data.eval_split)
+    )
+    if list(train.class_names) != list(evaluation.class_names):
+        odd = sorted(set(train.class_names) ^ set(evaluation.class_names))
+        raise UserError(
+            f"{data.tfds or data.dir}: found classes in only one of {data.train_split} and "
+            f"{data.eval_split}: {', '.join(odd[:5])}; expected the same in both"
+        )
+    return train, evaluation
+
+
+def build_model(config: ConfigDict, num_classes: int) -> Classifier:
+    """The classifier as it runs on each device of the mesh."""
+    model = config.model
+    return Classifier(
+        num_classes, model.backbone, norm=model.norm, remat=model.remat,
+        drop_path_rate=model.drop_path_rate, dropout_rate=model.dropout_rate,
+        label_smoothing=model.label_smoothing, dtype=jnp.dtype(model.dtype),
+        axis_name=distributed.DATA_AXIS,
+    )
+
+
+def init_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch that parameters can be made with."""
+    size = max(config.data.image_size, 64)  # below, NASNet's last cells would have no pixel
+    return {
+        "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "image_valid": jax.ShapeDtypeStruct((1,), jnp.bool_),
+    }
+
+
+def top1_accuracy(
+    state: TrainState, images: LabelledImages, config: ConfigDict, predict: Callable, mesh: Mesh
+) -> float:
+    """Share of `images` whose highest logit is that of their class; collective."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    batches = eval_batches(
+        images, config.data, batch_size=config.evaluation.batch_size,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+    correct = jnp.zeros((), jnp.int32)
+    for batch in batches:
+        del batch["image_index"]
+        correct += jnp.sum(predict(variables, distributed.to_global(batch, mesh))["correct"])
+    return int(correct) / len(images)
+
+
+def write_backbone(path: epath.Path, state: TrainState, config: ConfigDict) -> None:
+    """The trunk's weights as `scripts.convert_weights` writes them."""
+    trunk = {"params": state.params["backbone"]}
+    if "backbone" in state.batch_stats:  # group norm has none
+        trunk["batch_stats"] = state.batch_stats["backbone"]
+    flat = traverse_util.flatten_dict(distributed.to_host(trunk), sep="/")
+    weights = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    save_backbone_weights(path, weights, config.model.backbone, f"{config.name} (pretrain)")
+
+
+def main(_):
+    pretrain(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_main(main)
