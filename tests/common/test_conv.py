@@ -80,3 +80,15 @@ def test_module_adds_bias_and_keeps_float32_parameters():
     y = conv.apply({"params": params}, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, np.broadcast_to(np.arange(5.0), (1, 4, 4, 5)))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_only_cpu_splits_grouped_convolutions(platform):
+    def loss(x, kernel):
+        return conv2d(x, kernel, padding=1, groups=4).sum()
+
+    x, kernel = jnp.ones((1, 8, 8, 32)), jnp.ones((3, 3, 8, 32))
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, kernel)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("feature_group_count = 4" in program) == (platform != "cpu")
+    assert ("stablehlo.while" in program) == (platform == "cpu")
