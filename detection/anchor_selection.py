@@ -82,7 +82,7 @@ def kmeans_1d(
 
     def cost(start, stop):
         """Squared deviations of the values [start, stop) from their mean."""
-        mass = np.maximum(total[stop] - total[start], 1e-300)
+        mass = np.maximum(total[stop] - total[start], 1e-9)
         return second[stop] - second[start] - (first[stop] - first[start]) ** 2 / mass
 
     starts, stops = np.arange(size)[:, None], np.arange(1, size + 1)[None, :]

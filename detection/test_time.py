@@ -167,8 +167,10 @@ def predict_views(
     engine = _Engine(model, variables, local_mesh, settings, rows)
 
     progress = Progress(len(share), jax.process_count(), mesh.size)
-    said = time.monotonic()
+    said = float("-inf")
     done = content = area = 0
+    names = ", ".join(map(settings.view_name, settings.views))
+    say(f"detect {split}: {len(indices)} photos, {len(settings.views)} views: {names}", flush=True)
 
     def report() -> None:
         padding = {"padding %": 100 * (1 - content / max(area, 1))}

@@ -13,6 +13,7 @@ from common.detections import read_detections
 from common.errors import UserError
 from common.training import distributed
 from detection import test_time
+from detection.evaluate import evaluate_variables
 from tests import tiny
 
 BOXES = [(0.1, 0.2, 0.4, 0.6), (0.5, 0.5, 0.9, 0.75), (0.0, 0.3, 0.3, 1.0)]
@@ -186,3 +187,11 @@ def test_fields_out_of_range_are_named(dataset, tmp_path, field, value):
     with pytest.raises(UserError, match=rf"config\.test_time\.{field}: found"):
         detect(make_config(**{field: value}), dataset, tmp_path / "x.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_of_views_cannot_be_scored_before_they_are_merged(tmp_path):
+    with pytest.raises(UserError, match="expected 'union' or 'mean' to score"):
+        evaluate_variables(
+            make_config(merge="tables"), None, None, None, {}, 1, tmp_path, split="all",
+            test_time=True,
+        )
