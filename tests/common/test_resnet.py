@@ -45,7 +45,7 @@ def test_taps_have_strides_4_to_32(name, size):
         lambda x: module.init_with_output(jax.random.key(0), x, False)[0],
         jax.ShapeDtypeStruct((1, *size, 3), jnp.float32),
     )
-    expansion = 1 if name in ("resnet18", "resnet34") else 4
+    expansion = 1 if name in ("resnet10", "resnet18", "resnet34") else 4
     for i, tap in enumerate(("c2", "c3", "c4", "c5")):
         stride = 4 * 2**i
         height, width = (-(-side // stride) for side in size)
