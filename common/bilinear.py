@@ -3,14 +3,14 @@
 A sample is the weighted sum of the 2 x 2 cells around its point. Their values are read as rows of a
 table; the feature gradient adds rows to such a table. The table comes in two forms:
 
-  corners  one row per cell, four rows per sample: what XLA:CPU and GPU fuse into one loop over
-           channels, which needs no memory but the result's
-  quads    one row per 2 x 2 cells, one row per sample: for TPU, which reads and adds whole rows,
-           sorts the row numbers before it adds, and compiles each such sort for seconds. The T
-           samples are taken in turns of a loop: only the rows of one exist at a time
+  corners  one row per cell, four rows per sample: on CPU and GPU, which read all four in one fused
+           loop over channels
+  quads    one row per 2 x 2 cells, one row per sample: on TPU, where the number of rows counts.
+           Before it adds rows it sorts their numbers, and each such sort takes seconds to compile
 
-Images are taken in turn, too. A batch that is sharded over devices should come here through
-`jax.shard_map`, device by device.
+Loops go over the images and over the samples of an output, so that the rows of only one sample
+exist at a time, and that there is one sort to compile. A batch that is sharded over devices should
+come here through `jax.shard_map`, device by device.
 
 Rules at the border:
 
@@ -87,11 +87,6 @@ def by_platform(method: str | None, function: Callable, *arguments):
     )
 
 
-def scan_samples(method: str, body: Callable, start, samples):
-    """`lax.scan` over the leading axis of `samples`, unrolled where the method wants that."""
-    return lax.scan(body, start, samples, unroll=1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sample_mean(method, border, maps, levels, y, x):
     def forward(method, *batch):
@@ -104,12 +99,10 @@ def _sample_mean(method, border, maps, levels, y, x):
                 return total + interpolate(place.weights, read(table, place.rows)), None
 
             total = jnp.zeros((len(levels), maps[0].shape[-1]), jnp.float32)
-            total, _ = scan_samples(method, add_sample, total, (y, x))
+            total, _ = lax.scan(add_sample, total, (y, x))
             return (total / len(y)).astype(maps[0].dtype)
 
-        # XLA:CPU would fuse the flattening that a dense layer begins with into the reading of the
-        # table; channels would no longer be its innermost index, and it 10 times slower.
-        return lax.optimization_barrier(lax.map(of_image, batch))
+        return lax.map(of_image, batch)
 
     return by_platform(method, forward, maps, levels, y, x)
 
@@ -127,12 +120,12 @@ def _sample_mean_backward(method, border, saved, grad):
 
             def add_sample(total, point):
                 place = locate(method, border, _sizes(maps), levels, *point)
-                slopes = contract(read(table, place.rows), grad)
-                total = add(total, place.rows, place.weights, grad)
-                return total, (dot(place.y_slopes, slopes), dot(place.x_slopes, slopes))
+                weights_grad = contract(read(table, place.rows), grad)
+                point_grad = dot(place.y_slopes, weights_grad), dot(place.x_slopes, weights_grad)
+                return add(total, place.rows, place.weights, grad), point_grad
 
             total = jnp.zeros(table.shape, jnp.float32)
-            total, (y_grad, x_grad) = scan_samples(method, add_sample, total, (y, x))
+            total, (y_grad, x_grad) = lax.scan(add_sample, total, (y, x))
             maps_grad = fold_table(method, _sizes(maps), total)
             return tuple(grad.astype(table.dtype) for grad in maps_grad), y_grad, x_grad
 
@@ -289,8 +282,8 @@ def interpolate(weights: Four, cells: Sequence[Float[Array, "N C"]]) -> Float[Ar
 
 
 def contract(cells: Sequence[Float[Array, "N C"]], grad: Float[Array, "N C"]) -> Four:
-    """Derivatives of sum(sample * grad) with respect to the weights of the four cells."""
-    return tuple(jnp.sum(c.astype(jnp.float32) * grad, axis=-1) for c in cells)
+    """Gradients of the weights: sums over channels of each cell times `grad`."""
+    return tuple(jnp.sum(cell.astype(jnp.float32) * grad, axis=-1) for cell in cells)
 
 
 def dot(a: Four, b: Four) -> Float[Array, " N"]:

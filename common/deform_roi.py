@@ -62,12 +62,11 @@ def deform_roi_align(
     offsets = offsets.astype(jnp.float32)
 
     def points(axis, steps):
-        """(B, Q * Q, R * S * S); `steps` broadcasts to (Q, Q, 1, S, S)."""
-        shares = steps + offsets[:, None, None, ..., axis]
-        corner, extent = (a[:, None, None, :, None, None, axis] for a in (start, size))
-        at = corner + extent * shares
-        at = jnp.broadcast_to(at, (grid[0], sampling_ratio, sampling_ratio, *grid[1:]))
-        return at.reshape(grid[0], sampling_ratio**2, -1)
+        """(B, Q * Q, R * S * S), in cells; `steps` broadcasts to (Q, Q, R, S, S)."""
+        first, length = (a[:, None, None, :, None, None, axis] for a in (start, size))
+        points = first + length * (steps + offsets[:, None, None, ..., axis])
+        points = jnp.broadcast_to(points, (grid[0], sampling_ratio, sampling_ratio, *grid[1:]))
+        return points.reshape(grid[0], sampling_ratio**2, -1)
 
     pooled = bilinear.sample_mean(
         features,

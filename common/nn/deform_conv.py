@@ -114,7 +114,7 @@ def _deform_conv(method, size, groups, x, y_points, x_points, mask, kernel):
                 return total + _product(method, groups, samples, kernel), None
 
             total = jnp.zeros((size[0] * size[1], kernel.shape[1]), jnp.float32)
-            total, _ = bilinear.scan_samples(method, add_tap, total, (*taps, kernel))
+            total, _ = lax.scan(add_tap, total, (*taps, kernel))
             return total.astype(x.dtype).reshape(*size, -1)
 
         return lax.map(of_image, batch)
@@ -138,22 +138,22 @@ def _deform_conv_backward(method, size, groups, saved, grad):
             def add_tap(total, tap):
                 *point, mask, kernel = tap
                 place = bilinear.locate(method, _BORDER, (x.shape[:2],), None, *point)
-                weights = _masked(place.weights, mask)
                 cells = bilinear.read(table, place.rows)
+                weights = _masked(place.weights, mask)
                 samples = bilinear.interpolate(weights, cells).astype(x.dtype)
                 product = functools.partial(_product, method, groups)
                 samples_grad, kernel_grad = jax.vjp(product, samples, kernel)[1](grad)
                 samples_grad = samples_grad.astype(jnp.float32)
                 total = bilinear.add(total, place.rows, weights, samples_grad)
-                slopes = bilinear.contract(cells, samples_grad)
-                mask_grad = None if mask is None else bilinear.dot(place.weights, slopes)
-                slopes = _masked(slopes, mask)
-                y_grad = bilinear.dot(place.y_slopes, slopes)
-                x_grad = bilinear.dot(place.x_slopes, slopes)
+                weights_grad = bilinear.contract(cells, samples_grad)
+                mask_grad = None if mask is None else bilinear.dot(place.weights, weights_grad)
+                weights_grad = _masked(weights_grad, mask)
+                y_grad = bilinear.dot(place.y_slopes, weights_grad)
+                x_grad = bilinear.dot(place.x_slopes, weights_grad)
                 return total, (y_grad, x_grad, mask_grad, kernel_grad)
 
             total = jnp.zeros(table.shape, jnp.float32)
-            total, grads = bilinear.scan_samples(method, add_tap, total, (*taps, kernel))
+            total, grads = lax.scan(add_tap, total, (*taps, kernel))
             (map_grad,) = bilinear.fold_table(method, (x.shape[:2],), total)
             return map_grad.astype(x.dtype), *grads
 
