@@ -1,46 +1,79 @@
-"""Deformable RoI pooling, sample by sample."""
+"""Brute-force twin of common.deform_roi: one sample at a time, float64.
+
+Gradients of the offsets are central differences.
+"""
 
 import math
 
 import numpy as np
 
+from tests.oracles.roi_align import corners, level_of
 
-def deform_roi_align(features, boxes, offsets, strides, output_size, sampling_ratio, mode):
-    """`common.deform_roi.deform_roi_align` with aligned=True, in float64 loops."""
-    batch, rois = boxes.shape[:2]
-    channels = features[0].shape[-1]
-    out = np.zeros((batch, rois, output_size, output_size, channels))
-    lead = 0.5 if mode == "centre" else 0.0
-    for b in range(batch):
-        for r in range(rois):
-            x1, y1, x2, y2 = (float(v) for v in boxes[b, r])
-            width, height = x2 - x1, y2 - y1
-            level = math.floor(4 + math.log2(math.sqrt(width * height) / 224) + 1e-6)
-            lowest = round(math.log2(strides[0]))
-            index = min(max(level - lowest, 0), len(strides) - 1)
-            feature, stride = np.asarray(features[index][b], np.float64), strides[index]
-            for i in range(output_size):
-                for j in range(output_size):
-                    dx, dy = (float(v) for v in offsets[b, r, i, j])
-                    for p in range(sampling_ratio):
-                        for q in range(sampling_ratio):
-                            v = (i + (p + lead) / sampling_ratio) / output_size
-                            u = (j + (q + lead) / sampling_ratio) / output_size
-                            y = (y1 + (v + dy) * height) / stride - 0.5
-                            x = (x1 + (u + dx) * width) / stride - 0.5
-                            out[b, r, i, j] += _sample(feature, y, x) / sampling_ratio**2
-    return out
+_STEP = 1e-6
 
 
-def _sample(feature, y, x):
-    height, width = feature.shape[:2]
-    if not (-1 <= y <= height and -1 <= x <= width):
-        return 0.0
-    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
-    top, left = int(y), int(x)
-    total = 0.0
-    for row, row_weight in ((top, 1 - (y - top)), (top + 1, y - top)):
-        for column, weight in ((left, 1 - (x - left)), (left + 1, x - left)):
-            if row_weight * weight > 0:
-                total = total + row_weight * weight * feature[row, column]
-    return total
+def _bins(boxes, offsets, strides, bins, ratio, aligned, position):
+    """Yields (image, RoI, bin row, bin column, level, function of the offset giving the points)."""
+    first = round(math.log2(strides[0]))
+    for b, r in np.ndindex(boxes.shape[:2]):
+        level = level_of(boxes[b, r], first, first + len(strides) - 1) - first
+        left, top, right, bottom = (
+            float(v) / strides[level] - (0.5 if aligned else 0.0) for v in boxes[b, r]
+        )
+        width, height = right - left, bottom - top
+        if not aligned:
+            width, height = max(width, 1.0), max(height, 1.0)
+        for s in range(bins):
+            for t in range(bins):
+
+                def points(dx, dy, left=left, top=top, width=width, height=height, s=s, t=t):
+                    for i in range(ratio):
+                        for j in range(ratio):
+                            y = top + height * ((s + (i + position) / ratio) / bins + dy)
+                            x = left + width * ((t + (j + position) / ratio) / bins + dx)
+                            yield y, x
+
+                yield b, r, s, t, level, points
+
+
+def _pool(image, points, ratio):
+    total = np.zeros(image.shape[-1])
+    for y, x in points:
+        for row, column, weight in corners(y, x, *image.shape[:2]):
+            total += weight * image[row, column]
+    return total / ratio**2
+
+
+def deform_roi_align(
+    features, boxes, offsets, strides, bins=7, ratio=2, aligned=True, position=0.5
+):
+    """Returns the crops (B, R, S, S, C); `position` of a sample in its part of the bin."""
+    features = [feature.astype(np.float64) for feature in features]
+    output = np.zeros((*boxes.shape[:2], bins, bins, features[0].shape[-1]))
+    for b, r, s, t, level, points in _bins(
+        boxes, offsets, strides, bins, ratio, aligned, position
+    ):
+        output[b, r, s, t] = _pool(features[level][b], points(*offsets[b, r, s, t]), ratio)
+    return output
+
+
+def gradients(
+    features, boxes, offsets, strides, gradient, bins=7, ratio=2, aligned=True, position=0.5
+):
+    """Returns those of sum(crops * gradient): for each level's features, and for the offsets."""
+    features = [feature.astype(np.float64) for feature in features]
+    totals = [np.zeros(feature.shape) for feature in features]
+    offsets_grad = np.zeros(offsets.shape)
+    for b, r, s, t, level, points in _bins(
+        boxes, offsets, strides, bins, ratio, aligned, position
+    ):
+        image, wanted = features[level][b], gradient[b, r, s, t]
+        offset = offsets[b, r, s, t].astype(np.float64)
+        for y, x in points(*offset):
+            for row, column, weight in corners(y, x, *image.shape[:2]):
+                totals[level][b, row, column] += weight * wanted / ratio**2
+        for axis, step in enumerate(np.eye(2) * _STEP):
+            change = _pool(image, points(*(offset + step)), ratio)
+            change -= _pool(image, points(*(offset - step)), ratio)
+            offsets_grad[b, r, s, t, axis] = change @ wanted / (2 * _STEP)
+    return totals, offsets_grad
