@@ -151,6 +151,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         threads = settings.num_threads or min(2 * (os.cpu_count() or 1), 64)
         options = tf.data.Options()
         options.deterministic = True
+        # Every number is given. The tuning thread would hold up the end of an iterator: up to a
+        # minute each.
+        options.autotune.enabled = False
         options.threading.private_threadpool_size = threads + 1
         self._iterator = (
             tf.data.Dataset.range(numbers.start, numbers.stop)
@@ -163,7 +166,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._open.add(self)
 
     def close(self) -> None:
-        """Stops reading ahead. At exit this happens by itself.
+        """Stops reading ahead. After the last batch and at exit this happens by itself.
 
         A thread of tf.data that waits for Python when the interpreter has gone never ends, and the
         iterator, deleted so late, would wait for it.
@@ -186,7 +189,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return self._loader.dropped_boxes
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator)
+        batch = next(self._iterator, None)
+        if batch is None:
+            self.close()
+            raise StopIteration
         self._made += 1
         end = self._numbers.start + self._made * self._batch_size
         errors = [number for number in list(self._errors) if number < end]
