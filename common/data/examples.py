@@ -1,6 +1,6 @@
 """One slot of a batch: photo and boxes on the canvas, augmented, padded. NumPy and Pillow only.
 
-Shape legend: H, W canvas; M = max_boxes; n boxes of an image.
+Shape legend: H, W canvas; M = max_boxes; P = max_proposals; n boxes of an image.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int64
 
 from common.data import images
 from common.data.dataset import GROUP_OF, Dataset
+from common.data.proposals import TableBoxes
 from common.errors import UserError
 
 _MIN_TRIED = 100  # images before the share of unreadable ones is judged
@@ -29,6 +30,7 @@ DTYPES = {
     "image_valid": np.bool_,
     "drawn_class": np.int32,
 }
+PROPOSAL_DTYPES = {"proposals": np.float32, "proposal_valid": np.bool_}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Slot:
       index: image index, -1 for padding.
       drawn_class: class the image was drawn for, -1: none.
       rng: random numbers of this slot.
+      first_proposal: the first of the image's proposals that this slot has.
     """
 
     index: int
     drawn_class: int
     rng: np.random.Generator
+    first_proposal: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Settings:
     on_image_error: str
     num_threads: int
     prefetch: int
+    max_proposals: int  # 0: examples have no proposals
 
     @classmethod
     def of(cls, config: Any) -> "Settings":
@@ -69,6 +74,7 @@ class Settings:
         """
         canvas = tuple(int(side) for side in config.canvas)
         jitter = tuple(float(value) for value in config.scale_jitter)
+        max_proposals = getattr(config, "max_proposals", 0)
         requirements = {
             "canvas": (len(canvas) == 2 and min(canvas) >= 1, "height, width in pixels"),
             "pad_multiple": (config.pad_multiple >= 1, "at least 1"),
@@ -78,6 +84,7 @@ class Settings:
             "on_image_error": (config.on_image_error in ("fatal", "skip"), "'fatal' or 'skip'"),
             "num_threads": (config.num_threads >= 0, "0 (automatic) or more"),
             "prefetch": (config.prefetch >= 1, "at least 1"),
+            "max_proposals": (max_proposals >= 0, "0 (none) or more"),
         }
         for field, (holds, expected) in requirements.items():
             if not holds:
@@ -92,6 +99,7 @@ class Settings:
             on_image_error=config.on_image_error,
             num_threads=config.num_threads,
             prefetch=config.prefetch,
+            max_proposals=max_proposals,
         )
 
 
@@ -143,32 +151,38 @@ class ExampleLoader:
     """Makes examples of slots; threads may share it.
 
     Attributes:
+      dtypes: type of each field of an example.
       photo_errors: counts the unreadable photos that were left out.
       dropped_boxes: how many boxes did not fit into `max_boxes`.
     """
 
-    def __init__(self, dataset: Dataset, settings: Settings):
+    def __init__(self, dataset: Dataset, settings: Settings, proposals: TableBoxes | None = None):
         self.photo_errors = PhotoErrors(settings.on_image_error)
         self.dropped_boxes = 0
         self._lock = threading.Lock()
         self._dataset = dataset
         self._settings = settings
+        self._proposals = proposals
+        self.dtypes = DTYPES | (PROPOSAL_DTYPES if settings.max_proposals else {})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each field of an example."""
-        max_boxes = self._settings.max_boxes
-        return {name: () for name in DTYPES} | {
+        max_boxes, max_proposals = self._settings.max_boxes, self._settings.max_proposals
+        shapes = {name: () for name in DTYPES} | {
             "image": (*self._settings.shape, 3),
             "image_size": (2,),
             "original_size": (2,),
             "boxes": (max_boxes, 4),
             **{name: (max_boxes,) for name in ("classes", "group_of", "valid")},
+            "proposals": (max_proposals, 4),
+            "proposal_valid": (max_proposals,),
         }
+        return {name: shapes[name] for name in self.dtypes}
 
-    def empty(self) -> dict[str, np.ndarray]:
-        """An example of all padding."""
-        return {name: np.zeros(shape, DTYPES[name]) for name, shape in self.shapes.items()}
+    def empty(self, slot: Slot | None = None) -> dict[str, np.ndarray]:
+        """An example of all padding; all slots have the same shapes."""
+        return {name: np.zeros(shape, self.dtypes[name]) for name, shape in self.shapes.items()}
 
     def load(self, slot: Slot) -> dict[str, np.ndarray]:
         """The example of a slot; of all padding when the photo is broken and may be skipped.
@@ -201,6 +215,8 @@ class ExampleLoader:
                 example["original_size"][:] = photo.size
                 example["image_valid"][()] = True
                 self._add_boxes(example, slot, geometry)
+                if self._proposals is not None:
+                    self._add_proposals(example, slot, geometry)
         return example
 
     def _open(self, index: int) -> images.Photo:
@@ -223,6 +239,16 @@ class ExampleLoader:
         example["classes"][:count] = classes[rows]
         example["group_of"][:count] = group_of[rows]
         example["valid"][:count] = True
+
+    def _add_proposals(
+        self, example: dict[str, np.ndarray], slot: Slot, geometry: images.Geometry
+    ) -> None:
+        first = slot.first_proposal
+        boxes = self._proposals.image_boxes(slot.index)[first : first + len(example["proposals"])]
+        # In the order of the table, so that what becomes of them can be put beside its rows.
+        boxes, keep = images.transform_boxes(boxes, geometry)
+        example["proposals"][: len(boxes)] = boxes
+        example["proposal_valid"][: len(boxes)] = keep
 
     def _subset(
         self, rows: Int64[np.ndarray, " n"], drawn: Bool[np.ndarray, " n"], slot: Slot
