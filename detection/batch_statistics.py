@@ -26,7 +26,6 @@ from common.training.distributed import DATA_AXIS
 from common.training.progress import Progress
 from detection import setup
 from detection.models.faster_rcnn import FasterRCNN
-from detection.train_step import batch_shapes
 
 
 def recompute_batch_stats(
@@ -88,7 +87,7 @@ def recompute_batch_stats(
         mesh,
     )
     measure = jax.jit(make_measure_step(model, mesh))
-    fields = batch_shapes((0, 0), 1, 0, 0).keys()
+    fields = setup.batch_shapes((0, 0), 1, 0, 0).keys()
     progress = Progress(num_batches, config.data.batch_size, mesh.size)
     sums = {path: np.zeros((2, *stats[(*path, "mean")].shape)) for path in momenta}
 

@@ -19,8 +19,8 @@ from common.data.input import eval_batches
 from common.detections import DetectionsWriter
 from common.training import distributed
 from common.training.progress import Progress
+from common.training.train_step import make_predict_step
 from detection.models.faster_rcnn import FasterRCNN
-from detection.train_step import make_predict_step
 
 INFERENCE_FIELDS = ("image", "image_size", "image_valid")
 

@@ -8,6 +8,7 @@ instead. The same command goes on from the last checkpoint in --workdir. At the 
 accuracy and writes WORK/backbone.safetensors, which detectors take as --config.model.pretrained.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,16 +25,20 @@ from common.data.labelled_batches import eval_batches, train_batches
 from common.data.labelled_images import LabelledImages, open_images
 from common.errors import UserError
 from common.nn.weights import save_backbone_weights
-from common.training import distributed
+from common.training import distributed, loop
 from common.training.checkpoint import Checkpoints
-from common.training.metrics import RunMetrics, log_parameter_overview
+from common.training.metrics import log_parameter_overview
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
-from common.training.progress import Progress
-from common.training.watchdog import StallWatchdog, check_finite
+from common.training.train_step import (
+    TrainState,
+    init_state,
+    init_variables,
+    make_predict_step,
+    make_train_step,
+)
 from common.training.workdir import prepare_workdir
 from detection.models.classifier import Classifier
-from detection.setup import abstract, define_flags
-from detection.train_step import TrainState, init_variables, make_predict_step, make_train_step
+from detection.setup import define_flags
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
@@ -47,22 +52,7 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     """Runs (or finishes) a training; returns the top-1 accuracy."""
 
     # ---------------------------------------------------------------- devices and work directory
-    distributed.initialize()
-    mesh = distributed.make_mesh()
-    is_main = distributed.is_main_process()
-    say = print if is_main else lambda *_, **__: None
-    say(
-        f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        f"{jax.process_count()} processes", flush=True,
-    )
-    for name, size in (
-        ("data.batch_size", config.data.batch_size),
-        ("evaluation.batch_size", config.evaluation.batch_size),
-    ):
-        if size % mesh.size:
-            raise UserError(
-                f"config.{name}: found {size}, expected a multiple of the {mesh.size} devices"
-            )
+    mesh, say = loop.start(config, ("data.batch_size", "evaluation.batch_size"))
     workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
@@ -84,25 +74,13 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     tx = make_optimizer(config.optimizer, schedule, shapes["params"])
     log_parameter_overview(shapes["params"], say)
 
-    def init_state():
-        variables = init_variables(model, config.seed, init_batch(config))
-        params = variables["params"]
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params)
-        )
-
     # ---------------------------------------------------------------- state
-    replicated = distributed.replicated(mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last)
-    start_step = checkpoints.latest_step() or 0
-    if start_step:
-        abstract_state = abstract(jax.eval_shape(init_state), mesh)
-        state, _ = checkpoints.restore(start_step, abstract_state)
-        say(f"resuming at step {start_step}", flush=True)
-    else:
-        state = jax.jit(init_state, out_shardings=replicated)()
+    init = functools.partial(init_state, model, tx, config.seed, init_batch(config))
+    state, start_step = loop.first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
+    replicated = distributed.replicated(mesh)
     step_fn = jax.jit(
         make_train_step(model, tx, mesh, config.seed),
         donate_argnums=0,
@@ -115,55 +93,27 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
         num_steps=num_steps - start_step,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )
-    progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
-    extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": config.name}
 
     def evaluate(step):
-        with progress.pause():
-            top1 = top1_accuracy(state, eval_images, config, predict, mesh)
+        top1 = top1_accuracy(training.state.variables, eval_images, config, predict, mesh)
         say(f"top-1 {top1:.4f} on {len(eval_images)} images after step {step}", flush=True)
-        log.write(step, {"evaluation/top1": top1})
+        training.log(step, {"evaluation/top1": top1})
         return top1
 
-    def check(metrics, step, image_index):
-        figures = {name: float(value) for name, value in distributed.to_host(metrics).items()}
-        check_finite(figures, step, [train_images.name(i) for i in image_index])
-        return figures
-
-    with RunMetrics(workdir, start_step) as log, StallWatchdog(config.log.stall_seconds) as stall:
-        checked = None  # metrics of the step before, looked at while the device works on this one
-        for step in range(start_step + 1, num_steps + 1):
-            with progress.data_wait():
-                host_batch = next(batches)
-            image_index = host_batch.pop("image_index")
-            state, metrics = step_fn(state, distributed.to_global(host_batch, mesh))
-            progress.step_done(step)
-            if checked is not None:
-                check(*checked)
-            checked = (metrics, step, image_index)
-            stall.beat(step)
-
-            last, epoch_end = step == num_steps, step % steps_per_epoch == 0
-            if step % config.log.every_steps == 0 or step == start_step + 1 or last:
-                figures = check(*checked)
-                figures["learning_rate"] = float(schedule(step - 1))
-                say(progress.line(step, figures), flush=True)
-                log.write(step, figures | progress.rates(step))
-                checkpoints.check()
-            due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            if due or last:
-                check(*checked)  # never keep a state that has already diverged
-                with progress.pause():
-                    checkpoints.save(step, state, extra)
-            every = config.evaluation.every_epochs
-            if every and epoch_end and (step // steps_per_epoch) % every == 0 and not last:
-                evaluate(step)
-                stall.beat(step)
-        checkpoints.close()
+    with loop.Loop(
+        config, workdir, mesh, checkpoints, schedule, start_step=start_step, num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch, fields=init_batch(config), image_name=train_images.name,
+        say=say,
+    ) as training:
+        every = steps_per_epoch * config.evaluation.every_epochs
+        for step in training.run(step_fn, state, batches):
+            if every and step % every == 0 and step != num_steps:
+                with training.pause():
+                    evaluate(step)
         top1 = evaluate(num_steps)
-    if is_main:
+    if distributed.is_main_process():
         path = workdir / WEIGHTS
-        write_backbone(path, state, config)
+        write_backbone(path, training.state, config)
         say(f"wrote {path} (config.model.pretrained of a detector)", flush=True)
     return top1
 
@@ -209,10 +159,9 @@ def init_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def top1_accuracy(
-    state: TrainState, images: LabelledImages, config: ConfigDict, predict: Callable, mesh: Mesh
+    variables: dict, images: LabelledImages, config: ConfigDict, predict: Callable, mesh: Mesh
 ) -> float:
     """Share of `images` whose highest logit is that of their class; collective."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     batches = eval_batches(
         images, config.data, batch_size=config.evaluation.batch_size,
         process_index=jax.process_index(), process_count=jax.process_count(),

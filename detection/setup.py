@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from common.data.dataset import Dataset
 from common.errors import UserError
 from common.nn.backbones import make_backbone
-from common.training.distributed import DATA_AXIS, replicated
+from common.training.distributed import DATA_AXIS
+from common.training.train_step import init_variables
 from detection.models.faster_rcnn import FasterRCNN, build
-from detection.train_step import batch_shapes, init_variables
 
 
 def define_flags() -> None:
@@ -60,9 +60,17 @@ def variable_shapes(config: ConfigDict, model: FasterRCNN) -> dict:
     return jax.eval_shape(lambda: init_variables(model, config.seed, init_batch(config)))
 
 
-def abstract(shapes: dict, mesh: Mesh) -> dict:
-    """The same shapes, replicated over the mesh: what a checkpoint is restored onto."""
-    sharding = replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
+def batch_shapes(
+    canvas: tuple[int, int], pad_multiple: int, max_boxes: int, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of the fields of a training batch that the model reads."""
+    height, width = (-(-side // pad_multiple) * pad_multiple for side in canvas)
+    b, m = batch_size, max_boxes
+    return {
+        "image": jax.ShapeDtypeStruct((b, height, width, 3), jnp.uint8),
+        "image_size": jax.ShapeDtypeStruct((b, 2), jnp.float32),
+        "image_valid": jax.ShapeDtypeStruct((b,), jnp.bool_),
+        "boxes": jax.ShapeDtypeStruct((b, m, 4), jnp.float32),
+        "classes": jax.ShapeDtypeStruct((b, m), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((b, m), jnp.bool_),
+    }

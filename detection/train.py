@@ -9,7 +9,6 @@ uninterrupted run bit for bit. On a pod, start it on every host.
 import functools
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -17,23 +16,20 @@ from common.cli import run_main
 from common.data.dataset import GROUP_OF
 from common.data.input import train_batches
 from common.data.plan import make_plan
-from common.errors import UserError
 from common.nn.weights import load_backbone_weights
-from common.training import distributed
+from common.training import distributed, loop
 from common.training.checkpoint import Checkpoints
-from common.training.metrics import RunMetrics, log_parameter_overview
+from common.training.metrics import log_parameter_overview
 from common.training.optimizer import (
     make_optimizer,
     make_schedule,
     total_steps,
     trained_mask,
 )
-from common.training.progress import Progress
-from common.training.watchdog import StallWatchdog, check_finite
+from common.training.train_step import TrainState, init_state, make_train_step
 from common.training.workdir import prepare_workdir
 from detection import setup
 from detection.evaluate import evaluate_variables
-from detection.train_step import TrainState, batch_shapes, init_variables, make_train_step
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
@@ -47,19 +43,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the metrics of the last evaluation."""
 
     # ---------------------------------------------------------------- devices and work directory
-    distributed.initialize()
-    mesh = distributed.make_mesh()
-    is_main = distributed.is_main_process()
-    say = print if is_main else lambda *_, **__: None
-    say(
-        f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        f"{jax.process_count()} processes", flush=True,
-    )
-    if config.data.batch_size % mesh.size:
-        raise UserError(
-            f"config.data.batch_size: found {config.data.batch_size}, expected a multiple of the "
-            f"{mesh.size} devices"
-        )
+    mesh, say = loop.start(config)
     workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
@@ -87,16 +71,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     tx = make_optimizer(config.optimizer, schedule, shapes["params"], frozen)
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
-    def init_state():
-        variables = init_variables(model, config.seed, setup.init_batch(config))
-        params = variables["params"]
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params)
-        )
-
-    replicated = distributed.replicated(mesh)
-    abstract_state = setup.abstract(jax.eval_shape(init_state), mesh)
-
     # ---------------------------------------------------------------- state
     # In this order: the work directory's newest checkpoint, a pretrained backbone, random values.
     checkpoints = Checkpoints(
@@ -104,94 +78,49 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=steps_per_epoch if config.checkpoint.keep_epochs else None,
     )
-    start_step = checkpoints.latest_step() or 0
-    if start_step:
-        state, _ = checkpoints.restore(start_step, abstract_state)
-        say(f"resuming at step {start_step}", flush=True)
-    else:
-        state = jax.jit(init_state, out_shardings=replicated)()
-        if config.model.pretrained:
-            state = with_pretrained_backbone(state, config.model.pretrained, mesh, say)
+    init = functools.partial(init_state, model, tx, config.seed, setup.init_batch(config))
+    state, start_step = loop.first_state(checkpoints, init, mesh, say)
+    if not start_step and config.model.pretrained:
+        state = with_pretrained_backbone(state, config.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
+    replicated = distributed.replicated(mesh)
     step_fn = jax.jit(
         make_train_step(model, tx, mesh, config.seed),
         donate_argnums=0,
         in_shardings=(replicated, distributed.batch_sharded(mesh)),
         out_shardings=replicated,
     )
-    evaluate = functools.partial(evaluate_variables, config, model, dataset, mesh, say=say)
     batches = train_batches(
         dataset, plan, config.data, seed=config.seed, start_step=start_step,
         num_steps=num_steps - start_step,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )
-    progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
-    model_fields = batch_shapes((0, 0), 1, 0, 0).keys()
-    extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": config.name}
 
-    def folder(step):
-        return workdir / "evaluation" / f"{step}"
+    def evaluate(step):
+        results = evaluate_variables(
+            config, model, dataset, mesh, training.state.variables, step,
+            workdir / "evaluation" / f"{step}", say=say,
+        )
+        training.log(step, {f"evaluation/{name}": value for name, value in results.items()})
+        return results
 
-    def save(step):
-        check(*checked, dataset)  # never keep a state that has already diverged
-        with progress.pause():
-            checkpoints.save(step, state, extra)
-
-    with RunMetrics(workdir, start_step) as log, StallWatchdog(config.log.stall_seconds) as stall:
-        checked = None  # metrics of the step before, looked at while the device works on this one
-        for step in range(start_step + 1, num_steps + 1):
-            with progress.data_wait():
-                host_batch = next(batches)
-            batch = distributed.to_global({k: host_batch[k] for k in model_fields}, mesh)
-            state, metrics = step_fn(state, batch)
-            progress.step_done(step)
-            if checked is not None:
-                check(*checked, dataset)
-            checked = (metrics, step, host_batch["image_index"])
-            stall.beat(step)
-
-            last, epoch_end = step == num_steps, step % steps_per_epoch == 0
-            if step % config.log.every_steps == 0 or step == start_step + 1 or last:
-                figures = check(*checked, dataset)
-                figures["learning_rate"] = float(schedule(step - 1))
-                say(progress.line(step, figures), flush=True)
-                log.write(step, figures | progress.rates(step))
-                checkpoints.check()
-            due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            if due or last or (epoch_end and config.checkpoint.keep_epochs):
-                save(step)
-            every = config.evaluation.every_epochs
-            if every and epoch_end and (step // steps_per_epoch) % every == 0 and not last:
-                with progress.pause():
-                    log.write(step, named(evaluate(variables(state), step, folder(step))))
-                stall.beat(step)
-        checkpoints.close()
+    with loop.Loop(
+        config, workdir, mesh, checkpoints, schedule, start_step=start_step, num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch, fields=setup.batch_shapes((0, 0), 1, 0, 0),
+        image_name=dataset.image_id, say=say,
+    ) as training:
+        every = steps_per_epoch * config.evaluation.every_epochs
+        for step in training.run(step_fn, state, batches):
+            if every and step % every == 0 and step != num_steps:
+                with training.pause():
+                    evaluate(step)
         if batches.skipped_images or batches.dropped_boxes:
             say(
                 f"data: {batches.skipped_images} unreadable photos skipped, "
                 f"{batches.dropped_boxes} boxes beyond config.data.max_boxes", flush=True,
             )
-        results = evaluate(variables(state), num_steps, folder(num_steps))
-        log.write(num_steps, named(results))
-    return results
-
-
-def variables(state: TrainState) -> dict:
-    """What inference needs of a state."""
-    return {"params": state.params, "batch_stats": state.batch_stats}
-
-
-def named(results: dict[str, float]) -> dict[str, float]:
-    """Evaluation figures under a heading of their own in the logs."""
-    return {f"evaluation/{name}": value for name, value in results.items()}
-
-
-def check(metrics: dict[str, jax.Array], step: int, image_index, dataset) -> dict[str, float]:
-    """Fetches the metrics of a step; stops the run when one is not finite."""
-    figures = {name: float(value) for name, value in distributed.to_host(metrics).items()}
-    check_finite(figures, step, [dataset.image_id(i) for i in image_index if i >= 0])
-    return figures
+        return evaluate(num_steps)
 
 
 def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainState:

@@ -24,9 +24,9 @@ from common.cli import run_main
 from common.errors import UserError
 from common.training import distributed, topologies
 from common.training.optimizer import make_optimizer, make_schedule
+from common.training.train_step import init_state, make_train_step
 from common.training.workdir import write_text
 from detection import setup
-from detection.train_step import TrainState, batch_shapes, init_variables, make_train_step
 
 
 def compile_train_step(
@@ -40,17 +40,10 @@ def compile_train_step(
     shapes = setup.variable_shapes(config, model)
     schedule = make_schedule(config.optimizer, batch_size=batch_size, steps_per_epoch=1700)
     tx = make_optimizer(config.optimizer, schedule, shapes["params"], setup.frozen_pattern(config))
-
-    def init_state():
-        variables = init_variables(model, config.seed, setup.init_batch(config))
-        params = variables["params"]
-        return TrainState(
-            jax.numpy.zeros((), int), params, variables["batch_stats"], tx.init(params)
-        )
-
+    state = jax.eval_shape(lambda: init_state(model, tx, config.seed, setup.init_batch(config)))
     data = config.data
     replicated, sharded = distributed.replicated(mesh), distributed.batch_sharded(mesh)
-    batch = batch_shapes(data.canvas, data.pad_multiple, data.max_boxes, batch_size)
+    batch = setup.batch_shapes(data.canvas, data.pad_multiple, data.max_boxes, batch_size)
     step = jax.jit(
         make_train_step(model, tx, mesh, config.seed),
         donate_argnums=0,
@@ -58,7 +51,7 @@ def compile_train_step(
         out_shardings=replicated,
     )
     start = time.perf_counter()
-    compiled = step.lower(jax.eval_shape(init_state), batch).compile()
+    compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
     return {
         "config": config.name,

@@ -109,13 +109,13 @@ def our_calls(data, classes: int) -> dict[str, Callable[[], int]]:
 
     from common.training import distributed
     from common.training.optimizer import make_optimizer
-    from detection import setup
-    from detection.train_step import (
+    from common.training.train_step import (
         TrainState,
         init_variables,
         make_predict_step,
         make_train_step,
     )
+    from detection import setup
 
     config = our_config(classes)
     mesh = distributed.make_mesh(jax.devices()[:1])
@@ -156,7 +156,7 @@ def our_calls(data, classes: int) -> dict[str, Callable[[], int]]:
         return 0
 
     def inference():
-        found = predict_step({"params": state.params, "batch_stats": state.batch_stats}, batch)
+        found = predict_step(state.variables, batch)
         return int(found["valid"].sum())
 
     return {"train": train, "inference": inference}

@@ -7,14 +7,14 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from detection.models.faster_rcnn import build
-from detection.train_step import (
+from common.training.train_step import (
     TrainState,
-    batch_shapes,
     init_variables,
     make_predict_step,
     make_train_step,
 )
+from detection.models.faster_rcnn import build
+from detection.setup import batch_shapes
 from tests import tiny
 
 

@@ -19,9 +19,9 @@ from common.errors import UserError
 from common.nn.backbones import make_backbone
 from common.nn.weights import load_backbone_weights
 from common.training.optimizer import make_schedule
+from common.training.train_step import init_variables
 from configs.pretrain import resnet50
 from detection.pretrain import build_model, init_batch
-from detection.train_step import init_variables
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (210, 40, 40)}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.training.train_step import init_variables
 from detection import setup
 from detection.models.faster_rcnn import build
-from detection.train_step import batch_shapes, init_variables
 from tests import tiny
 from tests.detection.test_faster_rcnn import make_batch
 
@@ -36,7 +36,7 @@ def variant(**fields):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
     model = build(variant(**VARIANTS[name]).model, 3)
-    variables = jax.jit(lambda: init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1)))()
+    variables = jax.jit(lambda: init_variables(model, 0, setup.batch_shapes((64, 64), 32, 8, 1)))()
     batch = make_batch(2)
 
     @jax.jit
@@ -63,7 +63,8 @@ def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
 
 def test_cascade_on_a_decoupled_backbone_has_a_loss_of_each_branch_and_stage():
     model = build(variant(split_after="c3", stages=TWO_STAGES).model, 3)
-    shapes = jax.eval_shape(lambda: init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1)))
+    batch = setup.batch_shapes((64, 64), 32, 8, 1)
+    shapes = jax.eval_shape(lambda: init_variables(model, 0, batch))
     assert {"backbone", "backbone_class", "backbone_box", "neck_class", "neck_box"} < set(
         shapes["params"]
     )

@@ -1,8 +1,15 @@
-"""One optimisation step and one inference step as pure functions over the global batch."""
+"""State, optimisation step and inference step of a model, as pure functions over the global batch.
+
+A model is a Linen module with a field `axis_name`. `model(batch, train=True)` gives its share of
+the losses by name and figures to watch, `{"losses": {...}, "monitor": {...}}`, in which sums over
+the devices make those of the global batch; `model(batch, train=False)` gives what inference is to
+give, batch first. Random streams: "sampling", "dropout".
+"""
 
 from collections.abc import Callable, Mapping
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from common.training.distributed import DATA_AXIS, sum_over_devices
-from detection.models.faster_rcnn import FasterRCNN
 
 
 @flax.struct.dataclass
@@ -23,8 +29,25 @@ class TrainState:
     batch_stats: dict
     opt_state: optax.OptState
 
+    @property
+    def variables(self) -> dict:
+        """What inference needs."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
-def init_variables(model: FasterRCNN, seed: int, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
+
+def init_state(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    seed: int,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+) -> TrainState:
+    """The state before the first step; only the shapes of `batch` matter. Call under `jit`."""
+    variables = init_variables(model, seed, batch)
+    params = variables["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params))
+
+
+def init_variables(model: nn.Module, seed: int, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
     """Random parameters and statistics; only the shapes of `batch` matter. Call under `jit`."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(batch))
     key = jax.random.key(seed)
@@ -35,7 +58,7 @@ def init_variables(model: FasterRCNN, seed: int, batch: Mapping[str, jax.ShapeDt
 
 
 def make_train_step(
-    model: FasterRCNN, tx: optax.GradientTransformation, mesh: Mesh, seed: int
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The update `(state, batch) -> (state, metrics)`, a pure function of (state, batch, seed).
 
@@ -82,29 +105,13 @@ def make_train_step(
 
 
 def make_predict_step(
-    model: FasterRCNN, mesh: Mesh
+    model: nn.Module, mesh: Mesh
 ) -> Callable[[dict, Mapping[str, Array]], dict[str, Array]]:
-    """The inference step `(variables, batch) -> detections` of `FasterRCNN.detect`."""
+    """The inference step `(variables, batch) -> results`, each device on its own images."""
 
-    def detect(variables, batch):
+    def predict(variables, batch):
         return model.apply(variables, batch, train=False)
 
     return jax.shard_map(
-        detect, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=P(DATA_AXIS), check_vma=False
+        predict, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=P(DATA_AXIS), check_vma=False
     )
-
-
-def batch_shapes(
-    canvas: tuple[int, int], pad_multiple: int, max_boxes: int, batch_size: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of the fields of a training batch that the model reads."""
-    height, width = (-(-side // pad_multiple) * pad_multiple for side in canvas)
-    b, m = batch_size, max_boxes
-    return {
-        "image": jax.ShapeDtypeStruct((b, height, width, 3), jnp.uint8),
-        "image_size": jax.ShapeDtypeStruct((b, 2), jnp.float32),
-        "image_valid": jax.ShapeDtypeStruct((b,), jnp.bool_),
-        "boxes": jax.ShapeDtypeStruct((b, m, 4), jnp.float32),
-        "classes": jax.ShapeDtypeStruct((b, m), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((b, m), jnp.bool_),
-    }
