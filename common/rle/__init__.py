@@ -14,7 +14,7 @@ from common.rle.counts import (
     tight_boxes,
 )
 from common.rle.pixels import decode, decode_all, encode, encode_window, encode_windows
-from common.rle.sets import iou, merge, resize
+from common.rle.sets import iou, merge, nearest, resize
 
 __all__ = [
     "areas",
@@ -29,6 +29,7 @@ __all__ = [
     "find_broken",
     "iou",
     "merge",
+    "nearest",
     "resize",
     "tight_boxes",
 ]
