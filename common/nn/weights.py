@@ -87,7 +87,7 @@ def _read_wheel(path: Path) -> State:
 
 def _read_state_dict(path: Path, suffix: str, data: bytes | None) -> State:
     if suffix == ".safetensors":
-        return _read_safetensors(path, data)
+        return read_safetensors(path, data)
     saved = read_torch_checkpoint(path, data)
     for key in ("state_dict", "model"):  # what training scripts wrap the state dict in
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
@@ -98,9 +98,18 @@ def _read_state_dict(path: Path, suffix: str, data: bytes | None) -> State:
     return {str(name).removeprefix("module."): value for name, value in saved.items()}
 
 
-def _read_safetensors(path: Path, data: bytes | None = None) -> State:
+def read_safetensors(path: str | Path, data: bytes | None = None) -> State:
+    """Tensors by name of a `.safetensors` file (or of its bytes `data`).
+
+    Raises:
+      UserError: no such file, or an unreadable one.
+    """
     try:
-        return safetensors_numpy.load(path.read_bytes() if data is None else data)
+        return safetensors_numpy.load(Path(path).read_bytes() if data is None else data)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: found no such file, expected the output of convert_weights"
+        ) from error
     except (safetensors.SafetensorError, KeyError) as error:
         raise UserError(f"{path}: found no readable safetensors file ({error})") from error
 
@@ -211,10 +220,7 @@ def load_backbone_weights(
     Raises:
       UserError: unreadable file, another shape than in `variables`, or missing values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: found no such file, expected the output of convert_weights")
-    weights = _read_safetensors(path)
+    weights = read_safetensors(path)
     flat = dict(traverse_util.flatten_dict(variables, sep="/"))
     used = [name for name in weights if name in flat]
     unused = [name for name in weights if name not in flat]

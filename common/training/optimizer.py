@@ -28,18 +28,24 @@ from common.errors import UserError
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-    """Number of steps of the whole run; `config.num_epochs` may be a fraction."""
+    """Number of steps of the whole run: `config.num_steps` when there and positive, else those of
+    `config.num_epochs`, which may be a fraction."""
+    if steps := config.get("num_steps"):
+        if steps < 0:
+            raise UserError(f"config.optimizer.num_steps: found {steps}, expected 0 or more")
+        return steps
     return max(round(config.num_epochs * steps_per_epoch), 1)
 
 
 def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up, then drops by `decay_factor` at the given epochs, or half a cosine to 0.
+    """Linear warm-up, then drops by `decay_factor` at the given epochs, half a cosine to 0, or a
+    power of the share of steps that is left.
 
     Args:
       config: learning_rate_per_image; warmup_start, the absolute rate of step 0 (or the peak where
         that is lower); warmup_epochs, or warmup_steps when positive; decay, 'step' (also where the
-        field is missing) or 'cosine'; decay_epochs, ascending, and decay_factor of 'step';
-        num_epochs.
+        field is missing), 'cosine' or 'poly'; decay_epochs, ascending, and decay_factor of 'step';
+        power of 'poly'; num_epochs, or num_steps when there and positive.
       batch_size: images of one global step; the peak is learning_rate_per_image * batch_size.
       steps_per_epoch: of the training split.
 
@@ -51,17 +57,22 @@ def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) 
     """
     _check_schedule(config)
     peak = config.learning_rate_per_image * batch_size
+    decay = config.get("decay", "step")
     start = min(config.warmup_start, peak)
     warmup_steps = config.get("warmup_steps") or round(config.warmup_epochs * steps_per_epoch)
-    boundaries = np.array([round(e * steps_per_epoch) for e in config.decay_epochs], np.int32)
-    cosine, last = config.get("decay", "step") == "cosine", total_steps(config, steps_per_epoch)
-    factors = config.decay_factor ** np.arange(len(boundaries) + 1, dtype=np.float64)
+    last = total_steps(config, steps_per_epoch)
+    if decay == "step":
+        boundaries = np.array([round(e * steps_per_epoch) for e in config.decay_epochs], np.int32)
+        factors = config.decay_factor ** np.arange(len(boundaries) + 1, dtype=np.float64)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.int32)
         share = jnp.minimum(step.astype(jnp.float32) / max(warmup_steps, 1), 1.0)
         warm = start + (peak - start) * share if warmup_steps else peak
-        if cosine:
+        if decay == "poly":  # of all steps, warm-up included
+            left = 1 - jnp.clip(step.astype(jnp.float32) / last, 0.0, 1.0)
+            return jnp.float32(warm) * left**config.power
+        if decay == "cosine":
             left = (step - warmup_steps) / max(last - warmup_steps, 1)
             return jnp.float32(warm) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0)))
         drops = jnp.sum(step >= boundaries, dtype=jnp.int32)
@@ -129,17 +140,21 @@ def _map_with_path(function: Callable[[str], Any], tree: Any) -> Any:
 
 
 def _check_schedule(config: ConfigDict) -> None:
-    for name in ("learning_rate_per_image", "num_epochs", "decay_factor"):
+    decay = config.get("decay", "step")
+    if decay not in ("step", "cosine", "poly"):
+        raise UserError(
+            f"config.optimizer.decay: found {decay!r}, expected 'step', 'cosine' or 'poly'"
+        )
+    positive = ["learning_rate_per_image"]
+    positive += ["num_epochs"] if not config.get("num_steps") else []
+    positive += {"step": ["decay_factor"], "cosine": [], "poly": ["power"]}[decay]
+    for name in positive:
         if not config[name] > 0:
             raise UserError(f"config.optimizer.{name}: found {config[name]}, expected more than 0")
-    if config.get("decay", "step") not in ("step", "cosine"):
-        raise UserError(
-            f"config.optimizer.decay: found {config.decay!r}, expected 'step' or 'cosine'"
-        )
     for name in ("warmup_start", "warmup_epochs"):
         if config[name] < 0:
             raise UserError(f"config.optimizer.{name}: found {config[name]}, expected 0 or more")
-    epochs = list(config.decay_epochs)
+    epochs = list(config.decay_epochs) if decay == "step" else []
     if epochs != sorted(set(epochs)) or any(epoch <= 0 for epoch in epochs):
         raise UserError(
             f"config.optimizer.decay_epochs: found {epochs}, expected ascending positive epochs"

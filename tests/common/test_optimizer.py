@@ -68,6 +68,23 @@ def test_impossible_schedules_are_refused_by_field(changes):
         make_schedule(config(**changes), batch_size=8, steps_per_epoch=10)
 
 
+def test_poly_schedule_of_the_segmentation_networks():
+    """Paper 8.3: .08 falling with the power .9 of the share that is left, 200k iterations."""
+    cfg = config(learning_rate_per_image=0.08 / 64, decay="poly", power=0.9, num_steps=200_000)
+    cfg.update(warmup_epochs=0.0)
+    assert total_steps(cfg, 77) == 200_000
+    schedule = jax.jit(make_schedule(cfg, batch_size=64, steps_per_epoch=77))
+    for step in (0, 1, 50_000, 199_999, 200_000, 200_001):
+        expected = 0.08 * max(1 - step / 200_000, 0.0) ** 0.9
+        assert float(schedule(step)) == pytest.approx(expected, rel=2e-3, abs=1e-12)
+    assert total_steps(config(num_steps=0), 77) == 13 * 77
+    for wrong in ({"power": 0.0}, {"num_steps": -1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            make_schedule(
+                ConfigDict(cfg.to_dict() | wrong), batch_size=64, steps_per_epoch=77
+            )
+
+
 @pytest.mark.parametrize("field", ["momentum", "weight_decay", "clip_norm"])
 def test_negative_coefficients_are_refused(field):
     with pytest.raises(UserError, match=f"config.optimizer.{field}"):

@@ -1,0 +1,26 @@
+"""HRNet-W48 on boxes brought to 112x112, whatever their aspect.
+
+    python -m segmentation.train --config=configs/segmentation/hrnet_w48_112.py
+        --config.data.dir=DIR --workdir=WORK
+
+Hardware: any number N of accelerators with 16 crops each (--config.data.batch_size=16N; 128 here).
+Schedule: 200,000 steps, learning rate 0.08 at 128 crops, falling as (1 - step / steps)^0.9.
+Paper:    public leaderboard 53.02 (table 5).
+"""
+
+import ml_collections
+
+from configs.segmentation import hrnet_w48_256
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: as of hrnet_w48_256."""
+    config = hrnet_w48_256.get_config(arg)
+    config.name = "hrnet_w48_112"
+    config.data.batch_size = 128
+    config.data.crop = dict(short=None, long=None, fixed=(112, 112))
+    config.data.canvases = ((112, 112),)
+    config.optimizer.learning_rate_per_image = 0.08 / 128
+    config.evaluation.batch_size = 128
+    config.test.update(short=None, long=None, fixed=(112, 112), canvases=((112, 112),))
+    return config

@@ -1,0 +1,342 @@
+"""Adds masks to the boxes of a detections table.
+
+    python -m segmentation.export --config=... --workdir=WORK --boxes=x.parquet --output=y.parquet
+    python -m segmentation.export --config=... --voters=WORK1,WORK2,WORK3,WORK3:flip
+        --boxes=x.parquet --output=y.parquet
+
+Rows, scores and labels stay as they are. Boxes are cut as `config.test` says, and with --voters as
+that of each work directory's own config.json does; `:flip` averages a network with itself on the
+mirrored crop, as `config.test.flip` does. What the voters make of a pixel is decided by
+`config.test.vote` and `config.test.threshold` (`segmentation.vote`) of --config.
+
+With several hosts each writes the shard of its part of the photos into the folder --output.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from jaxtyping import Int64
+from ml_collections import ConfigDict
+
+from common import rle
+from common.cli import run_main
+from common.data.dataset import Dataset
+from common.detections import DetectionsReader, DetectionsWriter
+from common.detections.table import Detections
+from common.errors import UserError
+from common.training import distributed, loop
+from common.training.progress import Progress
+from common.training.workdir import read_config
+from segmentation import setup, vote
+from segmentation.input import BoxBatch, View, box_batches
+from segmentation.models.segmenter import Segmenter
+from segmentation.paste import paste, pixel_window
+from segmentation.predict import PROBABILITY_ONE, Voter, vote_step
+
+_CHUNK_ROWS = 1 << 17  # of the table in memory at once, with their masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A trained network and how its crops are cut."""
+
+    name: str
+    step: int
+    model: Segmenter
+    variables: dict
+    test: ConfigDict
+
+    @property
+    def view(self) -> str:
+        """Equal texts: the same crops."""
+        crop = setup.crop_of(self.test).to_dict() | {"canvases": self.test.canvases}
+        return json.dumps(crop, sort_keys=True)
+
+
+class Panel:
+    """All voters, sorted by the crops that they look at."""
+
+    def __init__(self, networks: list[Network], voters: list[Voter], mean: bool, mesh: Mesh):
+        """`mean`: only the mean of the voters is wanted."""
+        self.views: list[View] = []
+        self.weights: list[int] = []  # voters behind each probability map
+        self._steps = []
+        self._mesh = mesh
+        for key in dict.fromkeys(networks[v.network].view for v in voters):
+            members = [v for v in voters if networks[v.network].view == key]
+            chosen = sorted({v.network for v in members})
+            places = {network: i for i, network in enumerate(chosen)}
+            step = vote_step(
+                tuple(networks[i].model for i in chosen),
+                tuple(Voter(places[v.network], v.flip) for v in members), mean, mesh,
+            )
+            self._steps.append((step, tuple(networks[i].variables for i in chosen)))
+            test = networks[chosen[0]].test
+            self.views.append(View(setup.crop_of(test), test.canvases))
+            self.weights += [len(members)] if mean else [1] * len(members)
+
+    def start(self, batch: BoxBatch, classes: np.ndarray) -> jax.Array:
+        """Sets the devices to work on one view of a batch of boxes."""
+        step, variables = self._steps[batch.view]
+        fields = {
+            "image": batch.image, "image_size": batch.image_size,
+            "image_valid": batch.image_valid, "classes": classes,
+        }
+        return step(variables, distributed.to_global(fields, self._mesh))
+
+
+def open_voters(
+    config: ConfigDict, names: list[str], dataset: Dataset, mesh: Mesh
+) -> tuple[list[Network], list[Voter]]:
+    """Restores the networks of --voters, each once, on the devices of this process.
+
+    Raises:
+      UserError: a folder is no work directory of a segmenter.
+    """
+    places: dict[str, int] = {}
+    networks, voters = [], []
+    for name in names:
+        workdir, flip = name.removesuffix(":flip"), name.endswith(":flip")
+        if workdir not in places:
+            places[workdir] = len(networks)
+            networks.append(open_network(_config_of(workdir), workdir, None, dataset, mesh))
+        voters.append(Voter(places[workdir], flip or networks[places[workdir]].test.flip))
+    return networks, voters
+
+
+def _config_of(workdir: str) -> ConfigDict:
+    config = ConfigDict(read_config(workdir))
+    if not ("test" in config and "model" in config and "class_specific" in config.model):
+        raise UserError(f"{workdir}/config.json: not the config of a segmentation run")
+    return config
+
+
+def open_network(
+    config: ConfigDict, workdir: str, step: int | None, dataset: Dataset, mesh: Mesh
+) -> Network:
+    model = setup.build_model(config, dataset.num_classes)
+    variables, step = setup.restore_variables(
+        config, model, workdir, distributed.make_mesh(), step
+    )
+    if mesh.size < len(jax.devices()):
+        variables = distributed.to_local(variables, mesh)
+    return Network(config.name, step, model, variables, config.test)
+
+
+def add_masks(
+    config: ConfigDict,
+    dataset: Dataset,
+    networks: list[Network],
+    voters: list[Voter],
+    mesh: Mesh,
+    boxes: Path,
+    output: Path,
+    *,
+    say: Callable = print,
+) -> int:
+    """Writes the table `output` with the rows of `boxes` and their masks; returns their number.
+
+    Args:
+      config: vote and threshold of `test`, `evaluation.batch_size`, `data.on_image_error`,
+        `data.num_threads`.
+      dataset: where the photos are.
+      networks: trained networks.
+      voters: who votes.
+      mesh: devices of this process, which takes its part of the photos.
+      boxes: detections table.
+      output: Parquet file, or folder when there are several processes.
+      say: where progress lines go.
+
+    Raises:
+      UserError: bad rule of voting, table without rows, photo or label that the dataset lacks.
+    """
+    rule, threshold = config.test.vote, config.test.threshold
+    vote.check(rule, threshold)
+    reader = DetectionsReader(boxes)
+    if not reader.num_rows:
+        raise UserError(f"{boxes}: found a table without rows, expected boxes to segment")
+    image_rows = find_photos(dataset, reader)
+    own = _part(len(reader.image_ids), jax.process_index(), jax.process_count())
+    panel = Panel(networks, voters, rule == "mean", mesh)
+    batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
+    metadata = {
+        **reader.metadata,
+        "segmentation": {
+            "voters": [
+                {
+                    "model": networks[v.network].name, "step": networks[v.network].step,
+                    "flip": bool(v.flip), "crop": setup.crop_of(networks[v.network].test).to_dict(),
+                }
+                for v in voters
+            ],
+            "vote": rule,
+            "threshold": threshold,
+        },
+    }
+    writer = DetectionsWriter(
+        output, metadata, process_index=jax.process_index(), process_count=jax.process_count(),
+        masks=True,
+    )
+    # A step is a box here, a part of all of them where there are several processes.
+    total = -(-reader.num_rows // jax.process_count())
+    progress = Progress(total, 1, 1)
+    done = said = 0
+    with writer:
+        written = own.start
+        for chunk in reader.chunks(dataset.class_labels, images=own, rows=_CHUNK_ROWS):
+            masks = np.empty(len(chunk), object)
+            sizes = np.zeros((len(chunk), 2), np.int32)
+            batches = box_batches(
+                dataset, image_rows[chunk.image_index], chunk.boxes, panel.views,
+                batch_size=batch_size, on_image_error=config.data.on_image_error,
+                num_threads=config.data.num_threads,
+            )
+            for block, found in ahead(panel, batches, chunk.label_index):
+                rows = block[0].rows
+                real = rows >= 0
+                masks[rows[real]] = block_masks(block, found, panel.weights, rule, threshold)
+                sizes[rows[real]] = np.maximum(block[0].photo_size[real], 1)
+                done += int(real.sum())
+                progress.step_done(done)
+                if done - said >= max(total // 20, 1) or done == total:
+                    said = done
+                    rate = progress.rates(done).get("images_per_second")
+                    speed = f", {rate:.1f} boxes/s" if rate else ""
+                    say(f"segment: {done}/{total} boxes{speed}", flush=True)
+            last = int(chunk.image_index[-1]) + 1
+            write_rows(writer, chunk, range(written, last), masks, sizes)
+            written = last
+        for image in range(written, own.stop):
+            writer.add(reader.image_ids[image], [], [], np.zeros((0, 4)), [], np.zeros((0, 2)))
+    distributed.barrier("add_masks")
+    return reader.num_rows
+
+
+def find_photos(dataset: Dataset, reader: DetectionsReader) -> Int64[np.ndarray, " I"]:
+    """Dataset rows of the photos that a table covers.
+
+    Raises:
+      UserError: one is not in the dataset.
+    """
+    rows = dataset.find_images(reader.image_ids)
+    if (rows < 0).any():
+        missing = reader.image_ids[int(np.argmax(rows < 0))]
+        raise UserError(
+            f"{reader.path}: image {missing!r} is not in {dataset.directory}, expected a table "
+            f"of its photos ({int((rows < 0).sum())} of {len(rows)} are missing)"
+        )
+    return rows
+
+
+def _part(count: int, index: int, parts: int) -> range:
+    return range(count * index // parts, count * (index + 1) // parts)
+
+
+def ahead(
+    panel: Panel, batches: Iterator[BoxBatch], labels: np.ndarray
+) -> Iterator[tuple[list[BoxBatch], list[np.ndarray]]]:
+    """Yields (batches of a block, one a view; probabilities (b, V, H, W) of each).
+
+    The devices already work on the next block then.
+    """
+    before = None
+    block: list[BoxBatch] = []
+    started: list[jax.Array] = []
+    for batch in batches:
+        if batch.view != len(block):
+            raise RuntimeError(f"view {batch.view} follows {len(block)} views")
+        classes = np.where(batch.rows >= 0, labels[np.maximum(batch.rows, 0)], -1)
+        block.append(batch)
+        started.append(panel.start(batch, classes.astype(np.int32)))
+        if len(block) == len(panel.views):
+            if before is not None:
+                yield before[0], distributed.to_host(before[1])
+            before = block, started
+            block, started = [], []
+    if before is not None:
+        yield before[0], distributed.to_host(before[1])
+
+
+def block_masks(
+    block: list[BoxBatch],
+    found: list[np.ndarray],
+    weights: list[int],
+    rule: str,
+    threshold: float,
+) -> list[bytes]:
+    """Run lengths of the mask of each real box of a block, in the order of its slots.
+
+    Empty where a box has no area inside its photo, or the photo could not be read.
+    """
+    first = block[0]
+    pixels = pixel_window(first.window, first.photo_size)
+    masks, corners, sizes = [], [], []
+    for slot in np.flatnonzero(first.rows >= 0):
+        sizes.append(np.maximum(first.photo_size[slot], 1))  # 0: never read, and so unknown
+        if not all(batch.image_valid[slot] for batch in block):
+            masks.append(np.zeros((1, 1), bool))
+            corners.append((0, 0))
+            continue
+        maps = []
+        for batch, values in zip(block, found, strict=True):
+            height, width = batch.image_size[slot].astype(int)
+            content = values[slot, :, :height, :width]
+            maps.append(paste(content, batch.window[slot], pixels[slot]))
+        maps = np.concatenate(maps) * np.float32(1 / PROBABILITY_ONE)
+        masks.append(vote.combine(maps, rule, threshold, weights))
+        corners.append(pixels[slot, :2])
+    return rle.encode_windows(masks, corners, sizes)
+
+
+def write_rows(
+    writer: DetectionsWriter, chunk: Detections, images: range, masks: np.ndarray, sizes: np.ndarray
+) -> None:
+    """Adds the rows of `images` (places in the list of ids), those without any, too."""
+    labels = np.array(chunk.labels)
+    bounds = np.searchsorted(chunk.image_index, np.arange(images.start, images.stop + 1))
+    for image, start, stop in zip(images, bounds[:-1], bounds[1:], strict=True):
+        rows = slice(start, stop)
+        writer.add(
+            chunk.image_ids[image], labels[chunk.label_index[rows]], chunk.scores[rows],
+            chunk.boxes[rows], list(masks[rows]), sizes[rows],
+        )
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("boxes", None, "Detections table with the boxes.")
+    flags.DEFINE_string("output", None, "Parquet file to write (a folder with many hosts).")
+    flags.DEFINE_list("voters", None, "Work directories, WORK or WORK:flip, instead of --workdir.")
+    flags.DEFINE_integer("step", None, "Checkpoint of --workdir to use; default: the newest.")
+
+
+def main(_):
+    values = flags.FLAGS
+    config = values.config
+    if bool(values.workdir) == bool(values.voters):
+        raise UserError("--workdir, --voters: expected one of them")
+    _, say = loop.start(config, ())
+    mesh = distributed.make_mesh(jax.local_devices())
+    dataset = setup.open_dataset(config)
+    if values.voters:
+        networks, voters = open_voters(config, values.voters, dataset, mesh)
+    else:
+        networks = [open_network(config, values.workdir, values.step, dataset, mesh)]
+        voters = [Voter(0, bool(config.test.flip))]
+    output = Path(values.output)
+    count = add_masks(
+        config, dataset, networks, voters, mesh, Path(values.boxes), output, say=say
+    )
+    say(f"wrote {output}: {count} boxes with masks, {len(voters)} voters", flush=True)
+
+
+if __name__ == "__main__":
+    setup.define_flags(workdir_required=False)
+    define_flags()
+    flags.mark_flags_as_required(["boxes", "output"])
+    run_main(main)

@@ -1,0 +1,133 @@
+"""Trains a segmenter: what of a box is its object.
+
+    python -m segmentation.train --config=configs/segmentation/hrnet_w48_256.py
+        --config.data.dir=DIR --workdir=WORK
+
+The same command goes on from the last checkpoint in --workdir; what it computes then equals an
+uninterrupted run bit for bit. On a pod, start it on every host.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from common.cli import run_main
+from common.data.dataset import Dataset
+from common.nn.norm import frozen_pattern
+from common.training import distributed, loop
+from common.training.checkpoint import Checkpoints
+from common.training.metrics import log_parameter_overview
+from common.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    total_steps,
+    trained_mask,
+)
+from common.training.train_step import init_state, make_train_step
+from common.training.workdir import prepare_workdir
+from segmentation import setup
+from segmentation.evaluate import evaluate_variables
+from segmentation.input import train_batches
+from segmentation.instance_plan import make_plan
+from segmentation.weights import with_pretrained
+
+# Fields that may change between two starts of one run: they do not change what a step computes.
+MAY_DIFFER = (
+    "log", "checkpoint", "evaluation", "test", "data.dir", "data.num_threads", "data.prefetch",
+    "data.eval_split", "model.pretrained",
+)
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Runs (or finishes) a training; returns the figures of the last evaluation."""
+
+    # ---------------------------------------------------------------- devices and work directory
+    mesh, say = loop.start(config)
+    workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
+
+    # ---------------------------------------------------------------- data
+    dataset = setup.open_dataset(config)
+    plan = make_plan(dataset, config.data, config.seed)
+    num_steps = total_steps(config.optimizer, plan.steps_per_epoch)
+    say(
+        f"data: {dataset.directory}, {plan.num_instances} instances with masks in "
+        f"{config.data.train_split}, {dataset.num_classes} classes, {plan.steps_per_epoch} steps "
+        "an epoch", flush=True,
+    )
+
+    # ---------------------------------------------------------------- model and optimiser
+    model = setup.build_model(config, dataset.num_classes)
+    schedule = make_schedule(
+        config.optimizer, batch_size=config.data.batch_size, steps_per_epoch=plan.steps_per_epoch
+    )
+
+    shapes = setup.variable_shapes(config, model)
+    frozen = frozen_pattern([], config.model.norm)
+    tx = make_optimizer(config.optimizer, schedule, shapes["params"], frozen)
+    log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
+
+    # ---------------------------------------------------------------- state
+    # In this order: the work directory's newest checkpoint, pretrained weights, random values.
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last)
+    init = functools.partial(init_state, model, tx, config.seed, setup.init_batch())
+    state, start_step = loop.first_state(checkpoints, init, mesh, say)
+    if not start_step and config.model.pretrained:
+        state = with_pretrained(state, config.model.pretrained, mesh, say)
+
+    # ---------------------------------------------------------------- loop
+    replicated = distributed.replicated(mesh)
+    step_fn = jax.jit(  # compiles once for each canvas
+        make_train_step(model, tx, mesh, config.seed),
+        donate_argnums=0,
+        in_shardings=(replicated, distributed.batch_sharded(mesh)),
+        out_shardings=replicated,
+    )
+    batches = train_batches(
+        dataset, plan, config.data, start_step=start_step, num_steps=num_steps - start_step,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+
+    def evaluate(step):
+        results = evaluate_variables(
+            config, model, dataset, mesh, training.state.variables, step,
+            workdir / "evaluation" / f"{step}", say=say,
+        )
+        training.log(step, {f"evaluation/{name}": value for name, value in results.items()})
+        return results
+
+    with loop.Loop(
+        config, workdir, mesh, checkpoints, schedule, start_step=start_step, num_steps=num_steps,
+        steps_per_epoch=plan.steps_per_epoch, fields=setup.batch_shapes((1, 1), 1),
+        image_name=functools.partial(instance_name, dataset), say=say,
+    ) as training:
+        every = config.evaluation.every_steps
+        for step in training.run(step_fn, state, with_names(batches)):
+            if every and step % every == 0 and step != num_steps:
+                with training.pause():
+                    evaluate(step)
+        return evaluate(num_steps)
+
+
+def with_names(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """The loop names what a broken step was made of: here instances, not whole photos."""
+    for batch in batches:
+        yield batch | {"image_index": batch["instance_index"]}
+
+
+def instance_name(dataset: Dataset, row: int) -> str:
+    """Photo and number of the box of a row of `dataset.boxes`."""
+    image = int(np.searchsorted(dataset.box_offsets, row, "right")) - 1
+    return f"{dataset.image_id(image)} box {row - int(dataset.box_offsets[image])}"
+
+
+def main(_):
+    train(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    setup.define_flags()
+    run_main(main)
