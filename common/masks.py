@@ -107,7 +107,7 @@ class MaskReader:
 
         Returns:
           None where the box has no mask or an empty one. A mask that has pixels in its own frame
-          and none in this one gives the counts of an empty mask.
+          (polygons: the photo's) and none in this one gives the counts of an empty mask.
 
         Raises:
           MaskError: the mask cannot be read.
@@ -119,7 +119,10 @@ class MaskReader:
             height, width = self._photo_size(row)
             scale = (size[1] / width, size[0] / height)
             counts = self._draw(row, entry, (0.0, 0.0), scale, size)
-            return counts if rle.areas([counts])[0] else None
+            if rle.areas([counts])[0]:
+                return counts
+            same = tuple(size) == (height, width)
+            return None if same or self.rle(row, (height, width)) is None else counts
         if "png" not in entry:
             counts, own_size = self._run_lengths(row, entry)
             return rle.resize([counts], own_size, size)[0] if rle.areas([counts])[0] else None
@@ -133,6 +136,19 @@ class MaskReader:
         left, right = np.searchsorted(x, [x0, x1]).tolist()
         pixels = _cut(image, area)[np.ix_(y[top:bottom] - y0, x[left:right] - x0)]
         return rle.encode_window(pixels, top, left, size)
+
+    def is_empty(self, row: int) -> bool:
+        """Whether a box has no mask, or one without a pixel in its own frame.
+
+        Raises:
+          MaskError: the mask cannot be read.
+        """
+        entry = self.entry(row)
+        if isinstance(entry, dict) and "png" in entry:
+            return self._open_png(row, entry["png"]).getbbox() is None
+        if isinstance(entry, list):
+            return self.rle(row, self._photo_size(row)) is None
+        return entry is None or not rle.areas([self._run_lengths(row, entry)[0]])[0]
 
     def _open_png(self, row: int, path: str) -> Image.Image:
         """The decoded file, checked."""
@@ -231,7 +247,7 @@ class MaskReader:
         height, width = self._dataset.image_sizes[self._image(row)].tolist()
         if not (height and width):
             return
-        if abs(math.log(size[0] * width / (size[1] * height))) > _SHAPE_TOLERANCE:
+        if not same_shape(size, (height, width)):
             raise self._error(
                 row,
                 f"{where}mask of {size[0]}x{size[1]} (height x width), expected the shape of the "
@@ -249,6 +265,11 @@ class MaskReader:
             f"{dataset.directory}: image {dataset.image_id(image)!r}, box {number} ({label}): "
             f"{reason}"
         )
+
+
+def same_shape(size: Sequence[int], photo: Sequence[int]) -> bool:
+    """Whether a frame can be that of a whole photo (both height, width), at any resolution."""
+    return abs(math.log(size[0] * photo[1] / (size[1] * photo[0]))) <= _SHAPE_TOLERANCE
 
 
 def _cut(frame: Bool[np.ndarray, "H W"] | Image.Image, area: tuple[int, ...]) -> np.ndarray:

@@ -14,6 +14,7 @@ from common.detections import Detections, DetectionsReader
 from common.errors import UserError
 
 MAX_IMAGES = 8192  # of a chunk, so that (images, classes) matrices stay small
+_MASK_ROWS = 1 << 15  # of a chunk with masks, about a kilobyte each
 
 
 def open_source(detections: str | os.PathLike | Detections) -> Detections | DetectionsReader:
@@ -60,14 +61,15 @@ def selected_chunks(
     masks: bool = False,
 ) -> Iterator[Detections]:
     """Chunks of whole images, at most MAX_IMAGES each, without images not `selected`."""
+    rows = {"rows": _MASK_ROWS} if masks else {}
     if isinstance(source, Detections):
         if list(source.labels) != list(class_labels):
             raise ValueError("read the detections with class_labels=dataset.class_labels")
         if masks and source.masks is None:
             raise ValueError("read the detections with masks=True")
-        chunks: Iterable[Detections] = source.chunks()
+        chunks: Iterable[Detections] = source.chunks(**rows)
     else:
-        chunks = source.chunks(class_labels, masks=masks)
+        chunks = source.chunks(class_labels, masks=masks, **rows)
     for chunk in chunks:
         chosen = selected[chunk.image_index]
         if not chosen.all():

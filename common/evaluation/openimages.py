@@ -28,13 +28,20 @@ from common.data.dataset import GROUP_OF, Dataset
 from common.detections import Detections
 from common.errors import UserError
 from common.evaluation.coverage import open_source, selected_chunks, split_images
+from common.evaluation.matching import (
+    ABSORBED,
+    FALSE,
+    GROUP,
+    TRUE,
+    absorb,
+    best_overlaps,
+    claim,
+    judged_rows,
+)
 from common.hierarchy import ancestors, expand_detections, repeat_with
 
 MEAN_AP = "OpenImagesDetectionChallenge_Precision/mAP@{:g}IOU"
 CLASS_AP = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@{:g}IOU/{}"
-MAX_PER_CLASS = 10_000  # detections of one class in one image that the official tool looks at
-
-FALSE, TRUE, GROUP, ABSORBED = 0, 1, 2, 3  # ABSORBED only within `Matches`
 
 
 class Entries(NamedTuple):
@@ -210,13 +217,24 @@ def count_truth(
     indices: Int[np.ndarray, " n"],
     parents: Bool[np.ndarray, "K K"],
     group_of_weight: float,
+    counted: Bool[np.ndarray, " M"] | None = None,
 ) -> Float[np.ndarray, " K"]:
-    """Number of boxes to find per class after expansion; group-of boxes count by their weight."""
+    """Number of boxes to find per class after expansion; group-of boxes count by their weight.
+
+    Args:
+      dataset: holds the truth.
+      indices: images.
+      parents: ancestors of each class.
+      group_of_weight: of a group-of box.
+      counted: which of `dataset.boxes` count; None: all.
+    """
     counts = np.zeros(len(parents))
     for start in range(0, len(indices), 1 << 16):
         _, rows = _ranges(dataset.box_offsets, indices[start : start + (1 << 16)])
         group_of = (np.asarray(dataset.box_flags[rows]) & GROUP_OF) > 0
         weights = np.where(group_of, group_of_weight, 1.0)
+        if counted is not None:
+            weights *= counted[rows]
         counts += np.bincount(dataset.box_classes[rows], weights, len(parents))
     return counts + counts @ parents
 
@@ -250,15 +268,7 @@ def match_detections(
     iou_threshold: float,
 ) -> Matches:
     """What becomes of each detection of whole images, sorted by image, then score descending."""
-    keep = truth.evaluated[image_index, classes]
-    keep &= (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
-    keys = (image_index.astype(np.int64) * num_classes + classes)[keep]
-    # Stable, so that rows of one image and class stay in score order.
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    rows = np.flatnonzero(keep)[order]
-    top = _rank_in_run(keys) < MAX_PER_CLASS
-    keys, rows = keys[top], rows[top]
+    rows, keys = judged_rows(truth.evaluated, image_index, classes, boxes)
     scores, boxes = scores[rows], boxes[rows].astype(np.float64)
 
     num_keys = len(truth.evaluated) * num_classes
@@ -267,19 +277,13 @@ def match_detections(
         boxes, keys, truth.boxes[single], truth.keys[single], num_keys, union=True
     )
     kinds = np.full(len(rows), FALSE, np.int8)
-    candidates = np.flatnonzero(overlaps >= iou_threshold)
-    # The first, best-scored candidate takes the box; the others look no further.
-    _, first = np.unique(best[candidates], return_index=True)
-    kinds[candidates[first]] = TRUE
+    claim(kinds, overlaps, best, iou_threshold, TRUE)
 
     rest = np.flatnonzero(kinds == FALSE)
-    inside_share, best_group = best_overlaps(
+    shares, best_group = best_overlaps(
         boxes[rest], keys[rest], truth.boxes[group], truth.keys[group], num_keys, union=False
     )
-    inside = inside_share >= iou_threshold
-    group_scores = np.zeros(len(group), np.float32)
-    np.maximum.at(group_scores, best_group[inside], scores[rest[inside]])
-    kinds[rest[inside]] = ABSORBED
+    group_scores = absorb(kinds, rest, shares, best_group, iou_threshold, scores, len(group))
     hit = group_scores > 0
     matched = np.full(len(rows), -1, np.int64)
     matched[overlaps >= 0] = single[best[overlaps >= 0]]
@@ -308,70 +312,6 @@ def entries_of(
     order = np.argsort(keys, kind="stable")
     classes = (keys[order] % num_classes).astype(np.int16)
     return Entries(classes, ranked[order].astype(np.float32), kinds[order]), source[order]
-
-
-def _rank_in_run(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Number of earlier elements in the run of equal keys."""
-    positions = np.arange(len(keys))
-    new = np.diff(keys, prepend=-1) != 0
-    return positions - np.maximum.accumulate(np.where(new, positions, 0))
-
-
-def best_overlaps(
-    boxes: Float[np.ndarray, "n 4"],
-    keys: Int[np.ndarray, " n"],
-    truth_boxes: Float[np.ndarray, "m 4"],
-    truth_keys: Int[np.ndarray, " m"],
-    num_keys: int,
-    *,
-    union: bool,
-) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Largest overlap of each detection with the truth of its key, and the first such box.
-
-    Round j compares every detection with the j-th box of its key, if there is one: work is one
-    comparison per pair, memory one row per detection.
-
-    Args:
-      boxes: detections with positive sides.
-      keys: their image and class.
-      truth_boxes: sorted by key.
-      truth_keys: sorted.
-      num_keys: all keys are smaller.
-      union: divide the intersection by the union, else by the area of the detection.
-
-    Returns:
-      overlap: -1 where the key has no truth.
-      best: row of `truth_boxes`.
-    """
-    counts = np.bincount(truth_keys, minlength=num_keys)
-    starts = np.cumsum(counts) - counts
-    overlap = np.full(len(boxes), -1.0)
-    best = np.zeros(len(boxes), np.int64)
-    remaining = counts[keys]
-    active = np.flatnonzero(remaining)
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    sides = truth_boxes[:, 2:] - truth_boxes[:, :2]
-    truth_areas = sides[:, 0] * sides[:, 1]
-    columns, truth_columns = np.ascontiguousarray(boxes.T), np.ascontiguousarray(truth_boxes.T)
-    row = starts[keys]
-    number = 0
-    while len(active):
-        pair = row[active] + number
-        x0, y0, x1, y1 = (column[active] for column in columns)
-        tx0, ty0, tx1, ty1 = (column[pair] for column in truth_columns)
-        width = np.minimum(x1, tx1) - np.maximum(x0, tx0)
-        height = np.minimum(y1, ty1) - np.maximum(y0, ty0)
-        inter = np.maximum(width, 0) * np.maximum(height, 0)
-        if union:
-            ratio = inter / (areas[active] + truth_areas[pair] - inter)
-        else:
-            ratio = inter / areas[active]
-        better = ratio > overlap[active]
-        overlap[active[better]] = ratio[better]
-        best[active[better]] = pair[better]
-        number += 1
-        active = active[remaining[active] > number]
-    return overlap, best
 
 
 def average_precisions(

@@ -14,7 +14,11 @@ from common.rle.counts import counts_of_ones, ones
 
 
 def iou(
-    a: Sequence[bytes], b: Sequence[bytes], size: tuple[int, int], *, of_a: bool = False
+    a: Sequence[bytes],
+    b: Sequence[bytes],
+    size: tuple[int, int],
+    *,
+    of_a: bool | Sequence[bool] = False,
 ) -> Float[np.ndarray, "n m"]:
     """Overlap of every mask of `a` with every mask of `b`, all of one height and width.
 
@@ -23,7 +27,7 @@ def iou(
       b: (m,) compressed counts.
       size: height and width.
       of_a: divide the intersection by the area of `a`, as with COCO's crowds, instead of by the
-        union.
+        union; one choice, or one for each of `b`.
 
     Returns:
       Ratios in float64, 0 with an empty mask.
@@ -32,7 +36,8 @@ def iou(
         return np.zeros((len(a), len(b)))
     sides = [int(side) for side in size]
     found, truth = ([{"size": sides, "counts": bytes(text)} for text in part] for part in (a, b))
-    return np.asarray(coco_mask.iou(found, truth, [int(of_a)] * len(b)), np.float64)
+    crowd = np.broadcast_to(of_a, len(b)).astype(int).tolist()
+    return np.asarray(coco_mask.iou(found, truth, crowd), np.float64)
 
 
 def merge(counts: Sequence[bytes], size: tuple[int, int], *, intersect: bool = False) -> bytes:
