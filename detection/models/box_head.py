@@ -43,7 +43,7 @@ class RoITargets(NamedTuple):
 class HeadOutput(NamedTuple):
     """What a head says of its regions."""
 
-    logits: Float[Array, "B R K1"]
+    logits: Float[Array, "B R K1"] | None  # None: the head does not classify
     deltas: Float[Array, "B R k 4"]
     references: Float[Array, "B R 4"]  # boxes that the deltas are relative to
     sibling: "HeadOutput | None" = None  # of the plain head that trains beside a Decoupling Head
@@ -103,17 +103,19 @@ def predict(
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "B R K1"], Float[Array, "B R k 4"]]:
     """Layers `classifier` and `regressor`, made in the scope of the calling module."""
-    num_boxes = 1 if class_agnostic else num_classes
     logits = nn.Dense(
         num_classes + 1, dtype=dtype, kernel_init=CLASSIFIER_INIT, name="classifier"
     )(for_class)
-    deltas = nn.Dense(4 * num_boxes, dtype=dtype, kernel_init=REGRESSOR_INIT, name="regressor")(
-        for_box
-    )
-    return (
-        logits.reshape(*shape, -1).astype(jnp.float32),
-        deltas.reshape(*shape, num_boxes, 4).astype(jnp.float32),
-    )
+    deltas = regress(for_box, shape, 1 if class_agnostic else num_classes, dtype)
+    return logits.reshape(*shape, -1).astype(jnp.float32), deltas
+
+
+def regress(
+    x: Float[Array, "N D"], shape: tuple[int, int], num_boxes: int, dtype: jnp.dtype
+) -> Float[Array, "B R k 4"]:
+    """Layer `regressor`, made in the scope of the calling module."""
+    dense = nn.Dense(4 * num_boxes, dtype=dtype, kernel_init=REGRESSOR_INIT, name="regressor")
+    return dense(x).reshape(*shape, num_boxes, 4).astype(jnp.float32)
 
 
 class TwoFCHead(nn.Module):
@@ -136,7 +138,27 @@ class TwoFCHead(nn.Module):
         return HeadOutput(logits, deltas, boxes)
 
 
-def of_class(values: Float[Array, "B R k 4"], index: Int[Array, "B R"]) -> Float[Array, "B R 4"]:
+class RegressorHead(nn.Module):
+    """Box only, the same for all classes, from two fully connected layers."""
+
+    width: int = 1024
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool) -> HeadOutput:
+        shape = boxes.shape[:2]
+        x = two_fc(pool(boxes).reshape(shape[0] * shape[1], -1), self.width, self.dtype)
+        return HeadOutput(None, regress(x, shape, 1, self.dtype), boxes)
+
+
+def best_class(output: HeadOutput) -> Int[Array, "B R"] | None:
+    """The best class of each region, background apart; None where the head does not classify."""
+    return None if output.logits is None else output.logits[..., 1:].argmax(axis=-1)
+
+
+def of_class(
+    values: Float[Array, "B R k 4"], index: Int[Array, "B R"] | None
+) -> Float[Array, "B R 4"]:
     """The row of each region's class, zeros where `index` is -1; the only row if there is one."""
     if values.shape[2] == 1:
         return values[:, :, 0]
@@ -155,7 +177,9 @@ def box_head_losses(
     target_gradient: bool = False,
     axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """Softmax cross-entropy over K + 1 and smooth L1 on the deltas of the true class.
+    """Softmax cross-entropy over K + 1, if the head classifies, and smooth L1 on the deltas.
+
+    Deltas are those of the true class.
 
     Args:
       output: of a head on `targets.boxes`.
@@ -170,7 +194,6 @@ def box_head_losses(
     """
     valid = targets.valid & image_valid[:, None]
     positive = valid & (targets.labels > 0)
-    classification = losses.softmax_cross_entropy(output.logits, targets.labels)
     references = output.references
     if not target_gradient:
         references = jax.lax.stop_gradient(references)
@@ -178,10 +201,30 @@ def box_head_losses(
     chosen = of_class(output.deltas, targets.labels - 1)
     regression = losses.smooth_l1(chosen - wanted, beta).sum(axis=-1)
     count = valid.sum() if normaliser == "sampled" else positive.sum()
-    return {
-        "box_class": losses.share(classification, valid, valid.sum(), axis_name),
-        "box_regression": losses.share(regression, positive, count, axis_name),
-    }
+    terms = {}
+    if output.logits is not None:
+        classification = losses.softmax_cross_entropy(output.logits, targets.labels)
+        terms["box_class"] = losses.share(classification, valid, valid.sum(), axis_name)
+    return terms | {"box_regression": losses.share(regression, positive, count, axis_name)}
+
+
+def head_overlaps(
+    boxes: Float[Array, "B R 4"],
+    targets: RoITargets,
+    image_valid: Bool[Array, " B"],
+    axis_name: str | None = None,
+) -> dict[str, Float[Array, ""]]:
+    """Mean IoU with the truth of positive regions, before and after they became `boxes`.
+
+    Copies of the ground truth do not count.
+    """
+    positive = targets.valid & image_valid[:, None] & (targets.labels > 0) & ~targets.is_truth
+
+    def mean_iou(of):
+        iou = box_ops.iou(of[:, :, None], targets.truth[:, :, None])[..., 0, 0]
+        return losses.share(iou, positive, positive.sum(), axis_name)
+
+    return {"iou_before": mean_iou(targets.boxes), "iou_after": mean_iou(boxes)}
 
 
 def head_accuracy(

@@ -3,7 +3,8 @@
 One head is Faster R-CNN; more are Cascade R-CNN (Cai and Vasconcelos 2018). The paper's has four,
 with IoU thresholds 0.5, 0.5, 0.6, 0.7 and weights 0.75, 1, 0.25, 0.25 (section 5.6). Where the
 backbone is decoupled (section 5.2), every stage has two heads on pyramids of their own: the first
-one's classes and the last one's boxes count.
+one's classes and the last one's boxes count. Heads that only regress (`RegressorHead`) have no
+class losses and no scores.
 
 Shape legend
   B  images
@@ -20,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from common import boxes as box_ops
 from common.errors import UserError
@@ -84,7 +85,10 @@ def stage_losses(
     margin: Mapping[str, Any],
     axis_name: str | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Losses of all stages, weighted, and monitoring figures of the last.
+    """Losses of all stages, weighted, and monitoring figures.
+
+    The figures are the accuracy of the last stage, or how far each stage moves boxes towards the
+    truth where heads do not classify.
 
     Args:
       heads: of each branch, of each stage.
@@ -100,6 +104,7 @@ def stage_losses(
       axis_name: device axis over which regions are counted.
     """
     terms: dict[str, Array] = {}
+    monitor: dict[str, Array] = {}
     for index, stage in enumerate(stages):
         targets = box_head.sample_rois(
             jax.vmap(jax.random.fold_in, (0, None))(keys, index), proposals,
@@ -109,19 +114,25 @@ def stage_losses(
             branch[index](pool, targets.boxes, True)
             for branch, pool in zip(heads, pools, strict=True)
         ]
+        of_stage = f"_stage{index + 1}" if len(stages) > 1 else ""
         for branch, (output, by_name) in enumerate(zip(outputs, weights, strict=True)):
             found = head_losses(
                 output, targets, batch["image_valid"], stage, loss, margin, axis_name
             )
             suffix = f"_{branch + 1}" if len(outputs) > 1 else ""
-            suffix += f"_stage{index + 1}" if len(stages) > 1 else ""
+            suffix += of_stage
             for name, value in found.items():
                 terms[name + suffix] = stage.loss_weight * by_name.get(name, 1.0) * value
-        if index + 1 < len(stages):
-            proposals = _next_proposals(outputs, targets, stage, batch["image_size"])
-    monitor = box_head.head_accuracy(
-        outputs[0].logits, targets, batch["image_valid"], axis_name
-    )
+        boxes = _refine(outputs, targets, stage, batch["image_size"])
+        counted = (targets, batch["image_valid"], axis_name)
+        if outputs[0].logits is None:
+            figures = box_head.head_overlaps(boxes, *counted)
+            monitor |= {name + of_stage: value for name, value in figures.items()}
+        else:
+            monitor = box_head.head_accuracy(outputs[0].logits, *counted)
+        # Refined regions, without copies of the ground truth.
+        valid = targets.valid & ~targets.is_truth & box_ops.is_valid(boxes)
+        proposals = Proposals(boxes, valid)
     return terms, monitor
 
 
@@ -153,8 +164,8 @@ def detect_stages(
     *,
     average: str,
     box_stage: int,
-) -> tuple[Float[Array, "B P K1"], Float[Array, "B P k 4"]]:
-    """Class probabilities (column 0 background) and boxes of each proposal.
+) -> tuple[Float[Array, "B P K1"] | None, Float[Array, "B P k 4"]]:
+    """Class probabilities (column 0 background; None without classifiers) and boxes.
 
     Args:
       heads, pools, stages: as in `stage_losses`.
@@ -163,23 +174,28 @@ def detect_stages(
       average: weighted mean of "probability" or of "logit" over the stages.
       box_stage: index of the stage whose boxes are returned; -1 is the last.
     """
-    total = sum(stage.score_weight for stage in stages)
-    scores, boxes = 0.0, []
+    logits, boxes = [], []
     for index, stage in enumerate(stages):
         outputs = [
             branch[index](pool, proposals.boxes, False)
             for branch, pool in zip(heads, pools, strict=True)
         ]
-        logits = outputs[0].logits
-        part = jax.nn.softmax(logits) if average == "probability" else logits
-        scores += stage.score_weight / total * part
+        logits.append(outputs[0].logits)
         boxes.append(_decode(outputs[-1], stage, image_size))
         if index + 1 < len(stages):
-            best = logits[..., 1:].argmax(axis=-1)
-            proposals = Proposals(box_head.of_class(boxes[-1], best), proposals.valid)
-    if average == "logit":
-        scores = jax.nn.softmax(scores)
+            chosen = box_head.of_class(boxes[-1], box_head.best_class(outputs[0]))
+            proposals = Proposals(chosen, proposals.valid)
+    scores = None if logits[0] is None else _mean_scores(logits, stages, average)
     return scores, boxes[box_stage]
+
+
+def _mean_scores(
+    logits: Sequence[Float[Array, "B P K1"]], stages: Sequence[Stage], average: str
+) -> Float[Array, "B P K1"]:
+    total = sum(stage.score_weight for stage in stages)
+    parts = [jax.nn.softmax(x) if average == "probability" else x for x in logits]
+    mean = sum(s.score_weight / total * part for s, part in zip(stages, parts, strict=True))
+    return mean if average == "probability" else jax.nn.softmax(mean)
 
 
 def _decode(output: HeadOutput, stage: Stage, image_size: Array) -> Float[Array, "B R k 4"]:
@@ -189,16 +205,15 @@ def _decode(output: HeadOutput, stage: Stage, image_size: Array) -> Float[Array,
     ).reshape(boxes.shape)
 
 
-def _next_proposals(
+def _refine(
     outputs: Sequence[HeadOutput], targets: RoITargets, stage: Stage, image_size: Array
-) -> Proposals:
-    """Refined regions, cut off from the gradient; copies of the ground truth are left out.
+) -> Float[Array, "B R 4"]:
+    """Refined regions, cut off from the gradient.
 
     A positive region takes the box of its label, background that of its best class.
     """
     boxes = _decode(outputs[-1], stage, image_size)
-    best = outputs[0].logits[..., 1:].argmax(axis=-1)
-    chosen: Int[Array, "B R"] = jnp.where(targets.labels > 0, targets.labels - 1, best)
-    boxes = jax.lax.stop_gradient(box_head.of_class(boxes, chosen))
-    valid = targets.valid & ~targets.is_truth & box_ops.is_valid(boxes)
-    return Proposals(boxes, valid)
+    chosen = box_head.best_class(outputs[0])
+    if chosen is not None:
+        chosen = jnp.where(targets.labels > 0, targets.labels - 1, chosen)
+    return jax.lax.stop_gradient(box_head.of_class(boxes, chosen))

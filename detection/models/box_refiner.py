@@ -1,0 +1,111 @@
+"""Cascade of regressors that moves given boxes onto their objects: no proposals, no classes.
+
+The paper's "refined detection": boxes of an ensemble's detections table are refined before they are
+segmented, and keep their scores. Every stage (IoU 0.5, 0.6, 0.7 by default) starts from the boxes
+of the one before and has a box for all classes together.
+
+Shape legend
+  B  images of the global batch
+  M  padded ground-truth boxes
+  P  padded boxes of the table
+  J  jittered copies of the ground truth
+
+Batch fields used (common.data.input): those of `detection.models.faster_rcnn`, and proposals
+(B,P,4) pixels with proposal_valid (B,P).
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from common import boxes as box_ops
+from common.errors import UserError
+from detection.models import second_stage
+from detection.models.rpn import Proposals
+from detection.models.two_stage import TwoStage
+
+
+class BoxRefiner(TwoStage):
+    """The refiner. Fields mirror `config.model` of configs/detection/r50_refine.py."""
+
+    def setup(self):
+        super().setup()
+        if self.settings.split_after:
+            raise UserError(
+                f"config.model.split_after: found {self.settings.split_after!r}, expected '': "
+                "box_head.kind 'regressor' has no classes to decouple"
+            )
+
+    def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
+        """{'losses': terms that are summed, 'monitor': figures that are only logged}.
+
+        Both are this device's shares (`detection.losses`). Trained on are the table's boxes, the
+        ground truth and, with `truth_jitter.copies`, moved copies of it.
+        """
+        s = self.settings
+        boxes, valid = batch["proposals"], batch["proposal_valid"]
+        jittered = jitter(
+            self.image_keys(len(boxes)), batch["boxes"], batch["valid"], batch["image_size"],
+            **s.truth_jitter,
+        )
+        proposals = Proposals(
+            jnp.concatenate([boxes, jittered.boxes], axis=1),
+            jnp.concatenate([valid, jittered.valid], axis=1),
+        )
+        pyramids = self.pyramids(batch, train=True)
+        terms, monitor = second_stage.stage_losses(
+            self.heads(), [self.pool(levels) for levels in pyramids], self.image_keys(len(boxes)),
+            proposals, batch, self.stages, [dict(s.loss_weights)], sample=s.box_head.sample,
+            loss=s.box_head.loss, margin={}, axis_name=self.axis_name,
+        )
+        return {"losses": terms, "monitor": monitor}
+
+    def detect(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Boxes (B,P,4), canvas pixels, in the order of the proposals, and which were refined.
+
+        Where `refined` (B,P) is false, the box is the proposal itself: padding, boxes without area,
+        and those that the regressor would move out of the image.
+        """
+        proposals = Proposals(batch["proposals"], batch["proposal_valid"])
+        pyramids = self.pyramids(batch, train=False)
+        _, boxes = second_stage.detect_stages(
+            self.heads(), [self.pool(levels) for levels in pyramids], proposals,
+            batch["image_size"], self.stages, average=self.settings.stages.average,
+            box_stage=self.settings.stages.box_stage,
+        )
+        boxes = boxes[:, :, 0]
+        refined = proposals.valid & batch["image_valid"][:, None] & box_ops.is_valid(boxes)
+        return {
+            "boxes": jnp.where(refined[..., None], boxes, proposals.boxes), "refined": refined
+        }
+
+
+def jitter(
+    keys: Array,
+    boxes: Float[Array, "B M 4"],
+    valid: Bool[Array, "B M"],
+    image_size: Float[Array, "B 2"],
+    *,
+    copies: int,
+    shift: float,
+    scale: float,
+) -> Proposals:
+    """Randomly moved copies of boxes, (B, J = copies * M), clipped to the image.
+
+    Args:
+      keys: (B,) random keys, one an image.
+      boxes: pixels.
+      valid: which of them are real.
+      image_size: content height, width, pixels.
+      copies: of each box.
+      shift: standard deviation of the centre's move, in sides of the box.
+      scale: standard deviation of the logarithm of each side's factor.
+    """
+    spread = jnp.array([shift, shift, scale, scale])
+    repeated = jnp.tile(boxes, (1, copies, 1))
+    shape = repeated.shape[1:]
+    deltas = jax.vmap(lambda key: jax.random.normal(key, shape))(keys) * spread
+    moved = box_ops.clip(box_ops.decode(deltas, repeated), image_size)
+    return Proposals(moved, jnp.tile(valid, (1, copies)) & box_ops.is_valid(moved))
