@@ -41,9 +41,8 @@ def compile_train_step(
     schedule = make_schedule(config.optimizer, batch_size=batch_size, steps_per_epoch=1700)
     tx = make_optimizer(config.optimizer, schedule, shapes["params"], setup.frozen_pattern(config))
     state = jax.eval_shape(lambda: init_state(model, tx, config.seed, setup.init_batch(config)))
-    data = config.data
     replicated, sharded = distributed.replicated(mesh), distributed.batch_sharded(mesh)
-    batch = setup.batch_shapes(data.canvas, data.pad_multiple, data.max_boxes, batch_size)
+    batch = setup.train_shapes(config, batch_size)
     step = jax.jit(
         make_train_step(model, tx, mesh, config.seed),
         donate_argnums=0,

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from common.data.dataset import DatasetWriter
-from configs.detection import r50
+from configs.detection import r50, r50_refine
 
 COLOURS = ((200, 40, 40), (40, 160, 60), (50, 70, 220))
 
@@ -41,20 +41,25 @@ def write_dataset(directory: Path, num_images: int = 12, size: int = 64, seed: i
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """ResNet-10 on 64x64 canvases; `arg` is the number of epochs (default 3)."""
-    config = r50.get_config()
-    config.name = "tiny"
+    """ResNet-10 on 64x64 canvases; `arg` is the number of epochs (default 3), or "refine"."""
+    refine = arg == "refine"
+    config = r50_refine.get_config() if refine else r50.get_config()
+    config.name = "tiny_refine" if refine else "tiny"
     config.data.update(sampler="uniform", batch_size=4, canvas=(64, 64), max_boxes=8)
     config.model.update(backbone="resnet10", norm="group", frozen_stages=0, dtype="float32")
     config.model.fpn_channels = 16
-    config.model.anchors.scales = (4.0,)
-    config.model.rpn.loss.num_samples = 32
-    config.model.rpn.train_proposals.update(pre_nms=50, post_nms=50)
-    config.model.rpn.test_proposals.update(pre_nms=50, post_nms=50)
     config.model.box_head.width = 32
     config.model.box_head.sample.num_samples = 16
-    config.model.detections.update(max_candidates=64, max_detections=20)
-    config.optimizer.update(num_epochs=float(arg or 3), warmup_epochs=0.5, clip_norm=10.0)
+    config.optimizer.update(num_epochs=3.0, warmup_epochs=0.5, clip_norm=10.0)
+    if refine:
+        config.data.max_proposals = 8
+    else:
+        config.model.anchors.scales = (4.0,)
+        config.model.rpn.loss.num_samples = 32
+        config.model.rpn.train_proposals.update(pre_nms=50, post_nms=50)
+        config.model.rpn.test_proposals.update(pre_nms=50, post_nms=50)
+        config.model.detections.update(max_candidates=64, max_detections=20)
+        config.optimizer.num_epochs = float(arg or 3)
     config.checkpoint.update(every_steps=2, keep_epochs=False)
     config.evaluation.batch_size = 4
     config.log.every_steps = 1

@@ -1,6 +1,6 @@
 """Boxes of a detections table by image of a dataset, in any order of images.
 
-Shape legend: N images of the dataset, I of the table; n boxes of one image.
+Shape legend: N images of the dataset, I of the table; n boxes of one image; s pieces.
 """
 
 import tempfile
@@ -76,6 +76,20 @@ class TableBoxes:
             return _NO_BOXES
         end = self._ends[place]
         return self._boxes[end - self.counts[place] : end]
+
+    def pieces(
+        self, places: range, size: int
+    ) -> tuple[Int64[np.ndarray, " s"], Int64[np.ndarray, " s"], Int64[np.ndarray, " s"]]:
+        """Cuts the boxes of the images at `places` into pieces of an image, in table order.
+
+        Returns:
+          image of the dataset, first box within the image, and number of boxes, `size` at most.
+        """
+        counts = self.counts[places.start : places.stop]
+        parts = -(-counts // size)
+        image = np.repeat(np.arange(len(counts)), parts)
+        first = (np.arange(len(image)) - np.repeat(np.cumsum(parts) - parts, parts)) * size
+        return self.images[places.start + image], first, np.minimum(counts[image] - first, size)
 
     def num_covered(self, images: Int[np.ndarray, " n"]) -> int:
         """How many of these images of the dataset the table covers."""
