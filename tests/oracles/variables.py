@@ -7,10 +7,15 @@ from flax import traverse_util
 
 
 def random_variables(module: nn.Module, seed: int = 0) -> dict:
-    """He-normal kernels, scales and variances around 1, biases and means around 0."""
-    rng = np.random.default_rng(seed)
+    """Values for a trunk, which is called with images and `train`."""
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, False), images)
+    return random_values(shapes, seed)
+
+
+def random_values(shapes: dict, seed: int = 0) -> dict:
+    """He-normal kernels, scales and variances around 1, biases and means around 0."""
+    rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
         if path[-1] == "kernel":

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from segmentation import vote
+from segmentation.paste import paste, pixel_window
+from tests.oracles import segmentation as oracle
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pasting_equals_the_twin(seed):
+    """Enlarged and shrunk, whole and fractional boxes, at the edges of the photo."""
+    rng = np.random.default_rng(seed)
+    photo = rng.integers(5, 40, 2)
+    limits = photo[[1, 0, 1, 0]]
+    window = np.sort(rng.uniform(0, 1, (2, 2)), axis=0).reshape(4) * limits
+    window = np.where(rng.random(4) < 0.3, np.round(window), window)
+    window[2:] = np.maximum(window[2:], np.minimum(window[:2] + 1.01, limits[2:]))
+    window[:2] = np.minimum(window[:2], window[2:] - 1.01)
+    window = np.clip(window, 0, limits).astype(np.float32)
+    values = rng.random((3, *rng.integers(1, 30, 2)))
+    expected = np.stack([oracle.paste(v, window, tuple(photo)) for v in values])
+    top, left, bottom, right = pixels = pixel_window(window[None], photo[None])[0]
+    found = paste(values, window, pixels)
+    inside = ~np.isnan(expected[0])
+    rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
+    assert (top, bottom) == (rows[0], rows[-1] + 1)
+    assert (left, right) == (columns[0], columns[-1] + 1)
+    np.testing.assert_allclose(found, expected[:, top:bottom, left:right], atol=1e-5)
+
+
+def test_boxes_without_a_pixel_centre_get_the_pixel_they_lie_in():
+    windows = np.array([[3.6, 2.6, 4.4, 2.9], [9.8, 0.0, 10.0, 5.0], [0, 0, 0.1, 0.1]], np.float32)
+    found = pixel_window(windows, np.array([[5, 10]] * 3))
+    assert found.tolist() == [[2, 4, 3, 5], [0, 9, 5, 10], [0, 0, 1, 1]]
+    assert paste(np.full((4, 4), 0.7), windows[0], found[0]) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("voters", [1, 2, 3, 4])
+def test_hard_votes_equal_the_twin(voters):
+    rng = np.random.default_rng(voters)
+    # Few values, so that draws and means on the threshold happen.
+    probabilities = rng.choice([0.25, 0.5, 0.75], (voters, 12, 12)).astype(np.float32)
+    found = vote.combine(probabilities, "hard", 0.5)
+    if voters > 1:
+        np.testing.assert_array_equal(found, oracle.majority(probabilities, 0.5))
+    else:
+        np.testing.assert_array_equal(found, probabilities[0] > 0.5)
+
+
+def test_four_voters_that_draw_follow_the_mean():
+    sure, doubt = [0.9, 0.9, 0.45, 0.45], [0.55, 0.55, 0.1, 0.1]
+    even = [0.75, 0.75, 0.25, 0.25]
+    probabilities = np.array([sure, doubt, even], np.float32).T[:, None]
+    assert vote.combine(probabilities, "hard", 0.5).tolist() == [[True, False, True]]
+    assert vote.combine(probabilities, "mean", 0.5).tolist() == [[True, False, False]]
+
+
+def test_means_count_each_voter_once():
+    """A map may stand for several voters that looked at the same crop."""
+    voters = np.array([0.9, 0.2, 0.2], np.float32)[:, None, None]
+    together = np.array([0.9, 0.2], np.float32)[:, None, None]
+    for threshold in (0.4, 0.45):
+        expected = vote.combine(voters, "mean", threshold)
+        assert vote.combine(together, "mean", threshold, weights=[1, 2]) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "field"),
+    [("most", 0.5, "vote"), ("mean", 1.0, "threshold"), ("hard", -0.1, "threshold")],
+)
+def test_rules_that_make_no_sense_are_refused(rule, threshold, field):
+    with pytest.raises(UserError, match=f"config.test.{field}"):
+        vote.check(rule, threshold)
