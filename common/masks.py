@@ -11,6 +11,7 @@ Shape legend: H, W the frame asked for; h, w a window.
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,9 +98,7 @@ class MaskReader:
         if inside_x.any() and inside_y.any():
             y, x = y[inside_y], x[inside_x]
             area = (x[0], y[0], x[-1] + 1, y[-1] + 1)
-            result[np.ix_(inside_y, inside_x)] = _cut(frame, area)[
-                np.ix_(y - area[1], x - area[0])
-            ]
+            result[np.ix_(inside_y, inside_x)] = _cut(frame, area)[np.ix_(y - area[1], x - area[0])]
         return result
 
     def rle(self, row: int, size: tuple[int, int]) -> bytes | None:
@@ -152,15 +151,15 @@ class MaskReader:
 
     def _open_png(self, row: int, path: str) -> Image.Image:
         """The decoded file, checked."""
-        path = f"{self._root.rstrip('/')}/{path}" if not path.startswith("/") else path
+        path = os.path.join(self._root, path)
         try:
             data = images.read_file(path)
             image = Image.open(io.BytesIO(data))
             if image.mode not in _MODES:
                 bits = " (16 bits)" if image.mode.startswith("I") else ""
                 raise self._error(
-                    row, f"{path}: mask of mode {image.mode}{bits}, expected one channel of 1 or "
-                    "8 bits"
+                    row,
+                    f"{path}: mask of mode {image.mode}{bits}, expected one channel of 1 or 8 bits",
                 )
             image.load()
         except images.ImageError as error:
@@ -220,8 +219,10 @@ class MaskReader:
         """Counts of polygons after moving `origin` to the corner and scaling x and y."""
         try:
             points = [np.asarray(p, np.float64).reshape(-1, 2) for p in polygons]
-            if not points or min(map(len, points)) < 3 or not all(
-                np.isfinite(p).all() for p in points
+            if (
+                not points
+                or min(map(len, points)) < 3
+                or not all(np.isfinite(p).all() for p in points)
             ):
                 raise ValueError("no polygon")
         except (TypeError, ValueError) as error:

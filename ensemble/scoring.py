@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from common.data.dataset import Dataset
 from common.errors import UserError
-from common.evaluation import openimages
+from common.evaluation import matching, openimages
 from common.hierarchy import ancestors
 from ensemble import tree as trees
 from ensemble.groups import Rows, rank_rows
@@ -92,7 +92,7 @@ class Shard:
             (found[0], self._single, True),
             (found[1], self._group_of, False),
         ):
-            overlap, best = openimages.best_overlaps(
+            overlap, best = matching.best_overlaps(
                 boxes, group, truth, numbers, self._num_groups, union=union
             )
             row[solid] = np.where(overlap >= self._options["iou_threshold"], best, _NONE)
@@ -107,21 +107,21 @@ class Shard:
             single[fused], inside[fused] = self._match(rows.group[fused], columns)
         group, scores = rows.group, rows.scores
         counted = single != _NO_AREA
-        if len(group) > openimages.MAX_PER_CLASS:
+        if len(group) > matching.MAX_PER_CLASS:
             number = np.cumsum(counted)
             starts = np.flatnonzero(np.diff(group, prepend=-1))
             before = np.repeat(number[starts] - counted[starts], np.diff(starts, append=len(group)))
-            counted &= number - before <= openimages.MAX_PER_CLASS
+            counted &= number - before <= matching.MAX_PER_CLASS
         if not counted.all():
             group, scores, single, inside = (a[counted] for a in (group, scores, single, inside))
 
-        kinds = np.full(len(group), openimages.FALSE, np.int8)
+        kinds = np.full(len(group), matching.FALSE, np.int8)
         # Rows fall in score within a group: written in reverse, the best claim on a box stays.
         claims = np.flatnonzero(single >= 0)[::-1]
         taker = np.full(len(self._single[1]), -1)
         taker[single[claims]] = claims
-        kinds[taker[taker >= 0]] = openimages.TRUE
-        absorbed = (kinds == openimages.FALSE) & (inside >= 0)
+        kinds[taker[taker >= 0]] = matching.TRUE
+        absorbed = (kinds == matching.FALSE) & (inside >= 0)
         claims = np.flatnonzero(absorbed)[::-1]
         group_scores = np.zeros(len(self._group_of[1]), np.float32)
         group_scores[inside[claims]] = scores[claims]
@@ -130,7 +130,7 @@ class Shard:
         kept = ~absorbed
         group = np.concatenate([group[kept], self._group_of[1][hit]])
         scores = np.concatenate([scores[kept], group_scores[hit]])
-        kinds = np.concatenate([kinds[kept], np.full(hit.sum(), openimages.GROUP, np.int8)])
+        kinds = np.concatenate([kinds[kept], np.full(hit.sum(), matching.GROUP, np.int8)])
         order = np.argsort(group, kind="stable")
         return openimages.Entries(self._classes[group[order]], scores[order], kinds[order])
 

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Int
 
 from common.rle.counts import counts_of_ones, decode_runs
 
+_PIXELS_PER_RUN = 150  # that np.repeat writes in the time of one assignment
+
 Mask = Bool[np.ndarray, "h w"]
 
 
@@ -112,15 +114,9 @@ def decode_all(counts: Sequence[bytes], size: tuple[int, int]) -> Bool[np.ndarra
             first, last = total[start + 1], total[end]
             if last - first < _PIXELS_PER_RUN * (end - start) // 2:
                 own = runs[start + 1 : end]
-                flat[first:last] = np.repeat(_ALTERNATING[: len(own)], own) if len(
-                    own
-                ) <= len(_ALTERNATING) else np.repeat(np.arange(1, len(own) + 1) % 2 == 1, own)
+                flat[first:last] = np.repeat(np.arange(1, len(own) + 1) % 2 == 1, own)
             else:
                 edges = total[start + 1 : end + 1].tolist()
                 for begin, finish in zip(edges[0::2], edges[1::2], strict=True):
                     flat[begin:finish] = True
     return pixels.transpose(0, 2, 1)
-
-
-_PIXELS_PER_RUN = 150  # that np.repeat writes in the time of one assignment
-_ALTERNATING = np.arange(1, 1025) % 2 == 1

@@ -9,7 +9,7 @@ import pytest
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
 from common.detections import Detections, DetectionsWriter, read_detections
 from common.errors import UserError
-from common.evaluation import openimages
+from common.evaluation import matching, openimages
 from configs.ensemble import auto
 from ensemble import draw_tree, inputs, scoring, search, tree_search
 from ensemble import tree as trees
@@ -161,7 +161,7 @@ def test_scores_are_exactly_those_of_the_evaluator(folder, root, num_shards):
 
 
 def test_the_cap_of_detections_of_one_class_in_an_image_holds(folder, monkeypatch):
-    monkeypatch.setattr(openimages, "MAX_PER_CLASS", 2)
+    monkeypatch.setattr(matching, "MAX_PER_CLASS", 2)
     dataset, (scorer,) = open_all(folder)
     given, like = all_rows(folder)
     root = Node(Leaf("one"), Leaf("two"), Operators(nms="soft"))
