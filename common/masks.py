@@ -155,17 +155,18 @@ class MaskReader:
         try:
             data = images.read_file(path)
             image = Image.open(io.BytesIO(data))
-            if image.mode not in _MODES:
-                bits = " (16 bits)" if image.mode.startswith("I") else ""
-                raise self._error(
-                    row,
-                    f"{path}: mask of mode {image.mode}{bits}, expected one channel of 1 or 8 bits",
-                )
-            image.load()
+            mode = image.mode
+            if mode in _MODES:
+                image.load()
         except images.ImageError as error:
             raise self._error(row, f"{path}: {error}") from error
         except _BROKEN as error:
             raise self._error(row, f"{path}: no readable mask file") from error
+        if mode not in _MODES:
+            bits = " (16 bits)" if mode.startswith("I") else ""
+            raise self._error(
+                row, f"{path}: mask of mode {mode}{bits}, expected one channel of 1 or 8 bits"
+            )
         self._check_shape(row, f"{path}: ", image.size[::-1])
         self._check_place(row, path, image)
         return image

@@ -3,7 +3,8 @@
     python -m scripts.score --metric=openimages --dataset=DIR --split=validation \\
         --detections=x.parquet [--expand_predictions] [--json=out.json]
 
-Metrics: openimages, coco, coco_masks, lvis, lvis_masks; the masks are those of the table.
+Metrics: openimages, openimages_masks, coco, coco_masks, lvis, lvis_masks; the masks are those of
+the table.
 
 Prints the figures, the best and worst classes, and whether the predictions were expanded to
 parent classes. `--json` gets plain {"name": value} pairs with the official metric names and one
@@ -22,9 +23,9 @@ from common.cli import run_main
 from common.data.dataset import Dataset
 from common.detections import DetectionsReader
 from common.errors import UserError
-from common.evaluation import coco, lvis, openimages
+from common.evaluation import coco, lvis, openimages, openimages_masks
 
-METRICS = ("openimages", "coco", "coco_masks", "lvis", "lvis_masks")
+METRICS = ("openimages", "openimages_masks", "coco", "coco_masks", "lvis", "lvis_masks")
 
 
 def define_flags() -> None:
@@ -59,10 +60,14 @@ def main(argv):
     if flags.FLAGS.metric not in METRICS:
         raise UserError(f"--metric={flags.FLAGS.metric}: expected one of {', '.join(METRICS)}")
     dataset = Dataset.open(flags.FLAGS.dataset)
-    if flags.FLAGS.metric == "openimages":
+    if flags.FLAGS.metric.startswith("openimages"):
         expanded = DetectionsReader(flags.FLAGS.detections).metadata.get("expanded")
         print(f"predictions expanded to parent classes: {_expansion(expanded)}", flush=True)
-        results = openimages.evaluate_openimages(
+        masks = flags.FLAGS.metric == "openimages_masks"
+        evaluate = (
+            openimages_masks.evaluate_openimages_masks if masks else openimages.evaluate_openimages
+        )
+        results = evaluate(
             dataset,
             flags.FLAGS.split,
             flags.FLAGS.detections,

@@ -77,3 +77,65 @@ def test_random_bytes_never_crash():
         sizes = rng.integers(-3, 50, (2, 2))
         rle.find_broken(counts, sizes)
         rle.areas(counts)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6))
+def test_pixels_to_counts_and_back(seed):
+    masks = random_masks(seed, 6)
+    counts, sizes = encode(masks)
+    assert rle.encode(masks) == counts  # numbers in Fortran order
+    assert rle.encode([np.ascontiguousarray(mask) != 0 for mask in masks]) == counts
+    for mask, text in zip(masks, counts, strict=True):
+        np.testing.assert_array_equal(rle.decode(text, mask.shape), mask)
+    rng = np.random.default_rng(seed)
+    margins = rng.integers(0, 4, (len(masks), 2, 2))
+    padded = [np.pad(mask, margin) for mask, margin in zip(masks, margins, strict=True)]
+    expected, whole = encode(padded)
+    assert rle.encode_windows(masks, margins[:, :, 0], whole) == expected
+    window = rle.encode_window(masks[0], *margins[0, :, 0], padded[0].shape)
+    assert window == expected[0]
+
+
+def one_size(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 40, 2)
+    noise = rng.random((rng.integers(1, 6), height, width))
+    if rng.random() < 0.5:
+        noise = np.sort(noise, axis=int(rng.integers(1, 3)))
+    return noise < rng.choice([0.05, 0.3, 0.7, 1])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6))
+def test_overlaps_unions_and_other_frames(seed):
+    masks = one_size(seed)
+    size = masks.shape[1:]
+    counts = rle.encode(masks)
+    assert (rle.decode_all(counts, size) == masks).all()
+    inter = (masks[:, None] & masks).sum((2, 3))
+    union = (masks[:, None] | masks).sum((2, 3))
+    areas = np.broadcast_to(masks.sum((1, 2))[:, None], inter.shape)
+    assert np.array_equal(rle.iou(counts, counts, size), inter / np.maximum(union, 1))
+    inside = inter / np.maximum(areas, 1)
+    assert np.array_equal(rle.iou(counts, counts, size, of_a=True), inside)
+    mixed = np.arange(len(masks)) % 2 == 0
+    expected = np.where(mixed, inside, inter / np.maximum(union, 1))
+    assert np.array_equal(rle.iou(counts, counts, size, of_a=mixed), expected)
+    assert rle.merge(counts, size) == rle.encode([masks.any(0)])[0]
+    assert rle.merge(counts, size, intersect=True) == rle.encode([masks.all(0)])[0]
+    new = tuple(np.random.default_rng(seed).integers(1, 60, 2).tolist())
+    rows, columns = ((np.arange(n) + 0.5) * s / n for n, s in zip(new, size, strict=True))
+    # Exact quotients of these small numbers are exact in float64 but for thirds and the like.
+    rows, columns = (np.floor(x + 1e-9).astype(int) for x in (rows, columns))
+    assert rle.resize(counts, size, new) == rle.encode(masks[:, rows][:, :, columns])
+
+
+def test_nothing_and_what_does_not_fit():
+    assert rle.encode([]) == [] and rle.decode_all([], (3, 4)).shape == (0, 3, 4)
+    assert rle.iou([], rle.encode([np.ones((3, 4))]), (3, 4)).shape == (0, 1)
+    assert rle.resize([], (3, 4), (5, 6)) == []
+    with pytest.raises(ValueError, match="window of 3x4 at 0, 1 is not in 3x4"):
+        rle.encode_window(np.ones((3, 4), bool), 0, 1, (3, 4))
+    with pytest.raises(ValueError, match="no code of 4x4 pixels"):
+        rle.decode(rle.encode([np.ones((3, 4), bool)])[0], (4, 4))

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from common import rle
 from common.data.dataset import DatasetWriter
 from common.detections import DetectionsWriter, read_detections
 
@@ -79,11 +82,44 @@ def test_coco(folder):
     assert values["APlarge"] == -1.0
 
 
+def test_openimages_masks(tmp_path):
+    labels, box = ["/m/tree", "/m/oak"], [0, 0, 0.5, 0.5]
+    tree = np.zeros((10, 10), bool)
+    tree[:5, :5] = True
+    with DatasetWriter(
+        tmp_path / "set", "trees", labels, labels, HIERARCHY, "", has_masks=True
+    ) as writer:
+        Image.fromarray(np.kron(tree, np.ones((3, 3), bool))).save(tmp_path / "a.png")
+        entry = {"png": str(tmp_path / "a.png")}
+        writer.add_image("a", "a.jpg", (100, 100), [box, box], [1, 0], masks=[entry, None])
+        writer.add_split("val", [0])
+    with DetectionsWriter(tmp_path / "x.parquet", {"model": "m"}, masks=True) as writer:
+        writer.add("a", ["/m/oak"], [0.9], [box], rle.encode([tree]), [[10, 10]])
+    result = run(
+        "score",
+        "--metric=openimages_masks",
+        f"--dataset={tmp_path / 'set'}",
+        "--split=val",
+        f"--detections={tmp_path / 'x.parquet'}",
+        "--expand_predictions",
+        f"--json={tmp_path / 'out.json'}",
+    )
+    assert result.returncode == 0, result.stderr
+    prefix = "OpenImagesInstanceSegmentationChallenge_P"
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        f"{prefix}recision/mAP@0.5IOU": 1.0,
+        f"{prefix}erformanceByCategory/AP@0.5IOU//m/tree": 1.0,
+        f"{prefix}erformanceByCategory/AP@0.5IOU//m/oak": 1.0,
+    }
+    assert "yes, by --expand_predictions" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--split=both"], "covers 1 of the 2 images of split 'both', 'b' is missing"),
-        (["--metric=voc"], "--metric=voc: expected one of openimages, coco, coco_masks, lvis"),
+        (["--metric=voc"], "--metric=voc: expected one of openimages, openimages_masks, coco"),
+        (["--metric=openimages_masks"], "set: the dataset has no masks"),
         (["--metric=lvis"], "no frequency of the classes"),
         (["--split=test"], "no split 'test'"),
         (["--detections=nothing.parquet"], "nothing.parquet: no such file"),
