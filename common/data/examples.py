@@ -122,15 +122,15 @@ class PhotoErrors:
         with self._lock:
             self._tried += 1
 
-    def skip(self, path: str, error: images.ImageError) -> None:
-        """Counts an unreadable photo and names it once.
+    def skip(self, path: str, error: UserError, what: str = "image") -> None:
+        """Counts an unreadable photo (or `what` belongs to it) and names it once.
 
         Raises:
           UserError: the config says 'fatal', or most photos so far cannot be read.
         """
         if self._fatal:
             raise UserError(
-                f"{path}: cannot read the image: {error} "
+                f"{path}: cannot read the {what}: {error} "
                 "(data.on_image_error='skip' goes on without such images)"
             ) from error
         with self._lock:
@@ -139,10 +139,10 @@ class PhotoErrors:
             self._told.add(path)
             skipped, tried = self.skipped, self._tried
         if first:
-            _tell(f"{path}: skipped, cannot read the image: {error}")
+            _tell(f"{path}: skipped, cannot read the {what}: {error}")
         if tried >= _MIN_TRIED and skipped > tried // 2:
             raise UserError(
-                f"{path}: cannot read the image: {error}; {skipped} of {tried} images could not "
+                f"{path}: cannot read the {what}: {error}; {skipped} of {tried} images could not "
                 "be read: is the dataset's image_root the folder of the photos?"
             ) from error
 

@@ -63,6 +63,21 @@ class Photo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pixels:
+    """A decoded photo, possibly at 1/2, 1/4 or 1/8 of its size.
+
+    Attributes:
+      image: RGB, in the axes of the file.
+      orientation: EXIF orientation still to apply, 1: none.
+      extent: width, height that the photo covers on `image`.
+    """
+
+    image: Image.Image
+    orientation: int
+    extent: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Geometry:
     """How a photo lies on the canvas: resized to `full`, cropped, then mirrored.
 
@@ -195,45 +210,71 @@ def open_photo(data: bytes, annotated_size: tuple[int, int] = (0, 0)) -> Photo:
     return Photo(image, orientation, (width, height) if swap else (height, width))
 
 
-def draw(photo: Photo, geometry: Geometry, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes a photo and draws it on a canvas of height, width `shape`; padding is 0.
-
-    Bilinear with antialiasing (the filter grows with the reduction); greyscale becomes three equal
-    channels, 16 bits lose their low byte, transparency is ignored.
+def decode(photo: Photo, full: tuple[float, float]) -> Pixels:
+    """Decodes a photo, of which nothing larger than height, width `full` will be drawn.
 
     Raises:
       ImageError: the data are damaged or end early.
     """
-    image, full = photo.image, geometry.full[::-1]
+    image = photo.image
+    swap = photo.orientation in _ORIENTATIONS and _ORIENTATIONS[photo.orientation][1]
+    wanted = tuple(math.ceil(side) for side in (full if swap else full[::-1]))
+    try:
+        reduced = image.draft(None, wanted)
+        # Reduced sizes are rounded up: the photo ends inside the last row and column.
+        extent = reduced[1][2:] if reduced else image.size
+        return Pixels(_to_rgb(image), photo.orientation, extent)
+    except _BROKEN as error:
+        raise ImageError(_reason(error)) from error
+
+
+def resample(
+    pixels: Pixels, window: tuple[float, float, float, float], size: tuple[int, int]
+) -> Image.Image:
+    """A part of a photo at another size: bilinear, antialiased (the filter grows with the
+    reduction). Threads may share `pixels`.
+
+    Args:
+      pixels: decoded photo.
+      window: xmin, ymin, xmax, ymax, normalised, inside the photo as displayed.
+      size: height, width of the result.
+    """
     operation, swap, mirror_first, mirror_second = _ORIENTATIONS.get(
-        photo.orientation, (None, False, False, False)
+        pixels.orientation, (None, False, False, False)
     )
-    (top, left), (height, width) = geometry.offset, geometry.content
-    # The crop as shares of the displayed photo, then in the axes of the stored one.
-    spans = [(left / full[0], (left + width) / full[0]), (top / full[1], (top + height) / full[1])]
+    height, width = size
+    # In the axes of the stored photo.
+    spans = [window[0::2], window[1::2]]
     if swap:
-        full, (height, width), spans = full[::-1], (width, height), spans[::-1]
+        (height, width), spans = (width, height), spans[::-1]
     spans = [
         (1 - end, 1 - start) if mirror else (start, end)
         for (start, end), mirror in zip(spans, (mirror_first, mirror_second), strict=True)
     ]
-    try:
-        reduced = image.draft(None, full)
-        # Reduced sizes are rounded up: the photo ends inside the last row and column.
-        extent = reduced[1][2:] if reduced else image.size
-        image = _to_rgb(image)
-        (x0, x1), (y0, y1) = (
-            (start * side, min(end * side, limit))
-            for (start, end), side, limit in zip(spans, extent, image.size, strict=True)
+    image = pixels.image
+    (x0, x1), (y0, y1) = (
+        (start * side, min(end * side, limit))
+        for (start, end), side, limit in zip(spans, pixels.extent, image.size, strict=True)
+    )
+    if image.size != (width, height) or (x0, y0, x1, y1) != (0, 0, width, height):
+        image = image.resize(
+            (width, height), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1), reducing_gap=3.0
         )
-        if image.size != (width, height) or (x0, y0, x1, y1) != (0, 0, width, height):
-            image = image.resize(
-                (width, height), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1), reducing_gap=3.0
-            )
-    except _BROKEN as error:
-        raise ImageError(_reason(error)) from error
-    if operation is not None:
-        image = image.transpose(operation)
+    return image if operation is None else image.transpose(operation)
+
+
+def draw(photo: Photo, geometry: Geometry, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes a photo and draws it on a canvas of height, width `shape`; padding is 0.
+
+    Bilinear with antialiasing; greyscale becomes three equal channels, 16 bits lose their low byte,
+    transparency is ignored.
+
+    Raises:
+      ImageError: the data are damaged or end early.
+    """
+    full, (top, left), (height, width) = geometry.full, geometry.offset, geometry.content
+    window = (left / full[1], top / full[0], (left + width) / full[1], (top + height) / full[0])
+    image = resample(decode(photo, full), window, geometry.content)
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     canvas = np.zeros((*shape, 3), np.uint8)

@@ -4,7 +4,8 @@ Every image of a step is a pure function of (seed, step, slot), so a resumed run
 an uninterrupted one and the slices of the hosts put together are the batch of a single host.
 Annotations are looked up in the memory-mapped index image by image; nothing is copied ahead.
 
-A batch is a dictionary (b: images of this host, M: data.max_boxes, H, W: canvas padded up):
+A batch is a dictionary (b: images of this host, M: data.max_boxes, P: data.max_proposals, H, W:
+canvas padded up):
   image          uint8   (b, H, W, 3)  RGB, content top left, padding 0 (the model normalises)
   image_size     float32 (b, 2)        height, width of the content on the canvas
   original_size  int32   (b, 2)        height, width of the photo as displayed (after EXIF rotation)
@@ -15,27 +16,20 @@ A batch is a dictionary (b: images of this host, M: data.max_boxes, H, W: canvas
   image_index    int32   (b,)          row of the dataset, -1 in the padding of the last batch
   image_valid    bool    (b,)          False: padding, or a photo that could not be read
   drawn_class    int32   (b,)          the class that the plan drew the image for, -1: none
+where data.max_proposals is given and positive, also
+  proposals      float32 (b, P, 4)     boxes of a detections table in its order, canvas pixels
+  proposal_valid bool    (b, P)        which of them are real and have a visible area
 """
 
-import atexit
 import dataclasses
-import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import tensorflow as tf
-
+from common.data.batches import Batches, StepMemo, generator, local_batch
 from common.data.dataset import Dataset
-from common.data.examples import DTYPES, ExampleLoader, Settings, Slot
+from common.data.examples import ExampleLoader, Settings, Slot
 from common.data.plan import Plan
-from common.errors import UserError
-
-# TensorFlow only reads here; left alone it would take the memory of the accelerators.
-for _kind in ("GPU", "TPU"):
-    tf.config.set_visible_devices([], _kind)
+from common.data.proposals import TableBoxes
 
 _TRAIN, _EVAL = 0, 1  # streams of random numbers
 
@@ -50,7 +44,8 @@ def train_batches(
     num_steps: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> "Batches":
+    proposals: TableBoxes | None = None,
+) -> "PhotoBatches":
     """Iterates over the batches of steps start_step ... start_step + num_steps - 1.
 
     Args:
@@ -68,27 +63,29 @@ def train_batches(
           it; 'skip': leaves an empty slot, image_valid False, and prints the file once.
         num_threads: 0: twice as many as there are cores, at most 64.
         prefetch: batches made ahead.
+        max_proposals: P; fields without it have no proposals. Of an image with more, the best.
       seed: of flips, scales and box subsets.
       start_step: first step.
       num_steps: number of batches to make.
       process_index: this host; it gets slots [p b, (p + 1) b) of each batch.
       process_count: number of hosts.
+      proposals: boxes beside the annotated ones.
 
     Raises:
       UserError: bad config; while iterating: a photo that cannot be read (unless 'skip').
     """
-    local = _local_batch(plan.batch_size, process_index, process_count)
-    planned = _StepMemo(plan.batch)
+    local = local_batch(plan.batch_size, process_index, process_count)
+    planned = StepMemo(plan.batch)
 
     def slot(number: int) -> Slot:
         step, place = divmod(number, local)
         place += process_index * local
         image_indices, drawn_classes = planned(step)
-        rng = _generator(seed, _TRAIN, step, place)
+        rng = generator(seed, _TRAIN, step, place)
         return Slot(int(image_indices[place]), int(drawn_classes[place]), rng)
 
     numbers = range(start_step * local, (start_step + num_steps) * local)
-    return Batches(dataset, Settings.of(data_config), slot, numbers, local)
+    return PhotoBatches(dataset, Settings.of(data_config), slot, numbers, local, proposals)
 
 
 def eval_batches(
@@ -99,7 +96,7 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> "Batches":
+) -> "PhotoBatches":
     """Iterates once over a split, in its order, without augmentation.
 
     Host p gets images [p b, (p + 1) b) of each global batch: every image is on exactly one host,
@@ -109,28 +106,54 @@ def eval_batches(
 
     Args and errors: as `train_batches`; batch_size counts the images of all hosts together.
     """
-    local = _local_batch(batch_size, process_index, process_count)
-    settings = dataclasses.replace(Settings.of(data_config), flip=False, scale_jitter=(1.0, 1.0))
+    local = local_batch(batch_size, process_index, process_count)
+    settings = _unaugmented(data_config)
     images = dataset.split(split)
 
     def slot(number: int) -> Slot:
         batch, place = divmod(number, local)
         position = batch * batch_size + process_index * local + place
         index = int(images[position]) if position < len(images) else -1
-        return Slot(index, -1, _generator(0, _EVAL, 0, position))
+        return Slot(index, -1, generator(0, _EVAL, 0, position))
 
     num_batches = -(-len(images) // batch_size)
-    return Batches(dataset, settings, slot, range(num_batches * local), local)
+    return PhotoBatches(dataset, settings, slot, range(num_batches * local), local)
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Iterator over host-local batches; arrays are read-only.
+def proposal_batches(
+    dataset: Dataset, proposals: TableBoxes, places: range, data_config: Any, *, batch_size: int
+) -> "PhotoBatches":
+    """Iterates over the proposals of a table in its order, without augmentation, on one host.
 
-    Attributes:
-      num_batches: how many there are in all.
+    A photo comes as often as its proposals need, P at a time; one without any does not come. The
+    slots are `proposals.pieces(places, P)`.
+
+    Args:
+      dataset: of the photos.
+      proposals: boxes of the table.
+      places: places in `proposals.images` of the images that are wanted.
+      data_config: as for `train_batches`; max_proposals is positive.
+      batch_size: slots of a batch; what the last one lacks is padded.
     """
+    settings = _unaugmented(data_config)
+    images, first, _ = proposals.pieces(places, settings.max_proposals)
 
-    _open: weakref.WeakSet["Batches"] = weakref.WeakSet()
+    def slot(number: int) -> Slot:
+        rng = generator(0, _EVAL, 0, number)
+        if number >= len(images):
+            return Slot(-1, -1, rng)
+        return Slot(int(images[number]), -1, rng, int(first[number]))
+
+    numbers = range(-(-len(images) // batch_size) * batch_size)
+    return PhotoBatches(dataset, settings, slot, numbers, batch_size, proposals)
+
+
+def _unaugmented(data_config: Any) -> Settings:
+    return dataclasses.replace(Settings.of(data_config), flip=False, scale_jitter=(1.0, 1.0))
+
+
+class PhotoBatches(Batches):
+    """Batches of photos and their boxes."""
 
     def __init__(
         self,
@@ -139,120 +162,19 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         slot: Callable[[int], Slot],
         numbers: range,
         batch_size: int,
+        proposals: TableBoxes | None = None,
     ):
-        self.num_batches = len(numbers) // batch_size
-        self._numbers = numbers
-        self._batch_size = batch_size
-        self._made = 0
-        self._slot = slot
-        self._loader = ExampleLoader(dataset, settings)
-        self._errors: dict[int, Exception] = {}
-        # More threads than cores: they also wait for files and for the interpreter lock.
-        threads = settings.num_threads or min(2 * (os.cpu_count() or 1), 64)
-        options = tf.data.Options()
-        options.deterministic = True
-        # Every number is given. The tuning thread would hold up the end of an iterator: up to a
-        # minute each.
-        options.autotune.enabled = False
-        options.threading.private_threadpool_size = threads + 1
-        self._iterator = (
-            tf.data.Dataset.range(numbers.start, numbers.stop)
-            .map(self._example, num_parallel_calls=threads)
-            .batch(batch_size, drop_remainder=True)
-            .prefetch(settings.prefetch)
-            .with_options(options)
-            .as_numpy_iterator()
+        self._examples = ExampleLoader(dataset, settings, proposals)
+        super().__init__(
+            self._examples,
+            slot,
+            numbers,
+            batch_size,
+            num_threads=settings.num_threads,
+            prefetch=settings.prefetch,
         )
-        self._open.add(self)
-
-    def close(self) -> None:
-        """Stops reading ahead. After the last batch and at exit this happens by itself.
-
-        A thread of tf.data that waits for Python when the interpreter has gone never ends, and the
-        iterator, deleted so late, would wait for it.
-        """
-        self._iterator = iter(())
-
-    @classmethod
-    def close_all(cls) -> None:
-        for batches in list(cls._open):
-            batches.close()
-
-    @property
-    def skipped_images(self) -> int:
-        """Photos left out so far because they cannot be read (those of prefetched batches too)."""
-        return self._loader.photo_errors.skipped
 
     @property
     def dropped_boxes(self) -> int:
         """Boxes so far that did not fit into max_boxes (those of prefetched batches too)."""
-        return self._loader.dropped_boxes
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator, None)
-        if batch is None:
-            self.close()
-            raise StopIteration
-        self._made += 1
-        end = self._numbers.start + self._made * self._batch_size
-        errors = [number for number in list(self._errors) if number < end]
-        if errors:
-            raise self._errors[min(errors)]
-        return batch
-
-    def _example(self, number: tf.Tensor) -> dict[str, tf.Tensor]:
-        # numpy_function costs the interpreter lock, but Pillow gives it back while it works.
-        values = tf.numpy_function(self._load, [number], list(DTYPES.values()))
-        shapes = self._loader.shapes
-        for name, value in zip(DTYPES, values, strict=True):
-            value.set_shape(shapes[name])
-        return dict(zip(DTYPES, values, strict=True))
-
-    def _load(self, number: np.int64) -> list[np.ndarray]:
-        try:
-            example = self._loader.load(self._slot(int(number)))
-        except Exception as error:
-            # Raised by `__next__` when its batch comes: TensorFlow would print it and pass on text.
-            self._errors[int(number)] = error
-            example = self._loader.empty()
-        return [example[name] for name in DTYPES]
-
-
-atexit.register(Batches.close_all)
-
-
-class _StepMemo:
-    """Keeps the plan of the latest steps: all slots of a step ask for it, from several threads."""
-
-    _STEPS = 64
-
-    def __init__(self, function: Callable[[int], Any]):
-        self._function = function
-        self._results: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, step: int) -> Any:
-        with self._lock:
-            if step not in self._results:
-                while len(self._results) >= self._STEPS:
-                    del self._results[next(iter(self._results))]
-                self._results[step] = self._function(step)
-            return self._results[step]
-
-
-def _generator(seed: int, stream: int, step: int, slot: int) -> np.random.Generator:
-    """Random numbers of a slot: a counter-based generator put at (step, slot), without history."""
-    key = np.array([seed % 2**64, stream], np.uint64)
-    counter = np.array([0, 0, slot, step], np.uint64)  # drawing moves the first word
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def _local_batch(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size}: expected a positive multiple of {process_count}, "
-            "the number of hosts"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} of {process_count}")
-    return batch_size // process_count
+        return self._examples.dropped_boxes

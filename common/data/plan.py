@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt64
+from jaxtyping import Float64, Int32, Int64, UInt64
 
 from common.data.dataset import Dataset
 from common.errors import UserError
@@ -125,7 +125,9 @@ class UniformPlan:
     def draw(self, slots: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Images at the given places of the stream."""
         epoch, position = np.divmod(slots, len(self.images))
-        return self.images[permute(position, len(self.images), _key(self.seed, _IMAGES, epoch))]
+        return self.images[
+            permute(position, len(self.images), stream_key(self.seed, _IMAGES, epoch))
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +176,7 @@ class ClassPlan:
             rows, draws = self._full_rounds(step, step * extra)
             row, draw = np.concatenate([rows, row]), np.concatenate([draws, draw])
             order = permute(
-                np.arange(self.batch_size), self.batch_size, _key(self.seed, _SLOTS, step)
+                np.arange(self.batch_size), self.batch_size, stream_key(self.seed, _SLOTS, step)
             )
             row, draw = row[order], draw[order]
         return self._images(row, draw)
@@ -190,11 +192,11 @@ class ClassPlan:
         """Images of the given draws of class rows, and the classes."""
         size = np.diff(self.offsets)[row]
         epoch, place = np.divmod(draw, size)
-        place = permute(place, size, _key(self.seed, _CLASS_IMAGES, self.classes[row], epoch))
+        place = permute(place, size, stream_key(self.seed, _CLASS_IMAGES, self.classes[row], epoch))
         return self.members[self.offsets[row] + place].astype(np.int64), self.classes[row]
 
     def _stream_class(self, stream_round: np.ndarray, position: np.ndarray) -> np.ndarray:
-        key = _key(self.seed, _EXTRA_ROUNDS, stream_round)
+        key = stream_key(self.seed, _EXTRA_ROUNDS, stream_round)
         return permute(position, len(self.classes), key)
 
     def _full_rounds(self, step: int, stream_slots: int) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +239,7 @@ class ExpertPlan:
 
     def batch(self, step: int) -> tuple[Int64[np.ndarray, " B"], Int32[np.ndarray, " B"]]:
         slots = _slots(step, self.batch_size)
-        order = _key(self.positives.seed, _SLOTS, step)
+        order = stream_key(self.positives.seed, _SLOTS, step)
         slots = slots[permute(np.arange(len(slots)), len(slots), order)]
         p = self.share
         before, after = (s * p.numerator // p.denominator for s in (slots, slots + 1))
@@ -247,6 +249,7 @@ class ExpertPlan:
         images[positive], classes[positive] = self.positives.draw(before[positive])
         images[~positive] = self.background.draw((slots - before)[~positive])
         return images, classes
+
 
 class ClassHistogram(NamedTuple):
     """How often classes were seen; each array is (num_classes,) int64."""
@@ -352,13 +355,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(*parts: int | np.ndarray) -> np.ndarray:
+def stream_key(*parts: int | np.ndarray) -> np.ndarray:
     """A 64-bit key from integers (arrays broadcast)."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         # Arrays also for single numbers: NumPy warns when a scalar wraps around.
         key = _mix((key + _WEYL) ^ _mix(np.atleast_1d(part).astype(np.uint64) + _WEYL))
     return key
+
+
+def uniforms(count: int, *parts: int | np.ndarray) -> Float64[np.ndarray, "B count"]:
+    """`count` uniform random numbers in [0, 1) for each element of the key's parts."""
+    words = [stream_key(*parts, number) >> np.uint64(11) for number in range(count)]
+    return np.stack(words, axis=1) * 2.0**-53
 
 
 def _slots(step: int, batch_size: int) -> Int64[np.ndarray, " B"]:

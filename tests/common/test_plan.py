@@ -39,12 +39,12 @@ def draws(plan, num_steps):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 12345])
 def test_permute_is_a_permutation_of_any_size(size):
-    key = plans._key(3, size)
+    key = plans.stream_key(3, size)
     assert sorted(plans.permute(np.arange(size), size, key)) == list(range(size))
 
 
 def test_permute_gives_every_order_equally_often():
-    keys = plans._key(11, np.arange(24_000))
+    keys = plans.stream_key(11, np.arange(24_000))
     orders = np.stack([plans.permute(np.full(24_000, i), 4, keys) for i in range(4)], axis=1)
     counts = [np.all(orders == order, axis=1).sum() for order in itertools.permutations(range(4))]
     chi_square = np.sum((np.array(counts) - 1000) ** 2 / 1000)
