@@ -87,7 +87,7 @@ def recompute_batch_stats(
         mesh,
     )
     measure = jax.jit(make_measure_step(model, mesh))
-    fields = setup.batch_shapes((0, 0), 1, 0, 0).keys()
+    fields = setup.train_shapes(config, 1).keys()
     progress = Progress(num_batches, config.data.batch_size, mesh.size)
     sums = {path: np.zeros((2, *stats[(*path, "mean")].shape)) for path in momenta}
 
@@ -103,6 +103,7 @@ def recompute_batch_stats(
     batches = train_batches(
         dataset, plan, config.data, seed=config.seed, num_steps=num_batches,
         process_index=jax.process_index(), process_count=jax.process_count(),
+        proposals=setup.open_proposals(config, dataset, say),
     )
     ahead = None
     for number, host_batch in enumerate(batches, start=1):

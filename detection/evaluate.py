@@ -4,6 +4,7 @@
 
 Prints the result and writes WORK/evaluation/STEP/{SPLIT.parquet, SPLIT_metrics.json}; with
 `--config.test_time.scales=600,800,1000` (`detection.test_time`) they are SPLIT_test_time...
+Of a config that refines boxes, the table of `config.evaluation.proposals` is refined and scored.
 """
 
 import json
@@ -25,6 +26,7 @@ from common.training.workdir import write_text
 from detection import setup
 from detection.models.faster_rcnn import FasterRCNN
 from detection.predict import predict_split
+from detection.refine import mean_overlaps, refine_table
 from detection.test_time import detect_split, is_on
 
 METRICS = ("openimages", "coco")
@@ -32,6 +34,13 @@ METRICS = ("openimages", "coco")
 
 def score(config: ConfigDict, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
     """Official figures of a detections table, by the metric of the config."""
+    overlaps = {}
+    if setup.refines(config):
+        overlaps = mean_overlaps(dataset, split, Path(config.evaluation.proposals), table)
+    return overlaps | _official(config, dataset, split, table)
+
+
+def _official(config: ConfigDict, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
     if config.evaluation.metric == "coco":
         return evaluate_coco(dataset, split, table)
     expand = config.evaluation.expand_predictions
@@ -79,10 +88,18 @@ def evaluate_variables(
             "config.test_time.merge: found 'tables', expected 'union' or 'mean' to score; write "
             "the tables with detection.export, then ensemble.merge and scripts.score"
         )
+    if setup.refines(config) and not config.evaluation.proposals:
+        say("no config.evaluation.proposals, a detections table to refine: nothing to score")
+        return {}
     name = f"{split}_test_time" if test_time else split
     table = folder / f"{name}.parquet"
-    detect = detect_split if test_time else predict_split
-    detect(config, model, variables, dataset, split, mesh, table, step=step, say=say)
+    common = (config, model, variables, dataset)
+    if setup.refines(config):
+        proposals = Path(config.evaluation.proposals)
+        refine_table(*common, proposals, mesh, table, step=step, say=say)
+    else:
+        detect = detect_split if test_time else predict_split
+        detect(*common, split, mesh, table, step=step, say=say)
     if not distributed.is_main_process():
         return {}
     results = score(config, dataset, split, table)

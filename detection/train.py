@@ -34,7 +34,7 @@ from detection.evaluate import evaluate_variables
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
     "log", "checkpoint", "evaluation", "test_time", "optimizer.num_epochs", "data.dir",
-    "data.num_threads", "data.prefetch", "data.eval_split", "model.pretrained",
+    "data.num_threads", "data.prefetch", "data.eval_split", "data.proposals", "model.pretrained",
     "model.drop_background_rois",
 )
 
@@ -60,6 +60,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         f"data: {dataset.directory}, {len(dataset.split(config.data.train_split))} training "
         f"images, {dataset.num_classes} classes, {steps_per_epoch} steps an epoch", flush=True,
     )
+    proposals = setup.open_proposals(config, dataset, say)  # None: the model makes its own
 
     # ---------------------------------------------------------------- model and optimiser
     model = setup.build_model(config, dataset.num_classes)
@@ -94,7 +95,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     batches = train_batches(
         dataset, plan, config.data, seed=config.seed, start_step=start_step,
         num_steps=num_steps - start_step,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=jax.process_index(), process_count=jax.process_count(), proposals=proposals,
     )
 
     def evaluate(step):
@@ -107,7 +108,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
     with loop.Loop(
         config, workdir, mesh, checkpoints, schedule, start_step=start_step, num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch, fields=setup.batch_shapes((0, 0), 1, 0, 0),
+        steps_per_epoch=steps_per_epoch, fields=setup.train_shapes(config, 1),
         image_name=dataset.image_id, say=say,
     ) as training:
         every = steps_per_epoch * config.evaluation.every_epochs

@@ -1,0 +1,208 @@
+"""Refines the boxes of a detections table: the same rows, scores and labels, better boxes.
+
+Each process works on images of its own with its own devices. A slot of a batch is a photo with at
+most `config.data.max_proposals` boxes; a photo with more is looked at several times.
+
+Shape legend
+  b  slots of a batch
+  P  padded boxes of a slot
+  n  rows of the table
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Float32
+from ml_collections import ConfigDict
+
+from common.data.dataset import GROUP_OF, Dataset
+from common.data.input import proposal_batches
+from common.data.proposals import TableBoxes
+from common.detections import DetectionsReader, DetectionsWriter
+from common.evaluation.openimages import best_overlaps
+from common.training import distributed
+from common.training.progress import Progress
+from detection.models.box_refiner import BoxRefiner
+from detection.predict import INFERENCE_FIELDS, compiled_predict_step
+
+REFINER_FIELDS = (*INFERENCE_FIELDS, "proposals", "proposal_valid")
+_MATCH_IOU = 0.5  # a box with less has no object to be moved onto
+_CHUNK = 4096  # images scored at a time
+
+# Boxes (n,4), normalised, and which of them (n,) were refined.
+Rows = tuple[Float32[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]
+
+
+def refine_table(
+    config: ConfigDict,
+    model: BoxRefiner,
+    variables: dict,
+    dataset: Dataset,
+    table: Path,
+    mesh: Mesh,
+    output: Path,
+    *,
+    step: int,
+    say: Callable = print,
+) -> None:
+    """Writes a table again with refined boxes (a folder of shards with many hosts).
+
+    Rows, their order, labels, scores, masks and metadata stay; the metadata get `refinement`. A row
+    whose box has no area, or whose photo cannot be read (data.on_image_error 'skip'), keeps it.
+
+    Args:
+      config: of the run.
+      model: refiner.
+      variables: {'params', 'batch_stats'} on the mesh.
+      dataset: with the table's images; the labels need not be its own.
+      table: detections table, file or folder.
+      mesh: all devices.
+      output: Parquet file, or folder when there are several processes.
+      step: of the checkpoint.
+      say: where progress lines go.
+
+    Raises:
+      UserError: a broken table, or one of images that the dataset has not.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    own = [device for device in mesh.devices.flat if device.process_index == process]
+    local_mesh = distributed.make_mesh(own)
+    if len(own) < mesh.size:
+        variables = distributed.to_local(variables, local_mesh)
+    batch_size = -(-config.evaluation.batch_size // mesh.size) * len(own)
+
+    reader = DetectionsReader(table)
+    num_images = len(reader.image_ids)
+    places = range(process * num_images // processes, (process + 1) * num_images // processes)
+    boxes = TableBoxes(reader, dataset, places)
+    refinement = {
+        "model": config.name, "config": config.to_dict(), "step": step,
+        "dataset": dataset.meta.get("name", str(dataset.directory)),
+    }
+    say(f"refine {table}: {num_images} images, {reader.num_rows} boxes", flush=True)
+    with DetectionsWriter(
+        output, dict(reader.metadata) | {"refinement": refinement}, process_index=process,
+        process_count=processes, masks=reader.has_masks,
+    ) as writer:
+        batches = proposal_batches(dataset, boxes, places, config.data, batch_size=batch_size)
+        progress = Progress(batches.num_batches, batch_size * processes, mesh.size)
+        _, _, sizes = boxes.pieces(places, config.data.max_proposals)
+        sizes = np.pad(sizes, (0, -len(sizes) % batch_size)).reshape(-1, batch_size)
+        predict = compiled_predict_step(model, local_mesh)
+
+        def refined() -> Iterator[Rows]:
+            done, ahead = 0, None
+            for number, host_batch in enumerate(progress.timed(batches), start=1):
+                fields = {name: host_batch[name] for name in REFINER_FIELDS}
+                found = predict(variables, distributed.to_global(fields, local_mesh))
+                if ahead is not None:  # the host writes batch i while the devices work on i + 1
+                    yield _rows(*ahead)
+                ahead = (host_batch["image_size"], found, sizes[number - 1])
+                done += int(sizes[number - 1].sum())
+                progress.step_done(number)
+                if number % max(batches.num_batches // 20, 1) == 0:
+                    say(f"refine: {progress.line(number, {'boxes': done})}", flush=True)
+            if ahead is not None:
+                yield _rows(*ahead)
+
+        _write(writer, reader, places, refined())
+        if batches.skipped_images:
+            say(f"refine: {batches.skipped_images} unreadable photos keep their boxes")
+    distributed.barrier("refine_table")
+
+
+def _rows(
+    image_size: Float[np.ndarray, "b 2"],
+    found: dict[str, jax.Array],
+    sizes: np.ndarray,
+) -> Rows:
+    """What the table gets of a batch whose slots have `sizes` (b,) boxes."""
+    found = distributed.to_host(found)
+    # Padded slots have size 0; any other number does for them.
+    height, width = np.maximum(image_size, 1).T
+    unit = np.stack([width, height, width, height], axis=-1)[:, None]
+    boxes = np.clip(found["boxes"] / unit, 0.0, 1.0)
+    real = np.arange(boxes.shape[1]) < sizes[:, None]
+    return boxes[real], found["refined"][real]
+
+
+def _write(
+    writer: DetectionsWriter, reader: DetectionsReader, places: range, refined: Iterator[Rows]
+) -> None:
+    """Puts the refined boxes, which come in table order, to the rows of the table."""
+    pending: Rows = np.zeros((0, 4), np.float32), np.zeros(0, bool)
+    empty = set(places)
+    for chunk in reader.chunks(masks=reader.has_masks, images=places):
+        parts = [pending]
+        while sum(len(boxes) for boxes, _ in parts) < len(chunk):
+            parts.append(next(refined))
+        boxes, found = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        pending = boxes[len(chunk) :], found[len(chunk) :]
+        found = found[: len(chunk), None]
+        boxes = np.where(found, boxes[: len(chunk)], chunk.boxes)
+        labels = np.array(chunk.labels)[chunk.label_index]
+        starts = np.flatnonzero(np.diff(chunk.image_index, prepend=-1))
+        for start, stop in zip(starts, [*starts[1:], len(chunk)], strict=True):
+            rows = slice(start, stop)
+            masks = () if chunk.masks is None else (chunk.masks[rows], chunk.mask_sizes[rows])
+            place = int(chunk.image_index[start])
+            writer.add(
+                reader.image_ids[place], labels[rows], chunk.scores[rows], boxes[rows], *masks
+            )
+            empty.remove(place)
+    for place in sorted(empty):
+        no_masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
+        writer.add(reader.image_ids[place], [], np.zeros(0), np.zeros((0, 4)), *no_masks)
+
+
+def mean_overlaps(dataset: Dataset, split: str, before: Path, after: Path) -> dict[str, float]:
+    """Mean IoU of the boxes of a table with the ground truth before and after refinement.
+
+    Counted are the boxes with IoU of at least 0.5 with some ground-truth box (of any class, no
+    group), which is also the one that they are compared with afterwards.
+
+    Args:
+      dataset: with the ground truth.
+      split: images that count.
+      before: the table that was refined.
+      after: what it became.
+    """
+    tables = [TableBoxes(DetectionsReader(path), dataset) for path in (before, after)]
+    images = dataset.split(split)
+    sums, count = np.zeros(2), 0
+    for start in range(0, len(images), _CHUNK):
+        truth, truth_keys, boxes, keys = [], [], ([], []), []
+        for key, image in enumerate(images[start : start + _CHUNK].tolist()):
+            annotated, _, flags = dataset.image_boxes(image)
+            truth.append(annotated[flags & GROUP_OF == 0])
+            truth_keys.append(np.full(len(truth[-1]), key))
+            for table, found in zip(tables, boxes, strict=True):
+                found.append(table.image_boxes(image))
+            keys.append(np.full(len(boxes[0][-1]), key))
+        old, new = (np.concatenate(found).astype(np.float64) for found in boxes)
+        truth, keys = np.concatenate(truth).astype(np.float64), np.concatenate(keys)
+        has_area = (old[:, 2:] > old[:, :2]).all(axis=1)
+        old, new, keys = old[has_area], new[has_area], keys[has_area]
+        iou, best = best_overlaps(
+            old, keys, truth, np.concatenate(truth_keys), _CHUNK, union=True
+        )
+        matched = iou >= _MATCH_IOU
+        sums += [iou[matched].sum(), _iou(new[matched], truth[best[matched]]).sum()]
+        count += int(matched.sum())
+    means = sums / max(count, 1)
+    return {
+        "Refinement/boxes": float(count),
+        "Refinement/IoU_before": float(means[0]),
+        "Refinement/IoU_after": float(means[1]),
+    }
+
+
+def _iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+    """Of boxes side by side, all with an area."""
+    shared = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    shared = np.maximum(shared, 0).prod(axis=1)
+    areas = [(box[:, 2:] - box[:, :2]).prod(axis=1) for box in (a, b)]
+    return shared / (areas[0] + areas[1] - shared)
