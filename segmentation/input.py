@@ -16,9 +16,10 @@ A batch is a dictionary (b: crops of this host; H, W: canvas of this batch):
 
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from common.data import images
 from common.data.batches import Batches, StepMemo, local_batch
 from common.data.dataset import Dataset
 from common.data.examples import PhotoErrors
+from common.data.views import map_ahead
 from segmentation.crops import (
     CropSize,
     Cut,
@@ -261,9 +263,8 @@ def box_batches(
     def blocks() -> Iterator[tuple[tuple[int, ...], list[_Box]]]:
         waiting: dict[tuple[int, ...], list[_Box]] = {}
         starts = np.flatnonzero(np.diff(image_index, prepend=-1))
-        ends = [*starts[1:].tolist(), len(image_index)]
-        photos = zip(starts.tolist(), ends, strict=True)
-        opened = _ahead(
+        photos = itertools.pairwise([*starts.tolist(), len(image_index)])
+        opened = map_ahead(
             pool,
             lambda p: _open(dataset, image_index, boxes, *p, sizes, canvases, errors),
             photos,
@@ -394,16 +395,3 @@ def _block_batches(
         yield BoxBatch(
             view, rows, image_index, image, image_size, image_size[:, 0] > 0, window, photo_size
         )
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Any, items: Any, window: int
-) -> Iterator[_OpenPhoto]:
-    """Ordered map over a pool that runs at most `window` items ahead."""
-    pending: collections.deque[Future] = collections.deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > window:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

@@ -104,7 +104,7 @@ def view_batches(
     pool = ThreadPoolExecutor(threads)
 
     def submit() -> Iterator[tuple[dict[str, Any], list[Future]]]:
-        opened = _ahead(pool, lambda i: _open(dataset, int(i), errors), indices, 2 * threads)
+        opened = map_ahead(pool, lambda i: _open(dataset, int(i), errors), indices, 2 * threads)
         for format_, block in _blocks(opened, long_ratios, block_size):
             index = np.array([-1 if photo is None else photo.index for photo in block])
             batches = [(scale, part) for scale, parts in enumerate(rows) for part in parts]
@@ -203,7 +203,7 @@ def _batch(fields: dict[str, Any], drawn: Sequence[Future]) -> ViewBatch:
     )
 
 
-def _ahead(
+def map_ahead(
     pool: ThreadPoolExecutor, function: Callable, items: Iterable, window: int
 ) -> Iterator[Any]:
     """Ordered map over a pool that runs at most `window` items ahead."""
