@@ -34,51 +34,58 @@ def decode_runs(
     wrong = []  # characters that break their text
     if len(data) and data.max() > 63:
         wrong.append(np.flatnonzero(data > 63))
-    ends = data < 32  # the last character of a number has no bit 5
+    goes_on = data >= 32  # bit 5: the number has more characters
     last = text_ends[sizes > 0] - 1
-    if not ends[last].all():
-        wrong.append(last[~ends[last]])
-        ends[last] = True  # so that a broken text does not reach into the next one
-    stops = np.flatnonzero(ends)
-    characters = np.diff(stops, prepend=-1)
-    starts = stops - characters + 1
-    runs = (data[starts] & 31).astype(np.int64)
-    longest = int(characters.max(initial=0))
-    if longest > _MAX_CHARACTERS:
-        wrong.append(stops[characters > _MAX_CHARACTERS])
-    more = np.arange(len(runs))
-    for place in range(1, min(longest, _MAX_CHARACTERS)):
-        more = more[characters[more] > place]
-        runs[more] |= (data[starts[more] + place] & 31).astype(np.int64) << (5 * place)
-    negative = np.flatnonzero(data[stops] & 16)  # bit 4 of the last character is the sign
-    shift = 5 * np.minimum(characters[negative], _MAX_CHARACTERS)
-    runs[negative] -= np.left_shift(np.int64(1), shift)
-    offsets = np.concatenate([[0], np.searchsorted(stops, text_ends)])
+    if goes_on[last].any():
+        wrong.append(last[goes_on[last]])
+        goes_on[last] = False  # so that a broken text does not reach into the next one
+    # Most numbers have one character: five bits, the highest of which is the sign.
+    low = data & 31
+    signed = (low ^ 16).view(np.int8) - np.int8(16)
+    runs = signed.take(np.flatnonzero(~goes_on)).astype(np.int64)
+    more = np.flatnonzero(goes_on)
+    if len(more):
+        number = more - np.arange(len(more))  # that each of these characters is of
+        first = np.diff(number, prepend=-1) != 0
+        begin = np.flatnonzero(first)
+        characters = np.diff(begin, append=len(more))
+        if characters.max() >= _MAX_CHARACTERS:
+            wrong.append(more[begin[characters >= _MAX_CHARACTERS]])
+            characters = np.minimum(characters, _MAX_CHARACTERS)
+        these = number.take(begin)
+        values = (runs.take(these) << (5 * characters)) + low.take(more.take(begin))
+        if len(begin) < len(more):
+            rest = np.flatnonzero(~first)  # third and later characters, of few numbers
+            owner = np.searchsorted(begin, rest) - 1
+            place = np.minimum(rest - begin[owner], _MAX_CHARACTERS - 1)
+            np.add.at(values, owner, low[more[rest]].astype(np.int64) << (5 * place))
+        runs[these] = values
+    offsets = np.concatenate([[0], text_ends - np.searchsorted(more, text_ends)])
     runs = _add_differences(runs, offsets)
     broken = [np.searchsorted(text_ends, place, "right") for place in wrong]
-    broken.append(np.searchsorted(offsets, np.flatnonzero(runs < 0), "right") - 1)
-    return runs, offsets, np.unique(np.concatenate(broken))
+    if len(runs) and runs.min() < 0:
+        broken.append(np.searchsorted(offsets, np.flatnonzero(runs < 0), "right") - 1)
+    none = np.zeros(0, np.int64)
+    return runs, offsets, np.unique(np.concatenate(broken)) if broken else none
 
 
 def _add_differences(
-    runs: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"]
+    values: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"]
 ) -> Int[np.ndarray, " r"]:
     """Lengths from differences: numbers 1, 3, 5... and 2, 4, 6... are sums among themselves."""
-    # Over every second number of all masks; what was summed before a mask is taken off again.
-    sums = runs.copy()
-    for parity in (0, 1):
-        np.cumsum(sums[parity::2], out=sums[parity::2])
-    padded = np.concatenate([[0, 0], sums])
-    lengths = np.diff(offsets)
-    # Of numbers 1, 3, 5...: the sum that ends before number 0. Of 2, 4...: the one at number 0.
+    runs = np.empty_like(values)
     first = offsets[:-1]
-    before = np.repeat(padded[np.minimum(first + 1, len(padded) - 1)], lengths)
-    within_odd = (np.arange(len(runs)) - np.repeat(first, lengths)) & 1 == 1
-    at_first = np.repeat(padded[np.minimum(first + 2, len(padded) - 1)], lengths)
-    result = sums - np.where(within_odd, before, at_first)
-    filled = first[lengths > 0]
-    result[filled] = runs[filled]
-    return result
+    for parity in (0, 1):
+        # Over every second number of all masks; what was summed before a mask is taken off again,
+        # and with it number 0 of those masks where that is of this parity.
+        sums = np.cumsum(values[parity::2])
+        before = np.concatenate([[0], sums])
+        edges = (offsets + 1 - parity) // 2  # numbers of this parity before each mask
+        base = before[np.minimum(edges[:-1] + (first % 2 == parity), len(sums))]
+        runs[parity::2] = sums - np.repeat(base, np.diff(edges))
+    first = first[np.diff(offsets) > 0]
+    runs[first] = values[first]
+    return runs
 
 
 def encode_runs(runs: Sequence[int]) -> bytes:
@@ -89,24 +96,25 @@ def encode_runs(runs: Sequence[int]) -> bytes:
 def encode_all(runs: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"]) -> list[bytes]:
     """Compressed counts of n masks, the reverse of `decode_runs`."""
     values = np.array(runs, np.int64)
-    within = np.arange(len(values)) - np.repeat(offsets[:-1], np.diff(offsets))
-    later = np.flatnonzero(within > 2)
-    values[later] -= runs[later - 2]
+    values[2:] -= runs[:-2]
+    plain = np.add.outer(offsets[:-1], np.arange(3))  # the first three of a mask
+    plain = plain[plain < offsets[1:, None]]
+    values[plain] = runs[plain]
     # Five bits a character; the highest bit of the last one is the sign.
-    magnitude = np.where(values < 0, ~values, values)
-    characters = np.ones(len(values), np.int64)
-    more = np.flatnonzero(magnitude >= 16)
-    while len(more):
-        characters[more] += 1
-        more = more[(magnitude[more] >> (5 * characters[more] - 1)) > 0]
-    ends = np.cumsum(characters)
-    starts = ends - characters
+    magnitude = values ^ (values >> 63)
+    longest, characters = 1, np.ones(len(values), np.int8)
+    while (longer := magnitude >= 1 << (5 * longest - 1)).any():
+        characters += longer
+        longest += 1
+    ends = np.cumsum(characters, dtype=np.int64)
     text = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-    more, place = np.arange(len(values)), 0
-    while len(more):
-        follows = characters[more] > place + 1
-        text[starts[more] + place] = ((values[more] >> (5 * place)) & 31) + 48 + 32 * follows
-        more, place = more[follows], place + 1
+    place = ends - characters
+    for level in range(longest):
+        follows = characters > level + 1
+        bits = ((values >> (5 * level)) & 31).astype(np.uint8)
+        text[place] = bits + (48 + 32 * follows.view(np.uint8))
+        more = np.flatnonzero(follows)
+        values, characters, place = values.take(more), characters.take(more), place.take(more) + 1
     data = text.tobytes()
     cuts = np.concatenate([[0], ends])[offsets].tolist()
     return [data[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
@@ -142,8 +150,10 @@ def areas(counts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
     result = np.zeros(len(counts), np.int64)
     for part in pieces(_lengths(counts), _PIECE):
         runs, offsets, _ = decode_runs(counts[part])
-        within = np.arange(len(runs)) - np.repeat(offsets[:-1], np.diff(offsets))
-        result[part] = _sum(np.where(within % 2, runs, 0), offsets)
+        # Runs of ones less those of zeros, by signs that change from run to run.
+        signs = 1 - 2 * (np.arange(len(runs)) & 1)
+        less = _sum(runs * signs, offsets) * (2 * (offsets[:-1] & 1) - 1)
+        result[part] = (_sum(runs, offsets) + less) // 2
     return result
 
 
@@ -154,18 +164,19 @@ def tight_boxes(counts: Sequence[bytes], sizes: Int[np.ndarray, "n 2"]) -> Int[n
     for part in pieces(_lengths(counts), _PIECE):
         owner, start, stop = ones(counts[part])
         height = heights[part][owner]
-        first_column, low = np.divmod(start, height)
-        last_column, high = np.divmod(stop - 1, height)
-        one_column = first_column == last_column
-        low = np.where(one_column, low, 0)
-        high = np.where(one_column, high, height - 1)
         masks, first = np.unique(owner, return_index=True)
-        if len(masks):
-            rows = part.start + masks
-            boxes[rows, 0] = np.minimum.reduceat(first_column, first)
-            boxes[rows, 1] = np.minimum.reduceat(low, first)
-            boxes[rows, 2] = np.maximum.reduceat(last_column, first) + 1
-            boxes[rows, 3] = np.maximum.reduceat(high, first) + 1
+        if not len(masks):
+            continue
+        rows = part.start + masks
+        last = np.append(first[1:], len(owner)) - 1
+        first_column, last_column = start // height, (stop - 1) // height
+        low, high = start - first_column * height, stop - 1 - last_column * height
+        taller = first_column != last_column
+        low[taller], high[taller] = 0, height[taller] - 1
+        boxes[rows, 0] = first_column[first]
+        boxes[rows, 1] = np.minimum.reduceat(low, first)
+        boxes[rows, 2] = last_column[last] + 1
+        boxes[rows, 3] = np.maximum.reduceat(high, first) + 1
     return boxes
 
 
@@ -175,12 +186,14 @@ def ones(
     """Mask, first pixel and pixel after the last of every run of ones, pixels column by column."""
     runs, offsets, _ = decode_runs(counts)
     lengths = np.diff(offsets)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
     total = np.concatenate([[0], np.cumsum(runs)])
-    odd = np.flatnonzero(((np.arange(len(runs)) - offsets[:-1][owner]) & 1 == 1) & (runs > 0))
-    owner = owner[odd]
-    base = total[offsets[:-1]][owner]
-    return owner, total[odd] - base, total[odd + 1] - base
+    total_before = np.repeat(total[offsets[:-1]], lengths)
+    of_ones = np.arange(len(runs)) & 1 == 1
+    of_ones ^= np.repeat(offsets[:-1] % 2 == 1, lengths)
+    chosen = np.flatnonzero(of_ones & (runs > 0))
+    owner = np.repeat(np.arange(len(lengths)), lengths).take(chosen)
+    base = total_before.take(chosen)
+    return owner, total.take(chosen) - base, total.take(chosen + 1) - base
 
 
 def counts_of_ones(

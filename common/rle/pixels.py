@@ -48,6 +48,7 @@ def encode_windows(
         return []
     sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
     starts, stops = [], []
+    flags = np.empty(0, bool)
     for mask, (top, left), (height, width) in zip(
         masks, np.asarray(corners).reshape(-1, 2).tolist(), sizes.tolist(), strict=True
     ):
@@ -57,7 +58,9 @@ def encode_windows(
             raise ValueError(
                 f"window of {rows}x{columns} at {top}, {left} is not in {height}x{width}"
             )
-        column, row = _changes(mask if mask.dtype == bool else mask != 0)
+        if flags.size < (needed := (rows + 1) * (columns + 1) + 8):
+            flags = np.empty(needed, bool)  # once for all: fresh pages cost more than the rest
+        column, row = _changes(mask if mask.dtype == bool else mask != 0, flags)
         edge = (column + left) * height + row + top
         starts.append(edge[0::2])
         stops.append(edge[1::2])
@@ -65,22 +68,36 @@ def encode_windows(
     return counts_of_ones(owner, np.concatenate(starts), np.concatenate(stops), sizes.prod(1))
 
 
-def _changes(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-    """Column and row of pixels that differ from the one above; those below the last row count."""
-    if mask.flags.f_contiguous and not mask.flags.c_contiguous:
-        mask = mask.T
-        columns, rows = mask.shape
-        edges = np.empty((columns, rows + 1), bool)
-        edges[:, 0], edges[:, rows] = mask[:, 0], mask[:, -1]
-        np.not_equal(mask[:, 1:], mask[:, :-1], out=edges[:, 1:rows])
-        return np.divmod(np.flatnonzero(edges), rows + 1)
+def _changes(mask: Mask, flags: Bool[np.ndarray, " b"]) -> tuple[np.ndarray, np.ndarray]:
+    """Column and row of pixels that differ from the one above; those below the last row count.
+
+    Args:
+      mask: pixels.
+      flags: room for work.
+    """
+    turned = mask.flags.f_contiguous and not mask.flags.c_contiguous
     rows, columns = mask.shape
-    edges = np.empty((rows + 1, columns), bool)
+    size = (rows + 1) * columns
+    used = -(-size // 8) * 8
+    flags[size:used] = False
+    if turned:
+        edges = flags[:size].reshape(columns, rows + 1)
+        edges[:, 0], edges[:, rows] = mask[0], mask[-1]
+        np.not_equal(mask.T[:, 1:], mask.T[:, :-1], out=edges[:, 1:rows])
+        return np.divmod(_places(flags[:used]), rows + 1)
+    edges = flags[:size].reshape(rows + 1, columns)
     edges[0], edges[rows] = mask[0], mask[-1]
     np.not_equal(mask[1:], mask[:-1], out=edges[1:rows])
     # Few pixels differ: sorting those by columns is cheaper than turning the mask.
-    row, column = np.divmod(np.flatnonzero(edges), columns)
+    row, column = np.divmod(_places(flags[:used]), columns)
     return np.divmod(np.sort(column * (rows + 1) + row), rows + 1)
+
+
+def _places(flags: Bool[np.ndarray, " 8k"]) -> Int[np.ndarray, " p"]:
+    """`np.flatnonzero` of few among many, eight at a time."""
+    groups = np.flatnonzero(flags.view(np.int64) != 0)
+    group, within = np.nonzero(flags.reshape(-1, 8)[groups])
+    return 8 * groups[group] + within
 
 
 def decode(counts: bytes, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:

@@ -10,7 +10,7 @@ from faster_coco_eval import mask as coco_mask
 from jaxtyping import Float, Int
 
 from common.ranges import expand_ranges
-from common.rle.counts import counts_of_ones, ones
+from common.rle.counts import counts_of_ones, decode_runs, encode_runs, ones
 
 
 def iou(
@@ -42,19 +42,39 @@ def iou(
 
 def merge(counts: Sequence[bytes], size: tuple[int, int], *, intersect: bool = False) -> bytes:
     """Counts of the union (or the intersection) of masks of one height and width."""
-    _, starts, stops = ones(counts)
-    needed = len(counts) if intersect else 1
-    # Bit 0 tells a start from a stop, so that sorting numbers is enough.
-    edges = np.concatenate([2 * starts + 1, 2 * stops])
-    edges.sort()
-    place = edges >> 1
-    covered = np.cumsum(2 * (edges & 1) - 1) >= needed
-    last = np.append(place[1:] != place[:-1], True)[: len(place)]
-    place, covered = place[last], covered[last]
-    changes = np.flatnonzero(np.diff(covered, prepend=False))
-    begins, ends = place[changes[0::2]], place[changes[1::2]]
-    owner = np.zeros(len(begins), np.int64)
-    return counts_of_ones(owner, begins, ends, np.array([size[0] * size[1]]))[0]
+    if not len(counts):
+        raise ValueError("no masks to merge")
+    runs, offsets, _ = decode_runs(counts)
+    pixels, lengths = size[0] * size[1], np.diff(offsets)
+    # Overflow is harmless: what remains after subtracting the masks before is small.
+    kind = np.int32 if pixels < 2**31 else np.int64
+    ends = np.cumsum(runs, dtype=kind)
+    ends -= np.repeat((pixels * np.arange(len(counts))).astype(kind), lengths)
+    starting = np.arange(len(runs), dtype=np.int32) & 1 == 0  # where a run of zeros ends
+    starting ^= np.repeat(offsets[:-1] % 2 == 1, lengths)
+    begins, stops = (ends.take(np.flatnonzero(part)) for part in (starting, ~starting))
+    begins.sort()
+    stops.sort()
+    begins = begins[: len(stops)]  # zeros up to the last pixel begin nothing
+    if intersect:
+        # The k-th to begin is the one that all are in if n - 1 fewer have stopped.
+        fewer = len(counts) - 1
+        begins, stops = begins[fewer:], stops[: max(len(stops) - fewer, 0)]
+        own = np.flatnonzero(begins < stops)
+        begins, stops = begins[own], stops[own]
+    elif len(stops):
+        # Nothing goes on where as many have stopped as have begun.
+        gap = np.flatnonzero(stops[:-1] < begins[1:])
+        begins = np.append(begins[0], begins[gap + 1])
+        stops = np.append(stops[gap], stops[-1])
+        own = begins < stops
+        begins, stops = begins[own], stops[own]
+    runs = np.empty(2 * len(begins) + 1, np.int64)
+    runs[0:-1:2], runs[1::2], runs[-1] = begins, stops, pixels
+    runs[1:] -= runs[:-1].copy()
+    if len(runs) > 1 and not runs[-1]:
+        runs = runs[:-1]
+    return encode_runs(runs)
 
 
 def resize(
