@@ -1,7 +1,8 @@
-"""Compiles a detector's training step for a TPU slice, on a machine without TPU, and reports on it.
+"""Compiles a training step for a TPU slice, on a machine without TPU, and reports on it.
 
     pip install libtpu
     python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v3-512
+    python -m scripts.plan_pod --config=configs/segmentation/hrnet_w48_112.py --images_per_device=16
 
 Prints memory per device and headroom, FLOPs per image, traffic between devices and compile time.
 Exits with status 1 when the program does not fit the device's memory.
@@ -26,13 +27,15 @@ from common.training import distributed, topologies
 from common.training.optimizer import make_optimizer, make_schedule
 from common.training.train_step import init_state, make_train_step
 from common.training.workdir import write_text
-from detection import setup
+from detection import setup as detection_setup
+from segmentation import setup as segmentation_setup
 
 
 def compile_train_step(
     config: ConfigDict, slice_name: str, num_classes: int, images_per_device: int
 ) -> dict:
     """Compiles the step and returns the report as plain values (bytes, seconds, counts)."""
+    setup = segmentation_setup if "crop" in config.data else detection_setup
     slice_, devices = topologies.slice_devices(slice_name)
     mesh = distributed.make_mesh(devices)
     batch_size = images_per_device * mesh.size
@@ -98,7 +101,7 @@ def define_flags() -> None:
     flags.mark_flag_as_required("config")
     flags.DEFINE_string("slice", "v3-512", f"One of {', '.join(topologies.SLICES)}.")
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
-    flags.DEFINE_integer("images_per_device", 2, "Images of one device.")
+    flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
     flags.DEFINE_string("json", None, "Also write the report here.")
 
 
