@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 from common.data.dataset import Dataset
 from common.errors import UserError
+from common.nn import norm
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
 from common.training.train_step import init_variables
@@ -57,14 +58,25 @@ def batch_shapes(canvas: tuple[int, int], batch_size: int) -> dict[str, jax.Shap
     }
 
 
-def init_batch() -> dict[str, jax.ShapeDtypeStruct]:
+def train_shapes(config: ConfigDict, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch on the largest canvas."""
+    return batch_shapes(max(config.data.canvases, key=lambda size: size[0] * size[1]), batch_size)
+
+
+def init_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """The smallest batch that parameters can be made with; they do not depend on the canvas."""
+    del config
     return batch_shapes((32, 32), 1)
+
+
+def frozen_pattern(config: ConfigDict) -> str:
+    """Regular expression of the paths of parameters that are not trained."""
+    return norm.frozen_pattern([], config.model.norm)
 
 
 def variable_shapes(config: ConfigDict, model: Segmenter) -> dict:
     """Shapes of {'params', 'batch_stats'}."""
-    return jax.eval_shape(lambda: init_variables(model, config.seed, init_batch()))
+    return jax.eval_shape(lambda: init_variables(model, config.seed, init_batch(config)))
 
 
 def restore_variables(

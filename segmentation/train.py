@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from common.cli import run_main
 from common.data.dataset import Dataset
-from common.nn.norm import frozen_pattern
 from common.training import distributed, loop
 from common.training.checkpoint import Checkpoints
 from common.training.metrics import log_parameter_overview
@@ -66,14 +65,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     )
 
     shapes = setup.variable_shapes(config, model)
-    frozen = frozen_pattern([], config.model.norm)
+    frozen = setup.frozen_pattern(config)
     tx = make_optimizer(config.optimizer, schedule, shapes["params"], frozen)
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     # ---------------------------------------------------------------- state
     # In this order: the work directory's newest checkpoint, pretrained weights, random values.
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last)
-    init = functools.partial(init_state, model, tx, config.seed, setup.init_batch())
+    init = functools.partial(init_state, model, tx, config.seed, setup.init_batch(config))
     state, start_step = loop.first_state(checkpoints, init, mesh, say)
     if not start_step and config.model.pretrained:
         state = with_pretrained(state, config.model.pretrained, mesh, say)

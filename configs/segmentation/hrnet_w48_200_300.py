@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.batch_size = 48
     config.data.crop.short = (200, 300)
     config.data.canvases = (
-        (320, 320), (320, 448), (448, 320), (320, 608), (608, 320), (608, 608),
+        (320, 320), (320, 448), (448, 320), (448, 448), (320, 608), (608, 320),
     )
     config.optimizer.learning_rate_per_image = 0.08 / 48
     config.test.short = 250

@@ -32,9 +32,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             long=600,  # longer crops are shrunk to it
             fixed=None,  # (height, width): whatever the box's aspect
         ),
-        # Height, width; a batch takes the first that holds its crops, the last holds any.
+        # Height, width. A batch takes the smallest that holds its crops; what none holds shrinks.
         canvases=(
-            (288, 288), (256, 384), (384, 256), (256, 608), (608, 256), (608, 608),
+            (288, 288), (256, 384), (384, 256), (384, 384), (256, 608), (608, 256),
         ),
         group_steps=16,  # steps whose crops are sorted by aspect into batches
         jitter=0.1,  # each side of a box moves by up to this share of its length

@@ -189,3 +189,38 @@ def test_crops_of_turned_photos_are_those_of_the_photo_as_displayed(orientation)
     window = (0.25, 0.125, 0.75, 0.5)
     found = images.resample(images.decode(photo, (64, 96)), window, (24, 48))
     np.testing.assert_array_equal(np.asarray(found), shown[8:32, 24:72])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("reduction", [1, 2, 4])
+def test_a_part_of_a_jpeg_is_decoded_as_the_whole_is(orientation, mode, reduction):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (24, 32, 3)).astype(np.uint8)
+    shown = Image.fromarray(noise).resize((515, 389), Image.Resampling.BICUBIC).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    shown.save(file, "jpeg", quality=90, exif=exif)
+    data = file.getvalue()
+    height, width = images.open_photo(data).size
+    window = (0.31, 0.42, 0.67, 0.81)
+    size = (int(height * 0.39 / reduction), int(width * 0.36 / reduction))
+    full = (size[0] / 0.39, size[1] / 0.36)
+    part = images.decode(images.open_photo(data), full, window)
+    whole = images.decode(images.open_photo(data), full)
+    # The whole is drawn with the decoder's reduction, so is the part.
+    assert part.extent == whole.extent
+    assert np.prod(part.image.size) < 0.5 * np.prod(whole.image.size)
+    found, expected = (
+        np.asarray(images.resample(p, window, size)).astype(int) for p in (part, whole)
+    )
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_a_broken_jpeg_is_named_whatever_part_is_wanted():
+    file = io.BytesIO()
+    Image.fromarray(coded.photo((300, 300))).save(file, "jpeg")
+    photo = images.open_photo(file.getvalue()[:-400])
+    with pytest.raises(images.ImageError, match="truncated"):
+        images.decode(photo, (300, 300), (0.5, 0.8, 0.7, 1.0))

@@ -13,7 +13,7 @@ from segmentation.predict import probabilities
 from tests.oracles import segmentation as oracle
 from tests.oracles.variables import random_values
 
-TINY = Layout(4, (1, 1, 1), 1)
+TINY = Layout(4, (1, 0, 0), 1)  # stages 3 and 4 are their transitions alone
 SIZE = (32, 64)
 
 
@@ -121,7 +121,7 @@ def test_pixel_figures_of_an_easy_case():
 def test_settings_choose_the_network():
     settings = ConfigDict(dict(
         backbone="hrnet_w18", class_specific=True, upsampling="nearest", norm="sync", remat=True,
-        dtype="bfloat16", layout=dict(width=4, modules=(1, 1, 1), blocks=1),
+        dtype="bfloat16", layout=dict(width=4, modules=(1, 0, 0), blocks=1),
     ))
     model = build(settings, 5, None)
     assert (model.num_classes, model.layout) == (5, TINY)
