@@ -241,6 +241,7 @@ class Cut:
       area_size: height, width of the area when resized.
       content: height, width of the crop.
       affine: from x, y of the crop to x, y of the resized area; None when it is upright.
+      beyond: whether the crop reaches beyond the photo.
       flip: mirror the crop.
     """
 
@@ -248,6 +249,7 @@ class Cut:
     area_size: tuple[int, int]
     content: tuple[int, int]
     affine: tuple[float, ...] | None
+    beyond: bool
     flip: bool
 
     @classmethod
@@ -268,7 +270,7 @@ class Cut:
         y0, y1 = max(y - half_y, 0.0), min(y + half_y, float(photo_height))
         area = (x0 / photo_width, y0 / photo_height, x1 / photo_width, y1 / photo_height)
         if not angle:
-            return cls(area, content, content, None, flip)
+            return cls(area, content, content, None, False, flip)
         # Photo pixels for a pixel of the crop, along its own axes, then along the photo's.
         step_x, step_y = width / content[1], height / content[0]
         scale_x = min(1 / math.hypot(step_x * cos, step_y * sin), max_scale)
@@ -286,7 +288,8 @@ class Cut:
             e,
             (y - y0) * scale_y - d * middle_x - e * middle_y,
         )
-        return cls(area, area_size, content, affine, flip)
+        reach_x, reach_y = 2 * half_x - (x1 - x0), 2 * half_y - (y1 - y0)
+        return cls(area, area_size, content, affine, max(reach_x, reach_y) > 1e-6, flip)
 
     @property
     def photo_size(self) -> tuple[float, float]:
@@ -305,7 +308,7 @@ class Cut:
 
     def inside(self) -> Bool[np.ndarray, "h w"]:
         """Which pixels of the crop lie in the photo."""
-        if self.affine is None:
+        if not self.beyond:
             return np.ones(self.content, bool)
         return self.mask(np.ones(self.area_size, bool)) > 0
 

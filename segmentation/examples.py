@@ -132,7 +132,7 @@ class CropLoader:
             photo = open_photo(self._dataset, slot.image)
             windows = self._windows(slot, photo.size).on_canvas(slot.canvas)
             cut = Cut.of(windows, 0, photo.size, max_scale=1.0)
-            image = cut.image(images.decode(photo, cut.photo_size))
+            image = cut.image(images.decode(photo, cut.photo_size, cut.area))
             cut = Cut.of(windows, 0, photo.size)
             mask = cut.mask(self._masks.window(slot.row, cut.area, cut.area_size))
         except images.ImageError as error:

@@ -325,8 +325,14 @@ def _open(
     errors.count()
     try:
         photo = open_photo(dataset, index)
-        found, full = _find_cuts(photo.size, boxes[first:last], first, index, sizes, canvases)
-        return _OpenPhoto(images.decode(photo, full) if full[0] else None, found)
+        found = _find_cuts(photo.size, boxes[first:last], first, index, sizes, canvases)
+        cuts = [cut for box in found for cut in box.cuts if cut is not None]
+        if not cuts:
+            return _OpenPhoto(None, found)
+        full = np.max([cut.photo_size for cut in cuts], axis=0)
+        areas = np.array([cut.area for cut in cuts])
+        area = (*areas[:, :2].min(axis=0).tolist(), *areas[:, 2:].max(axis=0).tolist())
+        return _OpenPhoto(images.decode(photo, tuple(full.tolist()), area), found)
     except images.ImageError as error:
         errors.skip(dataset.image_file(index), error)
     size = tuple(dataset.image_sizes[index].tolist())
@@ -344,21 +350,19 @@ def _find_cuts(
     index: int,
     sizes: Sequence[CropSize],
     canvases: Sequence[Int64[np.ndarray, "c 2"]],
-) -> tuple[list[_Box], tuple[float, float]]:
-    """Boxes with their cuts, and the height and width that the photo must be decoded for."""
+) -> list[_Box]:
+    """Boxes of a photo with their cuts; None for a box without area in it."""
     windows = clip_boxes(boxes, np.broadcast_to(photo_size, (len(boxes), 2)))
     real = (windows[:, 2:] > windows[:, :2]).all(axis=1)
     cuts = np.full((len(sizes), len(boxes)), None, object)
     chosen = np.zeros((len(sizes), len(boxes)), np.int64)
-    full = np.zeros(2)
     for view, (size, allowed) in enumerate(zip(sizes, canvases, strict=True)):
         whole = windows_of(windows[real], size)
         chosen[view, real] = choose_canvas(whole.content, allowed)
         fitted = whole.on_canvas(allowed[chosen[view, real]])
         for place, row in enumerate(np.flatnonzero(real)):
-            cuts[view, row] = cut = Cut.of(fitted, place, photo_size)
-            full = np.maximum(full, cut.photo_size)
-    found = [
+            cuts[view, row] = Cut.of(fitted, place, photo_size)
+    return [
         _Box(
             first + row,
             index,
@@ -369,7 +373,6 @@ def _find_cuts(
         )
         for row in range(len(boxes))
     ]
-    return found, tuple(full.tolist())
 
 
 def _cut(pixels: images.Pixels | None, cut: Cut | None) -> UInt8[np.ndarray, "h w 3"] | None:

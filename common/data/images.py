@@ -4,7 +4,8 @@ Decoding and resizing are Pillow's: it releases the interpreter lock, reads ever
 collections hold (greyscale, CMYK, palette, 16 bits, EXIF rotation), tells truncated files from
 whole ones, and resizes with antialiasing in less than half the CPU time of tf.image (about that of
 tf.image without antialiasing; `python -m scripts.bench.bench_input --part=decoders`). A JPEG at
-least twice too large is decoded at 1/2, 1/4 or 1/8 of its size (DCT scaling).
+least twice too large is decoded at 1/2, 1/4 or 1/8 of its size (DCT scaling). Only parts of JPEG
+files are decoded by TensorFlow: Pillow has no way to do so.
 
 Shape legend: H, W canvas; n boxes of an image. Sizes are (height, width), boxes
 xmin, ymin, xmax, ymax.
@@ -25,6 +26,9 @@ from common.errors import UserError
 
 MAX_PIXELS = 1 << 29  # of a photo: 1.5 GiB decoded; the guard against decompression bombs
 MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the box is dropped
+
+_WORTH_PART = 0.6  # share of a photo above which all of it is decoded
+_PART_MARGIN = 16  # pixels around a part; the outermost ones lack their neighbours' colour
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here instead, on the size that is decoded
 
@@ -55,26 +59,30 @@ class Photo:
       image: Pillow's handle.
       orientation: EXIF orientation to apply, 1: none.
       size: height, width as displayed, i.e. after `orientation`.
+      data: content of the file.
     """
 
     image: Image.Image
     orientation: int
     size: tuple[int, int]
+    data: bytes = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """A decoded photo, possibly at 1/2, 1/4 or 1/8 of its size.
+    """A decoded photo or part of one, possibly at 1/2, 1/4 or 1/8 of its size.
 
     Attributes:
       image: RGB, in the axes of the file.
       orientation: EXIF orientation still to apply, 1: none.
-      extent: width, height that the photo covers on `image`.
+      extent: width, height of the whole photo in pixels of `image`.
+      origin: x, y of the first pixel of `image` in the whole photo.
     """
 
     image: Image.Image
     orientation: int
     extent: tuple[float, float]
+    origin: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,32 +208,95 @@ def open_photo(data: bytes, annotated_size: tuple[int, int] = (0, 0)) -> Photo:
         raise ImageError(f"{width}x{height} pixels, at most {MAX_PIXELS} are read")
     orientation = _orientation(image)
     if orientation == 1:
-        return Photo(image, 1, (height, width))
+        return Photo(image, 1, (height, width), data)
     _, swap, _, _ = _ORIENTATIONS[orientation]
     if swap and all(annotated_size):
         stored = math.log(height / width)
         annotated = math.log(annotated_size[0] / annotated_size[1])
         if abs(annotated - stored) < abs(annotated + stored):
-            return Photo(image, 1, (height, width))
-    return Photo(image, orientation, (width, height) if swap else (height, width))
+            return Photo(image, 1, (height, width), data)
+    return Photo(image, orientation, (width, height) if swap else (height, width), data)
 
 
-def decode(photo: Photo, full: tuple[float, float]) -> Pixels:
+def decode(
+    photo: Photo,
+    full: tuple[float, float],
+    area: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+) -> Pixels:
     """Decodes a photo, of which nothing larger than height, width `full` will be drawn.
+
+    Args:
+      photo: opened photo.
+      full: size of the whole photo, even if only a part is drawn.
+      area: xmin, ymin, xmax, ymax, normalised, of all that will be drawn. Of a sequential JPEG, as
+        cameras write them, no more than this is transformed, and nothing below is read.
 
     Raises:
       ImageError: the data are damaged or end early.
     """
     image = photo.image
+    spans = _stored_spans(area, photo.orientation)
     swap = photo.orientation in _ORIENTATIONS and _ORIENTATIONS[photo.orientation][1]
     wanted = tuple(math.ceil(side) for side in (full if swap else full[::-1]))
     try:
+        part = _decode_part(photo, wanted, spans)
+        if part is not None:
+            return part
         reduced = image.draft(None, wanted)
         # Reduced sizes are rounded up: the photo ends inside the last row and column.
         extent = reduced[1][2:] if reduced else image.size
         return Pixels(_to_rgb(image), photo.orientation, extent)
     except _BROKEN as error:
         raise ImageError(_reason(error)) from error
+
+
+def _decode_part(
+    photo: Photo, wanted: tuple[int, int], spans: list[tuple[float, float]]
+) -> Pixels | None:
+    """The part of a JPEG between the given shares of its stored width and height, if that is worth
+    it, with what antialiasing needs around it."""
+    image = photo.image
+    share = math.prod(end - start for start, end in spans)
+    sequential = image.format == "JPEG" and "progressive" not in image.info
+    if share > _WORTH_PART or not sequential or image.mode not in ("RGB", "L"):
+        return None
+    import tensorflow as tf  # Pillow cannot decode parts
+
+    sizes = zip(image.size, wanted, strict=True)
+    reduction = min(max(1, side // max(least, 1)) for side, least in sizes)
+    reduction = next(r for r in (8, 4, 2, 1) if r <= reduction)
+    extent = tuple(side / reduction for side in image.size)
+    window = []
+    for (start, end), side, least in zip(spans, extent, wanted, strict=True):
+        margin = _PART_MARGIN + math.ceil(2 * side / least)
+        first = max(math.floor(start * side) - margin, 0)
+        window.append((first, min(math.ceil(end * side) + margin, math.ceil(side)) - first))
+    (left, width), (top, height) = window
+    try:
+        pixels = tf.io.decode_and_crop_jpeg(
+            photo.data,
+            [top, left, height, width],
+            channels=3,
+            ratio=reduction,
+            dct_method="INTEGER_ACCURATE",
+        )
+    except tf.errors.InvalidArgumentError:
+        return None  # decoding all of it tells what is wrong, or reads it in spite of that
+    part = Image.fromarray(pixels.numpy())
+    return Pixels(part, photo.orientation, extent, (left, top))
+
+
+def _stored_spans(
+    window: tuple[float, float, float, float], orientation: int
+) -> list[tuple[float, float]]:
+    """A normalised window of the displayed photo as shares of the stored width and height."""
+    _, swap, *mirrors = _ORIENTATIONS.get(orientation, (None, False, False, False))
+    spans = [window[0::2], window[1::2]]
+    spans = spans[::-1] if swap else spans
+    return [
+        (1 - end, 1 - start) if mirror else (start, end)
+        for (start, end), mirror in zip(spans, mirrors, strict=True)
+    ]
 
 
 def resample(
@@ -239,22 +310,18 @@ def resample(
       window: xmin, ymin, xmax, ymax, normalised, inside the photo as displayed.
       size: height, width of the result.
     """
-    operation, swap, mirror_first, mirror_second = _ORIENTATIONS.get(
-        pixels.orientation, (None, False, False, False)
-    )
-    height, width = size
-    # In the axes of the stored photo.
-    spans = [window[0::2], window[1::2]]
-    if swap:
-        (height, width), spans = (width, height), spans[::-1]
-    spans = [
-        (1 - end, 1 - start) if mirror else (start, end)
-        for (start, end), mirror in zip(spans, (mirror_first, mirror_second), strict=True)
-    ]
+    operation, swap, *_ = _ORIENTATIONS.get(pixels.orientation, (None, False))
+    height, width = size[::-1] if swap else size
     image = pixels.image
     (x0, x1), (y0, y1) = (
-        (start * side, min(end * side, limit))
-        for (start, end), side, limit in zip(spans, pixels.extent, image.size, strict=True)
+        (max(start * side - first, 0.0), min(end * side - first, limit))
+        for (start, end), side, first, limit in zip(
+            _stored_spans(window, pixels.orientation),
+            pixels.extent,
+            pixels.origin,
+            image.size,
+            strict=True,
+        )
     )
     if image.size != (width, height) or (x0, y0, x1, y1) != (0, 0, width, height):
         image = image.resize(

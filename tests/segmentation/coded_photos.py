@@ -42,7 +42,8 @@ def write_dataset(directory: Path) -> Dataset:
     ) as writer:
         for i in range(NUM_PHOTOS):
             size = SIZES[i % len(SIZES)]
-            Image.fromarray(photo(size)).save(photos / f"{i}.png")
+            name = f"{i}.png" if i % 2 else f"{i}.jpg"
+            Image.fromarray(photo(size)).save(photos / name, quality=98, subsampling=0)
             boxes, classes, masks = [], [], []
             for number in range(i % 4 + 1):
                 class_ = int(rng.integers(3))
@@ -56,7 +57,7 @@ def write_dataset(directory: Path) -> Dataset:
             flags = [0] * (len(boxes) - 1) + [GROUP_OF]
             masks += [None, masks[0]]
             writer.add_image(
-                f"p{i}", f"{i}.png", size, np.array(boxes), [*classes, 0, 1], flags, masks=masks
+                f"p{i}", name, size, np.array(boxes), [*classes, 0, 1], flags, masks=masks
             )
         writer.add_split("train", range(NUM_PHOTOS))
         writer.add_split("some", [7, 2, 4])
