@@ -52,7 +52,7 @@ def restore_variables(config: ConfigDict, model: FasterRCNN, workdir: str, mesh:
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     step = step or checkpoints.latest_step()
     variables, _ = checkpoints.restore_params(
-        step, setup.abstract(setup.variable_shapes(config, model), mesh)
+        step, distributed.abstract(setup.variable_shapes(config, model), mesh)
     )
     checkpoints.close()
     return variables, step

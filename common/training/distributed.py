@@ -128,6 +128,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """Shapes of the same tree replicated on the mesh: what a checkpoint is restored onto."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
 def to_local(tree: Any, mesh: Mesh) -> Any:
     """Replicated arrays of the whole run on a mesh of this process's devices, without a copy.
 
