@@ -1,4 +1,4 @@
-"""The quick start: trees on aerial photos, EfficientNet-Lite0 with FPN on 400x400 tiles.
+"""The quick start: trees on aerial photos, EfficientNet-Lite0 with FPN and Decoupling Head.
 
     scripts/quickstart
 
@@ -31,6 +31,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.rpn.loss.num_samples = 128
     config.model.rpn.train_proposals = dict(pre_nms=500, post_nms=300, nms_iou=0.7)
     config.model.rpn.test_proposals = dict(pre_nms=500, post_nms=300, nms_iou=0.7)
+    config.model.box_head.kind = "decoupling"
     config.model.box_head.width = 256
     config.model.box_head.sample.num_samples = 128
     config.optimizer.learning_rate_per_image = 0.002
