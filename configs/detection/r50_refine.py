@@ -39,6 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         scale=0.2,  # of the logarithm of each side's factor
     )
     config.model.loss_weights = dict(box_regression=1.0)
+    config.optimizer.learning_rate_per_image = 0.001  # the loss is a mean over positives alone
     for unused in ("anchors", "rpn", "detections", "drop_background_rois", "low_weight"):
         del config.model[unused]
     del config.test_time
