@@ -1,4 +1,4 @@
-"""Draws detections next to the ground truth on the photos of a dataset.
+"""Draws detections next to the ground truth on photos of a dataset, boxes and masks.
 
     python -m scripts.draw_detections --dataset=DIR --split=validation --detections=x.parquet \\
         --output=pictures
@@ -13,24 +13,41 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from common import rle
 from common.cli import run_main
 from common.data import images
 from common.data.dataset import Dataset
 from common.detections import DetectionsReader
 from common.errors import UserError
+from common.masks import MaskReader
 
 GAP = 8  # pixels between the two panels and between rows of the overview
 CAPTION = 24  # pixels above a panel
 MAX_OVERVIEW = 6  # photos in overview.jpg
 OVERVIEW_WIDTH = 840  # pixels of one photo with both its panels there
+OPACITY = 0.45  # of a mask's inside
 
-# (boxes (n, 4) normalised xmin ymin xmax ymax, colours (n,), texts (n,))
-Drawing = tuple[np.ndarray, Sequence[tuple[int, int, int]], Sequence[str]]
+
+class Drawing(NamedTuple):
+    """What is drawn on a photo.
+
+    Attributes:
+      boxes: (n, 4) normalised xmin, ymin, xmax, ymax.
+      colours: (n,) red, green, blue.
+      texts: (n,) written at the box, "" for none.
+      masks: (n,) of the whole photo at any resolution, bool, or None; or () for no masks at all.
+    """
+
+    boxes: np.ndarray
+    colours: Sequence[tuple[int, int, int]]
+    texts: Sequence[str]
+    masks: Sequence[np.ndarray | None] = ()
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
@@ -58,17 +75,32 @@ def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Ima
         raise UserError(f"{path}: cannot read this photo: {error}") from error
 
 
+def fill_masks(photo: Image.Image, drawing: Drawing) -> Image.Image:
+    """A copy of the photo with the masks' insides tinted and their outlines in full colour."""
+    pixels = np.asarray(photo, np.float32)
+    for mask, colour in zip(drawing.masks, drawing.colours, strict=True):
+        if mask is None:
+            continue
+        sized = Image.fromarray(mask).resize(photo.size, Image.Resampling.NEAREST)
+        inside = np.asarray(sized, bool)
+        padded = np.pad(inside, 1)
+        within = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        opacity = np.where(within, OPACITY, 1.0)[inside, None]
+        pixels[inside] += opacity * (np.float32(colour) - pixels[inside])
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
 def draw_boxes(photo: Image.Image, drawing: Drawing) -> Image.Image:
-    """A copy of the photo with boxes; texts come last, so that no box hides them."""
-    panel = photo.copy()
+    """A copy of the photo with masks and boxes; texts come last, so that no box hides them."""
+    boxes, colours, texts, masks = drawing
+    panel = fill_masks(photo, drawing) if masks else photo.copy()
     draw = ImageDraw.Draw(panel)
     font = ImageFont.load_default(size=11)
-    boxes, colours, texts = drawing
     corners = np.asarray(boxes, np.float64).reshape(-1, 4) * np.tile(photo.size, 2)
     limit = np.tile(photo.size, 2) - 1
     corners = np.clip(corners, 0, limit)
     for box, colour in zip(corners, colours, strict=True):
-        draw.rectangle(tuple(box), outline=colour, width=2)
+        draw.rectangle(tuple(box), outline=colour, width=1 if masks else 2)
     for box, colour, text in zip(corners, colours, texts, strict=True):
         if not text:
             continue
@@ -131,12 +163,23 @@ def choose_images(dataset: Dataset, split: str, image_ids: Sequence[str], limit:
     return [int(index) for index in members[order[:limit]]]
 
 
-def ground_truth(dataset: Dataset, index: int) -> Drawing:
-    """Boxes of the dataset; the class is written where there is more than one."""
+def ground_truth(
+    dataset: Dataset, index: int, masks: MaskReader | None, size: tuple[int, int]
+) -> Drawing:
+    """Boxes of the dataset, and masks in a frame of height, width `size`.
+
+    The class is written where there is more than one. Objects have the colours of their classes;
+    with masks, where boxes alone would not tell neighbours apart, each has its own.
+    """
     boxes, classes, _ = dataset.image_boxes(index)
     several = len(np.unique(classes)) > 1
     names = [dataset.class_names[c] if several else "" for c in classes]
-    return boxes, [class_colour(c) for c in classes], names
+    if masks is None:
+        return Drawing(boxes, [class_colour(c) for c in classes], names)
+    rows = np.arange(*dataset.box_offsets[index : index + 2])
+    counts = [masks.rle(row, size) for row in rows]
+    drawn = [None if text is None else rle.decode(text, size) for text in counts]
+    return Drawing(boxes, [class_colour(i) for i in range(len(rows))], names, drawn)
 
 
 def save_jpeg(picture: Image.Image, path: Path) -> None:
@@ -154,10 +197,11 @@ def draw_split(
 ) -> list[Path]:
     """Writes one picture for each image, and overview.jpg; returns their paths."""
     output.mkdir(parents=True, exist_ok=True)
+    masks = MaskReader(dataset) if dataset.mask_offsets is not None else None
     pictures, paths = [], []
     for index in indices:
         photo = open_photo(dataset.image_file(index), dataset.image_sizes[index], side)
-        truth, found = ground_truth(dataset, index), detections[index]
+        truth, found = ground_truth(dataset, index, masks, photo.size[::-1]), detections[index]
         picture = side_by_side([
             (f"ground truth: {len(truth[0])} boxes", draw_boxes(photo, truth)),
             (f"detections: {len(found[0])} boxes", draw_boxes(photo, found)),
@@ -187,8 +231,8 @@ def read_drawings(
         if code is None:
             raise UserError(f"{path}: image {dataset.image_id(index)!r} is not covered by it")
         index_of[code] = index
-    drawings: dict[int, Drawing] = {index: (np.zeros((0, 4)), [], []) for index in indices}
-    for chunk in reader.chunks(dataset.class_labels):
+    drawings = {index: Drawing(np.zeros((0, 4)), [], []) for index in indices}
+    for chunk in reader.chunks(dataset.class_labels, masks=reader.has_masks):
         for code in index_of.keys() & set(chunk.image_index.tolist()):
             # Rows of an image are sorted by score: the best first.
             rows = np.flatnonzero((chunk.image_index == code) & (chunk.scores >= min_score))
@@ -198,7 +242,12 @@ def read_drawings(
                 f"{dataset.class_names[c]} {score:.2f}"
                 for c, score in zip(classes, chunk.scores[rows], strict=True)
             ]
-            drawings[index_of[code]] = chunk.boxes[rows], [class_colour(c) for c in classes], texts
+            numbers, masks = classes, ()
+            if reader.has_masks:
+                numbers = range(len(rows))
+                masks = [rle.decode(chunk.masks[row], tuple(chunk.mask_sizes[row])) for row in rows]
+            colours = [class_colour(number) for number in numbers]
+            drawings[index_of[code]] = Drawing(chunk.boxes[rows], colours, texts, masks)
     return drawings
 
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import rle
 from common.data.dataset import Dataset, DatasetWriter
 from common.detections import DetectionsWriter
 from common.errors import UserError
+from common.masks import MaskReader
 from scripts import draw_detections as draw
 
 GREY = (90, 90, 90)
@@ -52,7 +54,8 @@ def pixels_of(picture, colour) -> tuple[int, int, int, int]:
 def test_a_box_is_drawn_at_its_share_of_the_photo():
     photo = Image.new("RGB", (200, 100), GREY)
     red = (255, 0, 0)
-    panel = draw.draw_boxes(photo, (np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""]))
+    drawing = draw.Drawing(np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""])
+    panel = draw.draw_boxes(photo, drawing)
     assert pixels_of(panel, red) == pytest.approx((50, 20, 150, 80), abs=1)
     assert panel.getpixel((100, 50)) == GREY  # an outline, the object stays visible
     assert pixels_of(photo, GREY) == (0, 0, 200, 100)  # the photo itself is untouched
@@ -61,8 +64,45 @@ def test_a_box_is_drawn_at_its_share_of_the_photo():
 @pytest.mark.parametrize("box", [[0, 0, 1, 1], [-0.01, -0.01, 1.01, 1.01]])
 def test_a_box_at_the_border_stays_visible(box):
     red = (255, 0, 0)
-    panel = draw.draw_boxes(Image.new("RGB", (80, 40), GREY), (np.array([box]), [red], ["Cat 1"]))
+    drawing = draw.Drawing(np.array([box]), [red], ["Cat 1"])
+    panel = draw.draw_boxes(Image.new("RGB", (80, 40), GREY), drawing)
     assert pixels_of(panel, red) == (0, 0, 80, 40)
+
+
+def test_a_mask_is_tinted_inside_and_solid_along_its_outline():
+    mask = np.zeros((50, 100), bool)  # half the photo's resolution
+    mask[10:40, 25:75] = True
+    red = (255, 0, 0)
+    drawing = draw.Drawing(np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""], [mask])
+    panel = draw.fill_masks(Image.new("RGB", (200, 100), GREY), drawing)
+    assert panel.getpixel((50, 20)) == red and panel.getpixel((149, 79)) == red
+    tinted = panel.getpixel((100, 50))
+    assert GREY[0] < tinted[0] < 255 and 0 < tinted[1] < GREY[1]
+    assert panel.getpixel((49, 50)) == GREY and panel.getpixel((100, 80)) == GREY
+
+
+def test_masks_of_truth_and_table_are_drawn_where_they_are(tmp_path):
+    Image.new("RGB", (60, 40), GREY).save(tmp_path / "photo.png")
+    truth = np.zeros((40, 60), bool)
+    truth[5:20, 10:30] = True
+    boxes = np.array([[10 / 60, 5 / 40, 30 / 60, 20 / 40]], np.float32)
+    counts = rle.encode([truth])
+    entry = {"size": [40, 60], "counts": counts[0].decode()}
+    with DatasetWriter(
+        tmp_path / "dataset", "test", ["/m/cat"], ["Cat"], None, str(tmp_path), has_masks=True
+    ) as writer:
+        writer.add_image("photo", "photo.png", (40, 60), boxes, [0], masks=[entry])
+        writer.add_split("validation", [0])
+    path = tmp_path / "x.parquet"
+    with DetectionsWriter(path, {"model": "test"}, masks=True) as writer:
+        writer.add(
+            "photo", ["/m/cat"], np.float32([0.9]), boxes, counts, np.array([[40, 60]], np.int32)
+        )
+    dataset = Dataset.open(tmp_path / "dataset")
+    drawings = draw.read_drawings(path, dataset, [0], 0.4, 100)
+    assert np.array_equal(drawings[0].masks[0], truth)
+    drawn = draw.ground_truth(dataset, 0, MaskReader(dataset), (80, 120))
+    assert np.array_equal(drawn.masks[0], truth.repeat(2, 0).repeat(2, 1))
 
 
 def test_classes_have_different_bright_colours():
@@ -75,8 +115,8 @@ def test_pictures_show_truth_and_confident_detections(dataset, table, tmp_path):
     images = draw.choose_images(dataset, "validation", [], 8)
     assert [dataset.image_id(i) for i in images] == ["folder/tall", "wide"]  # most classes first
     drawings = draw.read_drawings(table, dataset, images, min_score=0.4, max_boxes=100)
-    boxes, _, texts = drawings[0]
-    assert boxes.tolist() == [[0.25, 0.25, 0.5, 0.75]] and texts == ["Dog 0.90"]
+    found = drawings[0]
+    assert found.boxes.tolist() == [[0.25, 0.25, 0.5, 0.75]] and found.texts == ["Dog 0.90"]
     paths = draw.draw_split(dataset, images, drawings, tmp_path / "pictures", side=400)
     assert [path.name for path in paths] == ["folder_tall.jpg", "wide.jpg", "overview.jpg"]
     with Image.open(tmp_path / "pictures/wide.jpg") as picture:
