@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from common.errors import UserError
 from common.nn.conv import Conv
+from common.nn.enlarge import enlarge
 from common.nn.norm import Norm, frozen_pattern
 from common.nn.resnet import BasicBlock, BottleneckBlock, Stage
 
@@ -118,6 +119,8 @@ def upsample(
     """'nearest': each cell `factor` x `factor` times, cut to `size`. 'bilinear': resized to `size`
     with half-pixel centres (`align_corners=False`)."""
     if method == "bilinear":
+        if size == (factor * x.shape[1], factor * x.shape[2]):
+            return enlarge(x, factor)
         shape = (x.shape[0], *size, x.shape[-1])
         return jax.image.resize(x, shape, "bilinear", antialias=False)
     batch, h, w, channels = x.shape

@@ -1,0 +1,207 @@
+"""Times our HRNet segmenter against timm's HRNet with the same head in torch, on the CPU.
+
+    python -m scripts.bench.bench_segmenter
+
+Needs torch and timm in the same environment. Equal settings on both sides: HRNet-W18 (its exchange
+units enlarge by repetition, as timm's do), the head of HRNetV2, float32, batch norm over the batch
+in training, cross-entropy over all pixels, SGD with momentum and weight decay; inference ends with
+the foreground's probability of each pixel. Random weights.
+
+Each side is a process of its own; they take turns, so that other load on the machine meets both.
+Prints the ratios of the best times and the medians (below 1: ours is faster).
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from absl import flags
+
+from common.cli import run_main
+
+TASKS = ("train", "inference")
+SIDES = ("timm", "ours")
+LEARNING_RATE = 1e-3
+
+
+def example(batch: int, height: int, width: int) -> dict[str, np.ndarray]:
+    """Random crops (B, H, W, 3) uint8 and masks (B, H, W)."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (batch, height, width, 3), np.uint8),
+        "mask": rng.integers(0, 2, (batch, height, width), np.uint8),
+    }
+
+
+def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], float]]:
+    """Task -> function that runs it once and returns the loss or the mean probability."""
+    import timm
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    from common.nn.hrnet import HRNETS
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    width = 15 * HRNETS[backbone].width
+
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = timm.create_model(
+                backbone, features_only=True, feature_location="", out_indices=(1, 2, 3, 4)
+            )
+            self.head = nn.Sequential(
+                nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+                nn.Conv2d(width, 2, 1),
+            )
+
+        def forward(self, x):
+            size = x.shape[-2:]
+            taps = self.trunk(x)
+            taps = [
+                functional.interpolate(t, taps[0].shape[-2:], mode="bilinear") for t in taps
+            ]
+            return functional.interpolate(self.head(torch.cat(taps, 1)), size, mode="bilinear")
+
+    model = Segmenter()
+    images = torch.from_numpy(data["image"])
+    masks = torch.from_numpy(data["mask"]).long()
+    mean = torch.tensor([123.675, 116.28, 103.53])
+    std = torch.tensor([58.395, 57.12, 57.375])
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4
+    )
+
+    def inputs():
+        return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    def train():
+        model.train()
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs()), masks)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def inference():
+        model.eval()
+        with torch.no_grad():
+            return model(inputs()).softmax(1)[:, 1].mean().item()
+
+    return {"train": train, "inference": inference}
+
+
+def our_calls(data, backbone: str) -> dict[str, Callable[[], float]]:
+    """Like `torch_calls`."""
+    import jax
+
+    from common.training import distributed
+    from common.training.optimizer import make_optimizer
+    from common.training.train_step import init_state, make_train_step
+    from configs.segmentation import hrnet_w48_112
+    from segmentation import setup
+    from segmentation.predict import PROBABILITY_ONE, Voter, vote_step
+
+    config = hrnet_w48_112.get_config()
+    config.model.update(backbone=backbone, upsampling="nearest", dtype="float32")
+    mesh = distributed.make_mesh(jax.devices()[:1])
+    model = setup.build_model(config, 1)
+    count, height, width = data["mask"].shape
+    batch = dict(
+        data,
+        image_size=np.full((count, 2), (height, width), np.float32),
+        image_valid=np.ones(count, bool),
+        classes=np.zeros(count, np.int32),
+        mask_valid=np.ones(data["mask"].shape, bool),
+    )
+    shapes = setup.variable_shapes(config, model)
+    tx = make_optimizer(config.optimizer, lambda step: LEARNING_RATE, shapes["params"])
+    replicated = distributed.replicated(mesh)
+    state = jax.jit(
+        lambda: init_state(model, tx, 0, setup.init_batch(config)), out_shardings=replicated
+    )()
+    batch = jax.device_put(batch, distributed.batch_sharded(mesh))
+    seen = {name: batch[name] for name in setup.INFERENCE_FIELDS}
+    train_step = jax.jit(make_train_step(model, tx, mesh, 0), donate_argnums=0)
+    predict = vote_step((model,), (Voter(0, False),), True, mesh)
+
+    def train():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return float(metrics["loss"])
+
+    def inference():
+        return float(np.mean(predict((state.variables,), seen))) / PROBABILITY_ONE
+
+    return {"train": train, "inference": inference}
+
+
+def serve(side: str, pipe, data, backbone: str, threads: int) -> None:
+    """Runs in a process of its own: answers each task's name with (seconds, result)."""
+    if side == "ours":
+        from common.memory import keep_freed_memory
+
+        keep_freed_memory()
+        calls = our_calls(data, backbone)
+    else:
+        calls = torch_calls(data, backbone, threads)
+    for task in TASKS:  # compiles, and fills caches
+        for _ in range(2):
+            calls[task]()
+    pipe.send("ready")
+    for task in iter(pipe.recv, None):
+        start = time.perf_counter()
+        found = calls[task]()
+        pipe.send((time.perf_counter() - start, found))
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("rounds", 5, "Turns of each side.")
+    flags.DEFINE_integer("batch", 16, "Crops per step.")
+    flags.DEFINE_integer("height", 112, "Of the crops, pixels.")
+    flags.DEFINE_integer("width", 112, "Of the crops, pixels.")
+    flags.DEFINE_string("backbone", "hrnet_w18", "hrnet_w18, hrnet_w32 or hrnet_w48.")
+    flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    data = example(flags.FLAGS.batch, flags.FLAGS.height, flags.FLAGS.width)
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for side in SIDES:
+        pipes[side], theirs = context.Pipe()
+        arguments = (side, theirs, data, flags.FLAGS.backbone, flags.FLAGS.threads)
+        context.Process(target=serve, args=arguments, daemon=True).start()
+        theirs.close()
+        pipes[side].recv()  # one after the other: compiling would disturb no measurement yet
+    for task in TASKS:
+        seconds = {side: [] for side in SIDES}
+        found = {}
+        for _ in range(flags.FLAGS.rounds):
+            for side, pipe in pipes.items():
+                pipe.send(task)
+                taken, found[side] = pipe.recv()
+                seconds[side].append(taken)
+        print(
+            f"{task}: {flags.FLAGS.backbone}, {flags.FLAGS.batch} crops of "
+            f"{flags.FLAGS.height}x{flags.FLAGS.width}"
+        )
+        for side, taken in seconds.items():
+            print(
+                f"  {side:5s} best {min(taken):.3f} s, median {np.median(taken):.3f} s "
+                f"(result {found[side]:.3f})"
+            )
+        ratio = np.median(np.divide(seconds["ours"], seconds["timm"]))
+        best = min(seconds["ours"]) / min(seconds["timm"])
+        print(f"  ratio ours / timm: best {best:.2f}, median of turns {ratio:.2f}", flush=True)
+    for pipe in pipes.values():
+        pipe.send(None)
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_main(main)
