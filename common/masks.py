@@ -85,7 +85,10 @@ class MaskReader:
             height, width = self._photo_size(row)
             scale = (size[1] / ((xmax - xmin) * width), size[0] / ((ymax - ymin) * height))
             counts = self._draw(row, entry, (xmin * width, ymin * height), scale, size)
-            return rle.decode(counts, size)
+            result = rle.decode(counts, size)
+            result[~_centres(ymin, ymax, height, size[0])[1]] = False
+            result[:, ~_centres(xmin, xmax, width, size[1])[1]] = False
+            return result
         frame = (
             self._open_png(row, entry["png"])
             if "png" in entry

@@ -91,6 +91,14 @@ def test_polygons_are_drawn_in_the_frame_asked_for(tmp_path):
     np.testing.assert_array_equal(window, expected)
 
 
+def test_polygons_end_with_the_photo(tmp_path):
+    masks = reader(tmp_path, [[[30, 20, 99, 20, 99, 80, 30, 80]]])
+    window = masks.window(1, (0.5, 0.5, 1.5, 1.5), (20, 30))
+    expected = np.zeros((20, 30), bool)
+    expected[:10, :15] = True
+    np.testing.assert_array_equal(window, expected)
+
+
 def test_parts_of_a_polygon_mask_are_united(tmp_path):
     parts = [[0, 0, 20, 0, 20, 40, 0, 40], [10, 0, 30, 0, 30, 40, 10, 40]]
     masks = reader(tmp_path, [parts])
