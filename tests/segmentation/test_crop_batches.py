@@ -1,6 +1,7 @@
 """Batches of crops: which instances, exact resume, any number of hosts, few shapes, right masks."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -251,3 +252,13 @@ def test_unreadable_photos_and_masks_stop_or_leave_an_empty_slot(tmp_path, capfd
     told = capfd.readouterr().err
     assert "3.png: skipped, cannot read the image" in told
     assert "7.png: skipped, cannot read the mask" in told and "7_0.png" in told
+
+
+def test_photos_of_unknown_size_are_cut_onto_the_planned_canvas(dataset):
+    """Polygons need the size; of other masks only the plan's sorting suffers."""
+    unknown = dataclasses.replace(dataset, image_sizes=np.zeros_like(dataset.image_sizes))
+    valid = 0
+    for batch in train(unknown, coded.config(on_image_error="skip"), num_steps=6):
+        check_masks(dataset, {k: v[batch["image_valid"]] for k, v in batch.items()}, 0.06)
+        valid += batch["image_valid"].sum()
+    assert valid > 16
