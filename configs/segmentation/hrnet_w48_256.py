@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
 
     config.model = dict(
-        backbone="hrnet_w48",  # hrnet_w18 | hrnet_w32 | hrnet_w48
+        backbone="hrnet_w48",  # or hrnet_w18, hrnet_w32, any of common/nn/backbones.py
         pretrained="",  # file written by scripts.convert_weights; empty: random weights
         class_specific=False,  # one pair of logits a class instead of one for all
         upsampling="bilinear",  # bilinear | nearest: in the exchange units

@@ -22,7 +22,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from common.errors import UserError
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.canvas import content, normalise
 from common.nn.conv import conv2d, he_normal_fan_out
@@ -106,9 +105,10 @@ class Segmenter(nn.Module):
 
     Attributes:
       num_classes: K; 1: one pair of logits for all classes.
-      backbone_name: one of `common.nn.hrnet.HRNETS`.
+      backbone_name: one of `common.nn.backbones.BACKBONES`. The paper's are HRNets; of any other
+        the head takes the taps c2 to c5.
       layout: of a smaller variant of it, or None.
-      upsampling: in the exchange units, 'bilinear' (the authors' segmentation) or 'nearest'.
+      upsampling: in HRNet's exchange units, 'bilinear' (the authors' segmentation) or 'nearest'.
       norm, remat, dtype, axis_name: see `common.nn.hrnet.HRNet`.
     """
 
@@ -122,15 +122,12 @@ class Segmenter(nn.Module):
     axis_name: str | None = None
 
     def setup(self):
-        if self.backbone_name not in HRNETS:
-            raise UserError(
-                f"config.model.backbone: found {self.backbone_name!r}, expected one of "
-                f"{', '.join(HRNETS)}"
-            )
         fields = {"layout": self.layout} if self.layout else {}
+        if self.backbone_name in HRNETS:
+            fields["upsampling"] = self.upsampling
         self.backbone = make_backbone(
             self.backbone_name, norm=self.norm, remat=self.remat, axis_name=self.axis_name,
-            dtype=self.dtype, upsampling=self.upsampling, **fields,
+            dtype=self.dtype, **fields,
         )
         self.head = Head(self.num_classes, self.norm, self.axis_name, self.dtype)
 

@@ -127,8 +127,11 @@ def test_settings_choose_the_network():
     assert (model.num_classes, model.layout) == (5, TINY)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch(), train=True))
     assert shapes["params"]["head"]["logits"]["kernel"].shape == (1, 1, 60, 10)
-    settings.backbone = "resnet50"
-    with pytest.raises(UserError, match="config.model.backbone: found 'resnet50'"):
-        jax.eval_shape(
-            lambda: build(settings, 5, None).init(jax.random.key(0), batch(), train=True)
-        )
+
+
+def test_any_trunk_with_four_taps_will_do():
+    model = Segmenter(1, "resnet10", norm="group")
+    variables = jax.jit(lambda: model.init(jax.random.key(0), batch(), train=True))()
+    assert model.apply(variables, batch(), train=False)["logits"].shape == batch()["mask"].shape
+    with pytest.raises(UserError, match="backbone: found 'nothing', expected one of"):
+        Segmenter(1, "nothing").init(jax.random.key(0), batch(), train=True)
