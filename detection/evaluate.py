@@ -20,7 +20,7 @@ from common.data.dataset import Dataset
 from common.errors import UserError
 from common.evaluation.coco import evaluate_coco
 from common.evaluation.openimages import evaluate_openimages
-from common.training import distributed
+from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.workdir import write_text
 from detection import setup
@@ -119,7 +119,7 @@ def main(_):
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     distributed.initialize()
     mesh = distributed.make_mesh()
-    dataset = setup.open_dataset(config)
+    dataset = command.open_dataset(config)
     model = setup.build_model(config, dataset.num_classes)
     variables, step = restore_variables(config, model, workdir, mesh, flags.FLAGS.step)
     folder = Path(workdir) / "evaluation" / f"{step}"
@@ -138,6 +138,6 @@ def main(_):
 
 
 if __name__ == "__main__":
-    setup.define_flags()
+    command.define_flags()
     define_flags()
     run_main(main)

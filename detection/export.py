@@ -21,7 +21,7 @@ from absl import flags
 
 from common.cli import run_main
 from common.errors import UserError
-from common.training import distributed
+from common.training import command, distributed
 from detection import setup
 from detection.evaluate import restore_variables
 from detection.refine import refine_table
@@ -48,7 +48,7 @@ def main(_):
         raise UserError("--split: found with --proposals, which says itself what images it covers")
     distributed.initialize()
     mesh = distributed.make_mesh()
-    dataset = setup.open_dataset(config)
+    dataset = command.open_dataset(config)
     model = setup.build_model(config, dataset.num_classes)
     variables, step = restore_variables(config, model, flags.FLAGS.workdir, mesh, flags.FLAGS.step)
     output = Path(flags.FLAGS.output)
@@ -64,7 +64,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    setup.define_flags()
+    command.define_flags()
     define_flags()
     flags.mark_flag_as_required("output")
     run_main(main)

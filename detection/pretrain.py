@@ -25,7 +25,7 @@ from common.data.labelled_batches import eval_batches, train_batches
 from common.data.labelled_images import LabelledImages, open_images
 from common.errors import UserError
 from common.nn.weights import save_backbone_weights
-from common.training import distributed, loop
+from common.training import command, distributed, loop
 from common.training.checkpoint import Checkpoints
 from common.training.metrics import log_parameter_overview
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
@@ -33,12 +33,11 @@ from common.training.train_step import (
     TrainState,
     init_state,
     init_variables,
+    jit_train_step,
     make_predict_step,
-    make_train_step,
 )
 from common.training.workdir import prepare_workdir
 from detection.models.classifier import Classifier
-from detection.setup import define_flags
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
@@ -80,13 +79,7 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     state, start_step = loop.first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    replicated = distributed.replicated(mesh)
-    step_fn = jax.jit(
-        make_train_step(model, tx, mesh, config.seed),
-        donate_argnums=0,
-        in_shardings=(replicated, distributed.batch_sharded(mesh)),
-        out_shardings=replicated,
-    )
+    step_fn = jit_train_step(model, tx, mesh, config.seed)
     predict = jax.jit(make_predict_step(model, mesh))
     batches = train_batches(
         train_images, config.data, seed=config.seed, start_step=start_step,
@@ -188,5 +181,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
+    command.define_flags()
     run_main(main)

@@ -1,12 +1,10 @@
 """What training, evaluation and export have in common: flags, dataset, detector, shapes."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.data.proposals import TableBoxes
@@ -18,27 +16,6 @@ from common.training.distributed import DATA_AXIS
 from common.training.train_step import init_variables
 from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import FasterRCNN, build
-
-
-def define_flags() -> None:
-    """--config and --workdir, the flags of every command here."""
-    config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
-    flags.DEFINE_string("workdir", None, "Directory of the run.")
-    flags.mark_flags_as_required(["config", "workdir"])
-
-
-def open_dataset(config: ConfigDict) -> Dataset:
-    """The dataset directory of `config.data.dir`.
-
-    Raises:
-      UserError: the field is empty, or the directory is none.
-    """
-    if not config.data.dir:
-        raise UserError(
-            "config.data.dir: empty, expected a dataset directory written by "
-            "scripts.prepare_data (--config.data.dir=DIR)"
-        )
-    return Dataset.open(Path(config.data.dir))
 
 
 def refines(config: ConfigDict) -> bool:

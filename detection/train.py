@@ -17,7 +17,7 @@ from common.data.dataset import GROUP_OF
 from common.data.input import train_batches
 from common.data.plan import make_plan
 from common.nn.weights import load_backbone_weights
-from common.training import distributed, loop
+from common.training import command, distributed, loop
 from common.training.checkpoint import Checkpoints
 from common.training.metrics import log_parameter_overview
 from common.training.optimizer import (
@@ -26,7 +26,7 @@ from common.training.optimizer import (
     total_steps,
     trained_mask,
 )
-from common.training.train_step import TrainState, init_state, make_train_step
+from common.training.train_step import TrainState, init_state, jit_train_step
 from common.training.workdir import prepare_workdir
 from detection import setup
 from detection.evaluate import evaluate_variables
@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
-    dataset = setup.open_dataset(config)
+    dataset = command.open_dataset(config)
     batch_size = config.data.batch_size
     plan = make_plan(
         dataset, config.data.train_split, config.data.sampler, config.seed, batch_size,
@@ -85,13 +85,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         state = with_pretrained_backbone(state, config.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    replicated = distributed.replicated(mesh)
-    step_fn = jax.jit(
-        make_train_step(model, tx, mesh, config.seed),
-        donate_argnums=0,
-        in_shardings=(replicated, distributed.batch_sharded(mesh)),
-        out_shardings=replicated,
-    )
+    step_fn = jit_train_step(model, tx, mesh, config.seed)
     batches = train_batches(
         dataset, plan, config.data, seed=config.seed, start_step=start_step,
         num_steps=num_steps - start_step,
@@ -153,5 +147,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    setup.define_flags()
+    command.define_flags()
     run_main(main)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from common.cli import run_main
 from common.errors import UserError
-from common.training import distributed
+from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.checkpoint_items import describe, flatten, to_nested_dict
 
@@ -115,7 +115,7 @@ def with_recomputed_statistics(
     from detection import setup
     from detection.batch_statistics import recompute_batch_stats
 
-    dataset = setup.open_dataset(config)
+    dataset = command.open_dataset(config)
     model = setup.build_model(config, dataset.num_classes)
     _refuse_other_model(setup.variable_shapes(config, model), variables)
     batch_stats = recompute_batch_stats(

@@ -25,7 +25,7 @@ from common.cli import run_main
 from common.errors import UserError
 from common.training import distributed, topologies
 from common.training.optimizer import make_optimizer, make_schedule
-from common.training.train_step import init_state, make_train_step
+from common.training.train_step import init_state, jit_train_step
 from common.training.workdir import write_text
 from detection import setup as detection_setup
 from segmentation import setup as segmentation_setup
@@ -44,14 +44,8 @@ def compile_train_step(
     schedule = make_schedule(config.optimizer, batch_size=batch_size, steps_per_epoch=1700)
     tx = make_optimizer(config.optimizer, schedule, shapes["params"], setup.frozen_pattern(config))
     state = jax.eval_shape(lambda: init_state(model, tx, config.seed, setup.init_batch(config)))
-    replicated, sharded = distributed.replicated(mesh), distributed.batch_sharded(mesh)
     batch = setup.train_shapes(config, batch_size)
-    step = jax.jit(
-        make_train_step(model, tx, mesh, config.seed),
-        donate_argnums=0,
-        in_shardings=(replicated, sharded),
-        out_shardings=replicated,
-    )
+    step = jit_train_step(model, tx, mesh, config.seed)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - start

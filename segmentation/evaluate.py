@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from common.cli import run_main
 from common.data.dataset import Dataset
 from common.errors import UserError
-from common.training import distributed, loop
+from common.training import command, distributed, loop
 from common.training.progress import Progress
 from common.training.workdir import write_text
 from segmentation import setup
@@ -114,7 +114,7 @@ def define_flags() -> None:
 def main(_):
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     mesh, say = loop.start(config, ())
-    dataset = setup.open_dataset(config)
+    dataset = command.open_dataset(config)
     model = setup.build_model(config, dataset.num_classes)
     variables, step = setup.restore_variables(config, model, workdir, mesh, flags.FLAGS.step)
     folder = epath.Path(workdir) / "evaluation" / f"{step}"
@@ -124,6 +124,6 @@ def main(_):
 
 
 if __name__ == "__main__":
-    setup.define_flags()
+    command.define_flags()
     define_flags()
     run_main(main)

@@ -30,7 +30,7 @@ from common.data.dataset import Dataset
 from common.detections import DetectionsReader, DetectionsWriter
 from common.detections.table import Detections
 from common.errors import UserError
-from common.training import distributed, loop
+from common.training import command, distributed, loop
 from common.training.progress import Progress
 from common.training.workdir import read_config
 from segmentation import setup, vote
@@ -322,7 +322,7 @@ def main(_):
         raise UserError("--workdir, --voters: expected one of them")
     _, say = loop.start(config, ())
     mesh = distributed.make_mesh(jax.local_devices())
-    dataset = setup.open_dataset(config)
+    dataset = command.open_dataset(config)
     if values.voters:
         networks, voters = open_voters(config, values.voters, dataset, mesh)
     else:
@@ -336,7 +336,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    setup.define_flags(workdir_required=False)
+    command.define_flags(workdir_required=False)
     define_flags()
     flags.mark_flags_as_required(["boxes", "output"])
     run_main(main)

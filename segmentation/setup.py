@@ -4,12 +4,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from common.data.dataset import Dataset
-from common.errors import UserError
 from common.nn import norm
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
@@ -17,27 +14,6 @@ from common.training.train_step import init_variables
 from segmentation.models.segmenter import Segmenter, build
 
 INFERENCE_FIELDS = ("image", "image_size", "image_valid", "classes")
-
-
-def define_flags(workdir_required: bool = True) -> None:
-    """--config and --workdir, the flags of every command here."""
-    config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
-    flags.DEFINE_string("workdir", None, "Directory of the run.")
-    flags.mark_flags_as_required(["config", "workdir"] if workdir_required else ["config"])
-
-
-def open_dataset(config: ConfigDict) -> Dataset:
-    """The dataset directory of `config.data.dir`.
-
-    Raises:
-      UserError: the field is empty, or the directory is none.
-    """
-    if not config.data.dir:
-        raise UserError(
-            "config.data.dir: empty, expected a dataset directory written by "
-            "scripts.prepare_data (--config.data.dir=DIR)"
-        )
-    return Dataset.open(Path(config.data.dir))
 
 
 def build_model(config: ConfigDict, num_classes: int) -> Segmenter:
@@ -85,11 +61,7 @@ def restore_variables(
     """Parameters and statistics of a checkpoint (the newest by default), and its step."""
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     step = step or checkpoints.latest_step()
-    replicated = distributed.replicated(mesh)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        variable_shapes(config, model),
-    )
+    abstract = distributed.abstract(variable_shapes(config, model), mesh)
     variables, _ = checkpoints.restore_params(step, abstract)
     checkpoints.close()
     return variables, step

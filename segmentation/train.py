@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from common.cli import run_main
 from common.data.dataset import Dataset
-from common.training import distributed, loop
+from common.training import command, loop
 from common.training.checkpoint import Checkpoints
 from common.training.metrics import log_parameter_overview
 from common.training.optimizer import (
@@ -26,7 +26,7 @@ from common.training.optimizer import (
     total_steps,
     trained_mask,
 )
-from common.training.train_step import init_state, make_train_step
+from common.training.train_step import init_state, jit_train_step
 from common.training.workdir import prepare_workdir
 from segmentation import setup
 from segmentation.evaluate import evaluate_variables
@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
-    dataset = setup.open_dataset(config)
+    dataset = command.open_dataset(config)
     plan = make_plan(dataset, config.data, config.seed)
     num_steps = total_steps(config.optimizer, plan.steps_per_epoch)
     say(
@@ -78,13 +78,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         state = with_pretrained(state, config.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    replicated = distributed.replicated(mesh)
-    step_fn = jax.jit(  # compiles once for each canvas
-        make_train_step(model, tx, mesh, config.seed),
-        donate_argnums=0,
-        in_shardings=(replicated, distributed.batch_sharded(mesh)),
-        out_shardings=replicated,
-    )
+    step_fn = jit_train_step(model, tx, mesh, config.seed)  # compiles once for each canvas
     batches = train_batches(
         dataset, plan, config.data, start_step=start_step, num_steps=num_steps - start_step,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -128,5 +122,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    setup.define_flags()
+    command.define_flags()
     run_main(main)

@@ -54,13 +54,10 @@ def first_state(
     checkpoints: Checkpoints, init: Callable[[], TrainState], mesh: Mesh, say: Callable
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and its step, else that of `init` and 0; on all devices."""
-    replicated = distributed.replicated(mesh)
     step = checkpoints.latest_step() or 0
     if not step:
-        return jax.jit(init, out_shardings=replicated)(), 0
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(init)
-    )
+        return jax.jit(init, out_shardings=distributed.replicated(mesh))(), 0
+    abstract = distributed.abstract(jax.eval_shape(init), mesh)
     state, _ = checkpoints.restore(step, abstract)
     say(f"resuming at step {step}", flush=True)
     return state, step

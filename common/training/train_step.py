@@ -17,7 +17,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from common.training.distributed import DATA_AXIS, sum_over_devices
+from common.training.distributed import (
+    DATA_AXIS,
+    batch_sharded,
+    replicated,
+    sum_over_devices,
+)
 
 
 @flax.struct.dataclass
@@ -102,6 +107,18 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics | out["monitor"]
 
     return train_step
+
+
+def jit_train_step(
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> Callable:
+    """`make_train_step` compiled: state replicated and given up, the batch split over devices."""
+    return jax.jit(
+        make_train_step(model, tx, mesh, seed),
+        donate_argnums=0,
+        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        out_shardings=replicated(mesh),
+    )
 
 
 def make_predict_step(

@@ -1,0 +1,28 @@
+"""What every command that works on a run starts with: its flags and its dataset."""
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from common.data.dataset import Dataset
+from common.errors import UserError
+
+
+def define_flags(workdir_required: bool = True) -> None:
+    """--config and --workdir."""
+    config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
+    flags.DEFINE_string("workdir", None, "Directory of the run.")
+    flags.mark_flags_as_required(["config", "workdir"] if workdir_required else ["config"])
+
+
+def open_dataset(config: ConfigDict) -> Dataset:
+    """The dataset directory of `config.data.dir`.
+
+    Raises:
+      UserError: the field is empty, or the directory is none.
+    """
+    if not config.data.dir:
+        raise UserError(
+            "config.data.dir: empty, expected a dataset directory written by "
+            "scripts.prepare_data (--config.data.dir=DIR)"
+        )
+    return Dataset.open(config.data.dir)
