@@ -86,14 +86,15 @@ def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[]
     return {"train": train, "inference": inference}
 
 
-def our_config(classes: int):
-    """`configs/detection/r50.py` with torchvision's settings."""
+def our_config(head: str = "two_fc"):
+    """`configs/detection/r50.py` with torchvision's settings; `head`: kind of the box head."""
     from configs.detection import r50
 
     config = r50.get_config()
     config.model.dtype = "float32"
     config.model.anchors.centre = 0.0
     config.model.box_head.aligned = False
+    config.model.box_head.kind = head
     config.model.detections = dict(
         score_threshold=0.05, iou_threshold=0.5, max_candidates=4096, max_detections=100
     )
@@ -101,7 +102,7 @@ def our_config(classes: int):
     return config
 
 
-def our_calls(data, classes: int) -> dict[str, Callable[[], int]]:
+def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[], int]]:
     """Like `torchvision_calls`."""
     import jax
     import jax.numpy as jnp
@@ -117,7 +118,7 @@ def our_calls(data, classes: int) -> dict[str, Callable[[], int]]:
     )
     from detection import setup
 
-    config = our_config(classes)
+    config = our_config(head)
     mesh = distributed.make_mesh(jax.devices()[:1])
     model = setup.build_model(config, classes)
     batch_size, size = data["image"].shape[:2]
