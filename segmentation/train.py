@@ -78,7 +78,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         state = with_pretrained(state, config.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    step_fn = jit_train_step(model, tx, mesh, config.seed)  # compiles once for each canvas
+    step_fn = jit_train_step(model, tx, mesh)  # compiles once for each canvas
     batches = train_batches(
         dataset, plan, config.data, start_step=start_step, num_steps=num_steps - start_step,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -102,6 +102,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             if every and step % every == 0 and step != num_steps:
                 with training.pause():
                     evaluate(step)
+        if batches.skipped_images:
+            say(f"data: {batches.skipped_images} unreadable photos or masks skipped", flush=True)
         return evaluate(num_steps)
 
 

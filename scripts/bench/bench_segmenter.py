@@ -125,7 +125,7 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], float]]:
     )()
     batch = jax.device_put(batch, distributed.batch_sharded(mesh))
     seen = {name: batch[name] for name in setup.INFERENCE_FIELDS}
-    train_step = jax.jit(make_train_step(model, tx, mesh, 0), donate_argnums=0)
+    train_step = jax.jit(make_train_step(model, tx, mesh), donate_argnums=0)
     predict = vote_step((model,), (Voter(0, False),), True, mesh)
 
     def train():
@@ -161,8 +161,8 @@ def serve(side: str, pipe, data, backbone: str, threads: int) -> None:
 def define_flags() -> None:
     flags.DEFINE_integer("rounds", 5, "Turns of each side.")
     flags.DEFINE_integer("batch", 16, "Crops per step.")
-    flags.DEFINE_integer("height", 112, "Of the crops, pixels.")
-    flags.DEFINE_integer("width", 112, "Of the crops, pixels.")
+    flags.DEFINE_integer("height", 128, "Of the crops, pixels; timm needs multiples of 32.")
+    flags.DEFINE_integer("width", 128, "Of the crops, pixels; timm needs multiples of 32.")
     flags.DEFINE_string("backbone", "hrnet_w18", "hrnet_w18, hrnet_w32 or hrnet_w48.")
     flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
 
