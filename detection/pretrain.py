@@ -79,7 +79,7 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     state, start_step = loop.first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    step_fn = jit_train_step(model, tx, mesh, config.seed)
+    step_fn = jit_train_step(model, tx, mesh)
     predict = jax.jit(make_predict_step(model, mesh))
     batches = train_batches(
         train_images, config.data, seed=config.seed, start_step=start_step,

@@ -85,7 +85,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         state = with_pretrained_backbone(state, config.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    step_fn = jit_train_step(model, tx, mesh, config.seed)
+    step_fn = jit_train_step(model, tx, mesh)
     batches = train_batches(
         dataset, plan, config.data, seed=config.seed, start_step=start_step,
         num_steps=num_steps - start_step,

@@ -45,7 +45,7 @@ def compile_train_step(
     tx = make_optimizer(config.optimizer, schedule, shapes["params"], setup.frozen_pattern(config))
     state = jax.eval_shape(lambda: init_state(model, tx, config.seed, setup.init_batch(config)))
     batch = setup.train_shapes(config, batch_size)
-    step = jit_train_step(model, tx, mesh, config.seed)
+    step = jit_train_step(model, tx, mesh)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - start

@@ -27,9 +27,16 @@ from common.training.distributed import (
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes; a checkpoint holds exactly this."""
+    """Everything that a step depends on but its batch; a checkpoint holds exactly this.
+
+    Attributes:
+      step: steps done.
+      key: data of the run's random key. It is here and not in the program, so that runs that
+        differ in their seed alone share a compiled program.
+    """
 
     step: Array
+    key: Array
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
@@ -49,7 +56,10 @@ def init_state(
     """The state before the first step; only the shapes of `batch` matter. Call under `jit`."""
     variables = init_variables(model, seed, batch)
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed)), params,
+        variables["batch_stats"], tx.init(params),
+    )
 
 
 def init_variables(model: nn.Module, seed: int, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
@@ -63,9 +73,9 @@ def init_variables(model: nn.Module, seed: int, batch: Mapping[str, jax.ShapeDty
 
 
 def make_train_step(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """The update `(state, batch) -> (state, metrics)`, a pure function of (state, batch, seed).
+    """The update `(state, batch) -> (state, metrics)`, a pure function of both.
 
     Each device differentiates its share of the loss on its own images; one sum over devices, in
     float32, makes the gradient of the global batch. Left to the partitioner instead, the loops of
@@ -98,23 +108,22 @@ def make_train_step(
     )
 
     def train_step(state, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, out, batch_stats = sharded_gradients(state.params, state.batch_stats, key, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {f"loss/{name}": value for name, value in out["losses"].items()}
         metrics |= {"loss": sum(out["losses"].values()), "gradient_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics | out["monitor"]
+        state = TrainState(state.step + 1, state.key, params, batch_stats, opt_state)
+        return state, metrics | out["monitor"]
 
     return train_step
 
 
-def jit_train_step(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> Callable:
+def jit_train_step(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
     """`make_train_step` compiled: state replicated and given up, the batch split over devices."""
     return jax.jit(
-        make_train_step(model, tx, mesh, seed),
+        make_train_step(model, tx, mesh),
         donate_argnums=0,
         in_shardings=(replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),

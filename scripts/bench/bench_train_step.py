@@ -111,7 +111,7 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
     from common.training import distributed
     from common.training.optimizer import make_optimizer
     from common.training.train_step import (
-        TrainState,
+        init_state,
         init_variables,
         make_predict_step,
         make_train_step,
@@ -141,12 +141,11 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
     tx = make_optimizer(
         config.optimizer, lambda step: LEARNING_RATE, params, setup.frozen_pattern(config)
     )
-    state = TrainState(
-        jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params)
-    )
+    state = jax.jit(lambda: init_state(model, tx, 0, batch))()
+    state = state.replace(params=params)
     state = jax.device_put(state, distributed.replicated(mesh))
     batch = jax.device_put(batch, distributed.batch_sharded(mesh))
-    train_step = jax.jit(make_train_step(model, tx, mesh, 0), donate_argnums=0)
+    train_step = jax.jit(make_train_step(model, tx, mesh), donate_argnums=0)
     predict_step = jax.jit(make_predict_step(model, mesh))
 
     def train():

@@ -1,14 +1,13 @@
 """The detector learns, ignores padding, and gives the same gradient on any number of devices."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
 from common.training.train_step import (
-    TrainState,
+    init_state,
     init_variables,
     make_predict_step,
     make_train_step,
@@ -41,11 +40,7 @@ def make_batch(num_images: int = 4) -> dict[str, np.ndarray]:
 
 
 def make_state(model, tx):
-    variables = init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1))
-    params = variables["params"]
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params)
-    )
+    return init_state(model, tx, 0, batch_shapes((64, 64), 32, 8, 1))
 
 
 def mesh_of(count):
@@ -62,7 +57,7 @@ def test_it_learns_to_find_and_name_what_it_is_shown(config):
     model, mesh = build(config.model, 3, "data"), mesh_of(1)
     tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(1e-3))
     state = jax.jit(lambda: make_state(model, tx))()
-    step = jax.jit(make_train_step(model, tx, mesh, seed=0))
+    step = jax.jit(make_train_step(model, tx, mesh))
     batch = make_batch()
     accuracies = []
     for _ in range(170):
@@ -129,7 +124,7 @@ def test_four_devices_compute_what_one_computes(config, norm):
         model = build(config.model, 3, "data")
         tx = optax.sgd(0.1)
         state = jax.jit(lambda model=model, tx=tx: make_state(model, tx))()
-        step = jax.jit(make_train_step(model, tx, mesh_of(count), seed=0))
+        step = jax.jit(make_train_step(model, tx, mesh_of(count)))
         results.append(jax.device_get(step(state, batch)))
     (one, one_metrics), (four, four_metrics) = results
     for name, value in one_metrics.items():

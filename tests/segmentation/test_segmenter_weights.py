@@ -112,7 +112,10 @@ def state():
     }
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, train=True))
     variables = distributed.replicate(random_values(shapes), distributed.make_mesh())
-    return TrainState(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], ())
+    return TrainState(
+        jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(0)), variables["params"],
+        variables["batch_stats"], (),
+    )
 
 
 def flat_variables(state):
