@@ -11,7 +11,7 @@ import ctypes
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
-_LARGEST = 2**31 - 1
+_UNLIMITED = -1  # malloc reads both thresholds, bytes, as unsigned
 
 
 def keep_freed_memory() -> bool:
@@ -26,6 +26,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     settings = (
-        (_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_ARENA_MAX, 1),
+        (_M_MMAP_THRESHOLD, _UNLIMITED), (_M_TRIM_THRESHOLD, _UNLIMITED), (_M_ARENA_MAX, 1),
     )
     return all([mallopt(name, value) == 1 for name, value in settings])

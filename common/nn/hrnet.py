@@ -23,6 +23,7 @@ from common.nn.conv import Conv
 from common.nn.enlarge import enlarge
 from common.nn.norm import Norm, frozen_pattern
 from common.nn.resnet import BasicBlock, BottleneckBlock, Stage
+from common.nn.shortcut import relu_of_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Fuse(nn.Module):
         outputs = []
         for i, target in enumerate(xs):
             terms = [self._bring(x, j, i, target.shape, train) for j, x in enumerate(xs)]
-            outputs.append(nn.relu(sum(terms[1:], start=terms[0])))
+            outputs.append(relu_of_sum(sum(terms[1:], start=terms[0])))
         return outputs
 
     def _bring(self, x, j, i, shape, train):

@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.nn.conv import Conv
 from common.nn.deform_conv import DeformConv
 from common.nn.norm import Norm, frozen_pattern
+from common.nn.shortcut import relu_of_sum
 
 
 class BasicBlock(nn.Module):
@@ -40,7 +41,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(self.norm(name="norm1")(y, train))
         y = self.conv(self.width, 3, padding=1, name="conv2")(y)
         y = self.norm(name="norm2")(y, train)
-        return nn.relu(y + shortcut(self, x, y.shape, train))
+        return relu_of_sum(y + shortcut(self, x, y.shape, train))
 
 
 class BottleneckBlock(nn.Module):
@@ -69,7 +70,7 @@ class BottleneckBlock(nn.Module):
         y = nn.relu(self.norm(name="norm2")(y, train))
         y = self.conv(4 * self.width, 1, padding=0, name="conv3")(y)
         y = self.norm(name="norm3")(y, train)
-        return nn.relu(y + shortcut(self, x, y.shape, train))
+        return relu_of_sum(y + shortcut(self, x, y.shape, train))
 
 
 def shortcut(block, x, out_shape, train, kernel_size=1):

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from common.nn.resnet import Layout, shortcut
+from common.nn.shortcut import relu_of_sum
 
 _REDUCTION = 16  # channels of a block over those of its squeeze
 
@@ -44,7 +45,7 @@ class SENetBlock(nn.Module):
         y = self.norm(name="norm3")(y, train)
         y = squeeze_excite(self, y)
         kernel_size = 3 if self.stride > 1 else 1
-        return nn.relu(y + shortcut(self, x, y.shape, train, kernel_size))
+        return relu_of_sum(y + shortcut(self, x, y.shape, train, kernel_size))
 
 
 class SEBottleneckBlock(nn.Module):
@@ -70,7 +71,7 @@ class SEBottleneckBlock(nn.Module):
         y = self.conv(4 * self.width, 1, padding=0, name="conv3")(y)
         y = self.norm(name="norm3")(y, train)
         y = squeeze_excite(self, y)
-        return nn.relu(y + shortcut(self, x, y.shape, train))
+        return relu_of_sum(y + shortcut(self, x, y.shape, train))
 
 
 def squeeze_excite(block, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
