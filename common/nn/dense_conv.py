@@ -37,8 +37,10 @@ def _pointwise(x, kernel, strides, pads):
 def _convolve(x, kernel, strides, pads):
     if kernel.shape[:2] != (1, 1) or any(low or high for low, high in pads):
         return _general(x, kernel, strides, pads)
-    cpu, default = (functools.partial(f, strides=strides, pads=pads) for f in (_pointwise, _general))
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+    matmul, general = (
+        functools.partial(form, strides=strides, pads=pads) for form in (_pointwise, _general)
+    )
+    return lax.platform_dependent(x, kernel, cpu=matmul, default=general)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
