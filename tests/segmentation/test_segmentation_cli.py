@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,8 +30,8 @@ def dataset(tmp_path_factory) -> Path:
     return tiny_masks.write_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def start(module: str, dataset: Path, *flags: str, devices: int = 1):
-    """Starts `python -m MODULE` on the tiny config."""
+def start(module: str, dataset: Path, *flags: str, devices: int = 1, **variables: str):
+    """Starts `python -m MODULE` on the tiny config; `variables` of the environment."""
     command = [
         sys.executable, "-m", module, f"--config={ROOT / 'tests' / 'tiny_masks.py'}",
         f"--config.data.dir={dataset}", *flags,
@@ -38,7 +39,7 @@ def start(module: str, dataset: Path, *flags: str, devices: int = 1):
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(dataset.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", **variables,
     }
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True,
@@ -122,6 +123,40 @@ def test_export_adds_masks_to_the_rows_of_a_table(dataset, finished, tmp_path):
     assert (made_by["vote"], made_by["threshold"]) == ("hard", 0.5)
     assert made_by["voters"][0]["step"] == 30
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.parquet", "y.parquet"]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_write_the_masks_of_one(dataset, finished, tmp_path):
+    opened = Dataset.open(dataset)
+    boxes = tiny_masks.write_boxes(tmp_path / "x.parquet", opened, opened.split("train"))
+    one, two = tmp_path / "one.parquet", tmp_path / "two"
+    flags = (f"--workdir={finished}", f"--boxes={boxes}")
+    run("segmentation.export", dataset, *flags, f"--output={one}", devices=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        start(
+            "segmentation.export", dataset, *flags, f"--output={two}",
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert len(list(two.iterdir())) == 2
+    assert rows_of(two) == rows_of(one)
+
+
+def rows_of(path: Path) -> list[tuple]:
+    """(photo, box, score, mask) of each row, sorted."""
+    table = read_detections(path, masks=True)
+    names = np.array(table.image_ids)[table.image_index]
+    return sorted(
+        zip(
+            names.tolist(), table.boxes.tolist(), table.scores.tolist(), table.masks, strict=True
+        )
+    )
 
 
 # ------------------------------------------------------------------------------ in this process
