@@ -13,11 +13,11 @@ import ml_collections
 
 from configs.segmentation import hrnet_w48_112, hrnet_w48_200_300, hrnet_w48_256
 
-SIZES = {
-    "112": (hrnet_w48_112.get_config, None, 32),
-    "200_300": (hrnet_w48_200_300.get_config, None, 12),
-    "256": (hrnet_w48_256.get_config, None, 16),
-    "256_flip": (hrnet_w48_256.get_config, "flip", 16),
+SIZES = {  # name -> base, its argument, crops of a training and of an evaluation batch
+    "112": (hrnet_w48_112.get_config, None, 32, 32),
+    "200_300": (hrnet_w48_200_300.get_config, None, 12, 8),
+    "256": (hrnet_w48_256.get_config, None, 16, 8),
+    "256_flip": (hrnet_w48_256.get_config, "flip", 16, 8),
 }
 
 
@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     size, _, steps = (arg or "112").partition(",")
     if size not in SIZES:
         raise ValueError(f"config argument {size!r}, expected one of {', '.join(SIZES)}")
-    base, base_arg, batch_size = SIZES[size]
+    base, base_arg, batch_size, evaluation_batch_size = SIZES[size]
     config = base(base_arg)
     config.name = f"photos_lite0_{size}"
     config.data.batch_size = batch_size
@@ -37,6 +37,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.num_steps = int(steps or 600)
     config.optimizer.clip_norm = 5.0
     config.checkpoint.every_steps = 200
-    config.evaluation.batch_size = 32
+    config.evaluation.batch_size = evaluation_batch_size
     config.log.every_steps = 20
     return config
