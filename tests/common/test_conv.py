@@ -33,6 +33,8 @@ def _reference(x, kernel, strides, padding, groups):
         ((16, 15), 3, 8, 7, 2, 3, 1),
         ((8, 8), 3, 160, 5, 2, "SAME", 1),
         ((8, 6), 16, 16, 3, 1, ((2, 0), (1, 3)), 1),
+        ((8, 6), 16, 16, 3, 1, ((3, 1), (0, 4)), 1),  # more padding than the kernel reaches over
+        ((8, 8), 64, 32, 3, 1, 1, 1),  # fewer positions than elements of three columns
         ((8, 8), 16, 24, 3, 1, 1, 4),
         ((8, 7), 16, 16, 3, 2, 1, 16),
         ((9, 8), 64, 96, 3, 2, 1, 32),
@@ -92,3 +94,16 @@ def test_only_cpu_splits_grouped_convolutions(platform):
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("feature_group_count = 4" in program) == (platform != "cpu")
     assert ("stablehlo.while" in program) == (platform == "cpu")
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_only_cpu_writes_convolutions_as_matmuls(platform, kernel_size):
+    def loss(x, kernel):
+        return (conv2d(x, kernel, padding=kernel_size // 2) ** 2).sum()
+
+    x, kernel = jnp.ones((1, 8, 8, 32)), jnp.ones((kernel_size, kernel_size, 32, 16))
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, kernel)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.dot_general" in program) == (platform == "cpu")
+    assert ("stablehlo.convolution" in program) == (platform != "cpu" or kernel_size == 3)
