@@ -71,6 +71,11 @@ def best_truth(
     return jnp.where(truth_valid, box_ops.iou(boxes, truth), -1.0).argmax(axis=1)
 
 
+def max_positives(num_samples: int, positive_fraction: float) -> int:
+    """The number of slots that `sample` lets positives take, the first ones."""
+    return max(1, min(int(num_samples * positive_fraction), num_samples))
+
+
 def sample(
     key: PRNGKeyArray,
     positive: Bool[Array, " N"],
@@ -87,7 +92,7 @@ def sample(
       (indices into N, is the slot positive, is the slot valid), each of length `num_samples`.
     """
     num_samples = min(num_samples, positive.shape[0])
-    max_positive = max(1, min(int(num_samples * positive_fraction), num_samples))
+    max_positive = max_positives(num_samples, positive_fraction)
     lottery = jax.random.uniform(key, positive.shape)
     _, positives = jax.lax.top_k(jnp.where(positive, lottery, -1.0), max_positive)
     _, negatives = jax.lax.top_k(jnp.where(negative, lottery, -1.0), num_samples)

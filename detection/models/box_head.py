@@ -3,6 +3,7 @@
 Shape legend
   B  images
   R  regions (sampled RoIs in training, proposals in inference)
+  F  the first of them, whose boxes are regressed: R in inference
   P  proposals
   M  padded ground-truth boxes
   K  classes; logits have K + 1 columns, column 0 is background
@@ -39,13 +40,17 @@ class RoITargets(NamedTuple):
     valid: Bool[Array, "B R"]
     is_truth: Bool[Array, "B R"]  # the region is a ground-truth box itself
 
+    def first(self, count: int) -> "RoITargets":
+        """The first regions of each image."""
+        return RoITargets(*(values[:, :count] for values in self))
+
 
 class HeadOutput(NamedTuple):
-    """What a head says of its regions."""
+    """What a head says of its regions: a class of each, a box of the first of them."""
 
     logits: Float[Array, "B R K1"] | None  # None: the head does not classify
-    deltas: Float[Array, "B R k 4"]
-    references: Float[Array, "B R 4"]  # boxes that the deltas are relative to
+    deltas: Float[Array, "B F k 4"]
+    references: Float[Array, "B F 4"]  # boxes that the deltas are relative to
     sibling: "HeadOutput | None" = None  # of the plain head that trains beside a Decoupling Head
 
 
@@ -62,7 +67,8 @@ def sample_rois(
 ) -> RoITargets:
     """Draws the regions to train on from proposals and the ground-truth boxes themselves.
 
-    Regions of IoU >= `iou` with some ground truth are positive, all others background.
+    Regions of IoU >= `iou` with some ground truth are positive, all others background. Positive
+    ones come first, at most `matching.max_positives` of them.
     """
     num_truth = truth.shape[1]
 
@@ -94,28 +100,20 @@ def two_fc(x: Float[Array, "N F"], width: int, dtype: jnp.dtype, prefix: str = "
     return x
 
 
-def predict(
-    for_class: Float[Array, "N D"],
-    for_box: Float[Array, "N D"],
-    shape: tuple[int, int],
-    num_classes: int,
-    class_agnostic: bool,
-    dtype: jnp.dtype,
-) -> tuple[Float[Array, "B R K1"], Float[Array, "B R k 4"]]:
-    """Layers `classifier` and `regressor`, made in the scope of the calling module."""
-    logits = nn.Dense(
-        num_classes + 1, dtype=dtype, kernel_init=CLASSIFIER_INIT, name="classifier"
-    )(for_class)
-    deltas = regress(for_box, shape, 1 if class_agnostic else num_classes, dtype)
-    return logits.reshape(*shape, -1).astype(jnp.float32), deltas
+def classify(
+    x: Float[Array, "N D"], num_images: int, num_classes: int, dtype: jnp.dtype
+) -> Float[Array, "B R K1"]:
+    """Layer `classifier`, made in the scope of the calling module."""
+    dense = nn.Dense(num_classes + 1, dtype=dtype, kernel_init=CLASSIFIER_INIT, name="classifier")
+    return dense(x).reshape(num_images, -1, num_classes + 1).astype(jnp.float32)
 
 
 def regress(
-    x: Float[Array, "N D"], shape: tuple[int, int], num_boxes: int, dtype: jnp.dtype
-) -> Float[Array, "B R k 4"]:
-    """Layer `regressor`, made in the scope of the calling module."""
-    dense = nn.Dense(4 * num_boxes, dtype=dtype, kernel_init=REGRESSOR_INIT, name="regressor")
-    return dense(x).reshape(*shape, num_boxes, 4).astype(jnp.float32)
+    x: Float[Array, "N D"], num_images: int, num_classes: int, dtype: jnp.dtype
+) -> Float[Array, "B F k 4"]:
+    """Layer `regressor`, made in the scope of the calling module; class-agnostic: 1 class."""
+    dense = nn.Dense(4 * num_classes, dtype=dtype, kernel_init=REGRESSOR_INIT, name="regressor")
+    return dense(x).reshape(num_images, -1, num_classes, 4).astype(jnp.float32)
 
 
 class TwoFCHead(nn.Module):
@@ -127,15 +125,20 @@ class TwoFCHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool) -> HeadOutput:
-        shape = boxes.shape[:2]
+    def __call__(
+        self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool, num_boxes: int | None = None
+    ) -> HeadOutput:
+        """Classes of all regions, boxes of the first `num_boxes` of each image (None: of all)."""
+        num_images, num_regions = boxes.shape[:2]
+        num_boxes = num_boxes or num_regions
         # One (B * R, features) matrix: rank-3 dense layers are slower on CPU.
-        x = pool(boxes).reshape(shape[0] * shape[1], -1)
+        x = pool(boxes).reshape(num_images * num_regions, -1)
         x = two_fc(x, self.width, self.dtype)
-        logits, deltas = predict(
-            x, x, shape, self.num_classes, self.class_agnostic, self.dtype
-        )
-        return HeadOutput(logits, deltas, boxes)
+        logits = classify(x, num_images, self.num_classes, self.dtype)
+        x = x.reshape(num_images, num_regions, -1)[:, :num_boxes].reshape(-1, self.width)
+        num_deltas = 1 if self.class_agnostic else self.num_classes
+        deltas = regress(x, num_images, num_deltas, self.dtype)
+        return HeadOutput(logits, deltas, boxes[:, :num_boxes])
 
 
 class RegressorHead(nn.Module):
@@ -145,10 +148,15 @@ class RegressorHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool) -> HeadOutput:
-        shape = boxes.shape[:2]
-        x = two_fc(pool(boxes).reshape(shape[0] * shape[1], -1), self.width, self.dtype)
-        return HeadOutput(None, regress(x, shape, 1, self.dtype), boxes)
+    def __call__(
+        self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool, num_boxes: int | None = None
+    ) -> HeadOutput:
+        """Boxes of the first `num_boxes` regions of each image (None: of all)."""
+        boxes = boxes[:, :num_boxes]
+        num_images, num_regions = boxes.shape[:2]
+        x = pool(boxes).reshape(num_images * num_regions, -1)
+        x = two_fc(x, self.width, self.dtype)
+        return HeadOutput(None, regress(x, num_images, 1, self.dtype), boxes)
 
 
 def best_class(output: HeadOutput) -> Int[Array, "B R"] | None:
@@ -157,8 +165,8 @@ def best_class(output: HeadOutput) -> Int[Array, "B R"] | None:
 
 
 def of_class(
-    values: Float[Array, "B R k 4"], index: Int[Array, "B R"] | None
-) -> Float[Array, "B R 4"]:
+    values: Float[Array, "B F k 4"], index: Int[Array, "B F"] | None
+) -> Float[Array, "B F 4"]:
     """The row of each region's class, zeros where `index` is -1; the only row if there is one."""
     if values.shape[2] == 1:
         return values[:, :, 0]
@@ -182,7 +190,7 @@ def box_head_losses(
     Deltas are those of the true class.
 
     Args:
-      output: of a head on `targets.boxes`.
+      output: of a head on `targets.boxes`; no region beyond its boxes is positive.
       targets: from `sample_rois`.
       image_valid: images that count.
       stds: standard deviations by which deltas are divided.
@@ -193,23 +201,26 @@ def box_head_losses(
       axis_name: device axis over which regions are counted.
     """
     valid = targets.valid & image_valid[:, None]
-    positive = valid & (targets.labels > 0)
+    count = valid.sum()
+    regressed = targets.first(output.deltas.shape[1])
+    positive = regressed.valid & image_valid[:, None] & (regressed.labels > 0)
     references = output.references
     if not target_gradient:
         references = jax.lax.stop_gradient(references)
-    wanted = box_ops.encode(targets.truth, references, stds)
-    chosen = of_class(output.deltas, targets.labels - 1)
+    wanted = box_ops.encode(regressed.truth, references, stds)
+    chosen = of_class(output.deltas, regressed.labels - 1)
     regression = losses.smooth_l1(chosen - wanted, beta).sum(axis=-1)
-    count = valid.sum() if normaliser == "sampled" else positive.sum()
     terms = {}
     if output.logits is not None:
         classification = losses.softmax_cross_entropy(output.logits, targets.labels)
-        terms["box_class"] = losses.share(classification, valid, valid.sum(), axis_name)
+        terms["box_class"] = losses.share(classification, valid, count, axis_name)
+    if normaliser == "positive":
+        count = positive.sum()
     return terms | {"box_regression": losses.share(regression, positive, count, axis_name)}
 
 
 def head_overlaps(
-    boxes: Float[Array, "B R 4"],
+    boxes: Float[Array, "B F 4"],
     targets: RoITargets,
     image_valid: Bool[Array, " B"],
     axis_name: str | None = None,
@@ -218,6 +229,7 @@ def head_overlaps(
 
     Copies of the ground truth do not count.
     """
+    targets = targets.first(boxes.shape[1])
     positive = targets.valid & image_valid[:, None] & (targets.labels > 0) & ~targets.is_truth
 
     def mean_iou(of):

@@ -9,6 +9,7 @@ branches only.
 Shape legend
   B  images
   R  regions
+  F  the first of them, whose boxes are regressed: R in inference
   K  classes; logits have K + 1 columns, column 0 is background
   S  pooled side (7)
 """
@@ -27,8 +28,9 @@ from detection.models.box_head import (
     Pool,
     RoITargets,
     TwoFCHead,
+    classify,
     of_class,
-    predict,
+    regress,
     two_fc,
 )
 
@@ -62,8 +64,12 @@ class DecouplingHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool) -> HeadOutput:
+    def __call__(
+        self, pool: Pool, boxes: Float[Array, "B R 4"], train: bool, num_boxes: int | None = None
+    ) -> HeadOutput:
         """Decoupled output; with `train` also the sibling's.
+
+        Classes of all regions, boxes of the first `num_boxes` of each image (None: of all).
 
         Raises:
           UserError: unknown `offset_init`.
@@ -73,24 +79,29 @@ class DecouplingHead(nn.Module):
                 f"config.model.box_head.offsets.offset_init: found {self.offset_init!r}, "
                 f"expected one of {', '.join(OFFSET_INITS)}"
             )
-        shape = boxes.shape[:2]
+        num_images, num_regions = boxes.shape[:2]
+        num_boxes = num_boxes or num_regions
         pooled = pool(boxes)
         bin_offsets, box_offset = self._offsets(pooled)
-        towers = []
-        for prefix, offsets in (("class_", bin_offsets), ("box_", box_offset[:, :, None, None])):
-            features = pool(boxes, offsets).reshape(shape[0] * shape[1], -1)
-            towers.append(two_fc(features, self.width, self.dtype, prefix))
-        logits, deltas = predict(
-            *towers, shape, self.num_classes, self.class_agnostic, self.dtype
-        )
+
+        features = pool(boxes, bin_offsets).reshape(num_images * num_regions, -1)
+        for_class = two_fc(features, self.width, self.dtype, "class_")
+        logits = classify(for_class, num_images, self.num_classes, self.dtype)
+
+        regressed, box_offset = boxes[:, :num_boxes], box_offset[:, :num_boxes]
+        features = pool(regressed, box_offset[:, :, None, None])
+        features = features.reshape(num_images * num_boxes, -1)
+        for_box = two_fc(features, self.width, self.dtype, "box_")
+        num_deltas = 1 if self.class_agnostic else self.num_classes
+        deltas = regress(for_box, num_images, num_deltas, self.dtype)
 
         sibling = None
         if train or self.is_initializing():
             head = TwoFCHead(
                 self.num_classes, self.width, self.class_agnostic, self.dtype, name="sibling"
             )
-            sibling = head(lambda _: pooled, boxes, train)
-        return HeadOutput(logits, deltas, shifted(boxes, box_offset), sibling)
+            sibling = head(lambda _: pooled, boxes, train, num_boxes)
+        return HeadOutput(logits, deltas, shifted(regressed, box_offset), sibling)
 
     def _offsets(
         self, pooled: Float[Array, "B R S S C"]
@@ -113,8 +124,8 @@ class DecouplingHead(nn.Module):
 
 
 def shifted(
-    boxes: Float[Array, "B R 4"], offset: Float[Array, "B R 2"]
-) -> Float[Array, "B R 4"]:
+    boxes: Float[Array, "B F 4"], offset: Float[Array, "B F 2"]
+) -> Float[Array, "B F 4"]:
     """Boxes moved by fractions (x, y) of their width and height."""
     size = boxes[..., 2:] - boxes[..., :2]
     return boxes + jnp.tile(offset * size, 2)
@@ -138,7 +149,7 @@ def margin_losses(
     image without positives counts as one region of loss 0, as in the authors' code.
 
     Args:
-      output: of a `DecouplingHead` in training.
+      output: of a `DecouplingHead` in training; no region beyond its boxes is positive.
       targets: from `sample_rois`.
       image_valid: images that count.
       stds: of the deltas.
@@ -149,7 +160,8 @@ def margin_losses(
       axis_name: device axis over which regions are counted.
     """
     valid = targets.valid & image_valid[:, None]
-    positive = valid & (targets.labels > 0)
+    regressed = targets.first(output.deltas.shape[1])
+    positive = regressed.valid & image_valid[:, None] & (regressed.labels > 0)
     trained = image_valid & positive.any(axis=1)
 
     def probability(logits):
@@ -157,9 +169,9 @@ def margin_losses(
         return (jax.nn.softmax(logits) * label).sum(axis=-1)
 
     def overlap(head):
-        deltas = of_class(head.deltas, targets.labels - 1)
+        deltas = of_class(head.deltas, regressed.labels - 1)
         boxes = box_ops.decode(deltas, head.references, stds)
-        return box_ops.iou(boxes[:, :, None], targets.truth[:, :, None])[..., 0, 0]
+        return box_ops.iou(boxes[:, :, None], regressed.truth[:, :, None])[..., 0, 0]
 
     def hinge(measure, margin):
         sibling = jax.lax.stop_gradient(measure(output.sibling))

@@ -9,6 +9,7 @@ class losses and no scores.
 Shape legend
   B  images
   R  regions
+  F  the first of them, whose boxes are regressed
   P  proposals
   M  padded ground-truth boxes
   K  classes
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from common import boxes as box_ops
 from common.errors import UserError
+from detection import matching
 from detection.models import box_head
 from detection.models.box_head import HeadOutput, Pool, RoITargets
 from detection.models.decoupling_head import margin_losses
@@ -32,7 +34,7 @@ from detection.models.rpn import Proposals
 
 AVERAGES = ("probability", "logit")
 
-Head = Callable[[Pool, Array, bool], HeadOutput]
+Head = Callable[..., HeadOutput]  # of Pool, boxes, train and, optionally, num_boxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,13 @@ def stage_losses(
             jax.vmap(jax.random.fold_in, (0, None))(keys, index), proposals,
             batch["boxes"], batch["classes"], batch["valid"], iou=stage.iou, **sample,
         )
+        last = index + 1 == len(stages)
+        # Box losses are of positive regions, which come first; a next stage starts from all boxes.
+        num_boxes = targets.boxes.shape[1]
+        if last:
+            num_boxes = matching.max_positives(num_boxes, sample["positive_fraction"])
         outputs = [
-            branch[index](pool, targets.boxes, True)
+            branch[index](pool, targets.boxes, True, num_boxes)
             for branch, pool in zip(heads, pools, strict=True)
         ]
         of_stage = f"_stage{index + 1}" if len(stages) > 1 else ""
@@ -130,9 +137,9 @@ def stage_losses(
             monitor |= {name + of_stage: value for name, value in figures.items()}
         else:
             monitor = box_head.head_accuracy(outputs[0].logits, *counted)
-        # Refined regions, without copies of the ground truth.
-        valid = targets.valid & ~targets.is_truth & box_ops.is_valid(boxes)
-        proposals = Proposals(boxes, valid)
+        if not last:  # refined regions, without copies of the ground truth
+            valid = targets.valid & ~targets.is_truth & box_ops.is_valid(boxes)
+            proposals = Proposals(boxes, valid)
     return terms, monitor
 
 
@@ -198,7 +205,7 @@ def _mean_scores(
     return mean if average == "probability" else jax.nn.softmax(mean)
 
 
-def _decode(output: HeadOutput, stage: Stage, image_size: Array) -> Float[Array, "B R k 4"]:
+def _decode(output: HeadOutput, stage: Stage, image_size: Array) -> Float[Array, "B F k 4"]:
     boxes = box_ops.decode(output.deltas, output.references[:, :, None], stage.stds)
     return jax.vmap(box_ops.clip)(
         boxes.reshape(boxes.shape[0], -1, 4), image_size
@@ -207,7 +214,7 @@ def _decode(output: HeadOutput, stage: Stage, image_size: Array) -> Float[Array,
 
 def _refine(
     outputs: Sequence[HeadOutput], targets: RoITargets, stage: Stage, image_size: Array
-) -> Float[Array, "B R 4"]:
+) -> Float[Array, "B F 4"]:
     """Refined regions, cut off from the gradient.
 
     A positive region takes the box of its label, background that of its best class.
@@ -215,5 +222,6 @@ def _refine(
     boxes = _decode(outputs[-1], stage, image_size)
     chosen = box_head.best_class(outputs[0])
     if chosen is not None:
-        chosen = jnp.where(targets.labels > 0, targets.labels - 1, chosen)
+        labels = targets.labels[:, : boxes.shape[1]]
+        chosen = jnp.where(labels > 0, labels - 1, chosen[:, : boxes.shape[1]])
     return jax.lax.stop_gradient(box_head.of_class(boxes, chosen))

@@ -24,12 +24,12 @@ def settings(**fields):
 def head_that(probabilities, move):
     """A head that says the same of every region and moves its box of each class by `move`."""
 
-    def head(pool, boxes, train):
+    def head(pool, boxes, train, num_boxes=None):
         batch, regions = boxes.shape[:2]
         logits = jnp.broadcast_to(jnp.log(jnp.array(probabilities)), (batch, regions, 3))
         target = boxes[:, :, None] + jnp.array(move, jnp.float32)
         deltas = box_ops.encode(target, boxes[:, :, None], STDS)
-        return HeadOutput(logits, deltas, boxes)
+        return HeadOutput(logits, deltas[:, :num_boxes], boxes[:, :num_boxes])
 
     return head
 
@@ -92,9 +92,9 @@ def losses_of(heads, stages, weights=({},), branches=1):
     seen = []
 
     def recording(head):
-        def call(pool, boxes, train):
+        def call(pool, boxes, train, num_boxes):
             seen.append(np.asarray(boxes))
-            return head(pool, boxes, train)
+            return head(pool, boxes, train, num_boxes)
 
         return call
 

@@ -1,0 +1,68 @@
+"""Box heads regress only the boxes that are trained on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.deform_roi import deform_roi_align
+from common.roi_align import roi_align
+from configs.detection import r50
+from detection.models import second_stage
+from detection.models.box_head import RegressorHead, RoITargets, TwoFCHead
+from detection.models.decoupling_head import DecouplingHead
+
+FEATURES = [jax.random.normal(jax.random.key(i), (2, 16 >> i, 16 >> i, 8)) for i in range(2)]
+HEADS = {
+    "two_fc": TwoFCHead(3, width=16),
+    "decoupling": DecouplingHead(3, width=16, offset_width=8),
+    "regressor": RegressorHead(width=16),
+}
+
+
+def pool(boxes, offsets=None):
+    if offsets is None:
+        return roi_align(FEATURES, boxes, (4, 8), output_size=7)
+    return deform_roi_align(FEATURES, boxes, offsets, (4, 8), output_size=7)
+
+
+def targets_of(num_positives):
+    """Eight regions of two images, positive ones first."""
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0, 30, (2, 8, 2))
+    boxes = np.concatenate([low, low + rng.uniform(8, 30, low.shape)], -1).astype(np.float32)
+    truth = boxes + rng.uniform(-3, 3, boxes.shape).astype(np.float32)
+    positive = np.arange(8) < np.array(num_positives)[:, None]
+    labels = np.where(positive, rng.integers(1, 4, (2, 8)), 0)
+    return RoITargets(boxes, labels, truth, np.arange(8) < [[8], [7]], np.zeros((2, 8), bool))
+
+
+@pytest.mark.parametrize("normaliser", ["sampled", "positive"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_boxes_of_background_change_no_loss_and_no_gradient(kind, normaliser):
+    head, targets = HEADS[kind], targets_of([2, 1])
+    model = r50.get_config().model
+    stage = second_stage.read_stages(model.stages)[0]
+    loss = dict(model.box_head.loss) | {"normaliser": normaliser}
+    params = head.init(jax.random.key(1), pool, targets.boxes, True)
+
+    @jax.jit
+    def losses_and_gradient(params):
+        def losses(params, num_boxes):
+            output = head.apply(params, pool, targets.boxes, True, num_boxes)
+            terms = second_stage.head_losses(
+                output, targets, jnp.ones(2, bool), stage, loss, model.box_head.margin, None
+            )
+            return sum(terms.values()), (terms, output)
+
+        grad = jax.grad(losses, has_aux=True)
+        return grad(params, None), grad(params, 2)
+
+    everything, first = losses_and_gradient(params)
+    assert everything[1][1].deltas.shape[1] == 8 and first[1][1].deltas.shape[1] == 2
+    for expected, found in zip(
+        jax.tree.leaves((everything[0], everything[1][0])),
+        jax.tree.leaves((first[0], first[1][0])), strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(first[0]["params"]["regressor"]["kernel"]).max() > 0
