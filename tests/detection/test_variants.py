@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.nn.backbones import make_backbone
 from common.training.train_step import init_variables
+from configs.detection import winners
 from detection import setup
 from detection.models.faster_rcnn import build
 from tests import tiny
@@ -99,6 +101,18 @@ def test_every_config_builds_a_model_of_500_classes(path):
     assert shapes["params"]["rpn_head"]["objectness"]["kernel"].shape[-1] == len(
         config.model.anchors.scales
     ) * len(config.model.anchors.ratios)
+
+
+def test_the_winning_ensemble_has_28_models():
+    configs = [winners.get_config(str(number)) for number in range(1, 29)]
+    assert [config.name for config in configs] == [f"winner{n}" for n in range(1, 29)]
+    assert all(config.model.box_head.kind == "decoupling" for config in configs)
+    assert [n for n, c in enumerate(configs, start=1) if c.model.split_after] == [25, 26, 27, 28]
+    assert {len(config.model.stages.iou) for config in configs} == {1, 4}
+    for config in configs:
+        make_backbone(config.model.backbone, deform=tuple(config.model.deform))
+    with pytest.raises(ValueError, match="found model 29, expected 1 to 28"):
+        winners.get_config("29")
 
 
 @pytest.mark.parametrize(
