@@ -25,12 +25,14 @@ class Slice:
     Attributes:
       topology: name that the compiler knows, such as "v3:16x16".
       hbm_gib: memory of one device (v2 and v3: a core; later: a chip).
+      tflops: peak of one device in bfloat16.
       options: further arguments of the topology description.
       num_slices: slices joined over the data-centre network.
     """
 
     topology: str
     hbm_gib: float
+    tflops: float
     options: tuple[tuple[str, Any], ...] = ()
     num_slices: int = 1
 
@@ -40,21 +42,21 @@ _TORUS = (*_MEGACORE, ("wrap", (True, True, True)))
 
 # Names as Cloud TPU sells them: v2 to v5p count cores, v5e and v6e count chips.
 SLICES = {
-    "v2-8": Slice("v2:2x2", 8),
-    "v2-512": Slice("v2:16x16", 8),
-    "v3-8": Slice("v3:2x2", 16),
-    "v3-32": Slice("v3:4x4", 16),
-    "v3-128": Slice("v3:8x8", 16),
-    "v3-512": Slice("v3:16x16", 16),
-    "v4-8": Slice("v4:2x2x1", 32, _MEGACORE),
-    "v4-128": Slice("v4:4x4x4", 32, _TORUS),
-    "v4-1024": Slice("v4:8x8x8", 32, _TORUS),
-    "v5p-128": Slice("v5p:4x4x4", 95, _TORUS),
-    "v5p-1024": Slice("v5p:8x8x8", 95, _TORUS),
-    "v5e-256": Slice("v5e:16x16", 16),
-    "v5e-512": Slice("v5e:16x16", 16, num_slices=2),
-    "v6e-256": Slice("v6e:16x16", 32),
-    "v6e-512": Slice("v6e:16x16", 32, num_slices=2),
+    "v2-8": Slice("v2:2x2", 8, 22.5),
+    "v2-512": Slice("v2:16x16", 8, 22.5),
+    "v3-8": Slice("v3:2x2", 16, 61.5),
+    "v3-32": Slice("v3:4x4", 16, 61.5),
+    "v3-128": Slice("v3:8x8", 16, 61.5),
+    "v3-512": Slice("v3:16x16", 16, 61.5),
+    "v4-8": Slice("v4:2x2x1", 32, 275, _MEGACORE),
+    "v4-128": Slice("v4:4x4x4", 32, 275, _TORUS),
+    "v4-1024": Slice("v4:8x8x8", 32, 275, _TORUS),
+    "v5p-128": Slice("v5p:4x4x4", 95, 459, _TORUS),
+    "v5p-1024": Slice("v5p:8x8x8", 95, 459, _TORUS),
+    "v5e-256": Slice("v5e:16x16", 16, 197),
+    "v5e-512": Slice("v5e:16x16", 16, 197, num_slices=2),
+    "v6e-256": Slice("v6e:16x16", 32, 918),
+    "v6e-512": Slice("v6e:16x16", 32, 918, num_slices=2),
 }
 
 

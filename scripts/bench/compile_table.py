@@ -33,8 +33,8 @@ _MODELS = {  # config -> images of one device
 _EVERYWHERE = ("detection/r50", "detection/se154_dcn_dh")
 _FIRST, *_NEWER = ("v3-512", "v4-1024", "v5p-1024", "v6e-512")
 _HEADER = (
-    "| config | slice | canvas | a device | parameters | TFLOP an image | temporaries a device "
-    "| in all | of | compiled in |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    "| config | slice | canvas | a device | parameters | TFLOP an image | schedule "
+    "| temporaries a device | in all | of | compiled in |\n" + 11 * "| --- " + "|\n"
 )
 
 
@@ -65,7 +65,8 @@ def row(report: dict) -> str:
     return (
         f"| `{report['config']}` | {report['slice']} | {height}x{width} "
         f"| {report['images_per_device']} | {report['parameters'] / 1e6:.1f} M "
-        f"| {report['flops_per_image'] / 1e12:.3f} | {memory['temporaries'] / GIB:.2f} GiB "
+        f"| {report['flops_per_image'] / 1e12:.3f} | {report['hours']:.1f} h "
+        f"| {memory['temporaries'] / GIB:.2f} GiB "
         f"| {memory['total'] / GIB:.2f} GiB | {report['hbm_bytes'] / GIB:.0f} GiB "
         f"| {report['compile_seconds']:.0f} s |\n"
     )

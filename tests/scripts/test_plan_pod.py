@@ -31,7 +31,11 @@ def test_an_unknown_slice_is_named():
 
 @pytest.mark.slow
 @pytest.mark.tpu_backend
-def test_r50_step_for_512_devices_fits_and_moves_only_gradients(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "images"),
+    [("photos_lite0", 4), ("r50", 2), ("r50_dh", 2), ("r50_cascade4", 2), ("r50_refine", 2)],
+)
+def test_the_step_for_512_devices_fits_and_moves_only_gradients(config, images, tmp_path):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install libtpu")
     report_file = tmp_path / "report.json"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -39,16 +43,16 @@ def test_r50_step_for_512_devices_fits_and_moves_only_gradients(tmp_path):
     # A process of its own: only one may hold the TPU compiler.
     result = subprocess.run(
         [
-            sys.executable, "-m", "scripts.plan_pod", "--config=configs/detection/r50.py",
-            "--slice=v3-512", "--num_classes=500", "--images_per_device=2",
+            sys.executable, "-m", "scripts.plan_pod", f"--config=configs/detection/{config}.py",
+            "--slice=v3-512", "--num_classes=500", f"--images_per_device={images}",
             f"--json={report_file}",
         ],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads(report_file.read_text())
-    assert (report["devices"], report["global_batch"]) == (512, 1024)
-    assert report["canvas"] == [800, 1344]
+    assert (report["devices"], report["global_batch"]) == (512, 512 * images)
+    assert report["canvas"] == ([256, 256] if config == "photos_lite0" else [800, 1344])
     assert report["memory_bytes"]["total"] < 16 * 2**30
     assert {c["kind"] for c in report["collectives"]} == {"all-reduce"}
     moved = {c["dtype"]: c["bytes"] for c in report["collectives"]}
