@@ -59,7 +59,7 @@ def test_loops_count_each_turn_and_recomputation_counts_again():
     product = lambda x, kernel: jnp.sin(jnp.tanh(x @ kernel)).sum()  # noqa: E731
     one_pass = 2 * 4 * 8 * 8
     shapes = array(4, 8), array(8, 8)
-    assert count(jax.grad(jax.checkpoint(product), (0, 1)), *shapes) == 4 * one_pass
+    assert count(jax.value_and_grad(jax.checkpoint(product), (0, 1)), *shapes) == 4 * one_pass
 
 
 def test_the_branch_of_the_platform_counts_else_the_dearest():
@@ -80,3 +80,13 @@ def test_a_deformable_convolution_counts_all_its_taps():
     shapes = array(2, 8, 8, 16), array(2, 8, 8, 18), array(3, 3, 16, 16)
     found = count(lambda x, offsets, kernel: deform_conv2d(x, offsets, kernel, padding=1), *shapes)
     assert found == 2 * (2 * 8 * 8) * 9 * 16 * 16
+
+
+def test_what_no_result_depends_on_does_not_count():
+    @jax.jit
+    def two_products(x):
+        return x @ x, x @ x @ x
+
+    assert count(lambda x: two_products(x)[0], array(8, 8)) == 2 * 8**3
+    # The value of a function that only its gradient is asked of.
+    assert count(jax.grad(lambda x, y: (x @ y).sum()), array(8, 8), array(8, 8)) == 2 * 8**3
