@@ -5,6 +5,7 @@
 
 Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
 Schedule: 13 epochs; `decoupled.py:26` is the long one.
+Time:     9.0 h on a v3-512 at a quarter of its peak (`scripts.plan_pod`).
 Paper:    models 17 to 28 and one expert reach up to 63.596 on the public leaderboard (table 4).
 
 The branches part after stride 8; --config.model.split_after=c2 parts them before.

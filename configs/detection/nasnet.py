@@ -5,6 +5,7 @@
 
 Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
 Schedule: 13 epochs; `nasnet.py:26` is the long one.
+Time:     1.2 h on a v3-512 at a quarter of its peak (`scripts.plan_pod`).
 Paper:    one of models 1 to 16, public leaderboard between 58.596 and 60.5.
 
 The paper lowers the "depth multiplier" of NASNet without saying to what: see `common/nn/nasnet.py`.

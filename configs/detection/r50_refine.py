@@ -8,6 +8,7 @@
 train.parquet: detections on training photos, best of a detector that was not trained on them.
 Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
 Schedule: 13 epochs; `r50_refine.py:26` is the long one.
+Time:     1.1 h on a v3-512 at a quarter of its peak (`scripts.plan_pod`).
 Paper:    "refined detection", the boxes that its segmentation track starts from.
 """
 
