@@ -67,8 +67,6 @@ def define_flags() -> None:
     flags.DEFINE_list("variants", list(VARIANTS), f"Some of {', '.join(VARIANTS)}.")
     flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
     flags.DEFINE_float("epochs", 6.0, "Of each run.", lower_bound=0.01)
-    # The config's 5 would shorten the steps of those variants most that have most losses.
-    flags.DEFINE_float("clip_norm", 35.0, "Of the gradient; 0: any.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 8, "Photos of all devices together.", lower_bound=1)
     flags.DEFINE_string("train_split", "train", "Split to train on.")
     flags.DEFINE_string("eval_split", "validation", "Split to score.")
@@ -91,7 +89,6 @@ def run_config(variant: str, seed: int) -> ConfigDict:
     config.optimizer.warmup_steps = round(
         config.optimizer.warmup_steps * scale * 8 / values.batch_size
     )
-    config.optimizer.clip_norm = values.clip_norm
     config.evaluation.every_epochs = 0
     config.evaluation.batch_size = max(values.batch_size, config.evaluation.batch_size)
     return config
