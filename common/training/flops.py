@@ -64,7 +64,7 @@ def _of_equation(equation, wanted: list[bool], platform: str) -> tuple[int, list
     if name == "cond":
         platforms = params.get("branches_platforms")
         if platforms is not None:
-            jaxprs = jaxprs[_branch(platforms, platform):][:1]
+            jaxprs = [jaxprs[_branch(platforms, platform)]]
         branches = [_of_jaxpr(jaxpr, wanted, platform) for jaxpr in jaxprs]
         inputs = [any(used) for used in zip(*(used for _, used in branches), strict=True)]
         return max(flops for flops, _ in branches), [True, *inputs]

@@ -55,7 +55,8 @@ def config():
 @pytest.mark.slow
 def test_it_learns_to_find_and_name_what_it_is_shown(config):
     model, mesh = build(config.model, 3, "data"), mesh_of(1)
-    tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(1e-3))
+    rate = optax.cosine_decay_schedule(1e-3, 170)
+    tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(rate))
     state = jax.jit(lambda: make_state(model, tx))()
     step = jax.jit(make_train_step(model, tx, mesh))
     batch = make_batch()
@@ -63,8 +64,8 @@ def test_it_learns_to_find_and_name_what_it_is_shown(config):
     for _ in range(170):
         state, metrics = step(state, batch)
         accuracies.append(metrics["positive_accuracy"])
-    # Each step samples other regions; one of its 16 positives, at IoU 0.5, may stay in doubt.
-    assert np.mean(accuracies[-40:]) > 0.92
+    # Each step samples other regions: one mistake in a step of 16 positives is 0.94.
+    assert np.mean(accuracies[-20:]) > 0.95
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     found = jax.tree.map(np.asarray, jax.jit(make_predict_step(model, mesh))(variables, batch))
     for i in range(4):
