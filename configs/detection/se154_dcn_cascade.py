@@ -5,6 +5,7 @@
 
 Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
 Schedule: 13 epochs; `se154_dcn_cascade.py:26` is the long one.
+Time:     6.1 h on a v3-512 at a quarter of its peak (`scripts.plan_pod`).
 Paper:    part of the four-model ensemble, public leaderboard 57.994.
 """
 
