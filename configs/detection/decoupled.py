@@ -13,18 +13,12 @@ The branches part after stride 8; --config.model.split_after=c2 parts them befor
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import se154_dcn_dh
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = se154_dcn_dh.get_config(arg)
     config.name = "decoupled"
-    config.model.backbone = "senet154"
-    config.model.deform = (1, 1, 1)
-    config.model.remat = True
     config.model.split_after = "c3"
-    config.model.anchors.scales = (8.0, 11.0, 14.0)
-    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
-    config.model.box_head.kind = "decoupling"
     return config

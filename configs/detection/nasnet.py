@@ -22,7 +22,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "nasnet"
     config.model.backbone = "nasnet_reduced"
     config.model.remat = True
-    config.model.anchors.scales = (8.0, 11.0, 14.0)
-    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    config.model.anchors.update(r50.EIGHTEEN_ANCHORS)
     config.model.box_head.kind = "decoupling"
     return config

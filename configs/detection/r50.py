@@ -11,6 +11,10 @@ Paper:    validation mAP@0.5 58.88 with uniform, 64.64 with class-aware sampling
 
 import ml_collections
 
+EIGHTEEN_ANCHORS = dict(  # section 5.5; `config.model.anchors` of the models of tables 2 to 4
+    scales=(8.0, 11.0, 14.0), ratios=(0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+)
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""

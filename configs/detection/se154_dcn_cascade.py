@@ -11,29 +11,12 @@ Paper:    part of the four-model ensemble, public leaderboard 57.994.
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import r50_cascade4, se154_dcn
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = se154_dcn.get_config(arg)
     config.name = "se154_dcn_cascade"
-    config.model.backbone = "senet154"
-    config.model.deform = (1, 1, 1)
-    config.model.remat = True
-    config.model.anchors.scales = (8.0, 11.0, 14.0)
-    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
-    config.model.stages = dict(
-        iou=(0.5, 0.5, 0.6, 0.7),
-        stds=(
-            (0.1, 0.1, 0.2, 0.2),
-            (0.1, 0.1, 0.2, 0.2),
-            (0.05, 0.05, 0.1, 0.1),
-            (0.033, 0.033, 0.067, 0.067),
-        ),
-        loss_weights=(0.75, 1.0, 0.25, 0.25),
-        score_weights=(0.75, 1.0, 0.25, 0.25),
-        average="probability",
-        box_stage=-1,
-    )
+    config.model.stages = r50_cascade4.get_config().model.stages
     return config

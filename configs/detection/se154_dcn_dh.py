@@ -12,17 +12,12 @@ Paper:    validation mAP@0.5 72.19, public leaderboard 60.5 (multi-scale test, a
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import se154_dcn
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = se154_dcn.get_config(arg)
     config.name = "se154_dcn_dh"
-    config.model.backbone = "senet154"
-    config.model.deform = (1, 1, 1)
-    config.model.remat = True
-    config.model.anchors.scales = (8.0, 11.0, 14.0)
-    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
     config.model.box_head.kind = "decoupling"
     return config

@@ -22,6 +22,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.backbone = "resnext101_64x4d"
     config.model.deform = (1, 1, 1)
     config.model.remat = True
-    config.model.anchors.scales = (8.0, 11.0, 14.0)
-    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    config.model.anchors.update(r50.EIGHTEEN_ANCHORS)
     return config

@@ -12,17 +12,12 @@ Paper:    validation mAP@0.5 71.71, public leaderboard 58.596 (multi-scale test,
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import x101_dcn
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = x101_dcn.get_config(arg)
     config.name = "x101_dcn_dh"
-    config.model.backbone = "resnext101_64x4d"
-    config.model.deform = (1, 1, 1)
-    config.model.remat = True
-    config.model.anchors.scales = (8.0, 11.0, 14.0)
-    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
     config.model.box_head.kind = "decoupling"
     return config

@@ -11,16 +11,12 @@ Paper:    part of the four-model ensemble, public leaderboard 57.994.
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import x101_dcn
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = x101_dcn.get_config(arg)
     config.name = "x152_dcn"
     config.model.backbone = "resnext152_32x8d"
-    config.model.deform = (1, 1, 1)
-    config.model.remat = True
-    config.model.anchors.scales = (8.0, 11.0, 14.0)
-    config.model.anchors.ratios = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
     return config
