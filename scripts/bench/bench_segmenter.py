@@ -11,17 +11,15 @@ Each side is a process of its own; they take turns, so that other load on the ma
 Prints the ratios of the best times and the medians (below 1: ours is faster).
 """
 
-import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
 
 from common.cli import run_main
+from scripts.bench.timing import Side, compare_processes
 
 TASKS = ("train", "inference")
-SIDES = ("timm", "ours")
 LEARNING_RATE = 1e-3
 
 
@@ -34,8 +32,8 @@ def example(batch: int, height: int, width: int) -> dict[str, np.ndarray]:
     }
 
 
-def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], float]]:
-    """Task -> function that runs it once and returns the loss or the mean probability."""
+def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], str]]:
+    """Task -> function that runs it once and tells the loss or the mean probability."""
     import timm
     import torch
     from torch import nn
@@ -84,17 +82,17 @@ def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], flo
         loss = functional.cross_entropy(model(inputs()), masks)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return f"loss {loss.item():.3f}"
 
     def inference():
         model.eval()
         with torch.no_grad():
-            return model(inputs()).softmax(1)[:, 1].mean().item()
+            return f"mean {model(inputs()).softmax(1)[:, 1].mean().item():.3f}"
 
     return {"train": train, "inference": inference}
 
 
-def our_calls(data, backbone: str) -> dict[str, Callable[[], float]]:
+def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
     """Like `torch_calls`."""
     import jax
 
@@ -131,31 +129,13 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], float]]:
     def train():
         nonlocal state
         state, metrics = train_step(state, batch)
-        return float(metrics["loss"])
+        return f"loss {float(metrics['loss']):.3f}"
 
     def inference():
-        return float(np.mean(predict((state.variables,), seen))) / PROBABILITY_ONE
+        mean = float(np.mean(predict((state.variables,), seen))) / PROBABILITY_ONE
+        return f"mean {mean:.3f}"
 
     return {"train": train, "inference": inference}
-
-
-def serve(side: str, pipe, data, backbone: str, threads: int) -> None:
-    """Runs in a process of its own: answers each task's name with (seconds, result)."""
-    if side == "ours":
-        from common.memory import keep_freed_memory
-
-        keep_freed_memory()
-        calls = our_calls(data, backbone)
-    else:
-        calls = torch_calls(data, backbone, threads)
-    for task in TASKS:  # compiles, and fills caches
-        for _ in range(2):
-            calls[task]()
-    pipe.send("ready")
-    for task in iter(pipe.recv, None):
-        start = time.perf_counter()
-        found = calls[task]()
-        pipe.send((time.perf_counter() - start, found))
 
 
 def define_flags() -> None:
@@ -169,37 +149,14 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    data = example(flags.FLAGS.batch, flags.FLAGS.height, flags.FLAGS.width)
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for side in SIDES:
-        pipes[side], theirs = context.Pipe()
-        arguments = (side, theirs, data, flags.FLAGS.backbone, flags.FLAGS.threads)
-        context.Process(target=serve, args=arguments, daemon=True).start()
-        theirs.close()
-        pipes[side].recv()  # one after the other: compiling would disturb no measurement yet
-    for task in TASKS:
-        seconds = {side: [] for side in SIDES}
-        found = {}
-        for _ in range(flags.FLAGS.rounds):
-            for side, pipe in pipes.items():
-                pipe.send(task)
-                taken, found[side] = pipe.recv()
-                seconds[side].append(taken)
-        print(
-            f"{task}: {flags.FLAGS.backbone}, {flags.FLAGS.batch} crops of "
-            f"{flags.FLAGS.height}x{flags.FLAGS.width}"
-        )
-        for side, taken in seconds.items():
-            print(
-                f"  {side:5s} best {min(taken):.3f} s, median {np.median(taken):.3f} s "
-                f"(result {found[side]:.3f})"
-            )
-        ratio = np.median(np.divide(seconds["ours"], seconds["timm"]))
-        best = min(seconds["ours"]) / min(seconds["timm"])
-        print(f"  ratio ours / timm: best {best:.2f}, median of turns {ratio:.2f}", flush=True)
-    for pipe in pipes.values():
-        pipe.send(None)
+    values = flags.FLAGS
+    data = example(values.batch, values.height, values.width)
+    sides = (
+        Side("timm", torch_calls, (data, values.backbone, values.threads), keep_memory=False),
+        Side("ours", our_calls, (data, values.backbone), keep_memory=True),
+    )
+    title = f"{values.backbone}, {values.batch} crops of {values.height}x{values.width}"
+    compare_processes(sides, dict.fromkeys(TASKS, title), values.rounds)
 
 
 if __name__ == "__main__":

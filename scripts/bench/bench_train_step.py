@@ -12,17 +12,15 @@ third process runs torchvision with our memory setting (`common.memory`), to tel
 where. Prints the ratios of the best times and the medians (below 1: ours is faster).
 """
 
-import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
 
 from common.cli import run_main
+from scripts.bench.timing import Side, compare_processes
 
 TASKS = ("train", "inference")
-SIDES = ("torchvision", "torchvision, memory kept", "ours")
 # Damps the residual branches: without statistics to normalise by, random trunks overflow.
 LAST_NORM_SCALE = 0.2
 CLASSIFIER_STD = 0.1  # spreads the scores, so that inference has detections to select among
@@ -41,8 +39,8 @@ def example(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
     }
 
 
-def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[], int]]:
-    """Task -> function that runs it once and returns detections (inference) or 0."""
+def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[], str]]:
+    """Task -> function that runs it once and, for inference, tells how much it found."""
     import torch
     from torchvision.models import resnet50
     from torchvision.models.detection import FasterRCNN
@@ -76,12 +74,12 @@ def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[]
         optimizer.step()
         if not torch.isfinite(loss):
             raise RuntimeError(f"torchvision: the loss became {loss.item()}")
-        return 0
+        return ""
 
     def inference():
         model.eval()
         with torch.no_grad():
-            return sum(len(found["boxes"]) for found in model(images))
+            return f"{sum(len(found['boxes']) for found in model(images))} detections"
 
     return {"train": train, "inference": inference}
 
@@ -102,7 +100,7 @@ def our_config(head: str = "two_fc"):
     return config
 
 
-def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[], int]]:
+def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[], str]]:
     """Like `torchvision_calls`."""
     import jax
     import jax.numpy as jnp
@@ -153,33 +151,13 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
         state, metrics = train_step(state, batch)
         if not np.isfinite(metrics["loss"]):
             raise RuntimeError(f"ours: the loss became {metrics['loss']}")
-        return 0
+        return ""
 
     def inference():
         found = predict_step(state.variables, batch)
-        return int(found["valid"].sum())
+        return f"{int(found['valid'].sum())} detections"
 
     return {"train": train, "inference": inference}
-
-
-def serve(side: str, pipe, data, classes: int, threads: int) -> None:
-    """Runs in a process of its own: answers each task's name with (seconds, detections)."""
-    if side != "torchvision":
-        from common.memory import keep_freed_memory
-
-        keep_freed_memory()
-    if side == "ours":
-        calls = our_calls(data, classes)
-    else:
-        calls = torchvision_calls(data, classes, threads)
-    for task in TASKS:  # compiles, and fills caches
-        for _ in range(2):
-            calls[task]()
-    pipe.send("ready")
-    for task in iter(pipe.recv, None):
-        start = time.perf_counter()
-        found = calls[task]()
-        pipe.send((time.perf_counter() - start, found))
 
 
 def define_flags() -> None:
@@ -192,43 +170,16 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    data = example(flags.FLAGS.batch, flags.FLAGS.size, flags.FLAGS.classes)
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for side in SIDES:
-        pipes[side], theirs = context.Pipe()
-        arguments = (side, theirs, data, flags.FLAGS.classes, flags.FLAGS.threads)
-        context.Process(target=serve, args=arguments, daemon=True).start()
-        theirs.close()
-        pipes[side].recv()  # one after the other: compiling would disturb no measurement yet
-    for task in TASKS:
-        seconds = {side: [] for side in SIDES}
-        found = {}
-        for _ in range(flags.FLAGS.rounds):
-            for side, pipe in pipes.items():
-                pipe.send(task)
-                taken, found[side] = pipe.recv()
-                seconds[side].append(taken)
-        report(task, seconds, found)
-    for pipe in pipes.values():
-        pipe.send(None)
-
-
-def report(task: str, seconds: dict[str, list[float]], found: dict[str, int]) -> None:
-    """Prints a line per side and the ratios of one task."""
-    ours = seconds["ours"]
-    print(f"{task}: {flags.FLAGS.batch} images of {flags.FLAGS.size}x{flags.FLAGS.size}")
-    for side, taken in seconds.items():
-        print(
-            f"  {side:25s} best {min(taken):.3f} s, median {np.median(taken):.3f} s"
-            + (f", {found[side]} detections" if found[side] else "")
-        )
-    for side in SIDES[:-1]:
-        pairs = np.median(np.divide(ours, seconds[side]))
-        print(
-            f"  ratio ours / {side}: best {min(ours) / min(seconds[side]):.2f}, "
-            f"median of turns {pairs:.2f}", flush=True,
-        )
+    values = flags.FLAGS
+    data = example(values.batch, values.size, values.classes)
+    theirs = (torchvision_calls, (data, values.classes, values.threads))
+    sides = (
+        Side("torchvision", *theirs, keep_memory=False),
+        Side("torchvision, memory kept", *theirs, keep_memory=True),
+        Side("ours", our_calls, (data, values.classes), keep_memory=True),
+    )
+    title = f"{values.batch} images of {values.size}x{values.size}"
+    compare_processes(sides, dict.fromkeys(TASKS, title), values.rounds)
 
 
 if __name__ == "__main__":
