@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from common.nn.conv import Conv
+from common.nn.norm import Norm
 
 
 def upsample_nearest(x: Float[Array, "B h w C"], height: int, width: int) -> Array:
@@ -19,10 +20,18 @@ def upsample_nearest(x: Float[Array, "B h w C"], height: int, width: int) -> Arr
 class FPN(nn.Module):
     """Levels P2..P5 from taps c2..c5 by top-down addition, and P6 = every second cell of P5.
 
-    No norm and no activation, Xavier-uniform kernels. P6 serves the proposal network only.
+    No activation, Xavier-uniform kernels. P6 serves the proposal network only.
+
+    Attributes:
+      channels: of every level.
+      norm: after each convolution, a kind of `common.nn.norm.Norm`, or "none".
+      axis_name: device axis over which "sync" norm averages.
+      dtype: of convolutions.
     """
 
     channels: int = 256
+    norm: str = "none"
+    axis_name: str | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -30,27 +39,31 @@ class FPN(nn.Module):
         self, taps: Mapping[str, Float[Array, "B h w c"]], train: bool
     ) -> dict[str, Array]:
         """Maps {'c2': stride 4, ..., 'c5': stride 32} to {'p2': ..., 'p6': stride 64}."""
-        del train  # no norm
-        init = nn.initializers.xavier_uniform()
         names = sorted(taps, reverse=True)
         merged = {}
         above = None
         for name in names:
             level = name[1:]
-            x = Conv(
-                self.channels, (1, 1), use_bias=True, dtype=self.dtype, kernel_init=init,
-                name=f"lateral{level}",
-            )(taps[name])
+            x = self._conv(taps[name], 1, f"lateral{level}", train)
             if above is not None:
                 x = x + upsample_nearest(above, x.shape[1], x.shape[2])
             merged[level] = above = x
         pyramid = {
-            f"p{level}": Conv(
-                self.channels, (3, 3), use_bias=True, dtype=self.dtype, kernel_init=init,
-                name=f"output{level}",
-            )(x)
+            f"p{level}": self._conv(x, 3, f"output{level}", train)
             for level, x in sorted(merged.items())
         }
         top = max(int(level) for level in merged)
         pyramid[f"p{top + 1}"] = pyramid[f"p{top}"][:, ::2, ::2]
         return pyramid
+
+    def _conv(self, x: Float[Array, "B h w c"], side: int, name: str, train: bool) -> Array:
+        """Made in the scope of `__call__`."""
+        plain = self.norm == "none"
+        x = Conv(
+            self.channels, side, use_bias=plain, dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(), name=name,
+        )(x)
+        if plain:
+            return x
+        norm = Norm(self.norm, axis_name=self.axis_name, dtype=self.dtype, name=f"{name}_norm")
+        return norm(x, train)

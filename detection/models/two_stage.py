@@ -71,7 +71,7 @@ class TwoStage(nn.Module):
     def _make_neck(self, dtype: jnp.dtype) -> nn.Module:
         s = self.settings
         if s.neck == "fpn":
-            return FPN(s.fpn_channels, dtype=dtype)
+            return FPN(s.fpn_channels, s.fpn_norm, axis_name=self.axis_name, dtype=dtype)
         return NASFPN(s.fpn_channels, axis_name=self.axis_name, dtype=dtype, **s.nas_fpn)
 
     def _make_head(self, dtype: jnp.dtype) -> nn.Module:

@@ -21,7 +21,7 @@ TWO_STAGES = dict(
     loss_weights=(1.0, 0.5), score_weights=(1.0, 1.0), average="probability", box_stage=-1,
 )
 VARIANTS = {
-    "decoupling head": dict(box_head=dict(kind="decoupling")),
+    "decoupling head": dict(fpn_norm="sync", box_head=dict(kind="decoupling")),
     "class-agnostic on NAS-FPN": dict(
         neck="nas_fpn", nas_fpn=dict(repeats=1, norm="group"), box_head=dict(class_agnostic=True)
     ),
