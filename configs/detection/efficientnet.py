@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "efficientnet"
     config.model.backbone = "efficientnet_b4"
     config.model.drop_path_rate = 0.2
-    config.model.fpn_norm = "sync"  # its taps are linear and large: training diverges without
+    config.model.fpn_norm = "sync"  # its taps have no activation and are large
     config.model.remat = True
     config.model.anchors.update(r50.EIGHTEEN_ANCHORS)
     config.model.box_head.kind = "decoupling"
