@@ -103,6 +103,18 @@ class Collective:
     largest: str
 
 
+def traffic(compiled: jax.stages.Compiled) -> list[Collective] | None:
+    """All traffic between devices; None where this jaxlib cannot read what the compiler made.
+
+    That is so for v6e with jaxlib 0.10.2 and libtpu 0.0.51.
+    """
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return collectives(text)
+
+
 def collectives(hlo: str) -> list[Collective]:
     """All traffic between devices in a compiled program's text, by kind and element type."""
     found = collections.defaultdict(list)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from common.errors import UserError
@@ -22,6 +23,14 @@ def test_collectives_are_read_from_the_program_text():
 """
     found = {(c.kind, c.dtype): (c.count, c.bytes) for c in topologies.collectives(text)}
     assert found == {("all-reduce", "f32"): (2, 28), ("all-gather", "bf16"): (1, 8)}
+
+
+def test_traffic_of_a_program_that_jaxlib_cannot_read_is_unknown():
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    assert topologies.traffic(Unreadable()) is None
 
 
 def test_an_unknown_slice_is_named():
