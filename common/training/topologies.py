@@ -1,7 +1,8 @@
 """TPU slices by name, and what an ahead-of-time compiled program needs on each of their devices.
 
-No TPU is needed: the compiler comes with the `libtpu` package. It must not run in two processes at
-a time, and `JAX_PLATFORMS=cpu` must be set before JAX starts.
+No TPU is needed: the compiler comes with the `libtpu` package. It runs in one process at a
+time (several with ALLOW_MULTIPLE_LIBTPU_LOAD=1), and `JAX_PLATFORMS=cpu` must be set before JAX
+starts.
 """
 
 import collections

@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dtype="bfloat16",  # of matmuls and convolutions; parameters and losses are float32
         neck="fpn",  # fpn | nas_fpn
         fpn_channels=256,
-        fpn_norm="none",  # none, or a kind as `norm`: for backbones whose taps are not of unit size
+        fpn_norm="none",  # none | batch | sync | group: for backbones with large taps
         nas_fpn=dict(repeats=7, min_level=3, norm="sync"),
         anchors=dict(
             scales=(8.0,),  # in strides

@@ -32,6 +32,7 @@ from detection.models.fpn import FPN
 from detection.models.nas_fpn import NASFPN
 
 NECKS = ("fpn", "nas_fpn")
+FPN_NORMS = ("none", "batch", "sync", "group")  # "frozen" needs trained statistics
 HEADS = ("two_fc", "decoupling", "regressor")
 SPLITS = ("", "c2", "c3")
 MAX_ROI_STRIDE = 32  # coarser levels serve the proposal network only
@@ -164,6 +165,7 @@ class TwoStage(nn.Module):
 def _check_choices(settings: ml_collections.FrozenConfigDict) -> None:
     for name, found, choices in (
         ("neck", settings.neck, NECKS),
+        ("fpn_norm", settings.fpn_norm, FPN_NORMS),
         ("box_head.kind", settings.box_head.kind, HEADS),
         ("split_after", settings.split_after, SPLITS),
     ):

@@ -118,6 +118,7 @@ def test_the_winning_ensemble_has_28_models():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (dict(fpn_norm="frozen"), r"fpn_norm: found 'frozen', expected one of 'none'"),
         (dict(neck="pan"), r"config.model.neck: found 'pan', expected one of 'fpn', 'nas_fpn'"),
         (dict(split_after="c4"), "config.model.split_after: found 'c4'"),
         (dict(box_head=dict(kind="mask")), "config.model.box_head.kind: found 'mask'"),
