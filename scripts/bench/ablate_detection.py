@@ -1,9 +1,10 @@
 """The paper's changes to the detector, one at a time and with several seeds, on your own photos.
 
-    python -m scripts.bench.ablate_detection --dataset=DIR --pretrained=lite0.safetensors \\
-        --workdir=WORK [--variants=sibling,dh] [--seeds=3] [--epochs=6] [--batch_size=8]
+    python -m scripts.bench.ablate_detection --config=configs/detection/photos_lite0.py \\
+        --config.data.dir=DIR --config.model.pretrained=lite0.safetensors --workdir=WORK \\
+        [--variants=sibling,dh] [--seeds=3] [--epochs=2] [--metric=NAME]
 
-Trains configs/detection/photos_lite0.py with
+Trains the config with
 
     sibling        the plain head
     dh             the Decoupling Head (section 2)
@@ -11,11 +12,13 @@ Trains configs/detection/photos_lite0.py with
     cascade        the standard cascade of three stages
     cascade4       the paper's four (section 5.6)
 
-and prints mean and spread (least and largest) of the official mAP@0.5 of each, against the first.
-WORK keeps the runs: the same command goes on where it stopped. Runs of one variant share a compiled
+and prints mean and spread (least and largest) of the official mAP@0.5 of each, or of another figure
+of WORK/VARIANT_SEED/evaluation, against the first. WORK keeps the runs: the same command goes on
+where it stopped, and another --metric asks the same runs. Runs of one variant share a compiled
 program (WORK/compiled). Photos of a split that training does not see are scored once, at the end.
 """
 
+import copy
 import json
 import statistics
 from pathlib import Path
@@ -27,14 +30,13 @@ from ml_collections import ConfigDict
 from common.cli import run_main
 from common.errors import UserError
 from common.evaluation.openimages import MEAN_AP
+from common.training import command
 from common.training.workdir import write_text
-from configs.detection import photos_lite0, r50_cascade, r50_cascade4
-
-NAME = MEAN_AP.format(0.5)
+from configs.detection import r50_cascade, r50_cascade4
 
 
-def no_change(config: ConfigDict) -> None:
-    del config
+def plain(config: ConfigDict) -> None:
+    config.model.box_head.kind = "two_fc"
 
 
 def decoupling(config: ConfigDict) -> None:
@@ -47,70 +49,73 @@ def without_margin(config: ConfigDict) -> None:
 
 
 def three_stages(config: ConfigDict) -> None:
+    plain(config)
     config.model.stages = r50_cascade.get_config().model.stages
 
 
 def four_stages(config: ConfigDict) -> None:
+    plain(config)
     config.model.stages = r50_cascade4.get_config().model.stages
 
 
 VARIANTS = {
-    "sibling": no_change, "dh": decoupling, "dh_no_margin": without_margin,
+    "sibling": plain, "dh": decoupling, "dh_no_margin": without_margin,
     "cascade": three_stages, "cascade4": four_stages,
 }
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
-    flags.DEFINE_string("pretrained", None, "Converted backbone weights.", required=True)
-    flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
+    command.define_flags()
     flags.DEFINE_list("variants", list(VARIANTS), f"Some of {', '.join(VARIANTS)}.")
     flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
-    flags.DEFINE_float("epochs", 6.0, "Of each run.", lower_bound=0.01)
-    flags.DEFINE_integer("batch_size", 8, "Photos of all devices together.", lower_bound=1)
-    flags.DEFINE_string("train_split", "train", "Split to train on.")
-    flags.DEFINE_string("eval_split", "validation", "Split to score.")
-
-
-def run_config(variant: str, seed: int) -> ConfigDict:
-    """The config of one run."""
-    values = flags.FLAGS
-    config = photos_lite0.get_config()
-    VARIANTS[variant](config)
-    config.name = f"photos_lite0_{variant}"
-    config.seed = seed
-    config.data.dir = values.dataset
-    config.data.train_split, config.data.eval_split = values.train_split, values.eval_split
-    config.data.batch_size = values.batch_size
-    config.model.pretrained = values.pretrained
-    scale = values.epochs / config.optimizer.num_epochs
-    config.optimizer.num_epochs = values.epochs
-    config.optimizer.decay_epochs = tuple(scale * e for e in config.optimizer.decay_epochs)
-    config.optimizer.warmup_steps = round(
-        config.optimizer.warmup_steps * scale * 8 / values.batch_size
+    flags.DEFINE_float(
+        "epochs", None, "Shorten or lengthen the config's schedule to these.", lower_bound=0.01
     )
+    flags.DEFINE_string("metric", MEAN_AP.format(0.5), "Figure to compare.")
+
+
+def run_config(
+    base: ConfigDict, variant: str, seed: int, epochs: float | None = None
+) -> ConfigDict:
+    """The config of one run; with `epochs` its whole schedule is stretched to them."""
+    config = copy.deepcopy(base)
+    VARIANTS[variant](config)
+    config.name = f"{config.name}_{variant}"
+    config.seed = seed
+    optimizer = config.optimizer
+    epochs = epochs or optimizer.num_epochs
+    scale = epochs / optimizer.num_epochs
+    optimizer.num_epochs = epochs
+    optimizer.decay_epochs = tuple(scale * e for e in optimizer.decay_epochs)
+    optimizer.warmup_steps = round(scale * optimizer.warmup_steps)
     config.evaluation.every_epochs = 0
-    config.evaluation.batch_size = max(values.batch_size, config.evaluation.batch_size)
     return config
 
 
-def score(variant: str, seed: int, workdir: Path) -> float:
-    """mAP of a run, trained now unless its figure is there."""
-    # Here, not above: JAX reads the cache's place when it compiles first.
-    from detection.train import train
+def score(config: ConfigDict, folder: Path, metric: str) -> float:
+    """The figure of a run, trained now unless it is there.
 
-    folder = workdir / f"{variant}_{seed}"
-    file = folder / "score.json"
-    if not file.exists():
-        results = train(run_config(variant, seed), str(folder))
-        write_text(file, json.dumps({NAME: results[NAME]}) + "\n")
-    return json.loads(file.read_text())[NAME]
+    Raises:
+      UserError: the run has no such figure.
+    """
+    if not (files := list(folder.glob("evaluation/*/*_metrics.json"))):
+        # Here, not above: JAX reads the cache's place when it compiles first.
+        from detection.train import train
+
+        train(config, str(folder))
+        files = list(folder.glob("evaluation/*/*_metrics.json"))
+    (file,) = files
+    figures = json.loads(file.read_text())
+    if metric not in figures:
+        example = next(iter(figures))
+        raise UserError(f"{file}: found no {metric!r}, expected a name such as {example!r}")
+    return figures[metric]
 
 
 def table(scores: dict[str, list[float]]) -> str:
     """Markdown: mean, least and largest in percent, and the gain over the first variant."""
     first = statistics.mean(next(iter(scores.values())))
-    lines = ["| variant | mAP@0.5, mean | least to largest | gain |", "| --- | --- | --- | --- |"]
+    lines = ["| variant | mean | least to largest | gain |", "| --- | --- | --- | --- |"]
     for variant, values in scores.items():
         mean = statistics.mean(values)
         lines.append(
@@ -133,7 +138,9 @@ def main(argv):
     for seed in range(values.seeds):  # round by round: an early end leaves equal numbers of runs
         for variant in values.variants:
             print(f"run {variant}, seed {seed}", flush=True)
-            scores.setdefault(variant, []).append(score(variant, seed, workdir))
+            config = run_config(values.config, variant, seed, values.epochs)
+            figure = score(config, workdir / f"{variant}_{seed}", values.metric)
+            scores.setdefault(variant, []).append(figure)
         print(f"after {seed + 1} of {values.seeds} seeds:\n{table(scores)}", flush=True)
         write_text(workdir / "table.md", table(scores) + "\n")
 

@@ -1,0 +1,56 @@
+"""An ablation changes what a variant names and compares any figure of its runs, once trained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from configs.detection import quickstart
+from scripts.bench.ablate_detection import run_config, score
+
+ROOT = Path(__file__).parents[2]
+TREE = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@0.5IOU/Tree"
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "stages"),
+    [("sibling", "two_fc", 1), ("dh", "decoupling", 1), ("cascade4", "two_fc", 4)],
+)
+def test_a_variant_changes_the_heads_of_a_config(variant, kind, stages):
+    config = run_config(quickstart.get_config(), variant, seed=2)
+    assert config.model.box_head.kind == kind and len(config.model.stages.iou) == stages
+    assert config.seed == 2
+    assert config.optimizer.to_dict() == quickstart.get_config().optimizer.to_dict()
+
+
+def test_epochs_stretch_the_whole_schedule():
+    optimizer = run_config(quickstart.get_config(), "dh", seed=0, epochs=11).optimizer
+    assert (optimizer.num_epochs, optimizer.warmup_steps) == (11, 15)
+    assert optimizer.decay_epochs == (8.5, 10)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    for run, value in {"sibling_0": 0.4, "sibling_1": 0.5, "dh_0": 0.5, "dh_1": 0.6}.items():
+        folder = tmp_path / run / "evaluation" / "220"
+        folder.mkdir(parents=True)
+        (folder / "validation_metrics.json").write_text(json.dumps({TREE: value}))
+    return tmp_path
+
+
+def test_finished_runs_are_compared_by_any_of_their_figures(finished):
+    command = [sys.executable, "-m", "scripts.bench.ablate_detection", f"--workdir={finished}"]
+    command += ["--config=configs/detection/quickstart.py", "--variants=sibling,dh", "--seeds=2"]
+    command += [f"--metric={TREE}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "| sibling | 45.00 | 40.00 to 50.00 | +0.00 |" in result.stdout
+    assert "| dh | 55.00 | 50.00 to 60.00 | +10.00 |" in (finished / "table.md").read_text()
+
+
+def test_a_figure_that_a_run_lacks_is_named(finished):
+    with pytest.raises(UserError, match="validation_metrics.json: found no 'AP', expected a name"):
+        score(quickstart.get_config(), finished / "dh_0", "AP")
