@@ -73,6 +73,9 @@ class FasterRCNN(TwoStage):
             self.stages, self._branch_weights(), sample=s.box_head.sample, loss=s.box_head.loss,
             margin=s.box_head.margin, axis_name=axis_name,
         )
+        monitor["proposal_recall"] = rpn_ops.recall(
+            proposals, batch["boxes"], batch["valid"], batch["image_valid"], axis_name=axis_name
+        )
         return {"losses": terms | box_terms, "monitor": monitor}
 
     def _branch_weights(self) -> list[dict[str, float]]:

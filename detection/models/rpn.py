@@ -105,6 +105,25 @@ def propose(
     return Proposals(boxes, jnp.isfinite(top), top)
 
 
+def recall(
+    proposals: Proposals,
+    truth: Float[Array, "B M 4"],
+    truth_valid: Bool[Array, "B M"],
+    image_valid: Bool[Array, " B"],
+    *,
+    iou: float = 0.5,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """Share of the ground-truth boxes that a proposal overlaps by at least `iou`.
+
+    An upper limit of what the second stage can find. Arguments as in `rpn_losses`.
+    """
+    overlaps = box_ops.iou(truth, proposals.boxes)
+    covered = ((overlaps >= iou) & proposals.valid[:, None]).any(axis=-1).astype(jnp.float32)
+    wanted = truth_valid & image_valid[:, None]
+    return losses.share(covered, wanted, wanted.sum(), axis_name)
+
+
 def rpn_losses(
     keys: Array,
     logits: Sequence[Float[Array, "B n"]],
