@@ -1,9 +1,6 @@
 """The refiner moves the boxes of a table and leaves all else of it as it was."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,8 +16,8 @@ from detection import setup
 from detection.models.box_refiner import jitter
 from detection.refine import mean_overlaps, refine_table
 from tests import tiny
+from tests.commands import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 
 
@@ -169,30 +166,20 @@ def write_jittered(dataset: Dataset, path: Path, copies: int, seed: int) -> Path
     return path
 
 
-def run(module: str, *flags: str, cache: Path) -> str:
-    command = [sys.executable, "-m", module, f"--config={ROOT / 'tests' / 'tiny.py'}:refine"]
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
-    }
-    found = subprocess.run(
-        [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
-    return found.stdout
-
-
 @pytest.mark.slow
 def test_training_on_a_table_brings_its_boxes_closer_to_the_truth(dataset, tmp_path):
     proposals = write_jittered(dataset, tmp_path / "train.parquet", copies=3, seed=1)
     scored = write_jittered(dataset, tmp_path / "scored.parquet", copies=3, seed=2)
-    common = [f"--config.data.dir={dataset.directory}", f"--workdir={tmp_path / 'work'}"]
+    common = [
+        f"--config={ROOT / 'tests' / 'tiny.py'}:refine", f"--config.data.dir={dataset.directory}",
+        f"--workdir={tmp_path / 'work'}",
+    ]
     text = run(
         "detection.train", *common, f"--config.data.proposals={proposals}",
         "--config.data.eval_split=train", f"--config.evaluation.proposals={scored}",
         "--config.optimizer.num_epochs=30", "--config.optimizer.decay_epochs=(27,)",
         "--config.optimizer.learning_rate_per_image=0.0025", "--config.optimizer.warmup_epochs=5",
-        "--config.checkpoint.every_steps=0", "--config.log.every_steps=5", cache=tmp_path,
+        "--config.checkpoint.every_steps=0", "--config.log.every_steps=5",
     )
     assert "covers 9 of 9 training images" in text
     lines = (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()
@@ -203,9 +190,7 @@ def test_training_on_a_table_brings_its_boxes_closer_to_the_truth(dataset, tmp_p
     gain = result["evaluation/Refinement/IoU_after"] - result["evaluation/Refinement/IoU_before"]
     assert gain > 0.03, "of 0.69 before"
     output = tmp_path / "y.parquet"
-    run(
-        "detection.export", *common, f"--proposals={scored}", f"--output={output}", cache=tmp_path
-    )
+    run("detection.export", *common, f"--proposals={scored}", f"--output={output}")
     before, after = read_detections(scored), read_detections(output)
     np.testing.assert_array_equal(after.scores, before.scores)
     found = mean_overlaps(dataset, "train", scored, output)

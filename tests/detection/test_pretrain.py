@@ -1,8 +1,5 @@
 """Pre-training of backbones: batches of labelled photos, and the command from photos to weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,8 +19,8 @@ from common.training.optimizer import make_schedule
 from common.training.train_step import init_variables
 from configs.pretrain import resnet50
 from detection.pretrain import build_model, init_batch
+from tests.commands import ROOT, refusal, run
 
-ROOT = Path(__file__).parents[2]
 COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (210, 40, 40)}
 SIZES = {"train": 8, "validation": 3}  # photos of a class
 
@@ -186,40 +183,31 @@ def test_tfds_is_read_at_random_places(photos, tmp_path):
         open_tfds("tiny_colours", "validation", str(tmp_path / "array_record"))
 
 
-def run(photos, workdir, *flags):
-    command = [
-        sys.executable, "-m", "detection.pretrain",
+def flags(photos, workdir):
+    return [
         f"--config={ROOT / 'configs/pretrain/resnet50.py'}:resnet18", f"--workdir={workdir}",
         f"--config.data.dir={photos}", "--config.data.batch_size=8", "--config.data.image_size=32",
         "--config.data.crop_area=(0.5, 1.0)", "--config.optimizer.num_epochs=10.0",
         "--config.optimizer.warmup_epochs=1.0", "--config.optimizer.learning_rate_per_image=0.002",
         "--config.evaluation.batch_size=4", "--config.evaluation.every_epochs=0",
-        "--config.log.every_steps=1", "--config.model.dtype=float32", *flags,
+        "--config.log.every_steps=1", "--config.model.dtype=float32",
+        "--config.checkpoint.every_steps=24",
     ]
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(photos.parent / "compiled"),
-    }
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.mark.slow
 def test_command_reports_top1_resumes_and_writes_weights_for_detectors(photos, tmp_path):
-    done = run(photos, tmp_path / "run", "--config.checkpoint.every_steps=24")
-    assert done.returncode == 0, done.stderr
-    top1 = done.stdout.split("top-1 ")[1].split()[0]
-    assert 0.6 < float(top1) <= 1.0, done.stdout  # a third by chance
+    done = run("detection.pretrain", *flags(photos, tmp_path / "run"))
+    top1 = done.split("top-1 ")[1].split()[0]
+    assert 0.6 < float(top1) <= 1.0, done  # a third by chance
 
     # The run that lost everything after step 24 ends at the same place.
     lost = tmp_path / "run/checkpoints/30"
     lost.rename(tmp_path / "lost")
     (tmp_path / "run/backbone.safetensors").rename(tmp_path / "first.safetensors")
-    again = run(photos, tmp_path / "run", "--config.checkpoint.every_steps=24")
-    assert again.returncode == 0, again.stderr
-    assert "resuming at step 24" in again.stdout
-    assert again.stdout.split("top-1 ")[1].split()[0] == top1
+    again = run("detection.pretrain", *flags(photos, tmp_path / "run"))
+    assert "resuming at step 24" in again
+    assert again.split("top-1 ")[1].split()[0] == top1
     written = tmp_path / "run/backbone.safetensors"
     first, second = map(load_file, (tmp_path / "first.safetensors", written))
     assert first.keys() == second.keys()
@@ -243,7 +231,5 @@ def test_classes_of_one_split_alone_are_refused_in_one_line(photos, tmp_path):
         (tmp_path / "photos/train" / name).symlink_to(photos / "train" / name)
     (tmp_path / "photos/validation").symlink_to(photos / "train")
     (tmp_path / "photos/train/red").unlink()
-    failed = run(tmp_path / "photos", tmp_path / "run")
-    assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("error: ")
-    assert "classes in only one of train and validation: red" in failed.stderr
+    line = refusal("detection.pretrain", *flags(tmp_path / "photos", tmp_path / "run"))
+    assert "classes in only one of train and validation: red" in line

@@ -1,11 +1,7 @@
 """Training through the command line: kills, resumes, other work directories, several processes."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +10,8 @@ import pytest
 from common.data.dataset import Dataset
 from common.detections import read_detections
 from tests import tiny
+from tests.commands import ROOT, losses, refusal, run, run_two_processes, start
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -24,35 +20,10 @@ def dataset(tmp_path_factory) -> Path:
     return tiny.write_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def start(module: str, dataset: Path, workdir: Path, *flags: str, devices: int = 1, **environment):
-    """Starts `python -m MODULE` on the tiny config."""
-    command = [
-        sys.executable, "-m", module, f"--config={ROOT / 'tests' / 'tiny.py'}",
-        f"--config.data.dir={dataset}", f"--workdir={workdir}", *flags,
-    ]
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(dataset.parent / "compiled"), **environment,
-    }
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )
-
-
-def run(*args, **kwargs) -> str:
-    process = start(*args, **kwargs)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
-
-
-def losses(workdir: Path) -> list[tuple[int, str, str]]:
-    """(step, loss, gradient norm) of each training line, as text: equal means equal bits."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+def flags(dataset: Path, workdir: Path) -> list[str]:
     return [
-        (line["step"], repr(line["loss"]), repr(line["gradient_norm"]))
-        for line in lines if "loss" in line
+        f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.data.dir={dataset}",
+        f"--workdir={workdir}",
     ]
 
 
@@ -60,13 +31,13 @@ def losses(workdir: Path) -> list[tuple[int, str, str]]:
 def finished(dataset, tmp_path_factory) -> Path:
     """An uninterrupted run of 9 steps."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    run("detection.train", dataset, workdir)
+    run("detection.train", *flags(dataset, workdir))
     return workdir
 
 
 def test_kill_and_same_command_give_the_uninterrupted_losses(dataset, finished, tmp_path):
     workdir = tmp_path / "killed"
-    process = start("detection.train", dataset, workdir)
+    process = start("detection.train", *flags(dataset, workdir))
     log = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
@@ -75,7 +46,7 @@ def test_kill_and_same_command_give_the_uninterrupted_losses(dataset, finished, 
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    output = run("detection.train", dataset, workdir)
+    output = run("detection.train", *flags(dataset, workdir))
     assert "resuming at step" in output
     assert losses(workdir) == losses(finished)
     assert [step for step, *_ in losses(finished)] == list(range(1, 10))
@@ -83,13 +54,14 @@ def test_kill_and_same_command_give_the_uninterrupted_losses(dataset, finished, 
 
 def test_export_covers_the_split_and_evaluate_scores_it(dataset, finished, tmp_path):
     table = tmp_path / "x.parquet"
-    run("detection.export", dataset, finished, "--split=validation", f"--output={table}")
+    common = [*flags(dataset, finished), "--split=validation"]
+    run("detection.export", *common, f"--output={table}")
     detections = read_detections(table)
     opened = Dataset.open(dataset)
     expected = sorted(opened.image_id(i) for i in opened.split("validation"))
     assert list(detections.image_ids) == expected
     assert detections.metadata["step"] == 9 and detections.metadata["model"] == "tiny"
-    output = run("detection.evaluate", dataset, finished, "--split=validation")
+    output = run("detection.evaluate", *common)
     assert "OpenImagesDetectionChallenge_Precision/mAP@0.5IOU" in output
     metrics = finished / "evaluation" / "9" / "validation_metrics.json"
     values = json.loads(metrics.read_text())
@@ -97,42 +69,26 @@ def test_export_covers_the_split_and_evaluate_scores_it(dataset, finished, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("flag", "text"),
     [
-        (["--config.model.backbone=resnet34"], "config.model.backbone"),
-        (["--config.optimizer.momentum=0.5"], "config.optimizer.momentum"),
+        ("--config.model.backbone=resnet34", "config.model.backbone"),
+        ("--config.optimizer.momentum=0.5", "config.optimizer.momentum"),
     ],
 )
-def test_work_directory_of_another_config_is_refused(dataset, finished, flags, text):
-    process = start("detection.train", dataset, finished, *flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert output.splitlines()[-1].startswith("error: ") and text in output.splitlines()[-1]
+def test_work_directory_of_another_config_is_refused(dataset, finished, flag, text):
+    assert text in refusal("detection.train", *flags(dataset, finished), flag)
 
 
 def test_missing_dataset_directory_is_one_line(tmp_path):
-    process = start("detection.train", tmp_path / "nothing", tmp_path / "work")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert str(tmp_path / "nothing") in output.splitlines()[-1]
+    nothing = tmp_path / "nothing"
+    assert str(nothing) in refusal("detection.train", *flags(nothing, tmp_path / "work"))
 
 
 @pytest.mark.multiprocess
 def test_two_processes_with_two_devices_equal_one_with_four(dataset, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    run("detection.train", dataset, one, devices=4)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
-        start(
-            "detection.train", dataset, two, devices=2, JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run("detection.train", *flags(dataset, one), devices=4)
+    run_two_processes("detection.train", *flags(dataset, two), devices=2)
     assert losses(two) == losses(one)
     covered = read_detections(two / "evaluation" / "9" / "validation.parquet").image_ids
     assert len(covered) == 3

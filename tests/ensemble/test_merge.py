@@ -1,11 +1,8 @@
 """Merging tables: the same as merging each image by hand, for any chunks, processes and order."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import ml_collections
 import numpy as np
@@ -19,10 +16,10 @@ from configs.ensemble import adj_nms, lvis_rs, naive, reweighted, voting
 from ensemble import relations
 from ensemble.merge import merge_tables, squash
 from ensemble.tree import Leaf, Node, Operators, Tree, save
+from tests.commands import ROOT, run_two_processes
 from tests.ensemble.tables import LABELS, draw_images, rows_of, write
 from tests.oracles import ensembling
 
-ROOT = Path(__file__).parents[2]
 BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
 QUIET = dict(say=lambda *_, **__: None)
 CLASS_AP = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@0.5IOU/{}"
@@ -337,26 +334,10 @@ def test_configs_take_their_argument(module):
 
 @pytest.mark.multiprocess
 def test_command_line_in_two_processes_writes_two_shards(folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "ensemble.merge", "--config=configs/ensemble/naive.py",
-        f"--inputs={','.join(inputs(folder))}", f"--output={tmp_path / 'm'}",
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**environment, "JAX_PROCESS_ID": str(process)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for process in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = run_two_processes(
+        "ensemble.merge", "--config=configs/ensemble/naive.py",
+        f"--inputs={','.join(inputs(folder))}", f"--output={tmp_path / 'm'}", devices=2,
+    )
     assert "images 6/6" in outputs[0] and "images" not in outputs[1]
     assert len(list((tmp_path / "m").iterdir())) == 2
     merge_tables(inputs(folder), naive.get_config(), tmp_path / "m.parquet", **QUIET)

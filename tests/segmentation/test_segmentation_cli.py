@@ -1,11 +1,7 @@
 """Segmentation through the command line: kills, resumes, masks for a table, voters, bad input."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,8 +16,8 @@ from common.training import distributed
 from segmentation import export
 from segmentation.predict import Voter
 from tests import tiny_masks
+from tests.commands import ROOT, losses, run, run_two_processes, start
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -30,51 +26,23 @@ def dataset(tmp_path_factory) -> Path:
     return tiny_masks.write_dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def start(module: str, dataset: Path, *flags: str, devices: int = 1, **variables: str):
-    """Starts `python -m MODULE` on the tiny config; `variables` of the environment."""
-    command = [
-        sys.executable, "-m", module, f"--config={ROOT / 'tests' / 'tiny_masks.py'}",
-        f"--config.data.dir={dataset}", *flags,
-    ]
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(dataset.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", **variables,
-    }
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )
-
-
-def run(*args, **kwargs) -> str:
-    process = start(*args, **kwargs)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    return output
-
-
-def losses(workdir: Path) -> list[tuple[int, str, str]]:
-    """(step, loss, gradient norm) of each training line, as text: equal means equal bits."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [
-        (line["step"], repr(line["loss"]), repr(line["gradient_norm"]))
-        for line in lines if "loss" in line
-    ]
+@pytest.fixture(scope="module")
+def common(dataset) -> list[str]:
+    return [f"--config={ROOT / 'tests' / 'tiny_masks.py'}", f"--config.data.dir={dataset}"]
 
 
 @pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory) -> Path:
+def finished(common, tmp_path_factory) -> Path:
     """An uninterrupted run of 30 steps."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    output = run("segmentation.train", dataset, f"--workdir={workdir}")
+    output = run("segmentation.train", *common, f"--workdir={workdir}")
     assert "18 instances with masks in train" in output
     return workdir
 
 
-def test_kill_and_same_command_give_the_uninterrupted_losses(dataset, finished, tmp_path):
+def test_kill_and_same_command_give_the_uninterrupted_losses(common, finished, tmp_path):
     workdir = tmp_path / "killed"
-    process = start("segmentation.train", dataset, f"--workdir={workdir}")
+    process = start("segmentation.train", *common, f"--workdir={workdir}")
     deadline = time.monotonic() + 600
     while not (workdir / "checkpoints" / "5").exists():
         assert process.poll() is None, process.communicate()[0]
@@ -82,7 +50,7 @@ def test_kill_and_same_command_give_the_uninterrupted_losses(dataset, finished, 
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    output = run("segmentation.train", dataset, f"--workdir={workdir}")
+    output = run("segmentation.train", *common, f"--workdir={workdir}")
     assert "resuming at step" in output
     assert losses(workdir) == losses(finished)
     assert [step for step, *_ in losses(finished)] == list(range(1, 31))
@@ -93,13 +61,13 @@ def test_kill_and_same_command_give_the_uninterrupted_losses(dataset, finished, 
     assert 0 <= values["mean_iou"] <= 1 and 0 < values["loss"]
 
 
-def test_export_adds_masks_to_the_rows_of_a_table(dataset, finished, tmp_path):
+def test_export_adds_masks_to_the_rows_of_a_table(dataset, common, finished, tmp_path):
     """Two devices and several voters; rows, scores and labels stay."""
     opened = Dataset.open(dataset)
     boxes = tiny_masks.write_boxes(tmp_path / "x.parquet", opened, opened.split("validation"))
     output = tmp_path / "y.parquet"
     text = run(
-        "segmentation.export", dataset, f"--voters={finished},{finished}:flip",
+        "segmentation.export", *common, f"--voters={finished},{finished}:flip",
         f"--boxes={boxes}", f"--output={output}", "--config.test.vote=hard", devices=2,
     )
     before, after = read_detections(boxes), read_detections(output, masks=True)
@@ -126,24 +94,13 @@ def test_export_adds_masks_to_the_rows_of_a_table(dataset, finished, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_write_the_masks_of_one(dataset, finished, tmp_path):
+def test_two_processes_write_the_masks_of_one(dataset, common, finished, tmp_path):
     opened = Dataset.open(dataset)
     boxes = tiny_masks.write_boxes(tmp_path / "x.parquet", opened, opened.split("train"))
     one, two = tmp_path / "one.parquet", tmp_path / "two"
-    flags = (f"--workdir={finished}", f"--boxes={boxes}")
-    run("segmentation.export", dataset, *flags, f"--output={one}", devices=2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
-        start(
-            "segmentation.export", dataset, *flags, f"--output={two}",
-            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    flags = [*common, f"--workdir={finished}", f"--boxes={boxes}"]
+    run("segmentation.export", *flags, f"--output={one}", devices=2)
+    run_two_processes("segmentation.export", *flags, f"--output={two}")
     assert len(list(two.iterdir())) == 2
     assert rows_of(two) == rows_of(one)
 
