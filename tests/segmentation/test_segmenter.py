@@ -131,7 +131,8 @@ def test_settings_choose_the_network():
 
 def test_any_trunk_with_four_taps_will_do():
     model = Segmenter(1, "resnet10", norm="group")
-    variables = jax.jit(lambda: model.init(jax.random.key(0), batch(), train=True))()
-    assert model.apply(variables, batch(), train=False)["logits"].shape == batch()["mask"].shape
+    run = jax.jit(lambda key, inputs: model.init_with_output(key, inputs, train=False)[0])
+    logits = run(jax.random.key(0), batch())["logits"]
+    assert logits.shape == batch()["mask"].shape and np.isfinite(logits).all()
     with pytest.raises(UserError, match="backbone: found 'nothing', expected one of"):
         Segmenter(1, "nothing").init(jax.random.key(0), batch(), train=True)
