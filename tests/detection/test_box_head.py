@@ -44,7 +44,7 @@ def test_boxes_of_background_change_no_loss_and_no_gradient(kind, normaliser):
     model = r50.get_config().model
     stage = second_stage.read_stages(model.stages)[0]
     loss = dict(model.box_head.loss) | {"normaliser": normaliser}
-    params = head.init(jax.random.key(1), pool, targets.boxes, True)
+    params = jax.jit(lambda key: head.init(key, pool, targets.boxes, True))(jax.random.key(1))
 
     @jax.jit
     def losses_and_gradient(params):

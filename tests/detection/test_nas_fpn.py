@@ -52,7 +52,7 @@ def test_resampling_repeats_and_takes_maxima():
 def test_gradients_reach_every_parameter():
     neck = NASFPN(4, repeats=1, norm="group")
     inputs = taps(256, 384)  # the coarsest level still has several cells to normalise over
-    variables = neck.init(jax.random.key(0), inputs, True)
+    variables = jax.jit(neck.init, static_argnums=2)(jax.random.key(0), inputs, True)
 
     def loss(params):
         levels = neck.apply({"params": params}, inputs, True)
