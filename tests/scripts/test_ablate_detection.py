@@ -1,17 +1,14 @@
 """An ablation changes what a variant names and compares any figure of its runs, once trained."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
 from configs.detection import quickstart
 from scripts.bench.ablate_detection import run_config, score
+from tests.commands import run
 
-ROOT = Path(__file__).parents[2]
 TREE = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@0.5IOU/Tree"
 
 
@@ -34,20 +31,19 @@ def test_epochs_stretch_the_whole_schedule():
 
 @pytest.fixture
 def finished(tmp_path):
-    for run, value in {"sibling_0": 0.4, "sibling_1": 0.5, "dh_0": 0.5, "dh_1": 0.6}.items():
-        folder = tmp_path / run / "evaluation" / "220"
+    for name, value in {"sibling_0": 0.4, "sibling_1": 0.5, "dh_0": 0.5, "dh_1": 0.6}.items():
+        folder = tmp_path / name / "evaluation" / "220"
         folder.mkdir(parents=True)
         (folder / "validation_metrics.json").write_text(json.dumps({TREE: value}))
     return tmp_path
 
 
 def test_finished_runs_are_compared_by_any_of_their_figures(finished):
-    command = [sys.executable, "-m", "scripts.bench.ablate_detection", f"--workdir={finished}"]
-    command += ["--config=configs/detection/quickstart.py", "--variants=sibling,dh", "--seeds=2"]
-    command += [f"--metric={TREE}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "| sibling | 45.00 | 40.00 to 50.00 | +0.00 |" in result.stdout
+    output = run(
+        "scripts.bench.ablate_detection", f"--workdir={finished}", f"--metric={TREE}",
+        "--config=configs/detection/quickstart.py", "--variants=sibling,dh", "--seeds=2",
+    )
+    assert "| sibling | 45.00 | 40.00 to 50.00 | +0.00 |" in output
     assert "| dh | 55.00 | 50.00 to 60.00 | +10.00 |" in (finished / "table.md").read_text()
 
 
