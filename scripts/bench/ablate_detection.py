@@ -87,6 +87,7 @@ def run_config(
     scale = epochs / optimizer.num_epochs
     optimizer.num_epochs = epochs
     optimizer.decay_epochs = tuple(scale * e for e in optimizer.decay_epochs)
+    optimizer.warmup_epochs *= scale
     optimizer.warmup_steps = round(scale * optimizer.warmup_steps)
     config.evaluation.every_epochs = 0
     return config

@@ -26,7 +26,7 @@ def test_a_variant_changes_the_heads_of_a_config(variant, kind, stages):
 def test_epochs_stretch_the_whole_schedule():
     optimizer = run_config(quickstart.get_config(), "dh", seed=0, epochs=11).optimizer
     assert (optimizer.num_epochs, optimizer.warmup_steps) == (11, 15)
-    assert optimizer.decay_epochs == (8.5, 10)
+    assert optimizer.decay_epochs == (8.5, 10) and optimizer.warmup_epochs == 0.5
 
 
 @pytest.fixture
