@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 from common.data.dataset import GROUP_OF, Dataset
 from common.data.input import train_batches
 from common.data.plan import make_plan
-from common.errors import UserError
-from common.nn.norm import Norm
+from common.io.errors import UserError
+from common.io.progress import Progress
+from common.nn.layers.norm import Norm
 from common.training import distributed
 from common.training.distributed import DATA_AXIS
-from common.training.progress import Progress
 from detection import setup
 from detection.models.faster_rcnn import FasterRCNN
 
@@ -71,7 +71,10 @@ def recompute_batch_stats(
             f"{mesh.size} devices"
         )
     plan = make_plan(
-        dataset, config.data.train_split, config.data.sampler, config.seed,
+        dataset,
+        config.data.train_split,
+        config.data.sampler,
+        config.seed,
         config.data.batch_size,
         ignore_flags=GROUP_OF if config.data.group_of == "drop" else 0,
         positive_share=config.data.get("positive_share", 0.25),
@@ -101,8 +104,13 @@ def recompute_batch_stats(
             sums[path] += [mean, var + mean**2]
 
     batches = train_batches(
-        dataset, plan, config.data, seed=config.seed, num_steps=num_batches,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        dataset,
+        plan,
+        config.data,
+        seed=config.seed,
+        num_steps=num_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
         proposals=setup.open_proposals(config, dataset, say),
     )
     ahead = None

@@ -3,7 +3,7 @@
     python -m detection.evaluate --config=... --workdir=WORK --split=validation
 
 Prints the result and writes WORK/evaluation/STEP/{SPLIT.parquet, SPLIT_metrics.json}; with
-`--config.test_time.scales=600,800,1000` (`detection.test_time`) they are SPLIT_test_time...
+`--config.test_time.scales=600,800,1000` (`detection.tta.test_time`) they are SPLIT_test_time...
 Of a config that refines boxes, the table of `config.evaluation.proposals` is refined and scored.
 """
 
@@ -15,19 +15,19 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.errors import UserError
-from common.evaluation.coco import evaluate_coco
-from common.evaluation.openimages import evaluate_openimages
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.metrics.coco import evaluate_coco
+from common.metrics.openimages import evaluate_openimages
 from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.workdir import write_text
 from detection import setup
+from detection.inference import predict_split
 from detection.models.faster_rcnn import FasterRCNN
-from detection.predict import predict_split
 from detection.refine import mean_overlaps, refine_table
-from detection.test_time import detect_split, is_on
+from detection.tta.test_time import detect_split, is_on
 
 METRICS = ("openimages", "coco")
 

@@ -11,7 +11,7 @@ a split, and writes the same rows with better boxes:
     python -m detection.export --config=... --workdir=WORK --proposals=x.parquet --output=y.parquet
 
 `--config.test_time.scales=600,800,1000` looks at each photo at several scales, and mirrored
-(`detection.test_time`); with `--config.test_time.merge=tables` the
+(`detection.tta.test_time`); with `--config.test_time.merge=tables` the
 output is a folder of one table a view.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from absl import flags
 
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 from common.training import command, distributed
 from detection import setup
 from detection.evaluate import restore_variables
 from detection.refine import refine_table
-from detection.test_time import detect_split
+from detection.tta.test_time import detect_split
 
 
 def define_flags() -> None:

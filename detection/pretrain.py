@@ -20,16 +20,16 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.cli import run_main
 from common.data.labelled_batches import eval_batches, train_batches
 from common.data.labelled_images import LabelledImages, open_images
-from common.errors import UserError
-from common.nn.weights import save_backbone_weights
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import command, distributed, loop
 from common.training.checkpoint import Checkpoints
-from common.training.metrics import log_parameter_overview
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
-from common.training.train_step import (
+from common.training.run_metrics import log_parameter_overview
+from common.training.step import (
     TrainState,
     init_state,
     init_variables,
@@ -41,7 +41,12 @@ from detection.models.classifier import Classifier
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
-    "log", "checkpoint", "evaluation", "data.dir", "data.num_threads", "data.prefetch",
+    "log",
+    "checkpoint",
+    "evaluation",
+    "data.dir",
+    "data.num_threads",
+    "data.prefetch",
     "data.eval_split",
 )
 WEIGHTS = "backbone.safetensors"
@@ -61,7 +66,8 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     num_steps = total_steps(config.optimizer, steps_per_epoch)
     say(
         f"data: {len(train_images)} training and {len(eval_images)} validation images, "
-        f"{len(train_images.class_names)} classes, {steps_per_epoch} steps an epoch", flush=True,
+        f"{len(train_images.class_names)} classes, {steps_per_epoch} steps an epoch",
+        flush=True,
     )
 
     # ---------------------------------------------------------------- model and optimiser
@@ -82,9 +88,13 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     step_fn = jit_train_step(model, tx, mesh)
     predict = jax.jit(make_predict_step(model, mesh))
     batches = train_batches(
-        train_images, config.data, seed=config.seed, start_step=start_step,
+        train_images,
+        config.data,
+        seed=config.seed,
+        start_step=start_step,
         num_steps=num_steps - start_step,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
 
     def evaluate(step):
@@ -94,8 +104,16 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
         return top1
 
     with loop.Loop(
-        config, workdir, mesh, checkpoints, schedule, start_step=start_step, num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch, fields=init_batch(config), image_name=train_images.name,
+        config,
+        workdir,
+        mesh,
+        checkpoints,
+        schedule,
+        start_step=start_step,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        fields=init_batch(config),
+        image_name=train_images.name,
         say=say,
     ) as training:
         every = steps_per_epoch * config.evaluation.every_epochs
@@ -134,9 +152,14 @@ def build_model(config: ConfigDict, num_classes: int) -> Classifier:
     """The classifier as it runs on each device of the mesh."""
     model = config.model
     return Classifier(
-        num_classes, model.backbone, norm=model.norm, remat=model.remat,
-        drop_path_rate=model.drop_path_rate, dropout_rate=model.dropout_rate,
-        label_smoothing=model.label_smoothing, dtype=jnp.dtype(model.dtype),
+        num_classes,
+        model.backbone,
+        norm=model.norm,
+        remat=model.remat,
+        drop_path_rate=model.drop_path_rate,
+        dropout_rate=model.dropout_rate,
+        label_smoothing=model.label_smoothing,
+        dtype=jnp.dtype(model.dtype),
         axis_name=distributed.DATA_AXIS,
     )
 
@@ -156,8 +179,11 @@ def top1_accuracy(
 ) -> float:
     """Share of `images` whose highest logit is that of their class; collective."""
     batches = eval_batches(
-        images, config.data, batch_size=config.evaluation.batch_size,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        images,
+        config.data,
+        batch_size=config.evaluation.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     correct = jnp.zeros((), jnp.int32)
     for batch in batches:

@@ -21,12 +21,12 @@ from ml_collections import ConfigDict
 from common.data.dataset import GROUP_OF, Dataset
 from common.data.input import proposal_batches
 from common.data.proposals import TableBoxes
-from common.detections import DetectionsReader, DetectionsWriter
-from common.evaluation.openimages import best_overlaps
+from common.io.progress import Progress
+from common.metrics.openimages import best_overlaps
+from common.tables import DetectionsReader, DetectionsWriter
 from common.training import distributed
-from common.training.progress import Progress
+from detection.inference import INFERENCE_FIELDS, compiled_predict_step
 from detection.models.box_refiner import BoxRefiner
-from detection.predict import INFERENCE_FIELDS, compiled_predict_step
 
 REFINER_FIELDS = (*INFERENCE_FIELDS, "proposals", "proposal_valid")
 _MATCH_IOU = 0.5  # a box with less has no object to be moved onto
@@ -79,13 +79,18 @@ def refine_table(
     places = range(process * num_images // processes, (process + 1) * num_images // processes)
     boxes = TableBoxes(reader, dataset, places)
     refinement = {
-        "model": config.name, "config": config.to_dict(), "step": step,
+        "model": config.name,
+        "config": config.to_dict(),
+        "step": step,
         "dataset": dataset.meta.get("name", str(dataset.directory)),
     }
     say(f"refine {table}: {num_images} images, {reader.num_rows} boxes", flush=True)
     with DetectionsWriter(
-        output, dict(reader.metadata) | {"refinement": refinement}, process_index=process,
-        process_count=processes, masks=reader.has_masks,
+        output,
+        dict(reader.metadata) | {"refinement": refinement},
+        process_index=process,
+        process_count=processes,
+        masks=reader.has_masks,
     ) as writer:
         batches = proposal_batches(dataset, boxes, places, config.data, batch_size=batch_size)
         progress = Progress(batches.num_batches, batch_size * processes, mesh.size)
@@ -115,9 +120,7 @@ def refine_table(
 
 
 def _rows(
-    image_size: Float[np.ndarray, "b 2"],
-    found: dict[str, jax.Array],
-    sizes: np.ndarray,
+    image_size: Float[np.ndarray, "b 2"], found: dict[str, jax.Array], sizes: np.ndarray
 ) -> Rows:
     """What the table gets of a batch whose slots have `sizes` (b,) boxes."""
     found = distributed.to_host(found)
@@ -186,9 +189,7 @@ def mean_overlaps(dataset: Dataset, split: str, before: Path, after: Path) -> di
         truth, keys = np.concatenate(truth).astype(np.float64), np.concatenate(keys)
         has_area = (old[:, 2:] > old[:, :2]).all(axis=1)
         old, new, keys = old[has_area], new[has_area], keys[has_area]
-        iou, best = best_overlaps(
-            old, keys, truth, np.concatenate(truth_keys), _CHUNK, union=True
-        )
+        iou, best = best_overlaps(old, keys, truth, np.concatenate(truth_keys), _CHUNK, union=True)
         matched = iou >= _MATCH_IOU
         sums += [iou[matched].sum(), _iou(new[matched], truth[best[matched]]).sum()]
         count += int(matched.sum())

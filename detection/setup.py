@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.data.proposals import TableBoxes
-from common.detections import DetectionsReader
-from common.errors import UserError
-from common.evaluation.coverage import split_images
+from common.io.errors import UserError
+from common.metrics.coverage import split_images
 from common.nn.backbones import make_backbone
+from common.tables import DetectionsReader
 from common.training.distributed import DATA_AXIS
-from common.training.train_step import init_variables
+from common.training.step import init_variables
 from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import FasterRCNN, build
 
@@ -54,7 +54,8 @@ def open_proposals(
     covered = boxes.num_covered(images)
     say(
         f"proposals: {data.proposals}, {boxes.counts.sum()} boxes; covers {covered} of "
-        f"{len(images)} training images", flush=True,
+        f"{len(images)} training images",
+        flush=True,
     )
     if not covered:
         raise UserError(
@@ -72,9 +73,7 @@ def build_model(config: ConfigDict, num_classes: int) -> FasterRCNN | BoxRefiner
 def frozen_pattern(config: ConfigDict) -> str:
     """Regular expression of the paths of parameters that are not trained."""
     model = config.model
-    backbone = make_backbone(
-        model.backbone, norm=model.norm, frozen_stages=model.frozen_stages
-    )
+    backbone = make_backbone(model.backbone, norm=model.norm, frozen_stages=model.frozen_stages)
     return f"backbone(?:_class|_box)?/(?:{backbone.frozen_pattern()})"
 
 
@@ -94,7 +93,10 @@ def train_shapes(
     """`batch_shapes` of a config."""
     data = config.data
     return batch_shapes(
-        canvas or data.canvas, data.pad_multiple, data.max_boxes, batch_size,
+        canvas or data.canvas,
+        data.pad_multiple,
+        data.max_boxes,
+        batch_size,
         data.get("max_proposals", 0),
     )
 

@@ -12,29 +12,33 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from common.cli import run_main
 from common.data.dataset import GROUP_OF
 from common.data.input import train_batches
 from common.data.plan import make_plan
-from common.nn.weights import load_backbone_weights
+from common.io.commands import run_main
+from common.nn.weights.backbone_weights import load_backbone_weights
 from common.training import command, distributed, loop
 from common.training.checkpoint import Checkpoints
-from common.training.metrics import log_parameter_overview
-from common.training.optimizer import (
-    make_optimizer,
-    make_schedule,
-    total_steps,
-    trained_mask,
-)
-from common.training.train_step import TrainState, init_state, jit_train_step
+from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
+from common.training.run_metrics import log_parameter_overview
+from common.training.step import TrainState, init_state, jit_train_step
 from common.training.workdir import prepare_workdir
 from detection import setup
 from detection.evaluate import evaluate_variables
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
-    "log", "checkpoint", "evaluation", "test_time", "optimizer.num_epochs", "data.dir",
-    "data.num_threads", "data.prefetch", "data.eval_split", "data.proposals", "model.pretrained",
+    "log",
+    "checkpoint",
+    "evaluation",
+    "test_time",
+    "optimizer.num_epochs",
+    "data.dir",
+    "data.num_threads",
+    "data.prefetch",
+    "data.eval_split",
+    "data.proposals",
+    "model.pretrained",
     "model.drop_background_rois",
 )
 
@@ -50,7 +54,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     dataset = command.open_dataset(config)
     batch_size = config.data.batch_size
     plan = make_plan(
-        dataset, config.data.train_split, config.data.sampler, config.seed, batch_size,
+        dataset,
+        config.data.train_split,
+        config.data.sampler,
+        config.seed,
+        batch_size,
         ignore_flags=GROUP_OF if config.data.group_of == "drop" else 0,
         positive_share=config.data.get("positive_share", 0.25),
     )
@@ -58,7 +66,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     num_steps = total_steps(config.optimizer, steps_per_epoch)
     say(
         f"data: {dataset.directory}, {len(dataset.split(config.data.train_split))} training "
-        f"images, {dataset.num_classes} classes, {steps_per_epoch} steps an epoch", flush=True,
+        f"images, {dataset.num_classes} classes, {steps_per_epoch} steps an epoch",
+        flush=True,
     )
     proposals = setup.open_proposals(config, dataset, say)  # None: the model makes its own
 
@@ -87,23 +96,43 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     # ---------------------------------------------------------------- loop
     step_fn = jit_train_step(model, tx, mesh)
     batches = train_batches(
-        dataset, plan, config.data, seed=config.seed, start_step=start_step,
+        dataset,
+        plan,
+        config.data,
+        seed=config.seed,
+        start_step=start_step,
         num_steps=num_steps - start_step,
-        process_index=jax.process_index(), process_count=jax.process_count(), proposals=proposals,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        proposals=proposals,
     )
 
     def evaluate(step):
         results = evaluate_variables(
-            config, model, dataset, mesh, training.state.variables, step,
-            workdir / "evaluation" / f"{step}", say=say,
+            config,
+            model,
+            dataset,
+            mesh,
+            training.state.variables,
+            step,
+            workdir / "evaluation" / f"{step}",
+            say=say,
         )
         training.log(step, {f"evaluation/{name}": value for name, value in results.items()})
         return results
 
     with loop.Loop(
-        config, workdir, mesh, checkpoints, schedule, start_step=start_step, num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch, fields=setup.train_shapes(config, 1),
-        image_name=dataset.image_id, say=say,
+        config,
+        workdir,
+        mesh,
+        checkpoints,
+        schedule,
+        start_step=start_step,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        fields=setup.train_shapes(config, 1),
+        image_name=dataset.image_id,
+        say=say,
     ) as training:
         every = steps_per_epoch * config.evaluation.every_epochs
         for step in training.run(step_fn, state, batches):
@@ -113,7 +142,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         if batches.skipped_images or batches.dropped_boxes:
             say(
                 f"data: {batches.skipped_images} unreadable photos skipped, "
-                f"{batches.dropped_boxes} boxes beyond config.data.max_boxes", flush=True,
+                f"{batches.dropped_boxes} boxes beyond config.data.max_boxes",
+                flush=True,
             )
         return evaluate(num_steps)
 

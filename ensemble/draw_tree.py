@@ -12,10 +12,10 @@ from xml.sax.saxutils import escape
 
 from absl import flags
 
-from common.cli import run_main
+from common.io.commands import run_main
 from common.training.workdir import write_text
-from ensemble import tree as trees
-from ensemble.tree import Leaf, Node
+from ensemble.tree import binary_tree as trees
+from ensemble.tree.binary_tree import Leaf, Node
 
 LEAF_WIDTH, LEAF_HEIGHT = 170, 40
 NODE_WIDTH, NODE_HEIGHT = 132, 56

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from common.detections import Detections, DetectionsReader
-from common.errors import UserError
+from common.io.errors import UserError
+from common.tables import Detections, DetectionsReader
 
 COVERAGES = ("same", "union", "intersection")
 _NAMED = re.compile(r"([\w.+-]+)=(.+)")

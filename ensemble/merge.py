@@ -7,7 +7,7 @@ Chunks of whole images of all tables go through these steps; memory depends on t
 the number of images or tables:
 
 1. labels of another vocabulary are mapped, classes outside an expert's list dropped;
-2. scores are multiplied by the weights of model and class (`ensemble.weights`);
+2. scores are multiplied by the weights of model and class (`ensemble.class_weights`);
 3. the operator, or a searched tree, makes one list of each (image, class);
 4. detections are copied to parent classes, when the config says so;
 5. relations between classes, then the factors of rare and common classes, change the scores;
@@ -37,20 +37,21 @@ from absl import flags
 from jaxtyping import Bool, Float32, Int32, Int64
 from ml_collections import config_flags
 
-from common.class_mapping import read_class_mapping
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsWriter
-from common.detections.table import COORDINATE_SLACK, MAX_SCORE
-from common.errors import UserError
-from common.hierarchy import ancestors, repeat_with
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.tables import DetectionsWriter
+from common.tables.class_mapping import read_class_mapping
+from common.tables.hierarchy import ancestors, repeat_with
+from common.tables.table import COORDINATE_SLACK, MAX_SCORE
 from common.training import distributed
-from ensemble import relations, rescoring
-from ensemble import tree as tree_lib
-from ensemble.groups import Rows, apply_operator
+from ensemble import rescoring
+from ensemble.class_weights import class_weights, kept_classes, parse_pairs
 from ensemble.inputs import Chunk, Tables, aligned_chunks, open_tables, parse_inputs
 from ensemble.operators import Operator, make_operator
-from ensemble.weights import class_weights, kept_classes, parse_pairs
+from ensemble.operators.groups import Rows, apply_operator
+from ensemble.relations import rules
+from ensemble.tree import binary_tree as tree_lib
 
 EXPANSIONS = ("none", "before", "after")
 _KNEE = 1.25  # largest score that is written as it is
@@ -86,7 +87,7 @@ class Plan:
     tree: tree_lib.Tree | None
     expansion: str
     parents: Bool[np.ndarray, "K K"] | None
-    rules: relations.Rules | None
+    rules: rules.Rules | None
     rescoring: rescoring.Rescoring | None
     max_detections: int
     masks: bool
@@ -226,9 +227,7 @@ def make_plan(config: Mapping[str, Any], tables: Tables, dataset: Dataset | None
         tree=tree,
         expansion=expansion,
         parents=None if expansion == "none" else ancestors(dataset.hierarchy, tables.labels),
-        rules=relations.load_rules(relations_file, tables.labels, settings)
-        if relations_file
-        else None,
+        rules=rules.load_rules(relations_file, tables.labels, settings) if relations_file else None,
         rescoring=rescoring.Rescoring(
             rescoring.read_groups(factors["groups"], tables.labels),
             factors["mode"],
@@ -271,7 +270,7 @@ def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
         images, scores, boxes = images[copies], scores[copies], boxes[copies]
         source = None if source is None else source[copies]
     if plan.rules is not None:
-        scores = relations.rescore(plan.rules, images, labels, scores, boxes)
+        scores = rules.rescore(plan.rules, images, labels, scores, boxes)
     if plan.rescoring is not None:
         scores = plan.rescoring.apply(labels, scores)
     best = rescoring.best_rows(images, scores, plan.max_detections)

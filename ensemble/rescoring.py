@@ -25,13 +25,13 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Float32, Int, Int8
 
-from common.cli import run_main
-from common.data.convert.json_stream import stream_json
+from common.convert.json_stream import stream_json
 from common.data.dataset import Dataset
-from common.detections import Detections, read_detections
-from common.detections.table import rank_in_image
-from common.errors import UserError
-from common.evaluation import coco, lvis, openimages
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.metrics import coco, lvis, openimages
+from common.tables import Detections, read_detections
+from common.tables.table import rank_in_image
 from common.training.workdir import write_text
 
 RARE, COMMON, FREQUENT = range(3)

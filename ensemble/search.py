@@ -20,18 +20,18 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 from common.training.workdir import write_text
 from ensemble import draw_tree
-from ensemble import tree as trees
-from ensemble.groups import apply_operator
 from ensemble.inputs import Tables, open_tables
-from ensemble.join import ELEMENTS, NMS_TYPES
 from ensemble.operators import make_operator
-from ensemble.scoring import Scorer, build_scorers
-from ensemble.tree_search import MOVES, Space, Stage, State, search
+from ensemble.operators.groups import apply_operator
+from ensemble.tree import binary_tree as trees
+from ensemble.tree.evolution import MOVES, Space, Stage, State, search
+from ensemble.tree.join import ELEMENTS, NMS_TYPES
+from ensemble.tree.scoring import Scorer, build_scorers
 
 STATE_FORMAT = 1
 
@@ -141,9 +141,7 @@ def search_tables(
     return best
 
 
-def parse_options(
-    options: Mapping[str, Any],
-) -> tuple[list[Stage], Space, trees.Operators]:
+def parse_options(options: Mapping[str, Any]) -> tuple[list[Stage], Space, trees.Operators]:
     """Stages, space and equal operators of the config.
 
     Raises:

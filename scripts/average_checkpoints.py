@@ -22,8 +22,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.checkpoint_items import describe, flatten, to_nested_dict
@@ -35,7 +35,9 @@ def define_flags() -> None:
     flags.DEFINE_string("steps", None, "Checkpoints by step: 9000,10000,11000.")
     flags.DEFINE_string("epochs", None, "Checkpoints by epoch end: 9-13 or 9,11,13.")
     flags.DEFINE_integer(
-        "recompute_batch_stats", 0, "Training batches to measure the batch norms on; 0: average.",
+        "recompute_batch_stats",
+        0,
+        "Training batches to measure the batch norms on; 0: average.",
         lower_bound=0,
     )
     config_flags.DEFINE_config_file("config", None, "Of the run; to recompute batch norms.")

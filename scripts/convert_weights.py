@@ -16,12 +16,16 @@ from pathlib import Path
 
 from absl import app, flags
 
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 from common.nn.backbones import BACKBONES
-from common.nn.hrnet import HRNETS
-from common.nn.weights import convert_state_dict, read_state_dict, save_backbone_weights
-from segmentation.weights import convert_segmenter, is_segmenter
+from common.nn.backbones.hrnet import HRNETS
+from common.nn.weights.backbone_weights import (
+    convert_state_dict,
+    read_state_dict,
+    save_backbone_weights,
+)
+from segmentation.pretrained import convert_segmenter, is_segmenter
 
 
 def define_flags() -> None:

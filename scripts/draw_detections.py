@@ -19,13 +19,13 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common import rle
-from common.cli import run_main
 from common.data import images
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader
-from common.errors import UserError
-from common.masks import MaskReader
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.masks import rle
+from common.masks.dataset_masks import MaskReader
+from common.tables import DetectionsReader
 
 GAP = 8  # pixels between the two panels and between rows of the overview
 CAPTION = 24  # pixels above a panel
@@ -202,10 +202,12 @@ def draw_split(
     for index in indices:
         photo = open_photo(dataset.image_file(index), dataset.image_sizes[index], side)
         truth, found = ground_truth(dataset, index, masks, photo.size[::-1]), detections[index]
-        picture = side_by_side([
-            (f"ground truth: {len(truth[0])} boxes", draw_boxes(photo, truth)),
-            (f"detections: {len(found[0])} boxes", draw_boxes(photo, found)),
-        ])
+        picture = side_by_side(
+            [
+                (f"ground truth: {len(truth[0])} boxes", draw_boxes(photo, truth)),
+                (f"detections: {len(found[0])} boxes", draw_boxes(photo, found)),
+            ]
+        )
         name = re.sub(r"[^A-Za-z0-9._-]", "_", dataset.image_id(index))  # ids may hold slashes
         paths.append(output / f"{name}.jpg")
         save_jpeg(picture, paths[-1])

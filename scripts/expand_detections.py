@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader, DetectionsWriter
-from common.errors import UserError
-from common.hierarchy import ancestors, expand_detections
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.tables import DetectionsReader, DetectionsWriter
+from common.tables.hierarchy import ancestors, expand_detections
 
 
 def define_flags() -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.errors import UserError
-from common.exchange.openimages_csv import read_openimages
-from common.exchange.results_json import read_results
-from common.exchange.spool import Importer
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.tables.exchange.openimages_csv import read_openimages
+from common.tables.exchange.results_json import read_results
+from common.tables.exchange.spool import Importer
 from scripts.submit import FORMATS, define_id_flags, numbers
 
 

@@ -13,11 +13,11 @@ hierarchy of the new vocabulary.
 import numpy as np
 from absl import flags
 
-from common.class_mapping import RULES, map_detections, read_class_mapping
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader, DetectionsWriter
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.tables import DetectionsReader, DetectionsWriter
+from common.tables.class_mapping import RULES, map_detections, read_class_mapping
 
 
 def define_flags() -> None:

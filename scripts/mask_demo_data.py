@@ -20,9 +20,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from common import rle
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.masks import rle
 from scripts.quickstart_data import tiles
 
 PHOTO, MASKS = "stardist/data/images/img2d.tif", "stardist/data/images/mask2d.tif"
@@ -61,11 +61,17 @@ def annotations(masks: np.ndarray, image_id: int, first_id: int) -> list[dict]:
             continue
         counts = rle.encode([mask])
         xmin, ymin, xmax, ymax = rle.tight_boxes(counts, np.array([mask.shape]))[0].tolist()
-        found.append({
-            "id": first_id + len(found), "image_id": image_id, "category_id": 1, "iscrowd": 0,
-            "bbox": [xmin, ymin, xmax - xmin, ymax - ymin], "area": int(mask.sum()),
-            "segmentation": {"size": list(mask.shape), "counts": counts[0].decode()},
-        })
+        found.append(
+            {
+                "id": first_id + len(found),
+                "image_id": image_id,
+                "category_id": 1,
+                "iscrowd": 0,
+                "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
+                "area": int(mask.sum()),
+                "segmentation": {"size": list(mask.shape), "counts": counts[0].decode()},
+            }
+        )
     return found
 
 
@@ -89,9 +95,9 @@ def build(wheel: Path, output: Path) -> None:
             name = f"nuclei_{xmin:03d}_{ymin:03d}.png"
             Image.fromarray(photo[ymin:ymax, xmin:xmax]).save(temporary / "images" / name)
             content = files[split]
-            content["images"].append({
-                "id": image_id, "file_name": name, "height": ymax - ymin, "width": xmax - xmin,
-            })
+            content["images"].append(
+                {"id": image_id, "file_name": name, "height": ymax - ymin, "width": xmax - xmin}
+            )
             content["annotations"] += annotations(
                 masks[ymin:ymax, xmin:xmax], image_id, len(content["annotations"]) + 1
             )

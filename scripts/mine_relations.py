@@ -13,12 +13,12 @@ import time
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import DEPICTION, GROUP_OF, Dataset
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 from common.training.workdir import write_text
-from ensemble.relation_mining import mine_relations
-from ensemble.relations import RelationSettings
+from ensemble.relations.mining import mine_relations
+from ensemble.relations.rules import RelationSettings
 from scripts.matrix_picture import draw_matrix
 
 _IGNORED = {"group_of": GROUP_OF, "depiction": DEPICTION}
@@ -32,8 +32,11 @@ def define_flags() -> None:
     flags.DEFINE_string("picture", None, "SVG file: co-occurrence of the most frequent classes.")
     flags.DEFINE_integer("picture_classes", 40, "Classes in the picture.", lower_bound=2)
     flags.DEFINE_float(
-        "inside", default.inside, "Share of a box that must be covered to lie inside another.",
-        lower_bound=0.0, upper_bound=1.0,
+        "inside",
+        default.inside,
+        "Share of a box that must be covered to lie inside another.",
+        lower_bound=0.0,
+        upper_bound=1.0,
     )
     flags.DEFINE_multi_enum("ignore", [], list(_IGNORED), "Boxes to leave out.")
     flags.DEFINE_enum(

@@ -22,11 +22,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from common.cli import run_main
-from common.errors import UserError
-from common.training import distributed, flops, topologies
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.training import distributed
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
-from common.training.train_step import init_state, jit_train_step
+from common.training.pod import flops, topologies
+from common.training.step import init_state, jit_train_step
 from common.training.workdir import write_text
 from detection import setup as detection_setup
 from segmentation import setup as segmentation_setup

@@ -12,8 +12,8 @@ from xml.sax.saxutils import escape
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 from common.training.workdir import write_text
 
 WIDTH, HEIGHT, MARGIN = 420, 260, 46

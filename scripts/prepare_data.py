@@ -18,11 +18,11 @@ from pathlib import Path
 
 from absl import flags
 
-from common.cli import run_main
-from common.data.convert.assemble import Options, write_dataset
-from common.data.convert.report import Report
+from common.convert.assemble import Options, write_dataset
+from common.convert.report import Report
 from common.data.dataset import check_output
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 
 FORMATS = ("openimages", "coco", "lvis", "objects365", "voc", "tfds")
 
@@ -97,7 +97,7 @@ def _read(format_name: str, report: Report, spool: Path):
     if classes is not None and format_name not in ("openimages", "voc"):
         raise UserError(f"--classes: {format_name} brings its own class list")
     if format_name == "openimages":
-        from common.data.convert.openimages import read_openimages
+        from common.convert.openimages import read_openimages
 
         return read_openimages(
             Path(flags.FLAGS.source),
@@ -109,7 +109,7 @@ def _read(format_name: str, report: Report, spool: Path):
             mask_folder=_path(flags.FLAGS.masks),
         )
     if format_name in ("coco", "lvis", "objects365"):
-        from common.data.convert.coco import read_coco
+        from common.convert.coco import read_coco
 
         return read_coco(
             flags.FLAGS.source,
@@ -120,7 +120,7 @@ def _read(format_name: str, report: Report, spool: Path):
             hierarchy=hierarchy,
         )
     if format_name == "voc":
-        from common.data.convert.voc import read_voc
+        from common.convert.voc import read_voc
 
         return read_voc(
             Path(flags.FLAGS.source),
@@ -130,7 +130,7 @@ def _read(format_name: str, report: Report, spool: Path):
             one_based=flags.FLAGS.voc_one_based,
         )
     # TensorFlow takes seconds to import: only here.
-    from common.data.convert.tfds import read_tfds
+    from common.convert.tfds import read_tfds
 
     return read_tfds(
         flags.FLAGS.source,

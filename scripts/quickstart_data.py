@@ -25,8 +25,8 @@ from xml.etree import ElementTree
 from absl import flags
 from PIL import Image
 
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 
 CLASSES = ("Tree", "Alive", "Dead")
 HIERARCHY = {
@@ -224,7 +224,10 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
     values = flags.FLAGS
     build(
-        Path(values.wheel), Path(values.output), values.tile_size, values.validation_share,
+        Path(values.wheel),
+        Path(values.output),
+        values.tile_size,
+        values.validation_share,
         values.min_visible,
     )
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 from common.report.analysis import analyse
 from common.report.confusion import count_confusions
 from common.report.page import build_page
 from common.report.pictures import choose, read_photos
 from common.report.scope import open_scope, table_names
+from common.tables import DetectionsReader
 
 
 def define_flags() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader, DetectionsWriter
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.tables import DetectionsReader, DetectionsWriter
 
 
 def restrict_table(
@@ -51,7 +51,10 @@ def restrict_table(
                 written += int(keep.sum())
                 shapes = (list(part.masks[keep]), part.mask_sizes[keep]) if masks else ()
                 writer.add(
-                    name, names[part.label_index[keep]], part.scores[keep], part.boxes[keep],
+                    name,
+                    names[part.label_index[keep]],
+                    part.scores[keep],
+                    part.boxes[keep],
                     *shapes,
                 )
         empty = ([], np.zeros((0, 2), np.int32)) if masks else ()
@@ -73,7 +76,10 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
     values = flags.FLAGS
     written, rows = restrict_table(
-        Path(values.detections), Dataset.open(values.dataset), values.split, Path(values.output),
+        Path(values.detections),
+        Dataset.open(values.dataset),
+        values.split,
+        Path(values.output),
         values.min_score,
     )
     print(f"wrote {values.output}: {written} of {rows} detections", flush=True)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader
-from common.errors import UserError
-from common.evaluation import coco, lvis, openimages, openimages_masks
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.metrics import coco, lvis, openimages, openimages_masks
+from common.tables import DetectionsReader
 
 METRICS = ("openimages", "openimages_masks", "coco", "coco_masks", "lvis", "lvis_masks")
 

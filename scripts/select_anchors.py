@@ -4,9 +4,9 @@
         --num_ratios=6 --num_scales=3 --output=anchors.json
 
 Boxes are measured as training sees them, on photos resized to the canvas. The k-means is that of
-`detection.anchor_selection`: on log width and log height, over a grid of ratios and scales that
-every level of the pyramid has. Compared with the chosen anchors are the usual 3 (scale 8) and the
-18 of the paper (section 6), whose ratios can be read as height/width or width/height.
+`detection.assign.anchor_selection`: on log width and log height, over a grid of ratios and scales
+that every level of the pyramid has. Compared with the chosen anchors are the usual 3 (scale 8) and
+the 18 of the paper (section 6), whose ratios can be read as height/width or width/height.
 
 Recall is the share of boxes that some anchor overlaps by IoU 0.5 (0.7): 'on the grid' with the
 anchors where they are, those that cross the border too, exactly; 'by shape' with an anchor on the
@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
-from common.data.convert.photos import read_sizes
+from common.convert.photos import read_sizes
 from common.data.dataset import Dataset
 from common.data.images import canvas_shape
-from common.errors import UserError
-from detection.anchor_selection import (
+from common.io.commands import run_main
+from common.io.errors import UserError
+from detection.assign.anchor_selection import (
     AnchorSet,
     Recall,
     ShapeHistograms,
@@ -93,8 +93,11 @@ def main(_):
     results |= {"images": len(indices), "boxes": count, "sets": {}}
     for anchors, recall in zip(sets, recalls, strict=True):
         results["sets"][anchors.name] = {
-            "scales": anchors.scales, "ratios": anchors.ratios,
-            "ratio_convention": anchors.convention, "anchors": anchors.size, **recall.result(),
+            "scales": anchors.scales,
+            "ratios": anchors.ratios,
+            "ratio_convention": anchors.convention,
+            "anchors": anchors.size,
+            **recall.result(),
         }
     print(report(results), flush=True)
     write_json(Path(f.output), results)
@@ -134,11 +137,7 @@ def photo_sizes(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
 
 
 def pieces(
-    dataset: Dataset,
-    indices: np.ndarray,
-    sizes: np.ndarray,
-    canvas: Sequence[int],
-    task: str,
+    dataset: Dataset, indices: np.ndarray, sizes: np.ndarray, canvas: Sequence[int], task: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields boxes with an area in canvas pixels, and their classes, of some images at a time."""
     start_time = said = time.monotonic()

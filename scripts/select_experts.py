@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset, check_output
 from common.data.plan import images_by_class
 from common.data.subset import write_subset
-from common.errors import UserError
-from common.evaluation.confusion import confusion_matrix
-from detection import experts
-from ensemble.weights import read_class_aps
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.metrics.confusion import confusion_matrix
+from detection.experts import selection
+from ensemble.class_weights import read_class_aps
 
 VIEWS = ("hierarchy", "confusion", "weights")
 
@@ -50,7 +50,7 @@ def define_flags() -> None:
         "workdir", None, "Run (or .safetensors file) whose classifier the weights view looks at."
     )
     flags.DEFINE_integer("step", None, "Checkpoint of --workdir; default: the newest.")
-    flags.DEFINE_string("classifier", experts.CLASSIFIER, "End of the path of the class weights.")
+    flags.DEFINE_string("classifier", selection.CLASSIFIER, "End of the path of the class weights.")
     flags.DEFINE_float("min_cosine", 0.25, "Pairs with a larger cosine are confusable.")
     flags.DEFINE_bool(
         "require_verified",
@@ -91,7 +91,7 @@ def main(argv):
     confusable, found_by = {}, {}
     for view, (strength, least) in similarities(dataset, args, positive).items():
         # Classes without training images have nothing to give.
-        pairs = experts.negative_classes(dataset, positive, (strength > least) & (with_box > 0))
+        pairs = selection.negative_classes(dataset, positive, (strength > least) & (with_box > 0))
         confusable[view] = pairs
         for c in np.flatnonzero(pairs.any(axis=0)):
             found_by.setdefault(int(c), {})[view] = round(float(strength[pairs[:, c], c].max()), 4)
@@ -109,7 +109,7 @@ def main(argv):
     pairs = np.logical_or.reduce(list(confusable.values()))
 
     # ---------------------------------------------------------------- images
-    chosen = experts.select_images(
+    chosen = selection.select_images(
         dataset, images, positive, pairs, require_verified=args.require_verified
     )
     ratio = len(chosen.negative) / max(len(chosen.positive), 1)
@@ -144,7 +144,7 @@ def main(argv):
         "model.drop_background_rois": True,
     }
     doc = f"Expert for {len(positive)} classes, written by scripts.select_experts."
-    config = experts.config_text(module, base_arg, fields, doc)
+    config = selection.config_text(module, base_arg, fields, doc)
 
     def finish(writer) -> None:
         writer.write_json("expert.json", report)
@@ -193,25 +193,28 @@ def positive_classes(dataset: Dataset, args: Any, aps, with_box) -> np.ndarray:
             f"{args.metrics}: AP of classes such as {next(iter(aps))!r}, none is in "
             f"{dataset.directory}"
         )
-    return experts.lowest_classes(aps, dataset.class_labels, with_box, args.num_classes)
+    return selection.lowest_classes(aps, dataset.class_labels, with_box, args.num_classes)
 
 
 def similarities(dataset: Dataset, args: Any, positive) -> dict[str, tuple[np.ndarray, float]]:
     """(P, K) similarity of each view that has its input, and the threshold to exceed."""
     views = {}
     if "hierarchy" in args.views:
-        views["hierarchy"] = (experts.sibling_classes(dataset, positive), 0.5)
+        views["hierarchy"] = (selection.sibling_classes(dataset, positive), 0.5)
     if "confusion" in args.views and args.detections:
         counts = confusion_matrix(
-            dataset, args.confusion_split, args.detections, min_score=args.min_score,
+            dataset,
+            args.confusion_split,
+            args.detections,
+            min_score=args.min_score,
             allow_partial=True,
         )
-        views["confusion"] = (experts.confused_classes(counts, positive), args.min_confusion)
+        views["confusion"] = (selection.confused_classes(counts, positive), args.min_confusion)
     if "weights" in args.views and args.workdir:
-        weights = experts.read_classifier(
+        weights = selection.read_classifier(
             args.workdir, dataset.num_classes, step=args.step, name=args.classifier
         )
-        views["weights"] = (experts.cosine_similarity(weights, positive), args.min_cosine)
+        views["weights"] = (selection.cosine_similarity(weights, positive), args.min_cosine)
     return views
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader
-from common.errors import UserError
-from common.evaluation.coverage import split_images
-from common.exchange import ids, results_json
-from common.exchange.openimages_csv import write_openimages
-from common.exchange.rows import SCORES, Outgoing
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.metrics.coverage import split_images
+from common.tables import DetectionsReader
+from common.tables.exchange import ids, results_json
+from common.tables.exchange.openimages_csv import write_openimages
+from common.tables.exchange.rows import SCORES, Outgoing
 
 FORMATS = ("openimages", "openimages_masks", "coco", "lvis")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import GROUP_OF, Dataset
-from common.detections import DetectionsWriter
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.tables import DetectionsWriter
 
 
 def write_truth(dataset: Dataset, split: str, output: Path) -> int:
@@ -25,7 +25,8 @@ def write_truth(dataset: Dataset, split: str, output: Path) -> int:
     """
     labels = np.array(dataset.class_labels)
     metadata = {
-        "model": "ground truth", "dataset": dataset.meta.get("name", str(dataset.directory)),
+        "model": "ground truth",
+        "dataset": dataset.meta.get("name", str(dataset.directory)),
         "split": split,
     }
     rows = 0
@@ -35,8 +36,10 @@ def write_truth(dataset: Dataset, split: str, output: Path) -> int:
             single = flags_ & GROUP_OF == 0
             rows += int(single.sum())
             writer.add(
-                dataset.image_id(image), labels[classes[single]],
-                np.ones(single.sum(), np.float32), boxes[single],
+                dataset.image_id(image),
+                labels[classes[single]],
+                np.ones(single.sum(), np.float32),
+                boxes[single],
             )
     return rows
 

@@ -21,16 +21,16 @@ from jax.sharding import Mesh
 from jaxtyping import Float64
 from ml_collections import ConfigDict
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.io.progress import Progress
 from common.training import command, distributed, loop
-from common.training.progress import Progress
 from common.training.workdir import write_text
 from segmentation import setup
-from segmentation.input import eval_batches
+from segmentation.crops.batches import eval_batches
+from segmentation.inference import FIGURES, evaluation_step
 from segmentation.models.segmenter import Segmenter
-from segmentation.predict import FIGURES, evaluation_step
 
 
 def evaluate_variables(
@@ -55,8 +55,12 @@ def evaluate_variables(
     measure = evaluation_step(model, dataset.num_classes, bool(config.test.flip), mesh)
     fields = tuple(setup.batch_shapes((1, 1), 1))
     batches = eval_batches(
-        dataset, split, setup.evaluation_data(config), batch_size=batch_size,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        dataset,
+        split,
+        setup.evaluation_data(config),
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     progress = Progress(batches.num_batches, batch_size, mesh.size)
     totals = np.zeros((dataset.num_classes, len(FIGURES)))

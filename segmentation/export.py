@@ -24,20 +24,20 @@ from jax.sharding import Mesh
 from jaxtyping import Int64
 from ml_collections import ConfigDict
 
-from common import rle
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader, DetectionsWriter
-from common.detections.table import Detections
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.io.progress import Progress
+from common.masks import rle
+from common.tables import DetectionsReader, DetectionsWriter
+from common.tables.table import Detections
 from common.training import command, distributed, loop
-from common.training.progress import Progress
 from common.training.workdir import read_config
 from segmentation import setup, vote
-from segmentation.input import BoxBatch, View, box_batches
+from segmentation.crops.batches import BoxBatch, View, box_batches
+from segmentation.inference import PROBABILITY_ONE, Voter, vote_step
 from segmentation.models.segmenter import Segmenter
 from segmentation.paste import paste, pixel_window
-from segmentation.predict import PROBABILITY_ONE, Voter, vote_step
 
 _CHUNK_ROWS = 1 << 17  # of the table in memory at once, with their masks
 
@@ -74,7 +74,9 @@ class Panel:
             places = {network: i for i, network in enumerate(chosen)}
             step = vote_step(
                 tuple(networks[i].model for i in chosen),
-                tuple(Voter(places[v.network], v.flip) for v in members), mean, mesh,
+                tuple(Voter(places[v.network], v.flip) for v in members),
+                mean,
+                mesh,
             )
             self._steps.append((step, tuple(networks[i].variables for i in chosen)))
             test = networks[chosen[0]].test
@@ -85,8 +87,10 @@ class Panel:
         """Sets the devices to work on one view of a batch of boxes."""
         step, variables = self._steps[batch.view]
         fields = {
-            "image": batch.image, "image_size": batch.image_size,
-            "image_valid": batch.image_valid, "classes": classes,
+            "image": batch.image,
+            "image_size": batch.image_size,
+            "image_valid": batch.image_valid,
+            "classes": classes,
         }
         return step(variables, distributed.to_global(fields, self._mesh))
 
@@ -121,9 +125,7 @@ def open_network(
     config: ConfigDict, workdir: str, step: int | None, dataset: Dataset, mesh: Mesh
 ) -> Network:
     model = setup.build_model(config, dataset.num_classes)
-    variables, step = setup.restore_variables(
-        config, model, workdir, distributed.make_mesh(), step
-    )
+    variables, step = setup.restore_variables(config, model, workdir, distributed.make_mesh(), step)
     if mesh.size < len(jax.devices()):
         variables = distributed.to_local(variables, mesh)
     return Network(config.name, step, model, variables, config.test)
@@ -170,8 +172,10 @@ def add_masks(
         "segmentation": {
             "voters": [
                 {
-                    "model": networks[v.network].name, "step": networks[v.network].step,
-                    "flip": bool(v.flip), "crop": setup.crop_of(networks[v.network].test).to_dict(),
+                    "model": networks[v.network].name,
+                    "step": networks[v.network].step,
+                    "flip": bool(v.flip),
+                    "crop": setup.crop_of(networks[v.network].test).to_dict(),
                 }
                 for v in voters
             ],
@@ -180,7 +184,10 @@ def add_masks(
         },
     }
     writer = DetectionsWriter(
-        output, metadata, process_index=jax.process_index(), process_count=jax.process_count(),
+        output,
+        metadata,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
         masks=True,
     )
     # A step is a box here, a part of all of them where there are several processes.
@@ -193,8 +200,12 @@ def add_masks(
             masks = np.empty(len(chunk), object)
             sizes = np.zeros((len(chunk), 2), np.int32)
             batches = box_batches(
-                dataset, image_rows[chunk.image_index], chunk.boxes, panel.views,
-                batch_size=batch_size, on_image_error=config.data.on_image_error,
+                dataset,
+                image_rows[chunk.image_index],
+                chunk.boxes,
+                panel.views,
+                batch_size=batch_size,
+                on_image_error=config.data.on_image_error,
                 num_threads=config.data.num_threads,
             )
             for block, found in ahead(panel, batches, chunk.label_index):
@@ -264,11 +275,7 @@ def ahead(
 
 
 def block_masks(
-    block: list[BoxBatch],
-    found: list[np.ndarray],
-    weights: list[int],
-    rule: str,
-    threshold: float,
+    block: list[BoxBatch], found: list[np.ndarray], weights: list[int], rule: str, threshold: float
 ) -> list[bytes]:
     """Run lengths of the mask of each real box of a block, in the order of its slots.
 
@@ -303,8 +310,12 @@ def write_rows(
     for image, start, stop in zip(images, bounds[:-1], bounds[1:], strict=True):
         rows = slice(start, stop)
         writer.add(
-            chunk.image_ids[image], labels[chunk.label_index[rows]], chunk.scores[rows],
-            chunk.boxes[rows], list(masks[rows]), sizes[rows],
+            chunk.image_ids[image],
+            labels[chunk.label_index[rows]],
+            chunk.scores[rows],
+            chunk.boxes[rows],
+            list(masks[rows]),
+            sizes[rows],
         )
 
 
@@ -329,9 +340,7 @@ def main(_):
         networks = [open_network(config, values.workdir, values.step, dataset, mesh)]
         voters = [Voter(0, bool(config.test.flip))]
     output = Path(values.output)
-    count = add_masks(
-        config, dataset, networks, voters, mesh, Path(values.boxes), output, say=say
-    )
+    count = add_masks(config, dataset, networks, voters, mesh, Path(values.boxes), output, say=say)
     say(f"wrote {output}: {count} boxes with masks, {len(voters)} voters", flush=True)
 
 

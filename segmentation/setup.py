@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.nn import norm
+from common.nn.layers import norm
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
-from common.training.train_step import init_variables
+from common.training.step import init_variables
 from segmentation.models.segmenter import Segmenter, build
 
 INFERENCE_FIELDS = ("image", "image_size", "image_valid", "classes")

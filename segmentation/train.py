@@ -15,29 +15,31 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from common.cli import run_main
 from common.data.dataset import Dataset
+from common.io.commands import run_main
 from common.training import command, loop
 from common.training.checkpoint import Checkpoints
-from common.training.metrics import log_parameter_overview
-from common.training.optimizer import (
-    make_optimizer,
-    make_schedule,
-    total_steps,
-    trained_mask,
-)
-from common.training.train_step import init_state, jit_train_step
+from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
+from common.training.run_metrics import log_parameter_overview
+from common.training.step import init_state, jit_train_step
 from common.training.workdir import prepare_workdir
 from segmentation import setup
+from segmentation.crops.batches import train_batches
+from segmentation.crops.plan import make_plan
 from segmentation.evaluate import evaluate_variables
-from segmentation.input import train_batches
-from segmentation.instance_plan import make_plan
-from segmentation.weights import with_pretrained
+from segmentation.pretrained import with_pretrained
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
-    "log", "checkpoint", "evaluation", "test", "data.dir", "data.num_threads", "data.prefetch",
-    "data.eval_split", "model.pretrained",
+    "log",
+    "checkpoint",
+    "evaluation",
+    "test",
+    "data.dir",
+    "data.num_threads",
+    "data.prefetch",
+    "data.eval_split",
+    "model.pretrained",
 )
 
 
@@ -55,7 +57,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     say(
         f"data: {dataset.directory}, {plan.num_instances} instances with masks in "
         f"{config.data.train_split}, {dataset.num_classes} classes, {plan.steps_per_epoch} steps "
-        "an epoch", flush=True,
+        "an epoch",
+        flush=True,
     )
 
     # ---------------------------------------------------------------- model and optimiser
@@ -80,22 +83,41 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     # ---------------------------------------------------------------- loop
     step_fn = jit_train_step(model, tx, mesh)  # compiles once for each canvas
     batches = train_batches(
-        dataset, plan, config.data, start_step=start_step, num_steps=num_steps - start_step,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        dataset,
+        plan,
+        config.data,
+        start_step=start_step,
+        num_steps=num_steps - start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
 
     def evaluate(step):
         results = evaluate_variables(
-            config, model, dataset, mesh, training.state.variables, step,
-            workdir / "evaluation" / f"{step}", say=say,
+            config,
+            model,
+            dataset,
+            mesh,
+            training.state.variables,
+            step,
+            workdir / "evaluation" / f"{step}",
+            say=say,
         )
         training.log(step, {f"evaluation/{name}": value for name, value in results.items()})
         return results
 
     with loop.Loop(
-        config, workdir, mesh, checkpoints, schedule, start_step=start_step, num_steps=num_steps,
-        steps_per_epoch=plan.steps_per_epoch, fields=setup.batch_shapes((1, 1), 1),
-        image_name=functools.partial(instance_name, dataset), say=say,
+        config,
+        workdir,
+        mesh,
+        checkpoints,
+        schedule,
+        start_step=start_step,
+        num_steps=num_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        fields=setup.batch_shapes((1, 1), 1),
+        image_name=functools.partial(instance_name, dataset),
+        say=say,
     ) as training:
         every = config.evaluation.every_steps
         for step in training.run(step_fn, state, with_names(batches)):

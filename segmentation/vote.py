@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-from common.errors import UserError
+from common.io.errors import UserError
 
 VOTES = ("mean", "hard")
 

@@ -14,11 +14,18 @@ SECONDS = 900
 def start(module: str, *flags: str, devices: int = 1, **variables: str) -> subprocess.Popen:
     """Starts `python -m MODULE` with `variables` of the environment; errors join the output."""
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **variables
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        **variables,
     }
     return subprocess.Popen(
-        [sys.executable, "-m", module, *flags], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", module, *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -37,8 +44,12 @@ def run_two_processes(module: str, *flags: str, devices: int = 1) -> list[str]:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     processes = [
         start(
-            module, *flags, devices=devices, JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
+            module,
+            *flags,
+            devices=devices,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(i),
         )
         for i in range(2)
     ]
@@ -62,5 +73,6 @@ def losses(workdir: Path) -> list[tuple[int, str, str]]:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [
         (line["step"], repr(line["loss"]), repr(line["gradient_norm"]))
-        for line in lines if "loss" in line
+        for line in lines
+        if "loss" in line
     ]

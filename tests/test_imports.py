@@ -10,7 +10,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "detection", "segmentation", "ensemble", "configs", "scripts")
 # Peers that tests compare with: no product code may need them.
 OPTIONAL = (
-    "torch", "torchvision", "timm", "pycocotools", "lvis", "ensemble_boxes", "numba", "libtpu"
+    "torch",
+    "torchvision",
+    "timm",
+    "pycocotools",
+    "lvis",
+    "ensemble_boxes",
+    "numba",
+    "libtpu",
 )
 
 MODULES = sorted(

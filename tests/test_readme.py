@@ -92,10 +92,13 @@ def mentioned_files() -> list[str]:
     """Files and folders in `code`, links and pictures that name a path inside this repository."""
     words = re.findall(r"`([^`\n]+)`", README) + re.findall(r"\]\(([^)#\s]+)\)", README)
     tops = {path.name for path in ROOT.iterdir()}
-    return sorted({
-        word.rstrip("/") for word in words
-        if re.fullmatch(r"[\w./-]+", word) and "/" in word and word.split("/")[0] in tops
-    })
+    return sorted(
+        {
+            word.rstrip("/")
+            for word in words
+            if re.fullmatch(r"[\w./-]+", word) and "/" in word and word.split("/")[0] in tops
+        }
+    )
 
 
 @pytest.mark.parametrize("name", mentioned_files())

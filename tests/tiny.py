@@ -31,8 +31,13 @@ def write_dataset(directory: Path, num_images: int = 12, size: int = 64, seed: i
                 classes.append(int(class_))
             Image.fromarray(pixels).save(photos / f"photo{i:03d}.png")
             writer.add_image(
-                f"photo{i:03d}", f"photo{i:03d}.png", (size, size), np.array(boxes) / size, classes,
-                label_classes=[0, 1, 2], label_confidences=[int(c in classes) for c in range(3)],
+                f"photo{i:03d}",
+                f"photo{i:03d}.png",
+                (size, size),
+                np.array(boxes) / size,
+                classes,
+                label_classes=[0, 1, 2],
+                label_confidences=[int(c in classes) for c in range(3)],
             )
         split = num_images - num_images // 4
         writer.add_split("train", range(split))

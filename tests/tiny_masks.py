@@ -6,9 +6,9 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from common import rle
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.detections import DetectionsWriter
+from common.masks import rle
+from common.tables import DetectionsWriter
 from configs.segmentation import hrnet_w48_112
 
 COLOURS = ((220, 60, 40), (60, 80, 230))
@@ -51,8 +51,13 @@ def write_dataset(directory: Path, num_images: int = 12, seed: int = 0) -> Path:
                 entries += [None, None]
             Image.fromarray(pixels).save(photos / f"photo{i:03d}.png")
             writer.add_image(
-                f"photo{i:03d}", f"photo{i:03d}.png", SIZE,
-                np.array(boxes) / [width, height, width, height], classes, flags, masks=entries,
+                f"photo{i:03d}",
+                f"photo{i:03d}.png",
+                SIZE,
+                np.array(boxes) / [width, height, width, height],
+                classes,
+                flags,
+                masks=entries,
             )
         split = num_images - num_images // 4
         writer.add_split("train", range(split))
@@ -86,9 +91,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.update(backbone="hrnet_w18", dtype="float32", class_specific=True)
     # Stages 3 and 4 are their transitions alone: little to compile.
     config.model.layout = dict(width=4, modules=(1, 0, 0), blocks=1)
-    config.optimizer.update(
-        learning_rate_per_image=0.01, num_steps=int(arg or 30), clip_norm=5.0
-    )
+    config.optimizer.update(learning_rate_per_image=0.01, num_steps=int(arg or 30), clip_norm=5.0)
     config.checkpoint.every_steps = 5
     config.evaluation.batch_size = 4
     config.test.update(fixed=(32, 32), canvases=((32, 32),))

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from common.data.examples import PhotoErrors
-from common.errors import UserError
+from common.io.errors import UserError
 
 # TensorFlow only reads here; left alone it would take the memory of the accelerators.
 for _kind in ("GPU", "TPU"):

@@ -41,7 +41,7 @@ from common.data.dataset_format import (
     TRUNCATED,
 )
 from common.data.dataset_writer import DatasetWriter, check_output, flat_hierarchy
-from common.errors import UserError
+from common.io.errors import UserError
 
 __all__ = [
     "ABSENT",

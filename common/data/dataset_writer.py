@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from common.data.dataset_format import FORMAT, INDEX, OPTIONAL, STRINGS
-from common.errors import UserError
+from common.io.errors import UserError
 
 
 class DatasetWriter:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64
 from common.data import images
 from common.data.dataset import GROUP_OF, Dataset
 from common.data.proposals import TableBoxes
-from common.errors import UserError
+from common.io.errors import UserError
 
 _MIN_TRIED = 100  # images before the share of unreadable ones is judged
 

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 from PIL import ExifTags, Image
 
-from common.errors import UserError
+from common.io.errors import UserError
 
 MAX_PIXELS = 1 << 29  # of a photo: 1.5 GiB decoded; the guard against decompression bombs
 MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the box is dropped

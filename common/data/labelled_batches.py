@@ -21,7 +21,7 @@ import numpy as np
 from common.data import images
 from common.data.labelled_images import LabelledImages
 from common.data.plan import UniformPlan
-from common.errors import UserError
+from common.io.errors import UserError
 
 _TRAIN = 2  # stream of random numbers; 0 and 1 are those of `common.data.input`
 _TRIES = 10  # random crops until one fits into the photo
@@ -145,7 +145,8 @@ def _crop(shape, window, size, *, flip) -> images.Geometry:
     # Whole pixels of the resized photo; `Geometry` has no others.
     full = (max(size, round(shape[0] * size / h)), max(size, round(shape[1] * size / w)))
     offset = (
-        min(round(top * size / h), full[0] - size), min(round(left * size / w), full[1] - size)
+        min(round(top * size / h), full[0] - size),
+        min(round(left * size / w), full[1] - size),
     )
     return images.Geometry(full, offset, (size, size), flip)
 
@@ -163,15 +164,19 @@ def _example(
     except images.ImageError as error:
         raise UserError(f"{source.name(index)}: cannot read the image: {error}") from error
     return {
-        "image": pixels, "label": np.int32(label), "image_index": np.int32(index),
+        "image": pixels,
+        "label": np.int32(label),
+        "image_index": np.int32(index),
         "image_valid": np.True_,
     }
 
 
 def _padding(size: int) -> Example:
     return {
-        "image": np.zeros((size, size, 3), np.uint8), "label": np.int32(0),
-        "image_index": np.int32(-1), "image_valid": np.False_,
+        "image": np.zeros((size, size, 3), np.uint8),
+        "label": np.int32(0),
+        "image_index": np.int32(-1),
+        "image_valid": np.False_,
     }
 
 

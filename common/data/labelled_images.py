@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from common.data.images import read_file
-from common.errors import UserError
+from common.io.errors import UserError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -163,9 +163,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> TfdsImages:
             f"config.data.tfds={name}: found features {', '.join(features)}, expected image and "
             "label with class names"
         )
-    source = builder.as_data_source(
-        split=split, decoders={"image": tfds.decode.SkipDecoding()}
-    )
+    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     return TfdsImages(f"{name} {split}", class_names, source)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64, UInt64
 
 from common.data.dataset import Dataset
-from common.errors import UserError
+from common.io.errors import UserError
 
 SAMPLERS = ("uniform", "class_aware", "full_class_batch", "expert")
 

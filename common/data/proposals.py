@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader
-from common.errors import UserError
+from common.io.errors import UserError
+from common.tables import DetectionsReader
 
 _NO_BOXES = np.zeros((0, 4), np.float32)
 

@@ -12,8 +12,8 @@ from jaxtyping import Int
 
 from common.data.dataset import Dataset
 from common.data.dataset_writer import DatasetWriter
-from common.hierarchy import restrict
-from common.ranges import rows_of
+from common.tables.hierarchy import restrict
+from common.tables.ranges import rows_of
 
 SLAB = 1 << 16  # images
 

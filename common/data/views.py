@@ -198,9 +198,7 @@ def _draw(
 def _batch(fields: dict[str, Any], drawn: Sequence[Future]) -> ViewBatch:
     pixels, sizes = zip(*(future.result() for future in drawn), strict=True)
     size = np.array(sizes, np.float32)
-    return ViewBatch(
-        **fields, image=np.stack(pixels), image_size=size, image_valid=size[:, 0] > 0
-    )
+    return ViewBatch(**fields, image=np.stack(pixels), image_size=size, image_valid=size[:, 0] > 0)
 
 
 def map_ahead(

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.detections import Detections, DetectionsReader
-from common.evaluation import openimages
-from common.evaluation.coverage import selected_chunks
-from common.hierarchy import expand_detections
+from common.metrics import openimages
+from common.metrics.coverage import selected_chunks
 from common.report import errors, gains
 from common.report.scope import Scope
+from common.tables import Detections, DetectionsReader
+from common.tables.hierarchy import expand_detections
 
 PROGRESS_SECONDS = 5.0
 

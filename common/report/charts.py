@@ -35,10 +35,7 @@ def _frame(title: str, x_label: str, x_ticks: Sequence[tuple[float, str]], body:
 
 
 def _place(x: float, y: float) -> tuple[float, float]:
-    return (
-        LEFT + x * (WIDTH - LEFT - RIGHT),
-        HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM),
-    )
+    return (LEFT + x * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM))
 
 
 def mean_curves(curves: Sequence[Float[np.ndarray, " R"]]) -> str:

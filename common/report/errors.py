@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.evaluation import openimages
-from common.evaluation.openimages import Matches, Truth
+from common.metrics import openimages
+from common.metrics.openimages import Matches, Truth
 
 IOU, MIN_IOU = 0.5, 0.1  # a hit; what TIDE calls background below
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.evaluation import openimages
+from common.metrics import openimages
 from common.report import errors
 
 RECALLS = 101  # points of a curve: precision at recall 0, 0.01, ... 1

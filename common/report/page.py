@@ -11,13 +11,7 @@ import numpy as np
 
 from common.report import drawing, figures, gallery
 from common.report.analysis import TableReport
-from common.report.classes import (
-    class_data,
-    class_table,
-    embed_json,
-    rarity,
-    sort_head,
-)
+from common.report.classes import class_data, class_table, embed_json, rarity, sort_head
 from common.report.confusion import Confusions
 from common.report.pictures import Picture, image_f1
 from common.report.scope import Scope
@@ -144,10 +138,7 @@ def _confusions(
 
 
 def _pictures(
-    scope: Scope,
-    tables: Sequence[TableReport],
-    confusions: Confusions,
-    pictures: Sequence[Picture],
+    scope: Scope, tables: Sequence[TableReport], confusions: Confusions, pictures: Sequence[Picture]
 ) -> str:
     if not pictures:
         return "<p>None asked for.</p>"

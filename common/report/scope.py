@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from common.data.dataset import Dataset
-from common.detections import DetectionsReader
-from common.errors import UserError
-from common.evaluation import openimages
-from common.evaluation.coverage import split_images
-from common.hierarchy import ancestors
-from common.ranges import rows_of
+from common.io.errors import UserError
+from common.metrics import openimages
+from common.metrics.coverage import split_images
 from common.report import gains
+from common.tables import DetectionsReader
+from common.tables.hierarchy import ancestors
+from common.tables.ranges import rows_of
 
 
 @dataclasses.dataclass(frozen=True)

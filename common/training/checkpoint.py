@@ -22,7 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from common.errors import UserError
+from common.io.errors import UserError
+from common.io.storage_errors import free_space, is_disk_full, is_file_error
 from common.training.checkpoint_items import (
     MODEL_FIELDS,
     describe,
@@ -33,7 +34,6 @@ from common.training.checkpoint_items import (
     split_fields,
     to_nested_dict,
 )
-from common.training.storage_errors import free_space, is_disk_full, is_file_error
 
 _MAX_NAMED = 4  # differing parameters spelled out in an error
 _COMMITTED = "commit_success.txt"  # orbax writes it last

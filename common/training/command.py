@@ -4,7 +4,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from common.data.dataset import Dataset
-from common.errors import UserError
+from common.io.errors import UserError
 
 
 def define_flags(workdir_required: bool = True) -> None:

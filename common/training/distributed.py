@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from common.errors import UserError
+from common.io.errors import UserError
 
 DATA_AXIS = "data"
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -131,9 +131,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def abstract(tree: Any, mesh: Mesh) -> Any:
     """Shapes of the same tree replicated on the mesh: what a checkpoint is restored onto."""
     sharding = replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def to_local(tree: Any, mesh: Mesh) -> Any:

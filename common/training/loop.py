@@ -15,12 +15,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from common.errors import UserError
+from common.io.errors import UserError
+from common.io.progress import Progress
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
-from common.training.metrics import RunMetrics
-from common.training.progress import Progress
-from common.training.train_step import TrainState
+from common.training.run_metrics import RunMetrics
+from common.training.step import TrainState
 from common.training.watchdog import StallWatchdog, check_finite
 
 
@@ -37,7 +37,8 @@ def start(
     say = print if distributed.is_main_process() else lambda *_, **__: None
     say(
         f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        f"{jax.process_count()} processes", flush=True,
+        f"{jax.process_count()} processes",
+        flush=True,
     )
     for field in batch_sizes:
         size = config
@@ -121,11 +122,11 @@ class Loop:
         self._image_name = image_name
         self._say = say
         batch_size = config.data.batch_size
-        self._progress = Progress(
-            num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch
-        )
+        self._progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
         self.extra = {
-            "steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": config.name,
+            "steps_per_epoch": steps_per_epoch,
+            "batch_size": batch_size,
+            "config": config.name,
         }
         self._step = start_step
         self._open = contextlib.ExitStack()
@@ -141,10 +142,7 @@ class Loop:
         self._open.__exit__(*error)
 
     def run(
-        self,
-        step_fn: Callable,
-        state: TrainState,
-        batches: Iterator[Mapping[str, np.ndarray]],
+        self, step_fn: Callable, state: TrainState, batches: Iterator[Mapping[str, np.ndarray]]
     ) -> Iterator[int]:
         """Yields each step once it is done, and kept where a checkpoint is due.
 

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from common.errors import UserError
+from common.io.errors import UserError
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
@@ -82,10 +82,7 @@ def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) 
 
 
 def make_optimizer(
-    config: ConfigDict,
-    schedule: optax.Schedule,
-    params: Any,
-    frozen_pattern: str | None = None,
+    config: ConfigDict, schedule: optax.Schedule, params: Any, frozen_pattern: str | None = None
 ) -> optax.GradientTransformation:
     """The update of the module's head.
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from common.errors import UserError
+from common.io.errors import UserError
 
 _MAX_IDS = 32  # image ids spelled out in an error
 

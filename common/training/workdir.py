@@ -1,7 +1,7 @@
 """The work directory of a run: its config, and one line of metrics per report.
 
-    config.json     what the run was started with; a second start must agree with it
-    metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines
+config.json     what the run was started with; a second start must agree with it
+metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines
 """
 
 import json
@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from common.errors import UserError
+from common.io.errors import UserError
 
 _MAX_NAMED = 5  # differing fields spelled out in an error
 

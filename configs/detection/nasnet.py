@@ -8,7 +8,8 @@ Schedule: 13 epochs; `nasnet.py:26` is the long one.
 Time:     1.2 h on a v3-512 at a quarter of its peak (`scripts.plan_pod`).
 Paper:    one of models 1 to 16, public leaderboard between 58.596 and 60.5.
 
-The paper lowers the "depth multiplier" of NASNet without saying to what: see `common/nn/nasnet.py`.
+The paper lowers the "depth multiplier" of NASNet without saying to what: see
+`common/nn/backbones/nasnet.py`.
 """
 
 import ml_collections

@@ -65,8 +65,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ),
         rpn=dict(
             loss=dict(
-                positive_iou=0.7, negative_iou=0.3, best_match_iou=0.3,
-                num_samples=256, positive_fraction=0.5, beta=1.0 / 9.0,
+                positive_iou=0.7,
+                negative_iou=0.3,
+                best_match_iou=0.3,
+                num_samples=256,
+                positive_fraction=0.5,
+                beta=1.0 / 9.0,
             ),
             train_proposals=dict(pre_nms=2000, post_nms=2000, nms_iou=0.7),
             test_proposals=dict(pre_nms=1000, post_nms=1000, nms_iou=0.7),
@@ -100,8 +104,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             box_stage=-1,  # whose boxes are the result
         ),
         loss_weights=dict(
-            rpn_class=1.0, rpn_box=1.0, box_class=1.0, box_regression=1.0,
-            sibling_box_class=1.0, sibling_box_regression=1.0, margin_class=1.0, margin_box=1.0,
+            rpn_class=1.0,
+            rpn_box=1.0,
+            box_class=1.0,
+            box_regression=1.0,
+            sibling_box_class=1.0,
+            sibling_box_regression=1.0,
+            margin_class=1.0,
+            margin_box=1.0,
         ),
         drop_background_rois=False,  # experts: no detection where background scores highest
         detections=dict(
@@ -133,7 +143,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         metric="openimages",  # openimages | coco
         expand_predictions=True,  # copy detections to parent classes first (paper section 1)
     )
-    config.test_time = dict(  # of detection.export and detection.evaluate, see detection.test_time
+    config.test_time = dict(  # of detection.export and detection.evaluate, see detection.tta
         scales=(),  # short sides, such as (600, 800, 1000, 1333, 1666, 2000); (): one view
         long_ratios=(1.0, 1.34, 1.67),  # of canvases; longer photos are shrunk to the last one
         max_long=3333,

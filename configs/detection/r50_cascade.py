@@ -20,11 +20,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "r50_cascade"
     config.model.stages = dict(
         iou=(0.5, 0.6, 0.7),
-        stds=(
-            (0.1, 0.1, 0.2, 0.2),
-            (0.05, 0.05, 0.1, 0.1),
-            (0.033, 0.033, 0.067, 0.067),
-        ),
+        stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067)),
         loss_weights=(1.0, 0.5, 0.25),
         score_weights=(1.0, 1.0, 1.0),
         average="probability",

@@ -19,9 +19,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "hrnet_w48_200_300"
     config.data.batch_size = 48
     config.data.crop.short = (200, 300)
-    config.data.canvases = (
-        (320, 320), (320, 448), (448, 320), (448, 448), (320, 608), (608, 320),
-    )
+    config.data.canvases = ((320, 320), (320, 448), (448, 320), (448, 448), (320, 608), (608, 320))
     config.optimizer.learning_rate_per_image = 0.08 / 48
     config.test.short = 250
     config.test.long = 550

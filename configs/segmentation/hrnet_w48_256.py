@@ -33,9 +33,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             fixed=None,  # (height, width): whatever the box's aspect
         ),
         # Height, width. A batch takes the smallest that holds its crops; what none holds shrinks.
-        canvases=(
-            (288, 288), (256, 384), (384, 256), (384, 384), (256, 608), (608, 256),
-        ),
+        canvases=((288, 288), (256, 384), (384, 256), (384, 384), (256, 608), (608, 256)),
         group_steps=16,  # steps whose crops are sorted by aspect into batches
         jitter=0.1,  # each side of a box moves by up to this share of its length
         rotate=True,  # more for classes of long boxes, as in detection
@@ -48,7 +46,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
 
     config.model = dict(
-        backbone="hrnet_w48",  # or hrnet_w18, hrnet_w32, any of common/nn/backbones.py
+        backbone="hrnet_w48",  # or hrnet_w18, hrnet_w32, any of common/nn/backbones/__init__.py
         pretrained="",  # file written by scripts.convert_weights; empty: random weights
         class_specific=False,  # one pair of logits a class instead of one for all
         upsampling="bilinear",  # bilinear | nearest: in the exchange units

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from common import boxes as box_ops
-from detection import losses, matching
+from common.geometry import boxes as box_ops
+from detection.assign import matching
+from detection.losses import elementwise
 from detection.models.rpn import Proposals
 
 # Features (B,R,S,S,C) of boxes (B,R,4), with optional shifts of each bin (B,R,S,S,2).
@@ -75,9 +76,7 @@ def sample_rois(
     def draw(key, boxes, valid, truth, classes, truth_valid):
         boxes = jnp.concatenate([truth, boxes])
         valid = jnp.concatenate([truth_valid, valid])
-        found = matching.match(
-            boxes, valid, truth, truth_valid, positive_iou=iou, negative_iou=iou
-        )
+        found = matching.match(boxes, valid, truth, truth_valid, positive_iou=iou, negative_iou=iou)
         index, positive, slot_valid = matching.sample(
             key, found.positive, found.negative, num_samples, positive_fraction
         )
@@ -86,9 +85,7 @@ def sample_rois(
         labels = jnp.where(positive, classes[answer] + 1, 0)
         return RoITargets(sampled, labels, truth[answer], slot_valid, index < num_truth)
 
-    targets = jax.vmap(draw)(
-        keys, proposals.boxes, proposals.valid, truth, classes, truth_valid
-    )
+    targets = jax.vmap(draw)(keys, proposals.boxes, proposals.valid, truth, classes, truth_valid)
     return jax.tree.map(jax.lax.stop_gradient, targets)
 
 
@@ -209,14 +206,14 @@ def box_head_losses(
         references = jax.lax.stop_gradient(references)
     wanted = box_ops.encode(regressed.truth, references, stds)
     chosen = of_class(output.deltas, regressed.labels - 1)
-    regression = losses.smooth_l1(chosen - wanted, beta).sum(axis=-1)
+    regression = elementwise.smooth_l1(chosen - wanted, beta).sum(axis=-1)
     terms = {}
     if output.logits is not None:
-        classification = losses.softmax_cross_entropy(output.logits, targets.labels)
-        terms["box_class"] = losses.share(classification, valid, count, axis_name)
+        classification = elementwise.softmax_cross_entropy(output.logits, targets.labels)
+        terms["box_class"] = elementwise.share(classification, valid, count, axis_name)
     if normaliser == "positive":
         count = positive.sum()
-    return terms | {"box_regression": losses.share(regression, positive, count, axis_name)}
+    return terms | {"box_regression": elementwise.share(regression, positive, count, axis_name)}
 
 
 def head_overlaps(
@@ -234,7 +231,7 @@ def head_overlaps(
 
     def mean_iou(of):
         iou = box_ops.iou(of[:, :, None], targets.truth[:, :, None])[..., 0, 0]
-        return losses.share(iou, positive, positive.sum(), axis_name)
+        return elementwise.share(iou, positive, positive.sum(), axis_name)
 
     return {"iou_before": mean_iou(targets.boxes), "iou_after": mean_iou(boxes)}
 
@@ -250,6 +247,6 @@ def head_accuracy(
     right = (logits.argmax(axis=-1) == targets.labels).astype(jnp.float32)
     ones = jnp.ones_like(right)
     return {
-        "positive_accuracy": losses.share(right, positive, positive.sum(), axis_name),
-        "positives_per_image": losses.share(ones, positive, image_valid.sum(), axis_name),
+        "positive_accuracy": elementwise.share(right, positive, positive.sum(), axis_name),
+        "positives_per_image": elementwise.share(ones, positive, image_valid.sum(), axis_name),
     }

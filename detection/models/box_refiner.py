@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from common import boxes as box_ops
-from common.errors import UserError
+from common.geometry import boxes as box_ops
+from common.io.errors import UserError
 from detection.models import second_stage
 from detection.models.rpn import Proposals
 from detection.models.two_stage import TwoStage
@@ -41,13 +41,16 @@ class BoxRefiner(TwoStage):
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
         """{'losses': terms that are summed, 'monitor': figures that are only logged}.
 
-        Both are this device's shares (`detection.losses`). Trained on are the table's boxes, the
-        ground truth and, with `truth_jitter.copies`, moved copies of it.
+        Both are this device's shares (`detection.losses.elementwise`). Trained on are the table's
+        boxes, the ground truth and, with `truth_jitter.copies`, moved copies of it.
         """
         s = self.settings
         boxes, valid = batch["proposals"], batch["proposal_valid"]
         jittered = jitter(
-            self.image_keys(len(boxes)), batch["boxes"], batch["valid"], batch["image_size"],
+            self.image_keys(len(boxes)),
+            batch["boxes"],
+            batch["valid"],
+            batch["image_size"],
             **s.truth_jitter,
         )
         proposals = Proposals(
@@ -56,9 +59,17 @@ class BoxRefiner(TwoStage):
         )
         pyramids = self.pyramids(batch, train=True)
         terms, monitor = second_stage.stage_losses(
-            self.heads(), [self.pool(levels) for levels in pyramids], self.image_keys(len(boxes)),
-            proposals, batch, self.stages, [dict(s.loss_weights)], sample=s.box_head.sample,
-            loss=s.box_head.loss, margin={}, axis_name=self.axis_name,
+            self.heads(),
+            [self.pool(levels) for levels in pyramids],
+            self.image_keys(len(boxes)),
+            proposals,
+            batch,
+            self.stages,
+            [dict(s.loss_weights)],
+            sample=s.box_head.sample,
+            loss=s.box_head.loss,
+            margin={},
+            axis_name=self.axis_name,
         )
         return {"losses": terms, "monitor": monitor}
 
@@ -71,15 +82,17 @@ class BoxRefiner(TwoStage):
         proposals = Proposals(batch["proposals"], batch["proposal_valid"])
         pyramids = self.pyramids(batch, train=False)
         _, boxes = second_stage.detect_stages(
-            self.heads(), [self.pool(levels) for levels in pyramids], proposals,
-            batch["image_size"], self.stages, average=self.settings.stages.average,
+            self.heads(),
+            [self.pool(levels) for levels in pyramids],
+            proposals,
+            batch["image_size"],
+            self.stages,
+            average=self.settings.stages.average,
             box_stage=self.settings.stages.box_stage,
         )
         boxes = boxes[:, :, 0]
         refined = proposals.valid & batch["image_valid"][:, None] & box_ops.is_valid(boxes)
-        return {
-            "boxes": jnp.where(refined[..., None], boxes, proposals.boxes), "refined": refined
-        }
+        return {"boxes": jnp.where(refined[..., None], boxes, proposals.boxes), "refined": refined}
 
 
 def jitter(

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from common.nn.backbones import make_backbone, preprocessing
-from common.nn.hrnet import HRNETS
+from common.nn.backbones.hrnet import HRNETS
 
 
 class Classifier(nn.Module):
@@ -37,8 +37,12 @@ class Classifier(nn.Module):
 
     def setup(self):
         self.backbone = make_backbone(
-            self.backbone_name, norm=self.norm, remat=self.remat, axis_name=self.axis_name,
-            drop_path_rate=self.drop_path_rate, dtype=self.dtype,
+            self.backbone_name,
+            norm=self.norm,
+            remat=self.remat,
+            axis_name=self.axis_name,
+            drop_path_rate=self.drop_path_rate,
+            dtype=self.dtype,
         )
         self.dropout = nn.Dropout(self.dropout_rate)
         self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from common import boxes as box_ops
-from common.errors import UserError
-from detection import losses
+from common.geometry import boxes as box_ops
+from common.io.errors import UserError
+from detection.losses import elementwise
 from detection.models.box_head import (
     DENSE_INIT,
     HeadOutput,
@@ -123,9 +123,7 @@ class DecouplingHead(nn.Module):
         return self.gamma * bins, self.gamma * box.reshape(*shape, 2)
 
 
-def shifted(
-    boxes: Float[Array, "B F 4"], offset: Float[Array, "B F 2"]
-) -> Float[Array, "B F 4"]:
+def shifted(boxes: Float[Array, "B F 4"], offset: Float[Array, "B F 2"]) -> Float[Array, "B F 4"]:
     """Boxes moved by fractions (x, y) of their width and height."""
     size = boxes[..., 2:] - boxes[..., :2]
     return boxes + jnp.tile(offset * size, 2)
@@ -189,5 +187,5 @@ def margin_losses(
         ("margin_class", classification, valid & trained[:, None]),
         ("margin_box", localisation, positive),
     ):
-        terms[name] = losses.share(values, wanted, wanted.sum() + without, axis_name)
+        terms[name] = elementwise.share(values, wanted, wanted.sum() + without, axis_name)
     return terms

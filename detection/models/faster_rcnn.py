@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Bool, Float
 
-from common.nms import multiclass_nms
-from detection import anchors as anchor_ops
+from common.geometry.nms import multiclass_nms
+from detection.assign import anchors as anchor_ops
 from detection.models import rpn as rpn_ops
 from detection.models import second_stage
 from detection.models.box_refiner import BoxRefiner
@@ -50,7 +50,8 @@ class FasterRCNN(TwoStage):
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
         """{'losses': terms that are summed, 'monitor': figures that are only logged}.
 
-        Both are this device's shares (`detection.losses`). Needs the random stream 'sampling'.
+        Both are this device's shares (`detection.losses.elementwise`). Needs the random stream
+        'sampling'.
         """
         s, axis_name = self.settings, self.axis_name
         pyramids = self.pyramids(batch, train=True)
@@ -60,18 +61,36 @@ class FasterRCNN(TwoStage):
         num_images = batch["image"].shape[0]
         rpn_keys, roi_keys = self.image_keys(num_images), self.image_keys(num_images)
         terms = rpn_ops.rpn_losses(
-            rpn_keys, logits, deltas, anchors, batch["image_size"], batch["boxes"], batch["valid"],
-            batch["image_valid"], axis_name=axis_name, **s.rpn.loss,
+            rpn_keys,
+            logits,
+            deltas,
+            anchors,
+            batch["image_size"],
+            batch["boxes"],
+            batch["valid"],
+            batch["image_valid"],
+            axis_name=axis_name,
+            **s.rpn.loss,
         )
         terms = {name: s.loss_weights[name] * value for name, value in terms.items()}
         proposals = rpn_ops.propose(
-            *jax.lax.stop_gradient((logits, deltas)), anchors, batch["image_size"],
+            *jax.lax.stop_gradient((logits, deltas)),
+            anchors,
+            batch["image_size"],
             **s.rpn.train_proposals,
         )
         box_terms, monitor = second_stage.stage_losses(
-            self.heads(), [self.pool(levels) for levels in pyramids], roi_keys, proposals, batch,
-            self.stages, self._branch_weights(), sample=s.box_head.sample, loss=s.box_head.loss,
-            margin=s.box_head.margin, axis_name=axis_name,
+            self.heads(),
+            [self.pool(levels) for levels in pyramids],
+            roi_keys,
+            proposals,
+            batch,
+            self.stages,
+            self._branch_weights(),
+            sample=s.box_head.sample,
+            loss=s.box_head.loss,
+            margin=s.box_head.margin,
+            axis_name=axis_name,
         )
         monitor["proposal_recall"] = rpn_ops.recall(
             proposals, batch["boxes"], batch["valid"], batch["image_valid"], axis_name=axis_name
@@ -140,7 +159,10 @@ class FasterRCNN(TwoStage):
     ) -> rpn_ops.Proposals:
         logits, deltas = self.rpn_head(pyramids[-1])
         return rpn_ops.propose(
-            logits, deltas, self.anchors(pyramids[-1]), batch["image_size"],
+            logits,
+            deltas,
+            self.anchors(pyramids[-1]),
+            batch["image_size"],
             **self.settings.rpn.test_proposals,
         )
 
@@ -149,8 +171,13 @@ class FasterRCNN(TwoStage):
     ) -> tuple[Array, Array]:
         stages = self.settings.stages
         return second_stage.detect_stages(
-            self.heads(), [self.pool(levels) for levels in pyramids], proposals,
-            batch["image_size"], self.stages, average=stages.average, box_stage=stages.box_stage,
+            self.heads(),
+            [self.pool(levels) for levels in pyramids],
+            proposals,
+            batch["image_size"],
+            self.stages,
+            average=stages.average,
+            box_stage=stages.box_stage,
         )
 
 

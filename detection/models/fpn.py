@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from common.nn.conv import Conv
-from common.nn.norm import Norm
+from common.nn.layers.conv import Conv
+from common.nn.layers.norm import Norm
 
 
 def upsample_nearest(x: Float[Array, "B h w C"], height: int, width: int) -> Array:
@@ -24,7 +24,7 @@ class FPN(nn.Module):
 
     Attributes:
       channels: of every level.
-      norm: after each convolution, a kind of `common.nn.norm.Norm`, or "none".
+      norm: after each convolution, a kind of `common.nn.layers.norm.Norm`, or "none".
       axis_name: device axis over which "sync" norm averages.
       dtype: of convolutions.
     """
@@ -60,8 +60,12 @@ class FPN(nn.Module):
         """Made in the scope of `__call__`."""
         plain = self.norm == "none"
         x = Conv(
-            self.channels, side, use_bias=plain, dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(), name=name,
+            self.channels,
+            side,
+            use_bias=plain,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name=name,
         )(x)
         if plain:
             return x

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from common.nn.conv import Conv
-from common.nn.norm import Norm
+from common.nn.layers.conv import Conv
+from common.nn.layers.norm import Norm
 
 NUM_LEVELS = 5
 
@@ -52,9 +52,7 @@ CELL = (
 )
 
 
-def attend(
-    x: Float[Array, "B H W C"], gate: Float[Array, "B H W C"]
-) -> Float[Array, "B H W C"]:
+def attend(x: Float[Array, "B H W C"], gate: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """gate + x * sigmoid(maximum of the gate over the image), per channel."""
     return gate + x * jax.nn.sigmoid(gate.max(axis=(1, 2), keepdims=True))
 
@@ -86,7 +84,7 @@ class NASFPN(nn.Module):
       channels: C of all levels.
       repeats: how often the cell is applied.
       min_level: level of the finest output: 3 (published) or 2.
-      norm: kind of normalisation, see `common.nn.norm.Norm`.
+      norm: kind of normalisation, see `common.nn.layers.norm.Norm`.
       axis_name: device axis over which "sync" norm averages.
       dtype: of activations.
     """
@@ -136,8 +134,12 @@ class NASFPN(nn.Module):
 
     def _conv(self, size: int, name: str) -> nn.Module:
         return Conv(
-            self.channels, (size, size), use_bias=False, dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"), name=name,
+            self.channels,
+            (size, size),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            name=name,
         )
 
     def _norm(self, name: str) -> nn.Module:

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from common import boxes as box_ops
-from common.nms import nms_mask
-from common.nn.conv import Conv
-from detection import losses, matching
+from common.geometry import boxes as box_ops
+from common.geometry.nms import nms_mask
+from common.nn.layers.conv import Conv
+from detection.assign import matching
+from detection.losses import elementwise
 
 
 class Proposals(NamedTuple):
@@ -43,7 +44,7 @@ class RPNHead(nn.Module):
     def __call__(
         self, levels: Sequence[Float[Array, "B H W C"]]
     ) -> tuple[list[Float[Array, "B n"]], list[Float[Array, "B n 4"]]]:
-        """Returns logits and deltas of each level, in anchor order of `detection.anchors`."""
+        """Logits and deltas of each level, in anchor order of `detection.assign.anchors`."""
         init = nn.initializers.normal(0.01)
         options = dict(use_bias=True, dtype=self.dtype, kernel_init=init)
         shared = Conv(self.channels, (3, 3), name="conv", **options)
@@ -121,7 +122,7 @@ def recall(
     overlaps = box_ops.iou(truth, proposals.boxes)
     covered = ((overlaps >= iou) & proposals.valid[:, None]).any(axis=-1).astype(jnp.float32)
     wanted = truth_valid & image_valid[:, None]
-    return losses.share(covered, wanted, wanted.sum(), axis_name)
+    return elementwise.share(covered, wanted, wanted.sum(), axis_name)
 
 
 def rpn_losses(
@@ -171,8 +172,13 @@ def rpn_losses(
             low, high = anchors >= -allowed_border, anchors <= limit + allowed_border
             inside = (low & high).all(axis=-1)
         found = matching.match(
-            anchors, inside, boxes, boxes_valid, positive_iou=positive_iou,
-            negative_iou=negative_iou, best_match_iou=best_match_iou,
+            anchors,
+            inside,
+            boxes,
+            boxes_valid,
+            positive_iou=positive_iou,
+            negative_iou=negative_iou,
+            best_match_iou=best_match_iou,
         )
         index, positive, valid = matching.sample(
             key, found.positive, found.negative, num_samples, positive_fraction
@@ -187,10 +193,10 @@ def rpn_losses(
     valid &= image_valid[:, None]
     logits = jnp.take_along_axis(logits, index, axis=1)
     deltas = jnp.take_along_axis(deltas, index[..., None], axis=1)
-    classification = losses.sigmoid_cross_entropy(logits, positive)
-    regression = losses.smooth_l1(deltas - target, beta).sum(axis=-1)
+    classification = elementwise.sigmoid_cross_entropy(logits, positive)
+    regression = elementwise.smooth_l1(deltas - target, beta).sum(axis=-1)
     count = valid.sum()
     return {
-        "rpn_class": losses.share(classification, valid, count, axis_name),
-        "rpn_box": losses.share(regression, positive & valid, count, axis_name),
+        "rpn_class": elementwise.share(classification, valid, count, axis_name),
+        "rpn_box": elementwise.share(regression, positive & valid, count, axis_name),
     }

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from common import boxes as box_ops
-from common.errors import UserError
-from detection import matching
+from common.geometry import boxes as box_ops
+from common.io.errors import UserError
+from detection.assign import matching
 from detection.models import box_head
 from detection.models.box_head import HeadOutput, Pool, RoITargets
 from detection.models.decoupling_head import margin_losses
@@ -109,8 +109,13 @@ def stage_losses(
     monitor: dict[str, Array] = {}
     for index, stage in enumerate(stages):
         targets = box_head.sample_rois(
-            jax.vmap(jax.random.fold_in, (0, None))(keys, index), proposals,
-            batch["boxes"], batch["classes"], batch["valid"], iou=stage.iou, **sample,
+            jax.vmap(jax.random.fold_in, (0, None))(keys, index),
+            proposals,
+            batch["boxes"],
+            batch["classes"],
+            batch["valid"],
+            iou=stage.iou,
+            **sample,
         )
         last = index + 1 == len(stages)
         # Box losses are of positive regions, which come first; a next stage starts from all boxes.
@@ -207,9 +212,9 @@ def _mean_scores(
 
 def _decode(output: HeadOutput, stage: Stage, image_size: Array) -> Float[Array, "B F k 4"]:
     boxes = box_ops.decode(output.deltas, output.references[:, :, None], stage.stds)
-    return jax.vmap(box_ops.clip)(
-        boxes.reshape(boxes.shape[0], -1, 4), image_size
-    ).reshape(boxes.shape)
+    return jax.vmap(box_ops.clip)(boxes.reshape(boxes.shape[0], -1, 4), image_size).reshape(
+        boxes.shape
+    )
 
 
 def _refine(

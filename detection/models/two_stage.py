@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array
 
-from common.deform_roi import deform_roi_align
-from common.errors import UserError
+from common.geometry.deform_roi import deform_roi_align
+from common.geometry.roi_align import roi_align
+from common.io.errors import UserError
 from common.nn.backbones import make_backbone, preprocessing
-from common.nn.canvas import normalise
-from common.roi_align import roi_align
+from common.nn.layers.canvas import normalise
 from detection.models import second_stage
 from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
@@ -50,8 +50,13 @@ class TwoStage(nn.Module):
         _check_choices(s)
         dtype = jnp.dtype(s.dtype)
         fields = dict(
-            norm=s.norm, frozen_stages=s.frozen_stages, remat=s.remat, axis_name=self.axis_name,
-            dtype=dtype, drop_path_rate=s.drop_path_rate, deform=tuple(s.deform),
+            norm=s.norm,
+            frozen_stages=s.frozen_stages,
+            remat=s.remat,
+            axis_name=self.axis_name,
+            dtype=dtype,
+            drop_path_rate=s.drop_path_rate,
+            deform=tuple(s.deform),
         )
         # The last branch serves boxes and proposals, the first one classes.
         self.branches = ("_class", "_box") if s.split_after else ("",)
@@ -80,7 +85,9 @@ class TwoStage(nn.Module):
         if h.kind == "regressor":
             return RegressorHead(h.width, dtype=dtype)
         fields = dict(
-            num_classes=self.num_classes, width=h.width, class_agnostic=h.class_agnostic,
+            num_classes=self.num_classes,
+            width=h.width,
+            class_agnostic=h.class_agnostic,
             dtype=dtype,
         )
         if h.kind == "decoupling":

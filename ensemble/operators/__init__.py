@@ -1,7 +1,7 @@
 """Operators that make one list of boxes out of the boxes of one class in one image.
 
-An operator is a frozen dataclass of settings. `ensemble.groups.apply_operator` runs it over the
-rows of many images and models; called directly, it takes groups of fixed size with masks:
+An operator is a frozen dataclass of settings. `ensemble.operators.groups.apply_operator` runs it
+over the rows of many images and models; called directly, it takes groups of fixed size with masks:
 
     boxes, scores, valid = jax.jit(Nms(0.5))(boxes, scores, models, valid)  # (G, N, 4), (G, N)
 
@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.errors import UserError
+from common.io.errors import UserError
 from ensemble.operators.fusion import Nmw, WeightedBoxesFusion
 from ensemble.operators.operator import Fused, Operator
 from ensemble.operators.suppression import AdjNms, Nms, SoftNms

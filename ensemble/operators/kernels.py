@@ -142,11 +142,7 @@ def greedy_owners(
         alive, owner, overlap = state
         iou = overlaps(box, boxes)
         hit = (iou * leads * alive > iou_threshold) & (at > i)
-        return (
-            jnp.where(hit, 0.0, alive),
-            jnp.where(hit, i, owner),
-            jnp.where(hit, iou, overlap),
-        )
+        return (jnp.where(hit, 0.0, alive), jnp.where(hit, i, owner), jnp.where(hit, iou, overlap))
 
     alive = valid.astype(boxes.dtype)
     state = alive, jnp.full(valid.shape, -1, jnp.int32), jnp.zeros_like(alive)

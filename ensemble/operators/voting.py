@@ -73,9 +73,7 @@ class Voting(Operator):
             (boxes, scores, votes_for), add_vote, state, start=1
         )
         scores = scores + self.score_weight * score_sum
-        share = self.box_weight / (
-            jnp.maximum(count, 1.0) if self.few == "mean" else float(self.k)
-        )
+        share = self.box_weight / (jnp.maximum(count, 1.0) if self.few == "mean" else float(self.k))
         boxes = (1.0 - share * count) * boxes + share * box_sum
         if self.sigma is not None:
             scores = kernels.decay(boxes, scores, keep, kernels.gaussian(self.sigma))

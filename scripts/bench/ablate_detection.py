@@ -27,9 +27,9 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from common.cli import run_main
-from common.errors import UserError
-from common.evaluation.openimages import MEAN_AP
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.metrics.openimages import MEAN_AP
 from common.training import command
 from common.training.workdir import write_text
 from configs.detection import r50_cascade, r50_cascade4
@@ -59,8 +59,11 @@ def four_stages(config: ConfigDict) -> None:
 
 
 VARIANTS = {
-    "sibling": plain, "dh": decoupling, "dh_no_margin": without_margin,
-    "cascade": three_stages, "cascade4": four_stages,
+    "sibling": plain,
+    "dh": decoupling,
+    "dh_no_margin": without_margin,
+    "cascade": three_stages,
+    "cascade4": four_stages,
 }
 
 

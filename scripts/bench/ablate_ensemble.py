@@ -13,10 +13,10 @@ from pathlib import Path
 
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.errors import UserError
-from common.evaluation.openimages import MEAN_AP, evaluate_openimages
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.metrics.openimages import MEAN_AP, evaluate_openimages
 from common.training.workdir import write_text
 from configs.ensemble import adj_nms, auto, naive, reweighted, voting
 from ensemble.inputs import parse_inputs
@@ -38,7 +38,9 @@ def merge_configs(metrics: str) -> dict:
     """Name of a step -> config of `ensemble.merge`, in the paper's order."""
     configs = {"naive ensemble": naive.get_config()}
     for name, module in (
-        ("+ re-weighting", reweighted), ("+ adj-NMS", adj_nms), ("+ voting", voting)
+        ("+ re-weighting", reweighted),
+        ("+ adj-NMS", adj_nms),
+        ("+ voting", voting),
     ):
         configs[name] = module.get_config()
         configs[name].weights.metrics = metrics

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
+from common.io.commands import run_main
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each side and shape.")
 _CALLS = flags.DEFINE_integer("calls", 3, "Timed calls of each computation in a turn.")
@@ -27,20 +27,38 @@ BATCH = 2
 # (input side, input channels, output channels, kernel side, stride)
 SHAPES = (
     (512, 3, 64, 7, 2),
-    (128, 64, 64, 3, 1), (128, 64, 256, 1, 1), (128, 256, 64, 1, 1),
-    (128, 128, 128, 3, 2), (128, 256, 512, 1, 2),
-    (64, 128, 128, 3, 1), (64, 128, 512, 1, 1), (64, 512, 128, 1, 1),
+    (128, 64, 64, 3, 1),
+    (128, 64, 256, 1, 1),
+    (128, 256, 64, 1, 1),
+    (128, 128, 128, 3, 2),
+    (128, 256, 512, 1, 2),
+    (64, 128, 128, 3, 1),
+    (64, 128, 512, 1, 1),
+    (64, 512, 128, 1, 1),
     (64, 256, 256, 3, 2),
-    (32, 256, 256, 3, 1), (32, 256, 1024, 1, 1), (32, 1024, 256, 1, 1),
-    (16, 512, 512, 3, 1), (16, 512, 2048, 1, 1), (16, 2048, 512, 1, 1),
-    (128, 256, 256, 3, 1), (64, 256, 256, 3, 1), (128, 256, 256, 1, 1),
+    (32, 256, 256, 3, 1),
+    (32, 256, 1024, 1, 1),
+    (32, 1024, 256, 1, 1),
+    (16, 512, 512, 3, 1),
+    (16, 512, 2048, 1, 1),
+    (16, 2048, 512, 1, 1),
+    (128, 256, 256, 3, 1),
+    (64, 256, 256, 3, 1),
+    (128, 256, 256, 1, 1),
 )
 # (input side, input channels, output channels, kernel side, stride, groups)
 GROUPED_SHAPES = (
-    (128, 256, 256, 3, 1, 64), (64, 512, 512, 3, 1, 64), (32, 1024, 1024, 3, 1, 64),
-    (32, 2048, 2048, 3, 2, 64), (16, 2048, 2048, 3, 1, 64),
-    (128, 256, 256, 3, 1, 32), (64, 512, 512, 3, 1, 32), (32, 1024, 1024, 3, 1, 32),
-    (128, 128, 256, 3, 1, 64), (64, 256, 512, 3, 1, 64), (32, 512, 1024, 3, 1, 64),
+    (128, 256, 256, 3, 1, 64),
+    (64, 512, 512, 3, 1, 64),
+    (32, 1024, 1024, 3, 1, 64),
+    (32, 2048, 2048, 3, 2, 64),
+    (16, 2048, 2048, 3, 1, 64),
+    (128, 256, 256, 3, 1, 32),
+    (64, 512, 512, 3, 1, 32),
+    (32, 1024, 1024, 3, 1, 32),
+    (128, 128, 256, 3, 1, 64),
+    (64, 256, 512, 3, 1, 64),
+    (32, 512, 1024, 3, 1, 64),
 )
 PARTS = ("forward", "input gradient", "kernel gradient")
 
@@ -58,7 +76,16 @@ def torch_calls(shape, threads: int) -> list[Callable[[], object]]:
 
     def backward(of_x, of_kernel):
         return torch.ops.aten.convolution_backward(
-            gradient, x, kernel, None, strides, pads, [1, 1], False, [0, 0], groups,
+            gradient,
+            x,
+            kernel,
+            None,
+            strides,
+            pads,
+            [1, 1],
+            False,
+            [0, 0],
+            groups,
             [of_x, of_kernel, False],
         )
 
@@ -74,7 +101,7 @@ def our_calls(shape) -> list[Callable[[], object]]:
     import jax
     import jax.numpy as jnp
 
-    from common.nn.conv import conv2d
+    from common.nn.layers.conv import conv2d
 
     side, c, d, k, stride, groups = shape
     rng = np.random.default_rng(0)
@@ -97,7 +124,7 @@ def our_calls(shape) -> list[Callable[[], object]]:
 
 def serve(side: str, pipe, num_calls: int, threads: int) -> None:
     """Runs in a process of its own: answers a shape with the best seconds of each part."""
-    from common.memory import keep_freed_memory
+    from common.io.memory import keep_freed_memory
 
     keep_freed_memory()  # on both sides: this is about arithmetic
     made = {}

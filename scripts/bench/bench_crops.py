@@ -19,11 +19,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset
-from common.errors import UserError
-from segmentation import input as inputs
-from segmentation.instance_plan import make_plan
+from common.io.commands import run_main
+from common.io.errors import UserError
+from segmentation.crops import batches as inputs
+from segmentation.crops.plan import make_plan
 
 _PARTS = ("plan", "train", "boxes")
 

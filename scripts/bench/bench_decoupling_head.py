@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
+from common.io.commands import run_main
 from scripts.bench.bench_train_step import TASKS, example, our_calls
 from scripts.bench.timing import time_in_turns
 
@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
         plain, decoupled = time_in_turns([call[task] for call in calls], values.rounds)
         print(
             f"{task}: sibling head {np.median(plain):.3f} s, Decoupling Head "
-            f"{np.median(decoupled):.3f} s, ratio {np.median(decoupled / plain):.3f}", flush=True,
+            f"{np.median(decoupled):.3f} s, ratio {np.median(decoupled / plain):.3f}",
+            flush=True,
         )
 
 

@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from common import roi_align
-from common.cli import run_main
-from common.deform_roi import deform_roi_align
-from common.nn.deform_conv import deform_conv2d
+from common.geometry import roi_align
+from common.geometry.deform_roi import deform_roi_align
+from common.io.commands import run_main
+from common.nn.layers.deform_conv import deform_conv2d
 from scripts.bench.bench_roi_align import random_rois
 from scripts.bench.timing import time_in_turns
 
@@ -80,7 +80,8 @@ def compare(name: str, ours: tuple, theirs: tuple, error: float) -> None:
         mine, peer = (np.median(t) for t in time_in_turns(calls, flags.FLAGS.runs))
         print(
             f"  {label:18s} ours {mine * 1e3:7.1f} ms   torchvision {peer * 1e3:7.1f} ms   "
-            f"ratio {mine / peer:.3f}", flush=True,
+            f"ratio {mine / peer:.3f}",
+            flush=True,
         )
 
 
@@ -100,8 +101,11 @@ def bench_convolution(name: str, side: int, channels: int, groups: int, version:
 
     rng = np.random.default_rng(0)
     shapes = (
-        (BATCH, side, side, channels), (BATCH, side, side, 18),
-        (3, 3, channels // groups, channels), (BATCH, side, side, 9), (BATCH, side, side, channels),
+        (BATCH, side, side, channels),
+        (BATCH, side, side, 18),
+        (3, 3, channels // groups, channels),
+        (BATCH, side, side, 9),
+        (BATCH, side, side, channels),
     )
     *arrays, gradient = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     arrays[2] /= 3 * np.sqrt(channels // groups)
@@ -166,7 +170,8 @@ def bench_roi_pooling() -> float:
     levels = np.asarray(roi_align.assign_levels(boxes)) - 2
     groups = [
         (b, level, torch.from_numpy(np.flatnonzero(levels[b] == level)))
-        for b, level in np.ndindex(BATCH, len(STRIDES)) if np.any(levels[b] == level)
+        for b, level in np.ndindex(BATCH, len(STRIDES))
+        if np.any(levels[b] == level)
     ]
     steps = torch.from_numpy(np.array(roi_align.sample_steps(BINS, SAMPLES)))
     # (bin row, bin column, sample row, sample column, x and y)
@@ -184,8 +189,10 @@ def bench_roi_pooling() -> float:
             reach = STRIDES[level] / 2  # RoIAlign's rule: a cell beyond the centre of the last one
             inside = ((points >= -reach) & (points <= SIZE + reach)).all(-1)
             values = torch.nn.functional.grid_sample(
-                maps[level][b : b + 1], (points * (2 / SIZE) - 1).reshape(1, len(rois), -1, 2),
-                padding_mode="border", align_corners=False,
+                maps[level][b : b + 1],
+                (points * (2 / SIZE) - 1).reshape(1, len(rois), -1, 2),
+                padding_mode="border",
+                align_corners=False,
             )
             values = (values * inside.reshape(1, 1, len(rois), -1)).reshape(
                 CHANNELS, len(rois), BINS, BINS, -1
@@ -196,9 +203,7 @@ def bench_roi_pooling() -> float:
     order = [torch.full((len(rois),), b * ROIS) + rois for b, _, rois in groups]
     order = torch.cat(order).numpy()
     leaf = torch.from_numpy(offsets).requires_grad_()
-    composed = torch_calls(
-        sampled, [*tensors, leaf], torch.from_numpy(flat_gradient[order].copy())
-    )
+    composed = torch_calls(sampled, [*tensors, leaf], torch.from_numpy(flat_gradient[order].copy()))
     output, gradients = composed[1]()
     expected = [g.numpy() for g in gradients]
     expected[:-1] = [g.transpose(0, 2, 3, 1) for g in expected[:-1]]

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
-from common.detections import DetectionsWriter
+from common.io.commands import run_main
+from common.tables import DetectionsWriter
 from ensemble import inputs
-from ensemble.groups import Rows, apply_operator
 from ensemble.operators import AdjNms, Nms, Nmw, Operator, SoftNms, Voting, WeightedBoxesFusion
+from ensemble.operators.groups import Rows, apply_operator
 
 _IOU = 0.55
 _SIGMA = 0.1  # of soft-NMS, as in the table of the package's README

@@ -22,12 +22,12 @@ import tensorflow as tf
 from absl import app, flags
 from PIL import Image
 
-from common.cli import run_main
 from common.data import images
 from common.data.dataset import Dataset
 from common.data.input import train_batches
 from common.data.plan import SAMPLERS, make_plan
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 
 _PARTS = ("plan", "decoders", "batches")
 

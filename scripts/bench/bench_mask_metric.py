@@ -19,11 +19,11 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from common import rle
-from common.cli import run_main
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.detections import DetectionsWriter
-from common.evaluation.openimages_masks import MEAN_AP, evaluate_openimages_masks
+from common.io.commands import run_main
+from common.masks import rle
+from common.metrics.openimages_masks import MEAN_AP, evaluate_openimages_masks
+from common.tables import DetectionsWriter
 from scripts.bench.bench_rle import random_blobs
 
 PHOTO, TRUTH = (768, 1024), (600, 800)  # height, width of photos and of the truth's masks

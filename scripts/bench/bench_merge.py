@@ -22,16 +22,16 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
-from common.detections import DetectionsReader, DetectionsWriter
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.tables import DetectionsReader, DetectionsWriter
 
 _GROWTH = 1.1
 
 # Peak memory of the process that merges, without that of this one.
 _MERGE = """
 import json, resource, sys, time
-from common.memory import keep_freed_memory
+from common.io.memory import keep_freed_memory
 keep_freed_memory()
 from configs.ensemble import naive, voting
 from ensemble.inputs import aligned_chunks, open_tables

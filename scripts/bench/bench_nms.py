@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from common import nms
-from common.cli import run_main
+from common.geometry import nms
+from common.io.commands import run_main
 from scripts.bench.timing import time_in_turns
 
 

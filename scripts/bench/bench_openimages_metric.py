@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.detections import DetectionsReader, DetectionsWriter
-from common.evaluation.coverage import selected_chunks
-from common.evaluation.openimages import MEAN_AP, evaluate_openimages
+from common.io.commands import run_main
+from common.metrics.coverage import selected_chunks
+from common.metrics.openimages import MEAN_AP, evaluate_openimages
+from common.tables import DetectionsReader, DetectionsWriter
 
 BOXES, LABELS = 7, 12  # per image; the challenge's validation set has 5.4 boxes, 10 labels
 

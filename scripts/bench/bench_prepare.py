@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.csv
 from absl import flags
 
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
 
 _CLASSES = 500
 _BROKEN = 1_000

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import Dataset, DatasetWriter
-from ensemble.relation_mining import mine_relations
-from ensemble.relations import RelationSettings, make_rules, rescore
+from common.io.commands import run_main
+from ensemble.relations.mining import mine_relations
+from ensemble.relations.rules import RelationSettings, make_rules, rescore
 
 _BLOCK = 1 << 16  # images
 

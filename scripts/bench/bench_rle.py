@@ -12,9 +12,9 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
 
-from common import rle
-from common.cli import run_main
-from common.errors import UserError
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.masks import rle
 from scripts.bench.timing import time_in_turns
 
 

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from common import roi_align
-from common.cli import run_main
+from common.geometry import roi_align
+from common.io.commands import run_main
 from scripts.bench.timing import time_in_turns
 
 _STRIDES = (4, 8, 16, 32)

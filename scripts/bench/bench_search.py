@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.detections import Detections, DetectionsWriter
-from common.evaluation.openimages import MEAN_AP, evaluate_openimages
+from common.io.commands import run_main
+from common.metrics.openimages import MEAN_AP, evaluate_openimages
+from common.tables import Detections, DetectionsWriter
 from configs.ensemble import auto
-from ensemble import tree as trees
-from ensemble.groups import Rows
 from ensemble.inputs import aligned_chunks, open_tables
+from ensemble.operators.groups import Rows
 from ensemble.search import search_tables
+from ensemble.tree import binary_tree as trees
 
 BOXES, LABELS = 7, 12  # of an image: truth, and classes verified
 

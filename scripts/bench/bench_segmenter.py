@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
+from common.io.commands import run_main
 from scripts.bench.timing import Side, compare_processes
 
 TASKS = ("train", "inference")
@@ -39,7 +39,7 @@ def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], str
     from torch import nn
     from torch.nn import functional
 
-    from common.nn.hrnet import HRNETS
+    from common.nn.backbones.hrnet import HRNETS
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -52,16 +52,16 @@ def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], str
                 backbone, features_only=True, feature_location="", out_indices=(1, 2, 3, 4)
             )
             self.head = nn.Sequential(
-                nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+                nn.Conv2d(width, width, 1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
                 nn.Conv2d(width, 2, 1),
             )
 
         def forward(self, x):
             size = x.shape[-2:]
             taps = self.trunk(x)
-            taps = [
-                functional.interpolate(t, taps[0].shape[-2:], mode="bilinear") for t in taps
-            ]
+            taps = [functional.interpolate(t, taps[0].shape[-2:], mode="bilinear") for t in taps]
             return functional.interpolate(self.head(torch.cat(taps, 1)), size, mode="bilinear")
 
     model = Segmenter()
@@ -98,10 +98,10 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
 
     from common.training import distributed
     from common.training.optimizer import make_optimizer
-    from common.training.train_step import init_state, make_train_step
+    from common.training.step import init_state, make_train_step
     from configs.segmentation import hrnet_w48_112
     from segmentation import setup
-    from segmentation.predict import PROBABILITY_ONE, Voter, vote_step
+    from segmentation.inference import PROBABILITY_ONE, Voter, vote_step
 
     config = hrnet_w48_112.get_config()
     config.model.update(backbone=backbone, upsampling="nearest", dtype="float32")

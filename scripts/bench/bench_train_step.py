@@ -8,7 +8,7 @@ Needs torch and torchvision in the same environment. Equal settings on both side
 momentum and weight decay, 20 boxes an image. Random weights, of the same distributions.
 
 Each side is a process of its own; they take turns, so that other load on the machine meets both. A
-third process runs torchvision with our memory setting (`common.memory`), to tell what comes from
+third process runs torchvision with our memory setting (`common.io.memory`), to tell what comes from
 where. Prints the ratios of the best times and the medians (below 1: ours is faster).
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import flags
 
-from common.cli import run_main
+from common.io.commands import run_main
 from scripts.bench.timing import Side, compare_processes
 
 TASKS = ("train", "inference")
@@ -108,12 +108,7 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
 
     from common.training import distributed
     from common.training.optimizer import make_optimizer
-    from common.training.train_step import (
-        init_state,
-        init_variables,
-        make_predict_step,
-        make_train_step,
-    )
+    from common.training.step import init_state, init_variables, make_predict_step, make_train_step
     from detection import setup
 
     config = our_config(head)

@@ -16,18 +16,29 @@ from pathlib import Path
 
 from absl import flags
 
-from common.cli import run_main
-from common.errors import UserError
-from common.training.topologies import GIB
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.training.pod.topologies import GIB
 from common.training.workdir import write_text
 
 _MODELS = {  # config -> images of one device
-    "detection/r50": 2, "detection/r50_dh": 2, "detection/r50_cascade": 2,
-    "detection/r50_cascade4": 2, "detection/r50_refine": 2, "detection/r50_nas_fpn": 2,
-    "detection/decoupled": 2, "detection/efficientnet": 2, "detection/x101_dcn": 2,
-    "detection/x101_dcn_dh": 2, "detection/x152_dcn": 2, "detection/se154_dcn": 2,
-    "detection/se154_dcn_dh": 2, "detection/se154_dcn_cascade": 2, "detection/nasnet": 2,
-    "segmentation/hrnet_w48_112": 16, "segmentation/hrnet_w48_256": 8,
+    "detection/r50": 2,
+    "detection/r50_dh": 2,
+    "detection/r50_cascade": 2,
+    "detection/r50_cascade4": 2,
+    "detection/r50_refine": 2,
+    "detection/r50_nas_fpn": 2,
+    "detection/decoupled": 2,
+    "detection/efficientnet": 2,
+    "detection/x101_dcn": 2,
+    "detection/x101_dcn_dh": 2,
+    "detection/x152_dcn": 2,
+    "detection/se154_dcn": 2,
+    "detection/se154_dcn_dh": 2,
+    "detection/se154_dcn_cascade": 2,
+    "detection/nasnet": 2,
+    "segmentation/hrnet_w48_112": 16,
+    "segmentation/hrnet_w48_256": 8,
     "segmentation/hrnet_w48_200_300": 6,
 }
 _EVERYWHERE = ("detection/r50", "detection/se154_dcn_dh")
@@ -84,8 +95,13 @@ def main(argv):
         outcome = "fits"
         if not file.exists():
             command = [
-                sys.executable, "-m", "scripts.plan_pod", f"--config=configs/{name}.py",
-                f"--slice={place}", f"--images_per_device={_MODELS[name]}", f"--json={file}",
+                sys.executable,
+                "-m",
+                "scripts.plan_pod",
+                f"--config=configs/{name}.py",
+                f"--slice={place}",
+                f"--images_per_device={_MODELS[name]}",
+                f"--json={file}",
             ]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
@@ -96,7 +112,8 @@ def main(argv):
             write_text(workdir / "table.md", _HEADER + "".join(rows))
         print(
             f"program {number}/{len(todo)}: {name} on {place}  "
-            f"{time.perf_counter() - start:.0f} s  {outcome}", flush=True,
+            f"{time.perf_counter() - start:.0f} s  {outcome}",
+            flush=True,
         )
     print(_HEADER + "".join(rows))
     if failed:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.memory import keep_freed_memory
+from common.io.memory import keep_freed_memory
 
 
 def time_in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[np.ndarray]:
@@ -35,7 +35,7 @@ class Side:
       build: function of a module; gives for each task a function that runs it once, blocks until
         its result is there and tells what the result is ("" where there is nothing to tell).
       arguments: of `build`.
-      keep_memory: with the memory setting of our commands (`common.memory`).
+      keep_memory: with the memory setting of our commands (`common.io.memory`).
     """
 
     name: str

@@ -10,8 +10,8 @@ interpolation acts on each channel alone, and the order does not change the sum,
 eighth of the multiplications. Likewise only the difference of the two logits is enlarged to the
 canvas: softmax over two classes depends on nothing else.
 
-Parameter paths: `backbone/...` as in `common.nn.hrnet`, `head/mix/kernel`, `head/norm/scale`,
-`head/logits/kernel` (1, 1, 15C, 2K) with background in the even columns.
+Parameter paths: `backbone/...` as in `common.nn.backbones.hrnet`, `head/mix/kernel`,
+`head/norm/scale`, `head/logits/kernel` (1, 1, 15C, 2K) with background in the even columns.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from common.nn.backbones import make_backbone, preprocessing
-from common.nn.canvas import content, normalise
-from common.nn.conv import conv2d, he_normal_fan_out
-from common.nn.hrnet import HRNETS, Layout, upsample
-from common.nn.norm import Norm
+from common.nn.backbones.hrnet import HRNETS, Layout, upsample
+from common.nn.layers.canvas import content, normalise
+from common.nn.layers.conv import conv2d, he_normal_fan_out
+from common.nn.layers.norm import Norm
 from segmentation.losses import pixel_losses
 
 NUM_LOGITS = 2  # background, foreground
@@ -71,13 +71,14 @@ class ClassLogits(nn.Module):
         weights, offsets = weights[..., 1] - weights[..., 0], offsets[:, 1] - offsets[:, 0]
         if self.num_classes == 1:
             found = jnp.einsum(
-                "bhwd,d->bhw", x, weights[:, 0].astype(x.dtype),
-                preferred_element_type=jnp.float32,
+                "bhwd,d->bhw", x, weights[:, 0].astype(x.dtype), preferred_element_type=jnp.float32
             )
             return found + offsets[0]
         classes = jnp.clip(classes, 0, self.num_classes - 1)  # empty slots have class -1
         found = jnp.einsum(
-            "bhwd,db->bhw", x, weights[:, classes].astype(x.dtype),
+            "bhwd,db->bhw",
+            x,
+            weights[:, classes].astype(x.dtype),
             preferred_element_type=jnp.float32,
         )
         return found + offsets[classes][:, None, None]
@@ -109,7 +110,7 @@ class Segmenter(nn.Module):
         the head takes the taps c2 to c5.
       layout: of a smaller variant of it, or None.
       upsampling: in HRNet's exchange units, 'bilinear' (the authors' segmentation) or 'nearest'.
-      norm, remat, dtype, axis_name: see `common.nn.hrnet.HRNet`.
+      norm, remat, dtype, axis_name: see `common.nn.backbones.hrnet.HRNet`.
     """
 
     num_classes: int
@@ -126,8 +127,12 @@ class Segmenter(nn.Module):
         if self.backbone_name in HRNETS:
             fields["upsampling"] = self.upsampling
         self.backbone = make_backbone(
-            self.backbone_name, norm=self.norm, remat=self.remat, axis_name=self.axis_name,
-            dtype=self.dtype, **fields,
+            self.backbone_name,
+            norm=self.norm,
+            remat=self.remat,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            **fields,
         )
         self.head = Head(self.num_classes, self.norm, self.axis_name, self.dtype)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from common.errors import UserError
-from detection.anchors import cell_anchors, grid_anchors
+from common.io.errors import UserError
+from detection.assign.anchors import cell_anchors, grid_anchors
 
 
 def test_sizes_of_the_papers_18_anchors():
@@ -42,7 +42,5 @@ def test_grid_order_and_centres(centre):
 
 def test_count_at_1024_with_18_anchors():
     shapes = [(1024 // s, 1024 // s) for s in (4, 8, 16, 32, 64)]
-    levels = grid_anchors(
-        shapes, (4, 8, 16, 32, 64), (8, 11, 14), (0.1, 0.5, 1, 2, 4, 8)
-    )
+    levels = grid_anchors(shapes, (4, 8, 16, 32, 64), (8, 11, 14), (0.1, 0.5, 1, 2, 4, 8))
     assert sum(len(level) for level in levels) == 1_571_328

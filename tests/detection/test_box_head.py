@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.deform_roi import deform_roi_align
-from common.roi_align import roi_align
+from common.geometry.deform_roi import deform_roi_align
+from common.geometry.roi_align import roi_align
 from configs.detection import r50
 from detection.models import second_stage
 from detection.models.box_head import RegressorHead, RoITargets, TwoFCHead
@@ -62,7 +62,8 @@ def test_boxes_of_background_change_no_loss_and_no_gradient(kind, normaliser):
     assert everything[1][1].deltas.shape[1] == 8 and first[1][1].deltas.shape[1] == 2
     for expected, found in zip(
         jax.tree.leaves((everything[0], everything[1][0])),
-        jax.tree.leaves((first[0], first[1][0])), strict=True,
+        jax.tree.leaves((first[0], first[1][0])),
+        strict=True,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert np.abs(first[0]["params"]["regressor"]["kernel"]).max() > 0

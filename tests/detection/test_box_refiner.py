@@ -9,8 +9,8 @@ import pytest
 
 from common.data.dataset import Dataset
 from common.data.proposals import TableBoxes
-from common.detections import DetectionsReader, DetectionsWriter, read_detections
-from common.errors import UserError
+from common.io.errors import UserError
+from common.tables import DetectionsReader, DetectionsWriter, read_detections
 from common.training import distributed
 from detection import setup
 from detection.models.box_refiner import jitter
@@ -69,7 +69,14 @@ def refiner(dataset):
 def refined(refiner, dataset, table, deltas, output):
     config, model, mesh, with_deltas = refiner
     refine_table(
-        config, model, with_deltas(deltas), dataset, table, mesh, output, step=7,
+        config,
+        model,
+        with_deltas(deltas),
+        dataset,
+        table,
+        mesh,
+        output,
+        step=7,
         say=lambda *_, **__: None,
     )
     return read_detections(output, masks=True)
@@ -171,15 +178,22 @@ def test_training_on_a_table_brings_its_boxes_closer_to_the_truth(dataset, tmp_p
     proposals = write_jittered(dataset, tmp_path / "train.parquet", copies=3, seed=1)
     scored = write_jittered(dataset, tmp_path / "scored.parquet", copies=3, seed=2)
     common = [
-        f"--config={ROOT / 'tests' / 'tiny.py'}:refine", f"--config.data.dir={dataset.directory}",
+        f"--config={ROOT / 'tests' / 'tiny.py'}:refine",
+        f"--config.data.dir={dataset.directory}",
         f"--workdir={tmp_path / 'work'}",
     ]
     text = run(
-        "detection.train", *common, f"--config.data.proposals={proposals}",
-        "--config.data.eval_split=train", f"--config.evaluation.proposals={scored}",
-        "--config.optimizer.num_epochs=30", "--config.optimizer.decay_epochs=(27,)",
-        "--config.optimizer.learning_rate_per_image=0.0025", "--config.optimizer.warmup_epochs=5",
-        "--config.checkpoint.every_steps=0", "--config.log.every_steps=5",
+        "detection.train",
+        *common,
+        f"--config.data.proposals={proposals}",
+        "--config.data.eval_split=train",
+        f"--config.evaluation.proposals={scored}",
+        "--config.optimizer.num_epochs=30",
+        "--config.optimizer.decay_epochs=(27,)",
+        "--config.optimizer.learning_rate_per_image=0.0025",
+        "--config.optimizer.warmup_epochs=5",
+        "--config.checkpoint.every_steps=0",
+        "--config.log.every_steps=5",
     )
     assert "covers 9 of 9 training images" in text
     lines = (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()
@@ -214,5 +228,5 @@ def test_what_is_missing_is_said_before_training(dataset, table, tmp_path):
 def test_a_table_of_other_images_is_refused(dataset, tmp_path):
     with DetectionsWriter(tmp_path / "x.parquet", {}) as writer:
         writer.add("someone else's", [], np.zeros(0), np.zeros((0, 4)))
-    with pytest.raises(UserError, match="x.parquet: image \"someone else's\" is not in"):
+    with pytest.raises(UserError, match='x.parquet: image "someone else\'s" is not in'):
         TableBoxes(DetectionsReader(tmp_path / "x.parquet"), dataset)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import boxes as box_ops
-from common.deform_roi import deform_roi_align
-from common.errors import UserError
-from common.roi_align import roi_align
+from common.geometry import boxes as box_ops
+from common.geometry.deform_roi import deform_roi_align
+from common.geometry.roi_align import roi_align
+from common.io.errors import UserError
 from detection.models.box_head import HeadOutput, RoITargets
 from detection.models.decoupling_head import DecouplingHead, margin_losses, shifted
 

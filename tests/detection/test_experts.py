@@ -8,12 +8,12 @@ import safetensors.numpy
 
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
 from common.data.subset import write_subset
-from common.detections import Detections
-from common.errors import UserError
-from common.evaluation.confusion import confusion_matrix
-from common.hierarchy import restrict, siblings
+from common.io.errors import UserError
+from common.metrics.confusion import confusion_matrix
+from common.tables import Detections
+from common.tables.hierarchy import restrict, siblings
 from common.training.checkpoint import Checkpoints
-from detection import experts
+from detection.experts import selection
 
 LABELS = ["bear", "brown bear", "cat", "torch", "flashlight", "mammal", "house"]
 BEAR, BROWN, CAT, TORCH, FLASHLIGHT, MAMMAL, HOUSE = range(7)
@@ -55,8 +55,14 @@ def dataset(tmp_path_factory):
             classes, flags = [c for c, _ in boxes], [f for _, f in boxes]
             corners = [[0, 0, 0.5 + 0.25 * k, 1] for k in range(len(boxes))]
             writer.add_image(
-                f"i{i}", f"{i}.jpg", (4, 4), np.reshape(corners, (-1, 4)), classes, flags,
-                [c for c, _ in labels], [p for _, p in labels],
+                f"i{i}",
+                f"{i}.jpg",
+                (4, 4),
+                np.reshape(corners, (-1, 4)),
+                classes,
+                flags,
+                [c for c, _ in labels],
+                [p for _, p in labels],
             )
         writer.add_split("train", range(len(IMAGES)))
         writer.add_split("few", [6, 3])
@@ -66,10 +72,10 @@ def dataset(tmp_path_factory):
 def test_lowest_classes_have_images():
     aps = {"bear": 0.5, "cat": 0.1, "torch": 0.0, "flashlight": 0.0, "mammal": 0.0}
     images = np.array([9, 9, 9, 9, 3, 0, 9])
-    assert experts.lowest_classes(aps, LABELS, images, 1).tolist() == [FLASHLIGHT]
-    assert experts.lowest_classes(aps, LABELS, images, 3).tolist() == [CAT, TORCH, FLASHLIGHT]
+    assert selection.lowest_classes(aps, LABELS, images, 1).tolist() == [FLASHLIGHT]
+    assert selection.lowest_classes(aps, LABELS, images, 3).tolist() == [CAT, TORCH, FLASHLIGHT]
     with pytest.raises(UserError, match="4 classes have an AP and training images"):
-        experts.lowest_classes(aps, LABELS, images, 5)
+        selection.lowest_classes(aps, LABELS, images, 5)
 
 
 def test_siblings_share_a_parent_that_is_not_the_root():
@@ -109,11 +115,11 @@ def test_confusion_counts_what_a_detection_lies_on(dataset):
     expected[BEAR, BEAR] = 2
     expected[MAMMAL, MAMMAL] = expected[CAT, TORCH] = expected[TORCH, BEAR] = 1
     np.testing.assert_array_equal(counts, expected)
-    shares = experts.confused_classes(counts, np.array([BEAR, TORCH]), min_count=1)
+    shares = selection.confused_classes(counts, np.array([BEAR, TORCH]), min_count=1)
     # A third of the bears lies on torches; and that is all that is detected on torches.
     assert shares[0, TORCH] == pytest.approx(1 / 3)
     assert shares[1, BEAR] == 1 and shares[1, CAT] == 1
-    assert experts.confused_classes(counts, np.array([TORCH]), min_count=2).max() == 0
+    assert selection.confused_classes(counts, np.array([TORCH]), min_count=2).max() == 0
 
 
 def test_cosine_is_that_of_the_weights_without_background(tmp_path):
@@ -128,16 +134,16 @@ def test_cosine_is_that_of_the_weights_without_background(tmp_path):
     file = tmp_path / "x.safetensors"
     safetensors.numpy.save_file({"params/box_head/classifier/kernel": kernel}, file)
     for path in (tmp_path, file):
-        weights = experts.read_classifier(path, 3)
+        weights = selection.read_classifier(path, 3)
         np.testing.assert_array_equal(weights, kernel[:, 1:].T)
-    cosine = experts.cosine_similarity(weights, np.array([2]))
+    cosine = selection.cosine_similarity(weights, np.array([2]))
     np.testing.assert_allclose(cosine, [[0.5**0.5, 0.5**0.5, 1]])
     with pytest.raises(UserError, match=r"has shape \(2, 4\), expected \(features, 501\)"):
-        experts.read_classifier(file, 500)
+        selection.read_classifier(file, 500)
     with pytest.raises(UserError, match="0 arrays are called head, expected one"):
-        experts.read_classifier(file, 3, name="head")
+        selection.read_classifier(file, 3, name="head")
     with pytest.raises(UserError, match="nothing.safetensors: no readable weights"):
-        experts.read_classifier(tmp_path / "nothing.safetensors", 3)
+        selection.read_classifier(tmp_path / "nothing.safetensors", 3)
 
 
 def confusable(dataset, **pairs):
@@ -145,7 +151,7 @@ def confusable(dataset, **pairs):
     for row, (_, others) in enumerate(pairs.items()):
         strength[row, others] = True
     positive = np.array([LABELS.index(label) for label in pairs])
-    return positive, experts.negative_classes(dataset, positive, strength)
+    return positive, selection.negative_classes(dataset, positive, strength)
 
 
 def test_negative_images_cannot_hold_the_class(dataset):
@@ -153,16 +159,17 @@ def test_negative_images_cannot_hold_the_class(dataset):
     positive, pairs = confusable(dataset, bear=[BEAR, BROWN, CAT, MAMMAL, HOUSE])
     assert np.flatnonzero(pairs[0]).tolist() == [CAT, HOUSE]
     images = dataset.split("train")
-    found = experts.select_images(dataset, images, positive, pairs)
+    found = selection.select_images(dataset, images, positive, pairs)
     assert found.positive.tolist() == [0]
     assert found.negative.tolist() == [1, 5]
     assert found.dropped == {
-        "positive class without box": 2, "unverified below a present parent": 1
+        "positive class without box": 2,
+        "unverified below a present parent": 1,
     }
     # Nothing speaks for a cat on the torch photo, but nobody looked for one either.
     positive, pairs = confusable(dataset, cat=[TORCH])
-    assert experts.select_images(dataset, images, positive, pairs).negative.tolist() == [6]
-    strict = experts.select_images(dataset, images, positive, pairs, require_verified=True)
+    assert selection.select_images(dataset, images, positive, pairs).negative.tolist() == [6]
+    strict = selection.select_images(dataset, images, positive, pairs, require_verified=True)
     assert strict.negative.tolist() == [] and strict.dropped["not verified absent"] == 1
 
 

@@ -6,12 +6,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from common.training.train_step import (
-    init_state,
-    init_variables,
-    make_predict_step,
-    make_train_step,
-)
+from common.training.step import init_state, init_variables, make_predict_step, make_train_step
 from detection.models.faster_rcnn import build
 from detection.setup import batch_shapes
 from tests import tiny
@@ -108,7 +103,10 @@ def test_image_without_objects_gives_finite_losses_and_gradients(config):
 
     def loss(params):
         out, _ = model.apply(
-            {**variables, "params": params}, batch, train=True, mutable=["batch_stats"],
+            {**variables, "params": params},
+            batch,
+            train=True,
+            mutable=["batch_stats"],
             rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
         )
         return sum(out["losses"].values()), out["losses"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detection.matching import best_truth, match, sample
+from detection.assign.matching import best_truth, match, sample
 from tests.oracles import matching as oracle
 
 
@@ -24,7 +24,12 @@ def test_match_equals_brute_force(seed, best_match_iou):
     boxes[:4] = truth[:4]
     valid, truth_valid = rng.random(40) < 0.9, rng.random(6) < 0.7
     found = match(
-        boxes, valid, truth, truth_valid, positive_iou=0.7, negative_iou=0.3,
+        boxes,
+        valid,
+        truth,
+        truth_valid,
+        positive_iou=0.7,
+        negative_iou=0.3,
         best_match_iou=best_match_iou,
     )
     index, positive, negative = oracle.match(
@@ -40,8 +45,13 @@ def test_match_equals_brute_force(seed, best_match_iou):
 def test_image_without_truth_has_only_negatives():
     boxes = random_boxes(np.random.default_rng(0), 10)
     found = match(
-        boxes, np.ones(10, bool), np.zeros((3, 4), np.float32), np.zeros(3, bool),
-        positive_iou=0.5, negative_iou=0.5, best_match_iou=0.3,
+        boxes,
+        np.ones(10, bool),
+        np.zeros((3, 4), np.float32),
+        np.zeros(3, bool),
+        positive_iou=0.5,
+        negative_iou=0.5,
+        best_match_iou=0.3,
     )
     assert not found.positive.any() and found.negative.all()
 

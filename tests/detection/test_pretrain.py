@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 
 from common.data.labelled_batches import eval_batches, random_crop, train_batches
 from common.data.labelled_images import open_class_folder, open_tfds
-from common.errors import UserError
+from common.io.errors import UserError
 from common.nn.backbones import make_backbone
-from common.nn.weights import load_backbone_weights
+from common.nn.weights.backbone_weights import load_backbone_weights
 from common.training.optimizer import make_schedule
-from common.training.train_step import init_variables
+from common.training.step import init_variables
 from configs.pretrain import resnet50
 from detection.pretrain import build_model, init_batch
 from tests.commands import ROOT, refusal, run
@@ -71,9 +71,9 @@ def test_a_folder_that_is_no_class_folder_is_named(tmp_path, make, message):
 
 
 def take(source, start, count, seed=1, **hosts):
-    return list(train_batches(
-        source, data_config(), seed=seed, start_step=start, num_steps=count, **hosts
-    ))
+    return list(
+        train_batches(source, data_config(), seed=seed, start_step=start, num_steps=count, **hosts)
+    )
 
 
 def test_steps_do_not_depend_on_where_a_run_starts_nor_on_hosts(photos):
@@ -185,12 +185,19 @@ def test_tfds_is_read_at_random_places(photos, tmp_path):
 
 def flags(photos, workdir):
     return [
-        f"--config={ROOT / 'configs/pretrain/resnet50.py'}:resnet18", f"--workdir={workdir}",
-        f"--config.data.dir={photos}", "--config.data.batch_size=8", "--config.data.image_size=32",
-        "--config.data.crop_area=(0.5, 1.0)", "--config.optimizer.num_epochs=10.0",
-        "--config.optimizer.warmup_epochs=1.0", "--config.optimizer.learning_rate_per_image=0.002",
-        "--config.evaluation.batch_size=4", "--config.evaluation.every_epochs=0",
-        "--config.log.every_steps=1", "--config.model.dtype=float32",
+        f"--config={ROOT / 'configs/pretrain/resnet50.py'}:resnet18",
+        f"--workdir={workdir}",
+        f"--config.data.dir={photos}",
+        "--config.data.batch_size=8",
+        "--config.data.image_size=32",
+        "--config.data.crop_area=(0.5, 1.0)",
+        "--config.optimizer.num_epochs=10.0",
+        "--config.optimizer.warmup_epochs=1.0",
+        "--config.optimizer.learning_rate_per_image=0.002",
+        "--config.evaluation.batch_size=4",
+        "--config.evaluation.every_epochs=0",
+        "--config.log.every_steps=1",
+        "--config.model.dtype=float32",
         "--config.checkpoint.every_steps=24",
     ]
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import boxes as box_ops
-from common.errors import UserError
+from common.geometry import boxes as box_ops
+from common.io.errors import UserError
 from configs.detection import r50
 from detection.models import second_stage
 from detection.models.box_head import HeadOutput
@@ -40,8 +40,13 @@ def proposals_of(*boxes):
 
 def detect(heads, stages, average="probability", box_stage=-1):
     return second_stage.detect_stages(
-        [heads], [None], proposals_of([10, 10, 30, 30]), SIZE, stages,
-        average=average, box_stage=box_stage,
+        [heads],
+        [None],
+        proposals_of([10, 10, 30, 30]),
+        SIZE,
+        stages,
+        average=average,
+        box_stage=box_stage,
     )
 
 
@@ -81,8 +86,13 @@ def test_classes_come_from_the_first_branch_and_boxes_from_the_last():
     for_class = head_that([0.1, 0.2, 0.7], np.full((2, 4), 9.0))
     for_box = head_that([0.8, 0.1, 0.1], np.full((2, 4), 5.0))
     scores, boxes = second_stage.detect_stages(
-        [[for_class], [for_box]], [None, None], proposals_of([10, 10, 30, 30]), SIZE, stages,
-        average="probability", box_stage=-1,
+        [[for_class], [for_box]],
+        [None, None],
+        proposals_of([10, 10, 30, 30]),
+        SIZE,
+        stages,
+        average="probability",
+        box_stage=-1,
     )
     np.testing.assert_allclose(scores[0, 0], [0.1, 0.2, 0.7], rtol=1e-5)
     np.testing.assert_allclose(boxes[0, 0, 0], [15, 15, 35, 35], atol=1e-3)
@@ -106,10 +116,16 @@ def losses_of(heads, stages, weights=({},), branches=1):
         "image_valid": jnp.ones(1, bool),
     }
     terms, monitor = second_stage.stage_losses(
-        [[recording(h) for h in heads]] * branches, [None] * branches,
-        jax.random.split(jax.random.key(0), 1), proposals_of([41, 40, 61, 60], [0, 0, 20, 20]),
-        batch, stages, weights, sample=dict(num_samples=4, positive_fraction=0.5),
-        loss=dict(beta=1.0, normaliser="sampled"), margin={},
+        [[recording(h) for h in heads]] * branches,
+        [None] * branches,
+        jax.random.split(jax.random.key(0), 1),
+        proposals_of([41, 40, 61, 60], [0, 0, 20, 20]),
+        batch,
+        stages,
+        weights,
+        sample=dict(num_samples=4, positive_fraction=0.5),
+        loss=dict(beta=1.0, normaliser="sampled"),
+        margin={},
     )
     return terms, monitor, seen
 
@@ -119,7 +135,8 @@ def test_the_next_stage_starts_from_refined_boxes_without_copies_of_the_truth():
     head = head_that([0.3, 0.3, 0.4], np.array([[2.0] * 4, [5.0] * 4]))
     terms, _, seen = losses_of([head, head], stages)
     assert {name for name in terms if name.endswith("_stage2")} == {
-        "box_class_stage2", "box_regression_stage2"
+        "box_class_stage2",
+        "box_regression_stage2",
     }
     second = {tuple(box) for box in np.round(seen[1][0]).tolist()}
     # The positive one moves as its class, background as its best class; the truth comes in anew.
@@ -133,8 +150,9 @@ def test_losses_are_weighted_by_stage_and_by_name():
     weighted, _, _ = losses_of(
         [head, head],
         second_stage.read_stages(
-            settings(iou=(0.5, 0.6), stds=(STDS, STDS), loss_weights=(0.5, 0.25),
-                     score_weights=(1, 1))
+            settings(
+                iou=(0.5, 0.6), stds=(STDS, STDS), loss_weights=(0.5, 0.25), score_weights=(1, 1)
+            )
         ),
         weights=({"box_class": 3.0},),
     )

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
 from common.data.dataset import Dataset, DatasetWriter
-from common.detections import read_detections
-from common.errors import UserError
+from common.io.errors import UserError
+from common.tables import read_detections
 from common.training import distributed
-from detection import test_time
 from detection.evaluate import evaluate_variables
+from detection.tta import test_time
 from tests import tiny
 
 BOXES = [(0.1, 0.2, 0.4, 0.6), (0.5, 0.5, 0.9, 0.75), (0.0, 0.3, 0.3, 1.0)]
@@ -129,9 +129,7 @@ def test_union_keeps_the_best_view_of_overlapping_boxes(dataset, tmp_path):
     table = read_detections(tmp_path / "x.parquet")
     # Of four views: the area once; the half-wide box once from plain and once from mirrored views,
     # which see the halves of the other side.
-    np.testing.assert_allclose(
-        table.scores.reshape(3, 3), [[0.32, 0.16, 0.155]] * 3, atol=1e-6
-    )
+    np.testing.assert_allclose(table.scores.reshape(3, 3), [[0.32, 0.16, 0.155]] * 3, atol=1e-6)
     for i in range(3):
         box, tolerance = expected_box(i)
         np.testing.assert_allclose(table.boxes[3 * i], box, atol=tolerance)
@@ -168,9 +166,10 @@ def test_one_view_on_the_same_canvas_is_the_plain_export(dataset, tmp_path):
         )
 
 
-@pytest.mark.parametrize(("count", "limit", "sizes"), [
-    (4, 9, [4]), (4, 3, [2, 2]), (4, 0, [1] * 4), (6, 4, [3, 3]), (1, 5, [1]),
-])
+@pytest.mark.parametrize(
+    ("count", "limit", "sizes"),
+    [(4, 9, [4]), (4, 3, [2, 2]), (4, 0, [1] * 4), (6, 4, [3, 3]), (1, 5, [1])],
+)
 def test_large_canvases_take_fewer_photos_at_a_time(count, limit, sizes):
     rows = test_time.batch_rows(count, 3, limit)
     assert [len(part) for part in rows] == [3 * size for size in sizes]
@@ -180,9 +179,10 @@ def test_large_canvases_take_fewer_photos_at_a_time(count, limit, sizes):
     assert all((owner == np.arange(3)[:, None]).all() for owner in owners)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("scales", (64, 64)), ("long_ratios", (2.0, 1.5)), ("max_long", 100), ("merge", "median"),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("scales", (64, 64)), ("long_ratios", (2.0, 1.5)), ("max_long", 100), ("merge", "median")],
+)
 def test_fields_out_of_range_are_named(dataset, tmp_path, field, value):
     with pytest.raises(UserError, match=rf"config\.test_time\.{field}: found"):
         detect(make_config(**{field: value}), dataset, tmp_path / "x.parquet")
@@ -192,6 +192,13 @@ def test_fields_out_of_range_are_named(dataset, tmp_path, field, value):
 def test_tables_of_views_cannot_be_scored_before_they_are_merged(tmp_path):
     with pytest.raises(UserError, match="expected 'union' or 'mean' to score"):
         evaluate_variables(
-            make_config(merge="tables"), None, None, None, {}, 1, tmp_path, split="all",
+            make_config(merge="tables"),
+            None,
+            None,
+            None,
+            {},
+            1,
+            tmp_path,
+            split="all",
             test_time=True,
         )

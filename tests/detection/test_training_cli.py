@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.data.dataset import Dataset
-from common.detections import read_detections
+from common.tables import read_detections
 from tests import tiny
 from tests.commands import ROOT, losses, refusal, run, run_two_processes, start
 
@@ -22,7 +22,8 @@ def dataset(tmp_path_factory) -> Path:
 
 def flags(dataset: Path, workdir: Path) -> list[str]:
     return [
-        f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.data.dir={dataset}",
+        f"--config={ROOT / 'tests' / 'tiny.py'}",
+        f"--config.data.dir={dataset}",
         f"--workdir={workdir}",
     ]
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from common.errors import UserError
+from common.io.errors import UserError
 from common.nn.backbones import make_backbone
-from common.training.train_step import init_variables
+from common.training.step import init_variables
 from configs.detection import winners
 from detection import setup
 from detection.models.faster_rcnn import build
@@ -17,8 +17,12 @@ from tests.detection.test_faster_rcnn import make_batch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "detection").glob("*.py"))
 TWO_STAGES = dict(
-    iou=(0.5, 0.6), stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1)),
-    loss_weights=(1.0, 0.5), score_weights=(1.0, 1.0), average="probability", box_stage=-1,
+    iou=(0.5, 0.6),
+    stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1)),
+    loss_weights=(1.0, 0.5),
+    score_weights=(1.0, 1.0),
+    average="probability",
+    box_stage=-1,
 )
 VARIANTS = {
     "decoupling head": dict(fpn_norm="sync", box_head=dict(kind="decoupling")),
@@ -45,7 +49,10 @@ def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
     def gradients(params):
         def loss(params):
             out, _ = model.apply(
-                {**variables, "params": params}, batch, train=True, mutable=["batch_stats"],
+                {**variables, "params": params},
+                batch,
+                train=True,
+                mutable=["batch_stats"],
                 rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
             )
             return sum(out["losses"].values()), out["losses"]
@@ -75,14 +82,19 @@ def test_cascade_on_a_decoupled_backbone_has_a_loss_of_each_branch_and_stage():
 
     def losses(variables):
         out, _ = model.apply(
-            variables, make_batch(2), train=True, mutable=["batch_stats"],
+            variables,
+            make_batch(2),
+            train=True,
+            mutable=["batch_stats"],
             rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
         )
         return out["losses"]
 
     expected = {
         f"{name}_{branch}_stage{stage}"
-        for name in ("box_class", "box_regression") for branch in (1, 2) for stage in (1, 2)
+        for name in ("box_class", "box_regression")
+        for branch in (1, 2)
+        for stage in (1, 2)
     }
     assert set(jax.eval_shape(losses, shapes)) == {"rpn_class", "rpn_box"} | expected
 

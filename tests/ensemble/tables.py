@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from common.detections import DetectionsWriter, read_detections
+from common.tables import DetectionsWriter, read_detections
 
 LABELS = ("ant", "bee", "cow")
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from common.errors import UserError
+from common.io.errors import UserError
 from configs.ensemble import naive
-from ensemble.weights import class_weights, kept_classes, read_class_aps, relative_ap
+from ensemble.class_weights import class_weights, kept_classes, read_class_aps, relative_ap
 
 NAMES, LABELS = ["a", "b"], ["/m/ant", "/m/bee", "/m/cow", "/m/dog"]
 OPENIMAGES = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@0.5IOU/"

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensemble import groups
-from ensemble.groups import Rows, apply_operator
-from ensemble.operators import Nms, SoftNms, Voting, WeightedBoxesFusion
+from ensemble.operators import Nms, SoftNms, Voting, WeightedBoxesFusion, groups
+from ensemble.operators.groups import Rows, apply_operator
 from tests.oracles import ensembling as twin
 
 WEIGHTS = (1.0, 2.0, 1.0)

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from common.detections import DetectionsWriter, writer
-from common.errors import UserError
+from common.io.errors import UserError
+from common.tables import DetectionsWriter, writer
 from ensemble.inputs import aligned_chunks, open_tables, parse_inputs
 from tests.ensemble.tables import LABELS, draw_images, write
 

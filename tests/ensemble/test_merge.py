@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from common.data.dataset import DatasetWriter
-from common.detections import DetectionsWriter, read_detections
-from common.detections.table import MAX_SCORE
-from common.errors import UserError
+from common.io.errors import UserError
+from common.tables import DetectionsWriter, read_detections
+from common.tables.table import MAX_SCORE
 from configs.ensemble import adj_nms, lvis_rs, naive, reweighted, voting
-from ensemble import relations
 from ensemble.merge import merge_tables, squash
-from ensemble.tree import Leaf, Node, Operators, Tree, save
+from ensemble.relations import rules
+from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree, save
 from tests.commands import ROOT, run_two_processes
 from tests.ensemble.tables import LABELS, draw_images, rows_of, write
 from tests.oracles import ensembling
@@ -245,7 +245,7 @@ def test_relations_change_scores_before_the_cut(tmp_path):
     none, seen = np.zeros((3, 3), np.int64), np.full((3, 3), 100)
     counts = dict(images_both=both, images_known=seen, boxes_inside=none, boxes_known=seen)
     counts.update(images_present=seen[0], images_absent=seen[0])
-    relations.Relations(LABELS, meta={}, **counts).write(tmp_path / "r.npz")
+    rules.Relations(LABELS, meta={}, **counts).write(tmp_path / "r.npz")
     config = changed(
         naive.get_config(), relations__file=str(tmp_path / "r.npz"), relations__surround=False,
         max_detections=2,
@@ -335,8 +335,11 @@ def test_configs_take_their_argument(module):
 @pytest.mark.multiprocess
 def test_command_line_in_two_processes_writes_two_shards(folder, tmp_path):
     outputs = run_two_processes(
-        "ensemble.merge", "--config=configs/ensemble/naive.py",
-        f"--inputs={','.join(inputs(folder))}", f"--output={tmp_path / 'm'}", devices=2,
+        "ensemble.merge",
+        "--config=configs/ensemble/naive.py",
+        f"--inputs={','.join(inputs(folder))}",
+        f"--output={tmp_path / 'm'}",
+        devices=2,
     )
     assert "images 6/6" in outputs[0] and "images" not in outputs[1]
     assert len(list((tmp_path / "m").iterdir())) == 2

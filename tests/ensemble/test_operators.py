@@ -11,16 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.errors import UserError
-from ensemble.operators import (
-    AdjNms,
-    Nms,
-    Nmw,
-    SoftNms,
-    Voting,
-    WeightedBoxesFusion,
-    make_operator,
-)
+from common.io.errors import UserError
+from ensemble.operators import AdjNms, Nms, Nmw, SoftNms, Voting, WeightedBoxesFusion, make_operator
 from tests.oracles import ensembling as twin
 
 WEIGHTS = (1.0, 0.5, 2.0)

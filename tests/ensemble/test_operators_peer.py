@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from ensemble import groups
-from ensemble.groups import Rows, apply_operator
-from ensemble.operators import Nms, Nmw, SoftNms, WeightedBoxesFusion
+from ensemble.operators import Nms, Nmw, SoftNms, WeightedBoxesFusion, groups
+from ensemble.operators.groups import Rows, apply_operator
 
 peer = pytest.importorskip("ensemble_boxes", reason="ensemble-boxes (with numba) is not installed")
 peer_nms = pytest.importorskip("ensemble_boxes.ensemble_boxes_nms")
@@ -76,9 +75,7 @@ def test_soft_nms(number, method):
         operator = SoftNms(method, sigma=0.3, iou_threshold=0.4, min_score=0.1)
         ours, source = apply_operator(rows, operator)
         for label in range(LABELS):
-            boxes, scores = (
-                np.float64(a[rows.group == label]) for a in (rows.boxes, rows.scores)
-            )
+            boxes, scores = (np.float64(a[rows.group == label]) for a in (rows.boxes, rows.scores))
             # Permutes and lowers the scores that it is given.
             kept = peer_nms.cpu_soft_nms_float(boxes, scores, 0.4, 0.3, 0.1, number)
             mine = ours.group == label

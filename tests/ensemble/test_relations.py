@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from common.data.dataset import Dataset, DatasetWriter
-from common.errors import UserError
-from common.hierarchy import ancestors
-from ensemble import relation_mining, relations
+from common.io.errors import UserError
+from common.tables.hierarchy import ancestors
+from ensemble.relations import mining, rules
 from tests.oracles import relations as twin
 
 LABELS = ["animal", "dog", "wheel", "bike", "person", "glasses", "toy"]
@@ -28,7 +28,7 @@ def make_relations(both, inside, of=100):
     """Relations with the given shares, each from `of` images or boxes."""
     both, inside = (np.round(np.asarray(share) * of).astype(np.int64) for share in (both, inside))
     many, classes = np.full(both.shape, of), np.full(len(both), of)
-    return relations.Relations(LABELS, both, many, inside, many, classes, classes, {})
+    return rules.Relations(LABELS, both, many, inside, many, classes, classes, {})
 
 
 def draw_rows(rng, images=6, count=60):
@@ -43,25 +43,25 @@ def draw_rows(rng, images=6, count=60):
 @pytest.mark.parametrize("joined", [7, 1 << 21])
 def test_rescoring_equals_the_loops(monkeypatch, mode, joined):
     """For rows in any order, and however many pairs are looked at together."""
-    monkeypatch.setattr(relations, "_MAX_JOINED", joined)
+    monkeypatch.setattr(rules, "_MAX_JOINED", joined)
     changed = 0
     for seed in range(25):
         rng = np.random.default_rng(seed)
         shares = rng.integers(0, 11, (2, len(LABELS), len(LABELS))) / 10
         shares[:, range(len(LABELS)), range(len(LABELS))] = 0
         found = make_relations(*shares)
-        settings = relations.RelationSettings(cooccurrence=mode, tau_p=0.6, tau_q=0.8, inside=0.7)
-        rules = relations.make_rules(found, settings)
+        settings = rules.RelationSettings(cooccurrence=mode, tau_p=0.6, tau_q=0.8, inside=0.7)
+        made = rules.make_rules(found, settings)
         image, classes, scores, boxes = draw_rows(rng)
         order = rng.permutation(len(scores))
         image, classes, scores, boxes = (a[order] for a in (image, classes, scores, boxes))
 
-        raised = relations.raise_by_cooccurrence(rules, image, classes, scores)
+        raised = rules.raise_by_cooccurrence(made, image, classes, scores)
         expected = twin.cooccurrence(
             image, classes, scores, found.cooccurrence(), mode, 0.6, 0.5, 0.1
         )
         np.testing.assert_allclose(raised, expected, rtol=1e-6)
-        result = relations.rescore(rules, image, classes, scores, boxes)
+        result = rules.rescore(made, image, classes, scores, boxes)
         expected = twin.surround(
             image, classes, raised, boxes, found.containment(), 0.8, 0.5, 0.7, 0.1, 0.1
         )
@@ -78,27 +78,27 @@ def test_a_guitar_raises_the_best_person_only():
     boxes = np.tile(np.float32([0, 0, 1, 1]), (4, 1))
     classes = np.array([BIKE, PERSON, PERSON, WHEEL])
     rows = (np.zeros(4, int), classes, np.float32([0.9, 0.4, 0.2, 0.3]))
-    top = relations.rescore(relations.make_rules(found), *rows, boxes)
+    top = rules.rescore(rules.make_rules(found), *rows, boxes)
     np.testing.assert_allclose(top, [0.9, 0.9 * 0.907, 0.2, 0.3], rtol=1e-6)
-    settings = relations.RelationSettings(cooccurrence="scale")
-    scaled = relations.rescore(relations.make_rules(found, settings), *rows, boxes)
+    settings = rules.RelationSettings(cooccurrence="scale")
+    scaled = rules.rescore(rules.make_rules(found, settings), *rows, boxes)
     np.testing.assert_allclose(scaled, [0.9, 0.8163, 0.40815, 0.3], rtol=1e-6)
     # As the formula is printed, P(bike | person) is what it takes for P(person | bike).
-    printed = relations.RelationSettings(denominator="i")
-    assert (relations.rescore(relations.make_rules(found, printed), *rows, boxes) == rows[2]).all()
+    printed = rules.RelationSettings(denominator="i")
+    assert (rules.rescore(rules.make_rules(found, printed), *rows, boxes) == rows[2]).all()
     # A person seen with less than a certain confidence is none.
     weak = np.float32([0.9, 0.09, 0.05, 0.3])
-    assert (relations.rescore(relations.make_rules(found), *rows[:2], weak, boxes) == weak).all()
+    assert (rules.rescore(rules.make_rules(found), *rows[:2], weak, boxes) == weak).all()
 
 
 def test_glasses_gain_on_a_person_and_lose_elsewhere():
     inside = np.zeros((7, 7))
     inside[GLASSES, PERSON] = 0.95
-    rules = relations.make_rules(make_relations(np.zeros((7, 7)), inside))
+    made = rules.make_rules(make_relations(np.zeros((7, 7)), inside))
     boxes = np.float32([[0, 0, 0.5, 1], [0.1, 0.1, 0.3, 0.2], [0.7, 0.1, 0.9, 0.2], [0.5, 0, 1, 1]])
     classes = np.array([PERSON, GLASSES, GLASSES, PERSON])
     scores = np.float32([0.8, 0.6, 0.4, 0.3])
-    result = relations.rescore(rules, np.zeros(4, int), classes, scores, boxes)
+    result = rules.rescore(made, np.zeros(4, int), classes, scores, boxes)
     # The second person is too unsure to speak for glasses, and its glasses to speak for it.
     np.testing.assert_allclose(result, [0.88, 0.66, 0.36, 0.3], rtol=1e-6)
 
@@ -107,11 +107,11 @@ def test_no_rows_and_pairs_with_little_behind_them():
     both = np.zeros((7, 7))
     both[PERSON, BIKE] = 1
     few = make_relations(both, both, of=9)
-    rules = relations.make_rules(few)
+    made = rules.make_rules(few)
     none, boxes = np.zeros(0, int), np.zeros((0, 4), np.float32)
-    assert len(relations.rescore(rules, none, none, boxes[:, 0], boxes)) == 0
-    assert rules.expected.counts.sum() == rules.outer.counts.sum() == 0
-    kept = relations.make_rules(few, relations.make_settings({"min_images": 9, "min_boxes": 9}))
+    assert len(rules.rescore(made, none, none, boxes[:, 0], boxes)) == 0
+    assert made.expected.counts.sum() == made.outer.counts.sum() == 0
+    kept = rules.make_rules(few, rules.make_settings({"min_images": 9, "min_boxes": 9}))
     assert kept.expected.counts.sum() == kept.outer.counts.sum() == 1
 
 
@@ -128,9 +128,7 @@ def dataset(tmp_path_factory):
             labels = rng.choice(7, 2, replace=False)
             labels = [c for c in labels if c not in classes]
             confidences = rng.integers(0, 2, len(labels))
-            writer.add_image(
-                f"{i}", f"{i}.jpg", (8, 8), boxes, classes, None, labels, confidences
-            )
+            writer.add_image(f"{i}", f"{i}.jpg", (8, 8), boxes, classes, None, labels, confidences)
         writer.add_split("train", rng.permutation(60)[:50])
     return Dataset.open(directory)
 
@@ -141,9 +139,9 @@ def test_mining_equals_the_loops(dataset, monkeypatch, exhaustive):
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     expected = twin.mine(dataset, "train", parents, 0.9, exhaustive)
     for slab, joined in ((1 << 15, 1 << 20), (4, 5)):
-        monkeypatch.setattr(relation_mining, "SLAB", slab)
-        monkeypatch.setattr(relation_mining, "_MAX_JOINED", joined)
-        found = relation_mining.mine_relations(dataset, "train", exhaustive=exhaustive)
+        monkeypatch.setattr(mining, "SLAB", slab)
+        monkeypatch.setattr(mining, "_MAX_JOINED", joined)
+        found = mining.mine_relations(dataset, "train", exhaustive=exhaustive)
         for name, counts in expected.items():
             np.testing.assert_array_equal(getattr(found, name), counts, name)
     assert found.images_both[0, 6] == 0, "animal and toy share the dog"
@@ -160,9 +158,9 @@ def test_a_class_that_is_never_found_absent_has_no_rule():
 
 
 def test_files_come_back_for_any_order_of_classes(dataset, tmp_path):
-    found = relation_mining.mine_relations(dataset, "train")
+    found = mining.mine_relations(dataset, "train")
     found.write(tmp_path / "x.npz")
-    again = relations.read_relations(tmp_path / "x.npz")
+    again = rules.read_relations(tmp_path / "x.npz")
     np.testing.assert_array_equal(again.boxes_known, found.boxes_known)
     assert again.meta["split"] == "train"
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
@@ -181,13 +179,13 @@ def test_bad_files_and_fields_are_named(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     for name in ("cut", "other", "text"):
         with pytest.raises(UserError, match=f"{name}.npz: no readable relations"):
-            relations.load_rules(tmp_path / f"{name}.npz", LABELS)
+            rules.load_rules(tmp_path / f"{name}.npz", LABELS)
     with pytest.raises(UserError, match="no such file"):
-        relations.load_rules(tmp_path / "nowhere.npz", LABELS)
+        rules.load_rules(tmp_path / "nowhere.npz", LABELS)
     with pytest.raises(UserError, match="knows none of the 1 classes"):
-        relations.load_rules(tmp_path / "good.npz", ["/m/x"])
+        rules.load_rules(tmp_path / "good.npz", ["/m/x"])
     with pytest.raises(UserError, match="relations.tau: no such field, expected cooccurrence"):
-        relations.load_rules(tmp_path / "good.npz", LABELS, {"tau": 1})
+        rules.load_rules(tmp_path / "good.npz", LABELS, {"tau": 1})
     for field, value in {"cooccurrence": "all", "tau_p": 1.5, "gain": -1, "min_images": 0}.items():
         with pytest.raises(UserError, match=f"relations.{field}: "):
-            relations.make_settings({field: value})
+            rules.make_settings({field: value})

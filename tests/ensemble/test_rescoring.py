@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from common.data.dataset import Dataset, DatasetWriter
-from common.detections import Detections
-from common.errors import UserError
+from common.io.errors import UserError
+from common.tables import Detections
 from ensemble.rescoring import (
     COMMON,
     FREQUENT,

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.detections import Detections, DetectionsWriter, read_detections
-from common.errors import UserError
-from common.evaluation import matching, openimages
+from common.io.errors import UserError
+from common.metrics import matching, openimages
+from common.tables import Detections, DetectionsWriter, read_detections
 from configs.ensemble import auto
-from ensemble import draw_tree, inputs, scoring, search, tree_search
-from ensemble import tree as trees
-from ensemble.groups import Rows, apply_operator
+from ensemble import draw_tree, inputs, search
 from ensemble.merge import merge_tables
 from ensemble.operators import Voting
-from ensemble.tree import Leaf, Node, Operators, Tree
+from ensemble.operators.groups import Rows, apply_operator
+from ensemble.tree import binary_tree as trees
+from ensemble.tree import evolution, scoring
+from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree
 
 LABELS = ["/m/a", "/m/b", "/m/c", "/m/d"]
 HIERARCHY = {
@@ -340,11 +341,11 @@ def test_changes_keep_every_model_once_and_mirrored_trees_are_one():
     order = {model: place for place, model in enumerate(models)}
     options = auto.get_config().search
     _, space, equal = search.parse_options(options)
-    root = tree_search.starting_trees(dict.fromkeys(models, 0.5), equal)[0]
+    root = evolution.starting_trees(dict.fromkeys(models, 0.5), equal)[0]
     seen = set()
     for step in range(300):
-        change = (tree_search.change_topology, tree_search.change_operators)[step % 2]
-        root = tree_search.canonical(change(rng, root, space, equal), order)
+        change = (evolution.change_topology, evolution.change_operators)[step % 2]
+        root = evolution.canonical(change(rng, root, space, equal), order)
         assert sorted(trees.leaves(root)) == models
         text = json.dumps(trees.node_to_json(root))
         assert trees.node_from_json(json.loads(text), "x") == root
@@ -359,17 +360,17 @@ def test_changes_keep_every_model_once_and_mirrored_trees_are_one():
             elements=root.operators.elements[::-1],
         ),
     )
-    assert tree_search.canonical(mirrored, order) == root
+    assert evolution.canonical(mirrored, order) == root
 
 
 def test_starting_trees_are_ladders_and_a_balanced_tree():
     scores = {"a": 0.2, "b": 0.5, "c": 0.4, "d": 0.1, "e": 0.3}
-    best, worst, balanced = tree_search.starting_trees(scores, Operators())
+    best, worst, balanced = evolution.starting_trees(scores, Operators())
     assert trees.leaves(best) == list("bcead") and best.left == Leaf("b")
     assert worst.left == Leaf("d")
     assert draw_tree._height(best) == 4 and draw_tree._height(balanced) == 3
     assert sorted(trees.leaves(balanced)) == list("abcde")
-    assert tree_search.starting_trees({"a": 0.1}, Operators()) == [Leaf("a")]
+    assert evolution.starting_trees({"a": 0.1}, Operators()) == [Leaf("a")]
 
 
 def test_names_are_escaped_in_the_picture():

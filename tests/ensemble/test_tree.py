@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from common.errors import UserError
-from ensemble import tree as trees
-from ensemble.groups import Rows, apply_operator
+from common.io.errors import UserError
 from ensemble.operators import AdjNms, Nms, SoftNms
-from ensemble.tree import Leaf, Node, Operators, Tree
+from ensemble.operators.groups import Rows, apply_operator
+from ensemble.tree import binary_tree as trees
+from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree
 from tests.oracles import tree_node as oracle
 
 MODELS = ("a", "b", "c")

@@ -1,4 +1,4 @@
-"""Brute-force twin of common.boxes: one pair of boxes at a time, float64."""
+"""Brute-force twin of common.geometry.boxes: one pair of boxes at a time, float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Brute-force twin of common/data/convert/cleaning.py: one row at a time, plain Python."""
+"""Brute-force twin of common/convert/cleaning.py: one row at a time, plain Python."""
 
 import math
 

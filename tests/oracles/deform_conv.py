@@ -1,4 +1,4 @@
-"""Brute-force twin of common.nn.deform_conv: one sample at a time, float64.
+"""Brute-force twin of common.nn.layers.deform_conv: one sample at a time, float64.
 
 Gradients of the offsets are central differences; everything is linear in the other arrays.
 """

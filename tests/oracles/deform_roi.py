@@ -1,4 +1,4 @@
-"""Brute-force twin of common.deform_roi: one sample at a time, float64.
+"""Brute-force twin of common.geometry.deform_roi: one sample at a time, float64.
 
 Gradients of the offsets are central differences.
 """
@@ -50,9 +50,7 @@ def deform_roi_align(
     """Returns the crops (B, R, S, S, C); `position` of a sample in its part of the bin."""
     features = [feature.astype(np.float64) for feature in features]
     output = np.zeros((*boxes.shape[:2], bins, bins, features[0].shape[-1]))
-    for b, r, s, t, level, points in _bins(
-        boxes, offsets, strides, bins, ratio, aligned, position
-    ):
+    for b, r, s, t, level, points in _bins(boxes, offsets, strides, bins, ratio, aligned, position):
         output[b, r, s, t] = _pool(features[level][b], points(*offsets[b, r, s, t]), ratio)
     return output
 
@@ -64,9 +62,7 @@ def gradients(
     features = [feature.astype(np.float64) for feature in features]
     totals = [np.zeros(feature.shape) for feature in features]
     offsets_grad = np.zeros(offsets.shape)
-    for b, r, s, t, level, points in _bins(
-        boxes, offsets, strides, bins, ratio, aligned, position
-    ):
+    for b, r, s, t, level, points in _bins(boxes, offsets, strides, bins, ratio, aligned, position):
         image, wanted = features[level][b], gradient[b, r, s, t]
         offset = offsets[b, r, s, t].astype(np.float64)
         for y, x in points(*offset):

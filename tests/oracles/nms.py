@@ -1,4 +1,4 @@
-"""Brute-force twin of common.nms: greedy suppression, one pair at a time, in float32."""
+"""Brute-force twin of common.geometry.nms: greedy suppression, one pair at a time, in float32."""
 
 import numpy as np
 

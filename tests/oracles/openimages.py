@@ -1,6 +1,6 @@
 """The OpenImages Challenge 2019 metric, one image, class and detection at a time.
 
-Plain Python over dictionaries: no array code, nothing shared with `common.evaluation.openimages`.
+Plain Python over dictionaries: no array code, nothing shared with `common.metrics.openimages`.
 """
 
 

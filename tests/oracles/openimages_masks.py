@@ -1,7 +1,7 @@
 """The OpenImages instance-segmentation metric, one image, class, detection and pixel at a time.
 
 Plain Python over dictionaries and NumPy pixels; nothing is shared with
-`common.evaluation.openimages_masks`. The steps that segmentation has in common with boxes are those
+`common.metrics.openimages_masks`. The steps that segmentation has in common with boxes are those
 of `tests.oracles.openimages`.
 """
 

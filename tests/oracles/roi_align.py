@@ -1,4 +1,4 @@
-"""Brute-force twin of common.roi_align: one sample at a time, float64."""
+"""Brute-force twin of common.geometry.roi_align: one sample at a time, float64."""
 
 import math
 

@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 
 from common.nn.backbones import make_backbone
-from common.nn.weights import convert_state_dict
+from common.nn.weights.backbone_weights import convert_state_dict
 
 
 def assert_equals_timm(

@@ -1,4 +1,4 @@
-"""Brute-force twin of ensemble.join and ensemble.tree.apply: one group, one row at a time."""
+"""Brute-force twin of ensemble.tree.join and .binary_tree.apply: one group, one row at a time."""
 
 import numpy as np
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.errors import UserError
+from common.io.errors import UserError
 from configs.detection import quickstart
 from scripts.bench.ablate_detection import run_config, score
 from tests.commands import run
@@ -40,8 +40,12 @@ def finished(tmp_path):
 
 def test_finished_runs_are_compared_by_any_of_their_figures(finished):
     output = run(
-        "scripts.bench.ablate_detection", f"--workdir={finished}", f"--metric={TREE}",
-        "--config=configs/detection/quickstart.py", "--variants=sibling,dh", "--seeds=2",
+        "scripts.bench.ablate_detection",
+        f"--workdir={finished}",
+        f"--metric={TREE}",
+        "--config=configs/detection/quickstart.py",
+        "--variants=sibling,dh",
+        "--seeds=2",
     )
     assert "| sibling | 45.00 | 40.00 to 50.00 | +0.00 |" in output
     assert "| dh | 55.00 | 50.00 to 60.00 | +10.00 |" in (finished / "table.md").read_text()

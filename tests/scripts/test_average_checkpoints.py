@@ -13,8 +13,8 @@ import pytest
 from common.data.dataset import Dataset
 from common.data.input import train_batches
 from common.data.plan import make_plan
-from common.errors import UserError
-from common.nn.norm import Norm
+from common.io.errors import UserError
+from common.nn.layers.norm import Norm
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
 from detection.batch_statistics import recompute_batch_stats
@@ -54,7 +54,10 @@ def workdir(tmp_path):
 def run_tool(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "scripts.average_checkpoints", *arguments],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
         timeout=120,
     )
 
@@ -157,7 +160,12 @@ def test_recomputed_statistics_are_those_of_the_batches(tmp_path):
     gain = np.float32([1, 2, 3])
     variables = {"params": {name: ones for name in old} | {"gain": gain}, "batch_stats": old}
     found = recompute_batch_stats(
-        config, model, variables, dataset, distributed.make_mesh(jax.devices()[:2]), 3,
+        config,
+        model,
+        variables,
+        dataset,
+        distributed.make_mesh(jax.devices()[:2]),
+        3,
         say=lambda *_, **__: None,
     )
     plan = make_plan(dataset, "train", "uniform", 0, 4)

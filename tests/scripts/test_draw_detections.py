@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import rle
 from common.data.dataset import Dataset, DatasetWriter
-from common.detections import DetectionsWriter
-from common.errors import UserError
-from common.masks import MaskReader
+from common.io.errors import UserError
+from common.masks import rle
+from common.masks.dataset_masks import MaskReader
+from common.tables import DetectionsWriter
 from scripts import draw_detections as draw
 
 GREY = (90, 90, 90)

@@ -37,7 +37,10 @@ def host(tmp_path):
 def launch(home, *arguments):
     environment = {"HOME": str(home), "PATH": f"{home}/bin:{os.environ['PATH']}"}
     return subprocess.run(
-        ["bash", str(SCRIPT), *arguments], env=environment, text=True, capture_output=True,
+        ["bash", str(SCRIPT), *arguments],
+        env=environment,
+        text=True,
+        capture_output=True,
         timeout=60,
     )
 
@@ -51,14 +54,18 @@ def wait_for(path: Path) -> str:
 
 
 def test_train_reaches_every_host_with_its_flags_untouched(host):
-    flags = ("--config=configs/detection/r50.py", "--config.name=it's a $HOME \"b\"")
+    flags = ("--config=configs/detection/r50.py", '--config.name=it\'s a $HOME "b"')
     started = launch(
         host, "train", *POD, "--dataset=gs://b/set", "--workdir=gs://b/run", "--", *flags
     )
     assert started.returncode == 0, started.stderr
     try:
         assert wait_for(host / "arguments").splitlines() == [
-            "-m", "detection.train", "--workdir=gs://b/run", *flags, "--config.data.dir=dataset",
+            "-m",
+            "detection.train",
+            "--workdir=gs://b/run",
+            *flags,
+            "--config.data.dir=dataset",
         ]
         calls = (host / "calls").read_text()
         assert "compute tpus tpu-vm ssh pod --zone=zone-b --worker=all" in calls

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import rle
-from common.errors import UserError
+from common.io.errors import UserError
+from common.masks import rle
 from scripts import mask_demo_data as data
 
 

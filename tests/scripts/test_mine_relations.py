@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.data.dataset import DatasetWriter
-from ensemble.relations import load_rules
+from ensemble.relations.rules import load_rules
 
 ROOT = Path(__file__).parents[2]
 

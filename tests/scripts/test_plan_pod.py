@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from common.errors import UserError
-from common.training import topologies
+from common.io.errors import UserError
+from common.training.pod import topologies
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,11 +52,20 @@ def test_the_step_for_512_devices_fits_and_moves_only_gradients(config, images, 
     # A process of its own: only one may hold the TPU compiler.
     result = subprocess.run(
         [
-            sys.executable, "-m", "scripts.plan_pod", f"--config=configs/detection/{config}.py",
-            "--slice=v3-512", "--num_classes=500", f"--images_per_device={images}",
+            sys.executable,
+            "-m",
+            "scripts.plan_pod",
+            f"--config=configs/detection/{config}.py",
+            "--slice=v3-512",
+            "--num_classes=500",
+            f"--images_per_device={images}",
             f"--json={report_file}",
         ],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads(report_file.read_text())

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from common.errors import UserError
+from common.io.errors import UserError
 from scripts import plot_metrics
 
 

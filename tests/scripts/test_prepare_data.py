@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
+from common.io.errors import UserError
 from tests.prepare_data_cli import openimages_source, prepare
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from common.data.dataset import DEPICTION, GROUP_OF, OCCLUDED
-from common.errors import UserError
+from common.io.errors import UserError
 from tests.prepare_data_cli import HEADER, openimages_source, prepare, reasons, write_photo
 
 
@@ -20,11 +20,7 @@ def _boxes(dataset, image_id):
 
 
 def test_rows_of_an_image_are_gathered_in_their_order(tmp_path):
-    rows = [
-        "x,/m/a,0.5,0.75,0.25,1,0",
-        "y,/m/b,0,1,0,1,1",
-        "x,/m/c,0,0.25,0,0.5,0",
-    ]
+    rows = ["x,/m/a,0.5,0.75,0.25,1,0", "y,/m/b,0,1,0,1,1", "x,/m/c,0,0.25,0,0.5,0"]
     source = openimages_source(tmp_path / "s", rows, labels=["y,/m/a,0", "z,/m/c,1"])
     openimages_source(tmp_path / "s", ["v,/m/a,0,1,0,1,0"], split="validation")
     dataset = prepare("openimages", source=source, output=tmp_path / "d")
@@ -197,12 +193,7 @@ def test_splits_of_other_ids_are_refused(tmp_path):
     source = openimages_source(tmp_path / "s", ["abc,/m/a,0,1,0,1,0"])
     (tmp_path / "splits.json").write_text('{"train": [17]}')
     with pytest.raises(UserError, match="none of the ids of split 'train'.*17.*'abc'"):
-        prepare(
-            "openimages",
-            source=source,
-            splits=tmp_path / "splits.json",
-            output=tmp_path / "d",
-        )
+        prepare("openimages", source=source, splits=tmp_path / "splits.json", output=tmp_path / "d")
 
 
 def test_masks_are_kept_by_reference(tmp_path):
@@ -298,8 +289,5 @@ def test_hierarchy_of_other_classes_is_refused(tmp_path):
     (tmp_path / "tree.json").write_text('{"LabelName": "r", "Subcategory": [{"LabelName": "q"}]}')
     with pytest.raises(UserError, match="none of the classes is in this hierarchy"):
         prepare(
-            "openimages",
-            source=source,
-            output=tmp_path / "d",
-            hierarchy=tmp_path / "tree.json",
+            "openimages", source=source, output=tmp_path / "d", hierarchy=tmp_path / "tree.json"
         )

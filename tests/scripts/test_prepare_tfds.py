@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from common.data.dataset import GROUP_OF
-from common.errors import UserError
+from common.io.errors import UserError
 from tests.prepare_data_cli import prepare, reasons
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="TFDS is not installed")
@@ -40,11 +40,7 @@ def _examples(split: str):
     )
     yield (
         1,
-        {
-            "image": io.BytesIO(_photo(2)),
-            "image/id": 42 if split == "train" else 52,
-            "objects": [],
-        },
+        {"image": io.BytesIO(_photo(2)), "image/id": 42 if split == "train" else 52, "objects": []},
     )
 
 

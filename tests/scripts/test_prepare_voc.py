@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.data.dataset import OCCLUDED, TRUNCATED
-from common.errors import UserError
+from common.io.errors import UserError
 from tests.prepare_data_cli import prepare, reasons, write_photo
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.data.dataset import Dataset
-from common.errors import UserError
+from common.io.errors import UserError
 from scripts import quickstart_data as data
 
 OBJECT = """<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>
@@ -44,16 +44,19 @@ def photo(width: int, height: int) -> Image.Image:
 
 @pytest.fixture
 def wheel(tmp_path):
-    return write_wheel(tmp_path / "trees.whl", {
-        "a.png": photo(90, 120),
-        "a.xml": voc(("Tree", 10, 10, 30, 40), ("Dead", 40, 80, 60, 100), ("Alive", 1, 92, 9, 99)),
-        "unlabelled.png": photo(8, 8),
-    })
+    return write_wheel(
+        tmp_path / "trees.whl",
+        {
+            "a.png": photo(90, 120),
+            "a.xml": voc(
+                ("Tree", 10, 10, 30, 40), ("Dead", 40, 80, 60, 100), ("Alive", 1, 92, 9, 99)
+            ),
+            "unlabelled.png": photo(8, 8),
+        },
+    )
 
 
-@given(
-    st.integers(1, 900), st.integers(20, 900), st.integers(64, 500), st.floats(0.05, 0.95)
-)
+@given(st.integers(1, 900), st.integers(20, 900), st.integers(64, 500), st.floats(0.05, 0.95))
 def test_tiles_cover_every_pixel_once_and_splits_share_none(width, height, longest, share):
     covered = np.zeros((height, width), int)
     rows = {"train": set(), "validation": set()}
@@ -89,7 +92,8 @@ def test_folder_holds_what_the_wheel_holds(wheel, tmp_path):
     validation = data.read_voc((output / "Annotations/a_0000_0090.xml").read_bytes(), "tile")
     # The dead tree lies half in each split: clipped in both.
     assert sorted((b.name, b.xmin, b.ymin, b.xmax, b.ymax) for b in validation) == [
-        ("Alive", 1, 2, 9, 9), ("Dead", 40, 0, 60, 10),
+        ("Alive", 1, 2, 9, 9),
+        ("Dead", 40, 0, 60, 10),
     ]
 
 
@@ -97,9 +101,18 @@ def test_folder_becomes_a_dataset_directory_with_its_hierarchy(wheel, tmp_path):
     output = tmp_path / "voc"
     data.build(wheel, output, tile_size=100, validation=0.25, min_visible=0.4)
     subprocess.run(
-        [sys.executable, "-m", "scripts.prepare_data", "voc", f"--source={output}",
-         f"--classes={output}/classes.csv", f"--hierarchy={output}/hierarchy.json",
-         f"--output={tmp_path}/dataset", "--strict"], check=True,
+        [
+            sys.executable,
+            "-m",
+            "scripts.prepare_data",
+            "voc",
+            f"--source={output}",
+            f"--classes={output}/classes.csv",
+            f"--hierarchy={output}/hierarchy.json",
+            f"--output={tmp_path}/dataset",
+            "--strict",
+        ],
+        check=True,
     )
     dataset = Dataset.open(tmp_path / "dataset")
     assert dataset.class_labels == ["Tree", "Alive", "Dead"]

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from common.data.dataset import Dataset, DatasetWriter
-from common.detections import DetectionsReader, DetectionsWriter
-from common.evaluation.openimages import CLASS_AP, MEAN_AP, evaluate_openimages
+from common.metrics.openimages import CLASS_AP, MEAN_AP, evaluate_openimages
+from common.tables import DetectionsReader, DetectionsWriter
 from scripts.report import report
 
 ROOT = Path(__file__).parents[2]

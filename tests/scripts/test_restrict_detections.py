@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.data.dataset import GROUP_OF, DatasetWriter
-from common.detections import DetectionsWriter, read_detections
+from common.tables import DetectionsWriter, read_detections
 
 ROOT = Path(__file__).parents[2]
 BOXES = np.float32([[0, 0, 0.5, 0.5], [0.1, 0.1, 0.4, 0.4], [0.2, 0.2, 0.9, 0.9]])
@@ -38,9 +38,12 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("score", "kept"), [(0.0, [0.8, 0.2]), (0.5, [0.8])])
 def test_photos_and_classes_of_the_split_stay(folder, score, kept):
     result = run(
-        "restrict_detections", f"--detections={folder / 'x.parquet'}",
+        "restrict_detections",
+        f"--detections={folder / 'x.parquet'}",
         f"--dataset={folder / 'set'}",
-        "--split=validation", f"--output={folder / 'y.parquet'}", f"--min_score={score}",
+        "--split=validation",
+        f"--output={folder / 'y.parquet'}",
+        f"--min_score={score}",
     )
     assert result.returncode == 0, result.stderr
     found = read_detections(folder / "y.parquet")
@@ -51,9 +54,11 @@ def test_photos_and_classes_of_the_split_stay(folder, score, kept):
 
 def test_a_table_without_a_photo_of_the_split_is_refused(folder):
     result = run(
-        "restrict_detections", f"--detections={folder / 'x.parquet'}",
+        "restrict_detections",
+        f"--detections={folder / 'x.parquet'}",
         f"--dataset={folder / 'set'}",
-        "--split=train", f"--output={folder / 'n.parquet'}",
+        "--split=train",
+        f"--output={folder / 'n.parquet'}",
     )
     assert result.returncode == 1 and "found no entry of image 'c'" in result.stderr
     assert not (folder / "n.parquet").exists()
@@ -61,7 +66,9 @@ def test_a_table_without_a_photo_of_the_split_is_refused(folder):
 
 def test_the_truth_as_a_table_is_every_single_object_with_score_1(folder):
     result = run(
-        "truth_table", f"--dataset={folder / 'set'}", "--split=validation",
+        "truth_table",
+        f"--dataset={folder / 'set'}",
+        "--split=validation",
         f"--output={folder / 't.parquet'}",
     )
     assert result.returncode == 0, result.stderr

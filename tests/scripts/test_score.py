@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import rle
 from common.data.dataset import DatasetWriter
-from common.detections import DetectionsWriter, read_detections
+from common.masks import rle
+from common.tables import DetectionsWriter, read_detections
 
 ROOT = Path(__file__).parents[2]
 MEAN = "OpenImagesDetectionChallenge_Precision/mAP@0.5IOU"

@@ -12,7 +12,7 @@ import pytest
 
 from common.data import images
 from common.data.dataset import DatasetWriter
-from detection.anchor_selection import (
+from detection.assign.anchor_selection import (
     AnchorSet,
     Recall,
     ShapeHistograms,
@@ -21,7 +21,7 @@ from detection.anchor_selection import (
     fitted_sizes,
     kmeans_1d,
 )
-from detection.anchors import grid_anchors
+from detection.assign.anchors import grid_anchors
 from tests.oracles import boxes as box_oracle
 
 STRIDES = (4, 8, 16)
@@ -98,11 +98,21 @@ def test_command_writes_the_three_sets(tmp_path):
             writer.add_image(f"{i}", f"{i}.jpg", (480, 640), boxes, rng.integers(0, 2, 4))
         writer.add_split("train", range(30))
     result = subprocess.run(
-        [sys.executable, "-m", "scripts.select_anchors", f"--dataset={tmp_path / 'set'}",
-         "--canvas=400,640", "--num_ratios=3", "--num_scales=2",
-         f"--output={tmp_path / 'x.json'}"],
-        cwd=Path(__file__).parents[2], env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=300,
+        [
+            sys.executable,
+            "-m",
+            "scripts.select_anchors",
+            f"--dataset={tmp_path / 'set'}",
+            "--canvas=400,640",
+            "--num_ratios=3",
+            "--num_scales=2",
+            f"--output={tmp_path / 'x.json'}",
+        ],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "x.json").read_text())

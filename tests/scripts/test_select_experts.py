@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from common.data.dataset import Dataset, DatasetWriter
 from common.data.plan import make_plan
-from common.detections import DetectionsWriter
+from common.tables import DetectionsWriter
 
 ROOT = Path(__file__).parents[2]
 LABELS = ["/m/fork", "/m/knife", "/m/cup", "/m/car"]

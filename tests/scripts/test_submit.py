@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.data.dataset import DatasetWriter
-from common.detections import DetectionsWriter, read_detections
+from common.tables import DetectionsWriter, read_detections
 
 ROOT = Path(__file__).parents[2]
 

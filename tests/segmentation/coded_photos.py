@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import rle
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
+from common.masks import rle
 
 LABELS = ["a", "b", "c"]
 SIZES = ((60, 90), (90, 60), (64, 64), (40, 120), (100, 80))  # height, width

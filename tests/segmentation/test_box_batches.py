@@ -5,8 +5,8 @@ import pytest
 
 from common.data import images
 from common.data.dataset import Dataset
-from common.errors import UserError
-from segmentation.input import View, box_batches
+from common.io.errors import UserError
+from segmentation.crops.batches import View, box_batches
 from tests.segmentation import coded_photos as coded
 
 SHORT = View(coded.size(short=24, long=72), ((32, 32), (32, 72), (72, 32)))
@@ -69,9 +69,7 @@ def test_content_shows_the_window_of_the_box(dataset, table):
 def test_a_photo_is_decoded_once_whatever_its_boxes_and_views(dataset, table, monkeypatch):
     decoded = []
     decode = images.decode
-    monkeypatch.setattr(
-        images, "decode", lambda *args: decoded.append(1) or decode(*args)
-    )
+    monkeypatch.setattr(images, "decode", lambda *args: decoded.append(1) or decode(*args))
     list(box_batches(dataset, *table, [SHORT, FIXED], batch_size=4))
     assert len(decoded) == len(np.unique(table[0])) == dataset.num_images - 1
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.detections import DetectionsWriter
-from common.errors import UserError
-from segmentation import input as inputs
-from segmentation import instance_plan
-from segmentation.instances import find_instances, median_aspects
+from common.io.errors import UserError
+from common.tables import DetectionsWriter
+from segmentation.crops import batches as inputs
+from segmentation.crops.instances import find_instances, median_aspects
+from segmentation.crops.plan import make_plan
 from tests.segmentation import coded_photos as coded
 
 
@@ -22,7 +22,7 @@ def dataset(tmp_path_factory) -> Dataset:
 
 def train(dataset, data_config=None, num_steps=4, seed=5, **options):
     data_config = data_config or coded.config()
-    plan = instance_plan.make_plan(dataset, data_config, seed)
+    plan = make_plan(dataset, data_config, seed)
     return list(inputs.train_batches(dataset, plan, data_config, num_steps=num_steps, **options))
 
 
@@ -75,7 +75,7 @@ def test_splits_without_instances_are_refused(dataset, tmp_path):
 
 def test_batches_have_the_documented_fields_on_a_canvas_of_the_config(dataset):
     data_config = coded.config()
-    plan = instance_plan.make_plan(dataset, data_config, 5)
+    plan = make_plan(dataset, data_config, 5)
     for step, batch in enumerate(train(dataset)):
         height, width = plan.canvas(step)
         assert (height, width) in data_config.canvases
@@ -139,7 +139,7 @@ def test_slices_of_the_hosts_are_the_batch_of_one_host(dataset):
 @pytest.mark.parametrize("sampler", ["uniform", "class_aware"])
 def test_a_plan_draws_instances_evenly_and_sorts_them_onto_canvases(dataset, sampler):
     data_config = coded.config(sampler=sampler, batch_size=5, group_steps=4)
-    plan = instance_plan.make_plan(dataset, data_config, 0)
+    plan = make_plan(dataset, data_config, 0)
     instances = find_instances(dataset, "train")
     assert plan.num_instances == len(instances) == 23
     steps = 23 * 4  # 20 epochs, whole groups
@@ -203,18 +203,18 @@ def write_table(path, dataset, moved=0.0, width=1.0):
 
 def test_detections_that_match_an_instance_are_cut_as_they_are(dataset, tmp_path):
     path = write_table(tmp_path / "x.parquet", dataset, moved=0.1)
-    plan = instance_plan.make_plan(dataset, coded.config(proposals=path, proposal_share=1.0), 0)
+    plan = make_plan(dataset, coded.config(proposals=path, proposal_share=1.0), 0)
     crops = plan.batch(0)
     assert not crops.jittered.any()
     for row, box in zip(crops.rows, crops.boxes, strict=True):
         truth = dataset.boxes[row].astype(float)
         truth[[0, 2]] += 0.1 * (truth[2] - truth[0])
         np.testing.assert_allclose(box, np.clip(truth, 0, 1), atol=1e-5)
-    half = instance_plan.make_plan(dataset, coded.config(proposals=path, batch_size=100), 0)
+    half = make_plan(dataset, coded.config(proposals=path, batch_size=100), 0)
     assert 0.4 < half.batch(0).jittered.mean() < 0.6
     far = write_table(tmp_path / "far.parquet", dataset, width=0.05)
     with pytest.raises(UserError, match="no box overlaps an instance of its label by IoU 0.5"):
-        instance_plan.make_plan(dataset, coded.config(proposals=far), 0)
+        make_plan(dataset, coded.config(proposals=far), 0)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from common.data import images
-from common.errors import UserError
-from segmentation import crops
+from common.io.errors import UserError
+from segmentation.crops import windows
 from tests.segmentation import coded_photos as coded
 
 SIZE = (80, 120)  # of the photo, height and width
@@ -16,7 +16,9 @@ SIZE = (80, 120)  # of the photo, height and width
 
 def content(size, *sides, draws=None):
     sides = np.array(sides, float)
-    return crops.CropSize.of(size).content(sides, np.zeros(len(sides)) if draws is None else draws)
+    return windows.CropSize.of(size).content(
+        sides, np.zeros(len(sides)) if draws is None else draws
+    )
 
 
 def test_short_side_is_drawn_and_the_long_side_is_limited():
@@ -43,25 +45,25 @@ def test_fixed_size_ignores_the_aspect():
 )
 def test_impossible_sizes_are_refused_by_name(fields, found):
     with pytest.raises(UserError) as error:
-        crops.CropSize.of(coded.size(**fields))
+        windows.CropSize.of(coded.size(**fields))
     assert found in str(error.value) and str(error.value).startswith("data.crop")
 
 
 def test_the_smallest_canvas_that_holds_the_content_is_chosen():
-    canvases = crops.read_canvases([(64, 64), (32, 96), (96, 32), (96, 96)])
+    canvases = windows.read_canvases([(64, 64), (32, 96), (96, 32), (96, 96)])
     sizes = np.random.default_rng(0).integers(1, 96, (200, 2))
-    for (height, width), choice in zip(sizes, crops.choose_canvas(sizes, canvases), strict=True):
+    for (height, width), choice in zip(sizes, windows.choose_canvas(sizes, canvases), strict=True):
         holding = [c for c in canvases.tolist() if c[0] >= height and c[1] >= width]
         assert canvases[choice].prod() == min(h * w for h, w in holding)
     # None holds these: the one in which they stay largest, and there they fit.
     sizes = np.array([[40, 200], [300, 20]])
-    choice = crops.choose_canvas(sizes, canvases)
+    choice = windows.choose_canvas(sizes, canvases)
     assert canvases[choice].tolist() == [[32, 96], [96, 32]]
-    assert crops.shrink(sizes, canvases[choice]).tolist() == [[19, 96], [96, 6]]
+    assert windows.shrink(sizes, canvases[choice]).tolist() == [[19, 96], [96, 6]]
 
 
 def test_long_classes_turn_further():
-    degrees = np.degrees(crops.rotation_deviations(np.array([1.0, 2.0, 4.0, 6.0, 20.0])))
+    degrees = np.degrees(windows.rotation_deviations(np.array([1.0, 2.0, 4.0, 6.0, 20.0])))
     np.testing.assert_allclose(degrees, [5, 5, 17.5, 30, 30])
 
 
@@ -72,7 +74,7 @@ def decoded(image: np.ndarray, size=SIZE):
 
 def cut(windows, row=0, size=SIZE, **options):
     photo = images.open_photo(png(coded.photo(size)))
-    part = crops.Cut.of(windows, row, size, **options)
+    part = windows.Cut.of(windows, row, size, **options)
     return part, part.image(images.decode(photo, part.photo_size))
 
 
@@ -87,7 +89,7 @@ def png(pixels: np.ndarray) -> bytes:
 @pytest.mark.parametrize("shape", [(50, 70), (21, 21), (90, 30)])  # enlarged, reduced, stretched
 def test_every_pixel_shows_its_place_in_the_photo(angle, flip, shape):
     centre, sides = np.array([66.0, 37.0]), np.array([30.0, 44.0])
-    window = crops.Windows(
+    window = windows.Windows(
         centre[None], sides[None], np.array([angle]), np.array([flip]), np.array([shape])
     )
     _, image = cut(window, max_scale=1.0)
@@ -105,7 +107,7 @@ def test_every_pixel_shows_its_place_in_the_photo(angle, flip, shape):
 
 
 def test_pixels_beyond_the_photo_are_marked():
-    window = crops.Windows(
+    window = windows.Windows(
         np.array([[15.0, 40.0]]), np.array([[60.0, 30.0]]), np.array([0.6]), np.array([False]),
         np.array([[60, 30]]),
     )  # fmt: skip
@@ -120,8 +122,8 @@ def test_pixels_beyond_the_photo_are_marked():
 
 
 def augmented(box, draws, jitter=0.1, deviation=0.0, size=None, moved=True):
-    size = crops.CropSize.of(size or coded.size(short=(24, 36), long=72))
-    how = crops.Augmentation(size, jitter, flip=True)
+    size = windows.CropSize.of(size or coded.size(short=(24, 36), long=72))
+    how = windows.Augmentation(size, jitter, flip=True)
     count = len(draws)
     return how.windows(
         np.tile(box, (count, 1)), np.tile(SIZE, (count, 1)), np.full(count, moved),

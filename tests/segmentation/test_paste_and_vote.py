@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from common.errors import UserError
+from common.io.errors import UserError
 from segmentation import vote
 from segmentation.paste import paste, pixel_window
 from tests.oracles import segmentation as oracle

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import rle
 from common.data.dataset import Dataset
-from common.detections import DetectionsWriter, read_detections
-from common.errors import UserError
+from common.io.errors import UserError
+from common.masks import rle
+from common.tables import DetectionsWriter, read_detections
 from common.training import distributed
 from segmentation import export
-from segmentation.predict import Voter
+from segmentation.inference import Voter
 from tests import tiny_masks
 from tests.commands import ROOT, losses, run, run_two_processes, start
 
@@ -67,8 +67,13 @@ def test_export_adds_masks_to_the_rows_of_a_table(dataset, common, finished, tmp
     boxes = tiny_masks.write_boxes(tmp_path / "x.parquet", opened, opened.split("validation"))
     output = tmp_path / "y.parquet"
     text = run(
-        "segmentation.export", *common, f"--voters={finished},{finished}:flip",
-        f"--boxes={boxes}", f"--output={output}", "--config.test.vote=hard", devices=2,
+        "segmentation.export",
+        *common,
+        f"--voters={finished},{finished}:flip",
+        f"--boxes={boxes}",
+        f"--output={output}",
+        "--config.test.vote=hard",
+        devices=2,
     )
     before, after = read_detections(boxes), read_detections(output, masks=True)
     assert f"{len(before)}/{len(before)} boxes" in text
@@ -110,9 +115,7 @@ def rows_of(path: Path) -> list[tuple]:
     table = read_detections(path, masks=True)
     names = np.array(table.image_ids)[table.image_index]
     return sorted(
-        zip(
-            names.tolist(), table.boxes.tolist(), table.scores.tolist(), table.masks, strict=True
-        )
+        zip(names.tolist(), table.boxes.tolist(), table.scores.tolist(), table.masks, strict=True)
     )
 
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from common.errors import UserError
-from common.nn.canvas import mirror
-from common.nn.hrnet import Layout
+from common.io.errors import UserError
+from common.nn.backbones.hrnet import Layout
+from common.nn.layers.canvas import mirror
+from segmentation.inference import probabilities
 from segmentation.losses import pixel_losses
 from segmentation.models.segmenter import Head, Segmenter, build
-from segmentation.predict import probabilities
 from tests.oracles import segmentation as oracle
 from tests.oracles.variables import random_values
 
@@ -54,8 +54,11 @@ def test_head_is_that_of_the_paper(num_classes):
     found = jax.jit(module.apply, static_argnums=3)(variables, branches, classes, False)
     for i, class_ in enumerate(classes):
         expected = oracle.head(
-            [b[i] for b in branches], variables["params"], variables["batch_stats"],
-            class_, (32, 48),
+            [b[i] for b in branches],
+            variables["params"],
+            variables["batch_stats"],
+            class_,
+            (32, 48),
         )
         enlarged = oracle.bilinear(np.asarray(found[i], np.float64)[..., None], (32, 48))[..., 0]
         np.testing.assert_allclose(1 / (1 + np.exp(-enlarged)), expected, atol=2e-5)
@@ -119,10 +122,17 @@ def test_pixel_figures_of_an_easy_case():
 
 
 def test_settings_choose_the_network():
-    settings = ConfigDict(dict(
-        backbone="hrnet_w18", class_specific=True, upsampling="nearest", norm="sync", remat=True,
-        dtype="bfloat16", layout=dict(width=4, modules=(1, 0, 0), blocks=1),
-    ))
+    settings = ConfigDict(
+        dict(
+            backbone="hrnet_w18",
+            class_specific=True,
+            upsampling="nearest",
+            norm="sync",
+            remat=True,
+            dtype="bfloat16",
+            layout=dict(width=4, modules=(1, 0, 0), blocks=1),
+        )
+    )
     model = build(settings, 5, None)
     assert (model.num_classes, model.layout) == (5, TINY)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch(), train=True))

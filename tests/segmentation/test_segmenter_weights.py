@@ -5,13 +5,13 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from common.errors import UserError
-from common.nn.hrnet import Layout
-from common.nn.weights import save_backbone_weights
+from common.io.errors import UserError
+from common.nn.backbones.hrnet import Layout
+from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import distributed
-from common.training.train_step import TrainState
+from common.training.step import TrainState
 from segmentation.models.segmenter import Segmenter
-from segmentation.weights import convert_segmenter, is_segmenter, with_pretrained
+from segmentation.pretrained import convert_segmenter, is_segmenter, with_pretrained
 from tests.oracles.timm_backbones import import_timm
 from tests.oracles.variables import random_values
 
@@ -25,16 +25,30 @@ def timm_network():
     torch.manual_seed(0)
     stages = {
         f"stage{i}": {
-            "num_modules": 1, "num_branches": i, "block_type": "BASIC", "num_blocks": (1,) * i,
-            "num_channels": (4, 8, 16, 32)[:i], "fuse_method": "SUM",
+            "num_modules": 1,
+            "num_branches": i,
+            "block_type": "BASIC",
+            "num_blocks": (1,) * i,
+            "num_channels": (4, 8, 16, 32)[:i],
+            "fuse_method": "SUM",
         }
         for i in (2, 3, 4)
     }
-    stage1 = {"num_modules": 1, "num_branches": 1, "block_type": "BOTTLENECK", "num_blocks": (1,),
-              "num_channels": (64,), "fuse_method": "SUM"}
+    stage1 = {
+        "num_modules": 1,
+        "num_branches": 1,
+        "block_type": "BOTTLENECK",
+        "num_blocks": (1,),
+        "num_channels": (64,),
+        "fuse_method": "SUM",
+    }
     network = timm.create_model(
-        "hrnet_w18", features_only=True, out_indices=(1, 2, 3, 4), feature_location="",
-        stage1=stage1, **stages,
+        "hrnet_w18",
+        features_only=True,
+        out_indices=(1, 2, 3, 4),
+        feature_location="",
+        stage1=stage1,
+        **stages,
     ).eval()
     return network, torch
 
@@ -46,12 +60,15 @@ def head_state(torch, width, outputs):
         return torch.randn(*shape, generator=generator) * 0.2
 
     return {
-        "last_layer.0.weight": normal(width, width, 1, 1), "last_layer.0.bias": normal(width),
-        "last_layer.1.weight": normal(width) + 1, "last_layer.1.bias": normal(width),
+        "last_layer.0.weight": normal(width, width, 1, 1),
+        "last_layer.0.bias": normal(width),
+        "last_layer.1.weight": normal(width) + 1,
+        "last_layer.1.bias": normal(width),
         "last_layer.1.running_mean": normal(width),
         "last_layer.1.running_var": normal(width).abs() + 0.5,
         "last_layer.1.num_batches_tracked": torch.tensor(3),
-        "last_layer.3.weight": normal(outputs, width, 1, 1), "last_layer.3.bias": normal(outputs),
+        "last_layer.3.weight": normal(outputs, width, 1, 1),
+        "last_layer.3.bias": normal(outputs),
     }
 
 
@@ -74,12 +91,14 @@ def test_network_with_head_equals_torch():
         )
         x = functional.conv2d(x, head["last_layer.0.weight"], head["last_layer.0.bias"])
         x = functional.batch_norm(
-            x, head["last_layer.1.running_mean"], head["last_layer.1.running_var"],
-            head["last_layer.1.weight"], head["last_layer.1.bias"], eps=1e-5,
+            x,
+            head["last_layer.1.running_mean"],
+            head["last_layer.1.running_var"],
+            head["last_layer.1.weight"],
+            head["last_layer.1.bias"],
+            eps=1e-5,
         )
-        x = functional.conv2d(
-            x.relu(), head["last_layer.3.weight"], head["last_layer.3.bias"]
-        )
+        x = functional.conv2d(x.relu(), head["last_layer.3.weight"], head["last_layer.3.bias"])
         x = functional.interpolate(x, SIZE, mode="bilinear", align_corners=False)
         expected = x.softmax(1)[:, 1].numpy()
 
@@ -90,8 +109,10 @@ def test_network_with_head_equals_torch():
     assert all(name.endswith("num_batches_tracked") for name in report.unused)
     model = Segmenter(1, "hrnet_w18", layout=TINY, upsampling="nearest", norm="frozen")
     batch = {
-        "image": images, "image_size": np.full((2, 2), SIZE, np.float32),
-        "image_valid": np.ones(2, bool), "classes": np.zeros(2, np.int32),
+        "image": images,
+        "image_size": np.full((2, 2), SIZE, np.float32),
+        "image_valid": np.ones(2, bool),
+        "classes": np.zeros(2, np.int32),
     }
     variables = traverse_util.unflatten_dict(flat, sep="/")
     logits = jax.jit(lambda v: model.apply(v, batch, train=False)["logits"])(variables)
@@ -106,15 +127,20 @@ def test_network_with_head_equals_torch():
 def state():
     model = Segmenter(1, "hrnet_w18", layout=TINY)
     batch = {
-        "image": np.zeros((1, 32, 32, 3), np.uint8), "image_size": np.full((1, 2), 32.0),
-        "image_valid": np.ones(1, bool), "classes": np.zeros(1, np.int32),
+        "image": np.zeros((1, 32, 32, 3), np.uint8),
+        "image_size": np.full((1, 2), 32.0),
+        "image_valid": np.ones(1, bool),
+        "classes": np.zeros(1, np.int32),
         "mask": np.zeros((1, 32, 32), np.uint8),
     }
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, train=True))
     variables = distributed.replicate(random_values(shapes), distributed.make_mesh())
     return TrainState(
-        jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(0)), variables["params"],
-        variables["batch_stats"], (),
+        jnp.zeros((), jnp.int32),
+        jax.random.key_data(jax.random.key(0)),
+        variables["params"],
+        variables["batch_stats"],
+        (),
     )
 
 
@@ -156,9 +182,11 @@ def test_file_of_another_width_and_missing_file_are_refused(state, tmp_path):
     values = {k.replace("/backbone/", "/"): v for k, v in other_values(state).items()}
     path = tmp_path / "weights.safetensors"
     name = "params/transition1/branch0_conv/kernel"
-    save_file({k: v for k, v in values.items() if "/head/" not in k} | {
-        name: np.zeros((3, 3, 256, 18), np.float32)
-    }, path)
+    save_file(
+        {k: v for k, v in values.items() if "/head/" not in k}
+        | {name: np.zeros((3, 3, 256, 18), np.float32)},
+        path,
+    )
     mesh = distributed.make_mesh()
     with pytest.raises(UserError, match=f"{name}: found shape .*18.*, expected .*4"):
         with_pretrained(state, path, mesh, print)

@@ -1,0 +1,84 @@
+"""Class lists and hierarchies in the forms in which data sets ship them."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.io.errors import UserError
+
+_HEADERS = ("labelname", "label", "mid", "class", "name", "displayname")
+
+
+def read_class_list(path: Path) -> tuple[list[str], list[str]]:
+    """Reads a class list: `label,name` rows or one label a line, header optional.
+
+    Returns:
+      Labels and names in the order of the file.
+
+    Raises:
+      UserError: not UTF-8, empty, or a label given twice.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the class list ({error.strerror})") from error
+    if rows and rows[0][0].strip().lower() in _HEADERS and len(rows) > 1:
+        header = [cell.strip().lower() for cell in rows[0]]
+        if len(header) < 2 or header[1] in _HEADERS:
+            rows = rows[1:]
+    if not rows:
+        raise UserError(f"{path}: the class list is empty; expected rows label,name")
+    labels = [row[0].strip() for row in rows]
+    names = [row[1].strip() if len(row) > 1 else row[0].strip() for row in rows]
+    first: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        if label in first:
+            raise UserError(
+                f"{path}: label {label!r} is given by class {first[label] + 1} and {i + 1}"
+            )
+        first[label] = i
+    return labels, names
+
+
+def read_hierarchy(path: Path, class_labels: Sequence[str]) -> dict[str, Any]:
+    """Reads a hierarchy and hangs classes that it does not mention below the root.
+
+    Raises:
+      UserError: no JSON, nodes without LabelName, or a tree of other classes.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the hierarchy ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON ({error})") from error
+    mentioned: set[str] = set()
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, dict) or not isinstance(node.get("LabelName"), str):
+            raise UserError(
+                f'{path}: a node without "LabelName"; expected nested '
+                '{"LabelName": ..., "Subcategory": [...]}'
+            )
+        children = node.get("Subcategory", [])
+        if not isinstance(children, list):
+            raise UserError(f"{path}: Subcategory of {node['LabelName']} is no list")
+        mentioned |= {c["LabelName"] for c in children if isinstance(c, dict) and "LabelName" in c}
+        pending += children
+    missing = [label for label in class_labels if label not in mentioned]
+    if len(missing) == len(class_labels):
+        raise UserError(
+            f"{path}: none of the classes is in this hierarchy (first class {class_labels[0]!r}, "
+            f"first node {next(iter(sorted(mentioned)), None)!r})"
+        )
+    if missing:
+        print(f"{path}: {len(missing)} classes are not in it, they hang below the root", flush=True)
+        added = [{"LabelName": label} for label in missing]
+        tree = tree | {"Subcategory": tree.get("Subcategory", []) + added}
+    return tree

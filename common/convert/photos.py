@@ -1,0 +1,114 @@
+"""Finding photos below a folder, and reading their sizes from the headers."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int32
+from PIL import ExifTags, Image
+
+from common.convert.report import Ticker
+
+# In order of preference where one folder has several: VOC keeps .png masks beside .jpg photos.
+EXTENSIONS = (".jpg", ".jpeg", ".png")
+# Photos come from the user's own folder: very large ones (20,000 x 20,000) are no attack.
+Image.MAX_IMAGE_PIXELS = None
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Relative paths of all files below a folder, in a fixed order, links followed."""
+    pending = [""]
+    while pending:
+        inside = pending.pop()
+        with os.scandir(folder / inside) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+        folders = []
+        for entry in listed:
+            path = os.path.join(inside, entry.name)
+            if entry.is_dir():
+                folders.append(path)
+            else:
+                yield path
+        pending += reversed(folders)
+
+
+def find_photos(
+    folder: Path, wanted: dict[str, list[int]], hints: Callable[[int], str], num_images: int
+) -> tuple[list[str | None], int]:
+    """Finds the photo of each image by one listing of a folder.
+
+    Args:
+      folder: searched with everything below it.
+      wanted: photo name without extension -> indices of the images that it may belong to.
+      hints: index -> path in the source annotations ('' = none). Of several photos of one name,
+        the one that ends with the hint wins, then .jpg before .png, then the first by path.
+      num_images: length of the result.
+
+    Returns:
+      Path relative to `folder` (None = not found) of each image, and how many photos were seen.
+    """
+    paths: list[str | None] = [None] * num_images
+    rank: dict[int, tuple[bool, int]] = {}
+    seen = 0
+    ticker = Ticker(f"listing {folder}", unit="photos")
+    for path in walk(folder):
+        stem, extension = os.path.splitext(os.path.basename(path))
+        extension = extension.lower()
+        if extension not in EXTENSIONS:
+            continue
+        seen += 1
+        ticker.tick(seen)
+        for image in wanted.get(stem, ()):
+            hint = hints(image)
+            fits = bool(hint) and _ends_with(path, hint)
+            quality = (not fits, EXTENSIONS.index(extension))
+            if paths[image] is None or quality < rank[image]:
+                paths[image] = path
+                rank[image] = quality
+    return paths, seen
+
+
+def read_sizes(
+    folder: Path, paths: Sequence[str], decode: bool = False
+) -> tuple[Int32[np.ndarray, "N 2"], Bool[np.ndarray, " N"]]:
+    """Sizes of photos after EXIF rotation, from their headers.
+
+    Args:
+      folder: root of the paths.
+      paths: of the photos.
+      decode: decode every pixel too, which finds truncated files.
+
+    Returns:
+      Height and width of each photo (0 when unreadable), and whether it is readable.
+    """
+    sizes = np.zeros((len(paths), 2), np.int32)
+    ticker = Ticker("reading photos", len(paths), "photos")
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(lambda path: _size(folder / path, decode), paths, chunksize=64)
+        for i, size in enumerate(results):
+            sizes[i] = size
+            ticker.tick(i + 1)
+    return sizes, (sizes > 0).all(1)
+
+
+def _size(path: Path, decode: bool) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # PIL decodes a whole PNG to look for EXIF behind its pixels: that is not read.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            sideways = exif.get(ExifTags.Base.Orientation) in _SIDEWAYS
+            if decode:
+                image.load()
+    # Broken photos raise these (PIL: SyntaxError for PNG chunks); the caller reports their names.
+    except (OSError, ValueError, SyntaxError, EOFError):
+        return 0, 0
+    return (width, height) if sideways else (height, width)
+
+
+def _ends_with(path: str, hint: str) -> bool:
+    path, hint = path.replace(os.sep, "/"), hint.replace(os.sep, "/").lstrip("./")
+    return path == hint or path.endswith("/" + hint) or hint.endswith("/" + path)

@@ -1,0 +1,113 @@
+"""What a conversion dropped or repaired, by reason, with the first examples."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.io.errors import UserError
+
+DROPPED = "dropped"
+REPAIRED = "repaired"
+
+
+class Report:
+    """Counts dropped and repaired rows; a strict report refuses the first of them.
+
+    Args:
+      strict: raise a `UserError` naming file and row instead of counting.
+      max_examples: how many examples of each reason are kept.
+    """
+
+    def __init__(self, strict: bool = False, max_examples: int = 20):
+        self._strict = strict
+        self._max_examples = max_examples
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    def add(
+        self,
+        reason: str,
+        action: str,
+        files: Sequence[str] | str,
+        rows: Sequence[Any] | np.ndarray,
+        describe: Callable[[int], str] | None = None,
+    ) -> None:
+        """Counts `len(rows)` rows.
+
+        Args:
+          reason: short and fixed, such as 'zero area'.
+          action: DROPPED or REPAIRED.
+          files: file of each row, or one for all.
+          rows: line numbers, annotation ids or image ids.
+          describe: given the position in `rows`, says what was found.
+
+        Raises:
+          UserError: there is a row and the report is strict.
+        """
+        if not len(rows):
+            return
+        entry = self._entries.setdefault(
+            reason, {"reason": reason, "action": action, "count": 0, "examples": []}
+        )
+        entry["count"] += len(rows)
+        for i in range(min(len(rows), self._max_examples - len(entry["examples"]))):
+            row = rows[i].item() if isinstance(rows[i], np.generic) else rows[i]
+            example = {"file": files if isinstance(files, str) else files[i], "row": row}
+            if describe is not None:
+                example["found"] = describe(i)
+            entry["examples"].append(example)
+        if self._strict:
+            first = entry["examples"][0]
+            found = f" ({first['found']})" if "found" in first else ""
+            raise UserError(
+                f"{first['file']}, row {first['row']}: {reason}{found}; --strict refuses it"
+            )
+
+    def count(self, reason: str) -> int:
+        """How often a reason occurred."""
+        return self._entries[reason]["count"] if reason in self._entries else 0
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Entries, most frequent first."""
+        return sorted(self._entries.values(), key=lambda entry: -entry["count"])
+
+    def summary(self) -> str:
+        """A few lines for the screen."""
+        if not self._entries:
+            return "nothing dropped, nothing repaired"
+        lines = []
+        for entry in self.as_json():
+            first = entry["examples"][0]
+            lines.append(
+                f"{entry['action']:>8} {entry['count']:>10,}  {entry['reason']}"
+                f"  (first: {first['file']}, row {first['row']})"
+            )
+        return "\n".join(lines)
+
+
+class Ticker:
+    """Prints how far long work is, at most every few seconds.
+
+    Args:
+      what: begins the line.
+      total: 0 when unknown.
+      unit: of the counted things.
+    """
+
+    def __init__(self, what: str, total: int = 0, unit: str = "rows", seconds: float = 3.0):
+        self._what, self._total, self._unit, self._seconds = what, total, unit, seconds
+        self._start = self._last = time.monotonic()
+
+    def tick(self, done: int, fraction: float | None = None) -> None:
+        now = time.monotonic()
+        if now - self._last < self._seconds:
+            return
+        self._last = now
+        if fraction is None and self._total:
+            fraction = done / self._total
+        text = f"{self._what}: {done:,} {self._unit}"
+        if fraction:
+            left = (now - self._start) * (1 - fraction) / fraction
+            text += f", {100 * fraction:.0f} %, {left:.0f} s left"
+        print(text, flush=True)

@@ -1,0 +1,295 @@
+"""The masks of a dataset as pixels or run lengths, in any frame.
+
+A mask's frame is the whole photo, whatever its resolution: the PNG files of OpenImages are of other
+sizes than the photos. A pixel of another frame or of a window takes the mask's value at its centre
+(nearest sampling), so that nothing is blurred and no threshold is needed. Polygons have no
+resolution: they are drawn in the frame that is asked for, by COCO's rule.
+
+Shape legend: H, W the frame asked for; h, w a window.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import mask as coco_mask
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+from common.data import images
+from common.data.dataset import Dataset
+from common.io.errors import UserError
+from common.masks import rle
+
+_MODES = ("1", "L", "P")  # of PNG files: one channel of at most 8 bits; all but 0 is foreground
+# Photos and masks of rounded sizes differ by less, other crops and turned photos by more.
+_SHAPE_TOLERANCE = 0.1
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises on damaged files
+
+
+class MaskError(UserError):
+    """A mask that is missing or cannot be read; the text names image, box and file."""
+
+
+class MaskReader:
+    """Reads the masks of boxes, by their rows in `dataset.boxes`. Threads may share it."""
+
+    def __init__(self, dataset: Dataset):
+        """Opens the masks.
+
+        Raises:
+          UserError: the dataset has none.
+        """
+        if dataset.mask_offsets is None:
+            raise UserError(f"{dataset.directory}: the dataset has no masks")
+        self._dataset = dataset
+        self._root = dataset.meta.get("mask_root") or str(dataset.directory)
+        # An empty file cannot be mapped.
+        empty = not dataset.mask_offsets[-1]
+        path = dataset.directory / "masks.bin"
+        self._data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
+
+    def has_mask(self, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which boxes have a mask (be it an empty one)."""
+        offsets = self._dataset.mask_offsets
+        rows = np.asarray(rows, np.int64)
+        return np.asarray(offsets[rows + 1]) > np.asarray(offsets[rows])
+
+    def entry(self, row: int) -> Any:
+        """What is stored of a box: None, {"png": path}, polygons or a run-length dictionary."""
+        start, stop = self._dataset.mask_offsets[row : row + 2].tolist()
+        return json.loads(self._data[start:stop].tobytes()) if stop > start else None
+
+    def window(
+        self, row: int, box: Sequence[float] | Float[np.ndarray, " 4"], size: tuple[int, int]
+    ) -> Bool[np.ndarray, "h w"]:
+        """A window of the photo, resampled; False outside the photo.
+
+        Args:
+          row: of `dataset.boxes`.
+          box: the window, normalised xmin, ymin, xmax, ymax; may reach beyond the photo.
+          size: height and width of the result.
+
+        Raises:
+          MaskError: no mask, an empty one, or one that cannot be read.
+        """
+        entry = self.entry(row)
+        xmin, ymin, xmax, ymax = map(float, box)
+        if entry is None:
+            raise self._error(row, "no mask")
+        if isinstance(entry, list):
+            height, width = self._photo_size(row)
+            scale = (size[1] / ((xmax - xmin) * width), size[0] / ((ymax - ymin) * height))
+            counts = self._draw(row, entry, (xmin * width, ymin * height), scale, size)
+            result = rle.decode(counts, size)
+            result[~_centres(ymin, ymax, height, size[0])[1]] = False
+            result[:, ~_centres(xmin, xmax, width, size[1])[1]] = False
+            return result
+        frame = (
+            self._open_png(row, entry["png"])
+            if "png" in entry
+            else rle.decode(*self._run_lengths(row, entry))
+        )
+        height, width = frame.shape if isinstance(frame, np.ndarray) else frame.size[::-1]
+        y, inside_y = _centres(ymin, ymax, height, size[0])
+        x, inside_x = _centres(xmin, xmax, width, size[1])
+        result = np.zeros(size, bool)
+        if inside_x.any() and inside_y.any():
+            y, x = y[inside_y], x[inside_x]
+            area = (x[0], y[0], x[-1] + 1, y[-1] + 1)
+            result[np.ix_(inside_y, inside_x)] = _cut(frame, area)[np.ix_(y - area[1], x - area[0])]
+        return result
+
+    def rle(self, row: int, size: tuple[int, int]) -> bytes | None:
+        """Compressed counts in a frame of this height and width.
+
+        Returns:
+          None where the box has no mask or an empty one. A mask that has pixels in its own frame
+          (polygons: the photo's) and none in this one gives the counts of an empty mask.
+
+        Raises:
+          MaskError: the mask cannot be read.
+        """
+        entry = self.entry(row)
+        if entry is None:
+            return None
+        if isinstance(entry, list):
+            height, width = self._photo_size(row)
+            scale = (size[1] / width, size[0] / height)
+            counts = self._draw(row, entry, (0.0, 0.0), scale, size)
+            if rle.areas([counts])[0]:
+                return counts
+            same = tuple(size) == (height, width)
+            return None if same or self.rle(row, (height, width)) is None else counts
+        if "png" not in entry:
+            counts, own_size = self._run_lengths(row, entry)
+            return rle.resize([counts], own_size, size)[0] if rle.areas([counts])[0] else None
+        image = self._open_png(row, entry["png"])
+        area = image.getbbox()
+        if area is None:
+            return None
+        x0, y0, x1, y1 = area
+        y, x = rle.nearest(image.height, size[0]), rle.nearest(image.width, size[1])
+        top, bottom = np.searchsorted(y, [y0, y1]).tolist()
+        left, right = np.searchsorted(x, [x0, x1]).tolist()
+        pixels = _cut(image, area)[np.ix_(y[top:bottom] - y0, x[left:right] - x0)]
+        return rle.encode_window(pixels, top, left, size)
+
+    def is_empty(self, row: int) -> bool:
+        """Whether a box has no mask, or one without a pixel in its own frame.
+
+        Raises:
+          MaskError: the mask cannot be read.
+        """
+        entry = self.entry(row)
+        if isinstance(entry, dict) and "png" in entry:
+            return self._open_png(row, entry["png"]).getbbox() is None
+        if isinstance(entry, list):
+            return self.rle(row, self._photo_size(row)) is None
+        return entry is None or not rle.areas([self._run_lengths(row, entry)[0]])[0]
+
+    def _open_png(self, row: int, path: str) -> Image.Image:
+        """The decoded file, checked."""
+        path = os.path.join(self._root, path)
+        try:
+            data = images.read_file(path)
+            image = Image.open(io.BytesIO(data))
+            mode = image.mode
+            if mode in _MODES:
+                image.load()
+        except images.ImageError as error:
+            raise self._error(row, f"{path}: {error}") from error
+        except _BROKEN as error:
+            raise self._error(row, f"{path}: no readable mask file") from error
+        if mode not in _MODES:
+            bits = " (16 bits)" if mode.startswith("I") else ""
+            raise self._error(
+                row, f"{path}: mask of mode {mode}{bits}, expected one channel of 1 or 8 bits"
+            )
+        self._check_shape(row, f"{path}: ", image.size[::-1])
+        self._check_place(row, path, image)
+        return image
+
+    def _check_place(self, row: int, path: str, image: Image.Image) -> None:
+        """Refuses a mask that lies mostly outside its box, as one of swapped colours does."""
+        area = image.getbbox()
+        if area is None:
+            return
+        xmin, ymin, xmax, ymax = self._dataset.boxes[row].tolist()
+        width, height = image.size
+        box = (
+            max(math.floor(xmin * width) - 1, 0),
+            max(math.floor(ymin * height) - 1, 0),
+            min(math.ceil(xmax * width) + 1, width),
+            min(math.ceil(ymax * height) + 1, height),
+        )
+        if area[0] >= box[0] and area[1] >= box[1] and area[2] <= box[2] and area[3] <= box[3]:
+            return
+        inside, total = (sum(part.histogram()[1:]) for part in (image.crop(box), image))
+        if 2 * inside < total:
+            raise self._error(
+                row,
+                f"{path}: {1 - inside / total:.0%} of the mask lies outside its box, expected it "
+                "inside (is it inverted, or of another box?)",
+            )
+
+    def _run_lengths(self, row: int, entry: Any) -> tuple[bytes, tuple[int, int]]:
+        """Checked compressed counts and their height and width."""
+        try:
+            height, width = (int(side) for side in entry["size"])
+            counts = entry["counts"]
+            counts = counts.encode("ascii") if isinstance(counts, str) else rle.encode_runs(counts)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise self._error(
+                row, f"mask {json.dumps(entry)[:80]}, expected polygons or size and counts"
+            ) from error
+        if (found := rle.find_broken([counts], np.array([[height, width]]))) is not None:
+            raise self._error(row, found[1])
+        self._check_shape(row, "", (height, width))
+        return counts, (height, width)
+
+    def _draw(
+        self,
+        row: int,
+        polygons: list[Any],
+        origin: tuple[float, float],
+        scale: tuple[float, float],
+        size: tuple[int, int],
+    ) -> bytes:
+        """Counts of polygons after moving `origin` to the corner and scaling x and y."""
+        try:
+            points = [np.asarray(p, np.float64).reshape(-1, 2) for p in polygons]
+            if (
+                not points
+                or min(map(len, points)) < 3
+                or not all(np.isfinite(p).all() for p in points)
+            ):
+                raise ValueError("no polygon")
+        except (TypeError, ValueError) as error:
+            raise self._error(
+                row,
+                f"mask {json.dumps(polygons)[:80]}, expected polygons [x, y, ...] of three or "
+                "more points",
+            ) from error
+        moved = [((p - origin) * scale).reshape(-1).tolist() for p in points]
+        counts = coco_mask.segmToRle(moved, size[1], size[0])["counts"]
+        return counts.encode() if isinstance(counts, str) else counts
+
+    def _photo_size(self, row: int) -> tuple[int, int]:
+        height, width = self._dataset.image_sizes[self._image(row)].tolist()
+        if not (height and width):
+            raise self._error(
+                row,
+                "polygons are in pixels of a photo of unknown size: prepare the data with --images",
+            )
+        return height, width
+
+    def _check_shape(self, row: int, where: str, size: tuple[int, int]) -> None:
+        height, width = self._dataset.image_sizes[self._image(row)].tolist()
+        if not (height and width):
+            return
+        if not same_shape(size, (height, width)):
+            raise self._error(
+                row,
+                f"{where}mask of {size[0]}x{size[1]} (height x width), expected the shape of the "
+                f"photo, {height}x{width}, at any resolution",
+            )
+
+    def _image(self, row: int) -> int:
+        return int(np.searchsorted(self._dataset.box_offsets, row, "right")) - 1
+
+    def _error(self, row: int, reason: str) -> MaskError:
+        dataset, image = self._dataset, self._image(row)
+        number = row - int(dataset.box_offsets[image])
+        label = dataset.class_labels[dataset.box_classes[row]]
+        return MaskError(
+            f"{dataset.directory}: image {dataset.image_id(image)!r}, box {number} ({label}): "
+            f"{reason}"
+        )
+
+
+def same_shape(size: Sequence[int], photo: Sequence[int]) -> bool:
+    """Whether a frame can be that of a whole photo (both height, width), at any resolution."""
+    return abs(math.log(size[0] * photo[1] / (size[1] * photo[0]))) <= _SHAPE_TOLERANCE
+
+
+def _cut(frame: Bool[np.ndarray, "H W"] | Image.Image, area: tuple[int, ...]) -> np.ndarray:
+    """Foreground of a part xmin, ymin, xmax, ymax."""
+    x0, y0, x1, y1 = (int(side) for side in area)
+    if isinstance(frame, np.ndarray):
+        return frame[y0:y1, x0:x1]
+    return np.asarray(frame.crop((x0, y0, x1, y1))) != 0
+
+
+def _centres(
+    low: float, high: float, length: int, number: int
+) -> tuple[Int[np.ndarray, " number"], Bool[np.ndarray, " number"]]:
+    """Pixel below the centre of each of `number` pixels of a window, and which are in the frame."""
+    share = low + (np.arange(number) + 0.5) * ((high - low) / number)
+    # A centre on the border of two pixels is in the later one, as in `rle.nearest`.
+    place = np.floor(share * length + 1e-6).astype(np.int64)
+    return place, (place >= 0) & (place < length)

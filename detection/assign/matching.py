@@ -1,0 +1,108 @@
+"""Which ground-truth box each anchor or proposal answers for, and which of them are trained on.
+
+Shape legend
+  N  anchors or proposals of one image
+  M  padded ground-truth boxes of one image
+  S  sampled slots of one image
+
+Everything is per image; models map it over the batch with `jax.vmap`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from common.geometry import boxes as box_ops
+
+# Two equal overlaps may differ in the last bits when XLA compiles them into different fusions.
+_TIE = 1e-6
+
+
+class Match(NamedTuple):
+    """Which boxes are trained as objects and which as background; some are neither."""
+
+    positive: Bool[Array, " N"]
+    negative: Bool[Array, " N"]
+
+
+def match(
+    boxes: Float[Array, "N 4"],
+    valid: Bool[Array, " N"],
+    truth: Float[Array, "M 4"],
+    truth_valid: Bool[Array, " M"],
+    *,
+    positive_iou: float,
+    negative_iou: float,
+    best_match_iou: float | None = None,
+) -> Match:
+    """Decides by IoU with the ground truth.
+
+    Args:
+      boxes: anchors or proposals, pixels.
+      valid: boxes that take part.
+      truth: ground-truth boxes, pixels.
+      truth_valid: which of them are real.
+      positive_iou: IoU >= this is positive.
+      negative_iou: IoU < this is negative; in between is not trained on.
+      best_match_iou: when given, the best boxes of every ground-truth box (all ties) are positive
+        too if their IoU is at least this. They still answer for their own best (`best_truth`).
+    """
+    # Every reduction runs along the last axis: on CPU that is six times as fast as across it, which
+    # pays for computing the overlaps in both orientations.
+    iou = jnp.where(truth_valid & valid[:, None], box_ops.iou(boxes, truth), -1.0)
+    best = iou.max(axis=1)
+    positive = best >= positive_iou
+    if best_match_iou is not None:
+        transposed = jnp.where(truth_valid[:, None] & valid, box_ops.iou(truth, boxes), -1.0)
+        best_of_truth = transposed.max(axis=1)
+        wanted = truth_valid & (best_of_truth >= best_match_iou)
+        positive |= ((iou >= best_of_truth - _TIE) & wanted).any(axis=1)
+    # Without any ground truth `best` is -1 everywhere, so all valid boxes are negative.
+    negative = (best < negative_iou) & ~positive
+    return Match(positive & valid, negative & valid)
+
+
+def best_truth(
+    boxes: Float[Array, "S 4"], truth: Float[Array, "M 4"], truth_valid: Bool[Array, " M"]
+) -> Int[Array, " S"]:
+    """The ground-truth box of highest IoU, asked of the few sampled boxes only."""
+    return jnp.where(truth_valid, box_ops.iou(boxes, truth), -1.0).argmax(axis=1)
+
+
+def max_positives(num_samples: int, positive_fraction: float) -> int:
+    """The number of slots that `sample` lets positives take, the first ones."""
+    return max(1, min(int(num_samples * positive_fraction), num_samples))
+
+
+def sample(
+    key: PRNGKeyArray,
+    positive: Bool[Array, " N"],
+    negative: Bool[Array, " N"],
+    num_samples: int,
+    positive_fraction: float,
+) -> tuple[Int[Array, " S"], Bool[Array, " S"], Bool[Array, " S"]]:
+    """Draws a fixed number of slots: positives first (at most the fraction), then negatives.
+
+    Draws are uniform. Negatives fill every slot that positives leave free; slots beyond what the
+    image has are invalid.
+
+    Returns:
+      (indices into N, is the slot positive, is the slot valid), each of length `num_samples`.
+    """
+    num_samples = min(num_samples, positive.shape[0])
+    max_positive = max_positives(num_samples, positive_fraction)
+    lottery = jax.random.uniform(key, positive.shape)
+    _, positives = jax.lax.top_k(jnp.where(positive, lottery, -1.0), max_positive)
+    _, negatives = jax.lax.top_k(jnp.where(negative, lottery, -1.0), num_samples)
+    num_positive = jnp.minimum(positive.sum(), max_positive)
+    num_negative = jnp.minimum(negative.sum(), num_samples - num_positive)
+    slot = jnp.arange(num_samples)
+    is_positive = slot < num_positive
+    indices = jnp.where(
+        is_positive,
+        positives[jnp.minimum(slot, max_positive - 1)],
+        negatives[jnp.maximum(slot - num_positive, 0)],
+    )
+    return indices, is_positive, slot < num_positive + num_negative

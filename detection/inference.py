@@ -1,0 +1,144 @@
+"""Runs a detector over a split and writes the detections table.
+
+Shape legend: b images of this host's part of a batch, D detections per image, K classes.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Int, Shaped
+from ml_collections import ConfigDict
+
+from common.data.dataset import Dataset
+from common.data.input import eval_batches
+from common.io.progress import Progress
+from common.tables import DetectionsWriter
+from common.training import distributed
+from common.training.step import make_predict_step
+from detection.models.faster_rcnn import FasterRCNN
+
+INFERENCE_FIELDS = ("image", "image_size", "image_valid")
+
+
+@functools.cache
+def compiled_predict_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """The jitted inference step; one object a model, so that evaluations share a compile."""
+    return jax.jit(make_predict_step(model, mesh))
+
+
+def predict_split(
+    config: ConfigDict,
+    model: FasterRCNN,
+    variables: dict,
+    dataset: Dataset,
+    split: str,
+    mesh: Mesh,
+    output: Path,
+    *,
+    step: int,
+    say: Callable = print,
+) -> None:
+    """Detects in every image of a split and writes one table (a folder of shards with many hosts).
+
+    Args:
+      config: of the run.
+      model: detector.
+      variables: {'params', 'batch_stats'} on the mesh.
+      dataset: where the photos are listed.
+      split: which of them.
+      mesh: all devices.
+      output: Parquet file, or folder when there are several processes.
+      step: of the checkpoint, for the table's metadata.
+      say: where progress lines go.
+    """
+    batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
+    predict = compiled_predict_step(model, mesh)
+    labels = np.array(dataset.class_labels)
+    indices = dataset.split(split)
+    metadata = table_metadata(config, dataset, split, step)
+    num_batches = -(-len(indices) // batch_size)
+    progress = Progress(num_batches, batch_size, mesh.size)
+    writer = DetectionsWriter(
+        output, metadata, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    with writer:
+        batches = eval_batches(
+            dataset,
+            split,
+            config.data,
+            batch_size=batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        ahead = None  # the host writes batch i while the devices work on i + 1
+        for number, host_batch in enumerate(progress.timed(batches), start=1):
+            batch = distributed.to_global({k: host_batch[k] for k in INFERENCE_FIELDS}, mesh)
+            found = predict(variables, batch)
+            if ahead is not None:
+                _write(writer, *ahead, dataset, labels)
+            ahead = (host_batch, found)
+            progress.step_done(number)
+            if number % max(num_batches // 10, 1) == 0:
+                say(f"detect {split}: {progress.line(number, {})}", flush=True)
+        if ahead is not None:
+            _write(writer, *ahead, dataset, labels)
+        if batches.skipped_images:
+            say(f"detect {split}: {batches.skipped_images} unreadable photos have no detections")
+    distributed.barrier("predict_split")
+
+
+def table_metadata(config: ConfigDict, dataset: Dataset, split: str, step: int) -> dict[str, Any]:
+    """What a detections table says of its origin."""
+    return {
+        "model": config.name,
+        "config": config.to_dict(),
+        "dataset": dataset.meta.get("name", str(dataset.directory)),
+        "split": split,
+        "step": step,
+        "expanded": False,
+    }
+
+
+def add_rows(
+    writer: DetectionsWriter,
+    found: dict[str, np.ndarray],
+    image_index: Int[np.ndarray, " b"],
+    image_valid: Bool[np.ndarray, " b"],
+    dataset: Dataset,
+    labels: Shaped[np.ndarray, " K"],
+) -> None:
+    """Adds the detections of each real image.
+
+    Args:
+      writer: of the table.
+      found: boxes (b, D, 4) normalised, scores, classes, valid (b, D). Boxes are clipped to the
+        image; what has no area then is left out.
+      image_index: rows of the dataset.
+      image_valid: images to add.
+      dataset: where the ids are.
+      labels: of the classes.
+    """
+    boxes = np.clip(found["boxes"], 0.0, 1.0)
+    for slot in np.flatnonzero(image_valid):
+        sides = boxes[slot, :, 2:] > boxes[slot, :, :2]
+        rows = found["valid"][slot] & sides.all(axis=-1)
+        writer.add(
+            dataset.image_id(image_index[slot]),
+            labels[found["classes"][slot][rows]],
+            found["scores"][slot][rows],
+            boxes[slot][rows],
+        )
+
+
+def _write(writer, host_batch, found, dataset, labels) -> None:
+    found = distributed.to_host(found)
+    # Padded images have size 0; any other number does for them.
+    size = np.maximum(host_batch["image_size"], 1)
+    height, width = size[:, None, :1], size[:, None, 1:]
+    found["boxes"] = found["boxes"] / np.concatenate([width, height, width, height], axis=-1)
+    add_rows(writer, found, host_batch["image_index"], host_batch["image_valid"], dataset, labels)

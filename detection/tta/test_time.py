@@ -1,0 +1,319 @@
+"""Test-time augmentation: each photo at several scales, and mirrored (paper section 6).
+
+`config.test_time`, used by detection.export and detection.evaluate, never by training:
+
+  scales       short sides in pixels; () is off: one view on `config.data.canvas`
+  long_ratios  canvases have these ratios of long to short side, ascending, in landscape and in
+               portrait; a photo longer than the last one is shrunk until it fits
+  max_long     pixels; no canvas is longer
+  flip         whether each scale is seen mirrored too
+  merge        'union':  the detections of all views, then NMS by class
+               'tables': one detections table a view, for ensemble.merge with any operator
+               'mean':   proposals of all views are joined by NMS; each view scores all of them;
+                         boxes and class probabilities are averaged (the authors' released code)
+
+Each process works on photos of its own with its own devices, so processes never wait for each
+other. There are 2 * len(long_ratios) compiled programs a scale. Where the canvas is larger than
+`config.data.canvas`, fewer photos go through at a time, so that memory does not grow with it.
+
+'mean' asks two methods of the model, both pure inference on a batch of images:
+
+  propose_on(batch) -> {'boxes': (B,P,4) canvas pixels, 'scores': (B,P), 'valid': (B,P)}
+  score_proposals(batch, boxes (B,P,4) canvas pixels, valid (B,P)) ->
+      {'scores': (B,P,K+1) probabilities, background first,
+       'boxes': (B,P,K,4) canvas pixels, or (B,P,1,4) where all classes share a box}
+"""
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from common.data.dataset import Dataset
+from common.data.examples import PhotoErrors
+from common.data.views import ViewBatch, format_canvases, view_batches
+from common.io.errors import UserError
+from common.io.progress import Progress
+from common.tables import DetectionsWriter
+from common.training import distributed
+from detection.inference import INFERENCE_FIELDS, add_rows, predict_split, table_metadata
+from detection.models.faster_rcnn import FasterRCNN
+from detection.tta import view_steps
+
+MERGES = ("union", "tables", "mean")
+_SECONDS = 20.0  # between progress lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Checked fields of `config.test_time`; the module's text says what they mean."""
+
+    scales: tuple[int, ...]
+    long_ratios: tuple[float, ...]
+    max_long: int
+    flip: bool
+    merge: str
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Settings":
+        """Reads `config.test_time`.
+
+        Raises:
+          UserError: a field is out of range.
+        """
+        fields = config.test_time
+        scales, ratios = tuple(fields.scales), tuple(fields.long_ratios)
+        requirements = {
+            "scales": (
+                all(scale >= 1 for scale in scales) and len(set(scales)) == len(scales),
+                "short sides in pixels, none twice",
+            ),
+            "long_ratios": (
+                ratios and ratios[0] >= 1 and list(ratios) == sorted(set(ratios)),
+                "ascending numbers from 1 on",
+            ),
+            "max_long": (
+                fields.max_long >= max(scales, default=1),
+                "pixels, at least the largest scale",
+            ),
+            "merge": (fields.merge in MERGES, f"one of {', '.join(MERGES)}"),
+        }
+        for name, (holds, expected) in requirements.items():
+            if not holds:
+                raise UserError(
+                    f"config.test_time.{name}: found {fields[name]!r}, expected {expected}"
+                )
+        return cls(scales, ratios, int(fields.max_long), bool(fields.flip), fields.merge)
+
+    @property
+    def views(self) -> list[tuple[int, bool]]:
+        """(place in `scales`, mirrored?) of each view."""
+        mirrored = (False, True) if self.flip else (False,)
+        return [(place, flip) for place in range(len(self.scales)) for flip in mirrored]
+
+    def view_name(self, view: tuple[int, bool]) -> str:
+        """Such as `scale0800_flip`."""
+        return f"scale{self.scales[view[0]]:04d}" + "_flip" * view[1]
+
+
+def is_on(config: ConfigDict) -> bool:
+    """Whether the config asks for several views."""
+    return bool(config.get("test_time", {}).get("scales", ()))
+
+
+def detect_split(
+    config: ConfigDict,
+    model: FasterRCNN,
+    variables: dict,
+    dataset: Dataset,
+    split: str,
+    mesh: Mesh,
+    output: Path,
+    *,
+    step: int,
+    say: Callable = print,
+) -> None:
+    """Detects in every image of a split, in the way that `config.test_time` says.
+
+    Args and output as `detection.inference.predict_split`; with merge 'tables', `output` is a
+    folder of tables `scale0800.parquet`, `scale0800_flip.parquet` and so on.
+
+    Raises:
+      UserError: a field of `config.test_time` is out of range.
+    """
+    detect = predict_views if is_on(config) else predict_split
+    detect(config, model, variables, dataset, split, mesh, output, step=step, say=say)
+
+
+def predict_views(
+    config: ConfigDict,
+    model: FasterRCNN,
+    variables: dict,
+    dataset: Dataset,
+    split: str,
+    mesh: Mesh,
+    output: Path,
+    *,
+    step: int,
+    say: Callable = print,
+) -> None:
+    """`detect_split` with several views."""
+    settings = Settings.of(config)
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    local_mesh = distributed.make_mesh(own)
+    if len(own) < mesh.size:
+        variables = distributed.to_local(variables, local_mesh)
+    canvases = [
+        format_canvases(scale, settings.long_ratios, settings.max_long) for scale in settings.scales
+    ]
+    per_device = -(-config.evaluation.batch_size // mesh.size)
+    room = per_device * np.prod(config.data.canvas)
+    rows = [
+        batch_rows(per_device, len(own), int(room // np.prod(formats[-1]))) for formats in canvases
+    ]
+    indices = dataset.split(split)
+    share = indices[jax.process_index() :: jax.process_count()]
+    errors = PhotoErrors(config.data.on_image_error)
+    labels = np.array(dataset.class_labels)
+    engine = _Engine(model, variables, local_mesh, settings, rows)
+
+    progress = Progress(len(share), jax.process_count(), mesh.size)
+    said = float("-inf")
+    done = content = area = 0
+    names = ", ".join(map(settings.view_name, settings.views))
+    say(f"detect {split}: {len(indices)} photos, {len(settings.views)} views: {names}", flush=True)
+
+    def report() -> None:
+        padding = {"padding %": 100 * (1 - content / max(area, 1))}
+        say(f"detect {split}, photos: {progress.line(done, padding)}", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(writer)
+            for writer in _writers(output, table_metadata(config, dataset, split, step), settings)
+        ]
+        waiting: collections.deque = collections.deque()
+
+        def write() -> None:
+            nonlocal done, said
+            image_index, readable, results = waiting.popleft()
+            for writer, found in zip(writers, results(), strict=True):
+                add_rows(writer, found, image_index, readable, dataset, labels)
+            done += int((image_index >= 0).sum())
+            progress.step_done(done)
+            if time.monotonic() - said > _SECONDS:
+                report()
+                said = time.monotonic()
+
+        batches = view_batches(
+            dataset,
+            share,
+            canvases,
+            settings.long_ratios,
+            rows,
+            errors,
+            pad_multiple=config.data.pad_multiple,
+            num_threads=config.data.num_threads,
+        )
+        readable = None
+        for batch in progress.timed(batches):
+            readable = batch.image_index >= 0 if readable is None else readable
+            readable[batch.rows] &= batch.image_valid
+            content += batch.image_size.prod(axis=1).sum()
+            area += batch.image[..., 0].size
+            engine.add(batch)
+            if batch.last:
+                waiting.append((batch.image_index, readable, engine.finish()))
+                readable = None
+                if len(waiting) > 1:  # the host writes a block while the devices work on the next
+                    write()
+        while waiting:
+            write()
+        report()
+        if errors.skipped:
+            say(f"detect {split}: {errors.skipped} unreadable photos have no detections")
+    distributed.barrier("predict_views")
+
+
+def batch_rows(per_device: int, num_devices: int, limit: int) -> list[np.ndarray]:
+    """Places in a block of the photos of each batch: b of each device's n.
+
+    b is the largest divisor of n = `per_device` up to `limit`. Each device gets the photos that it
+    also has in the block, so that batches are put together without traffic.
+    """
+    parts = next(
+        p
+        for p in range(1, per_device + 1)
+        if per_device % p == 0 and (per_device // p <= limit or p == per_device)
+    )
+    places = np.arange(num_devices * per_device).reshape(num_devices, parts, -1)
+    return [places[:, part].ravel() for part in range(parts)]
+
+
+def _writers(output: Path, metadata: dict[str, Any], settings: Settings) -> list[DetectionsWriter]:
+    """The writer of the table, or those of the views."""
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    if settings.merge != "tables":
+        return [DetectionsWriter(output, metadata, **hosts)]
+    names = [settings.view_name(view) for view in settings.views]
+    return [
+        DetectionsWriter(Path(output) / f"{name}.parquet", metadata | {"view": name}, **hosts)
+        for name in names
+    ]
+
+
+class _Engine:
+    """Runs the compiled steps of a block: `add` each batch, then `finish`."""
+
+    def __init__(
+        self,
+        model: FasterRCNN,
+        variables: dict,
+        mesh: Mesh,
+        settings: Settings,
+        rows: Sequence[Sequence[np.ndarray]],
+    ):
+        self._model, self._variables, self._mesh = model, variables, mesh
+        self._settings, self._rows = settings, rows
+        self._mean = settings.merge == "mean"
+        self._look = view_steps.propose_step if self._mean else view_steps.view_step
+        self._start()
+
+    def _start(self) -> None:
+        self._found = {view: [] for view in self._settings.views}
+        self._batches: list[list[dict[str, Array]]] = [[] for _ in self._settings.scales]
+
+    def add(self, batch: ViewBatch) -> None:
+        """Sends the views of a batch to the devices; does not wait for them."""
+        fields = {name: getattr(batch, name) for name in INFERENCE_FIELDS}
+        on_device = distributed.to_global(fields, self._mesh)
+        look = self._look(self._model, self._mesh)
+        for (scale, flip), chunks in self._found.items():
+            if scale == batch.scale:
+                chunks.append(look(self._variables, on_device, flip))
+        if self._mean:
+            self._batches[batch.scale].append(on_device)
+
+    def finish(self) -> Callable[[], list[dict[str, np.ndarray]]]:
+        """Merges the views; the function returned waits for, and fetches, what each table gets."""
+        found, batches = self._found, self._batches
+        self._start()
+        if self._settings.merge == "tables":
+            return lambda: [
+                _in_order(distributed.to_host(chunks), self._rows[scale])
+                for (scale, _), chunks in found.items()
+            ]
+        views = list(found.values())
+        if self._mean:
+            merged = self._score_all(views, batches)
+        else:
+            merged = view_steps.union_step(self._model, self._mesh)(views)
+        return lambda: [distributed.to_host(merged)]
+
+    def _score_all(self, views, batches) -> dict[str, Array]:
+        proposals = view_steps.join_step(self._model, self._mesh)(views)
+        score = view_steps.score_step(self._model, self._mesh)
+        total = None
+        for scale, flip in self._settings.views:
+            chunks = [
+                score(self._variables, batch, flip, proposals, np.int32(number))
+                for number, batch in enumerate(batches[scale])
+            ]
+            total = view_steps.sum_step(self._mesh)(total, chunks)
+        average = view_steps.average_step(self._model, self._mesh)
+        return average(total, proposals["valid"], np.float32(len(self._settings.views)))
+
+
+def _in_order(chunks: Sequence[dict], rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Puts the rows of batches to their places in the block."""
+    order = np.argsort(np.concatenate(rows))
+    return {name: np.concatenate([c[name] for c in chunks])[order] for name in chunks[0]}

@@ -1,0 +1,214 @@
+"""The compiled steps of test-time augmentation (`detection.tta.test_time`).
+
+Batches, candidates and results stay on the device that holds their photos: no step needs another
+device.
+
+Shape legend
+  n     photos of a block that lie on one device; b of them in one batch
+  V     views: scales, each also mirrored
+  P, R  proposals per photo, of one view and merged (P = R)
+  D     detections per photo
+  K     classes
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, UInt8
+
+from common.geometry.nms import multiclass_nms, nms_top
+from common.training.distributed import DATA_AXIS
+from detection.models.faster_rcnn import FasterRCNN
+
+# ------------------------------------------------------------------- between photo and canvas
+
+
+def mirror(images: UInt8[Array, "b H W C"], widths: Float[Array, " b"]) -> UInt8[Array, "b H W C"]:
+    """Mirrors the content, `widths` pixels wide, left to right; it stays at the top left."""
+
+    def one(image, width):
+        behind = jnp.pad(image[:, ::-1], ((0, 0), (0, image.shape[1]), (0, 0)))
+        start = image.shape[1] - width.astype(jnp.int32)
+        return jax.lax.dynamic_slice_in_dim(behind, start, image.shape[1], axis=1)
+
+    return jax.vmap(one)(images, widths)
+
+
+def to_photo(
+    boxes: Float[Array, "b *N 4"], image_size: Float[Array, "b 2"], flip: Bool[Array, ""]
+) -> Float[Array, "b *N 4"]:
+    """Canvas pixels of a view to normalised coordinates of the photo, clipped to it."""
+    # Padded images have size 0; any other number does for them.
+    boxes = jnp.clip(boxes / _unit(jnp.maximum(image_size, 1), boxes.ndim), 0.0, 1.0)
+    return _mirror_boxes(boxes, flip, 1.0)
+
+
+def to_canvas(
+    boxes: Float[Array, "b *N 4"], image_size: Float[Array, "b 2"], flip: Bool[Array, ""]
+) -> Float[Array, "b *N 4"]:
+    """Normalised coordinates of the photo to canvas pixels of a view."""
+    return _mirror_boxes(boxes, flip, 1.0) * _unit(image_size, boxes.ndim)
+
+
+def _unit(image_size: Float[Array, "b 2"], ndim: int) -> Float[Array, "b ... 4"]:
+    height, width = image_size[:, 0], image_size[:, 1]
+    unit = jnp.stack([width, height, width, height], axis=-1)
+    return unit.reshape(len(unit), *[1] * (ndim - 2), 4)
+
+
+def _mirror_boxes(boxes, flip, width):
+    x1, y1, x2, y2 = jnp.split(boxes, 4, axis=-1)
+    mirrored = jnp.concatenate([width - x2, y1, width - x1, y2], axis=-1)
+    return jnp.where(flip, mirrored, boxes)
+
+
+def _as_seen(batch: dict[str, Array], flip: Bool[Array, ""]) -> dict[str, Array]:
+    """The batch, mirrored if `flip`."""
+    image = jax.lax.cond(
+        flip, mirror, lambda images, widths: images, batch["image"], batch["image_size"][:, 1]
+    )
+    return {**batch, "image": image}
+
+
+# ------------------------------------------------------------------- compiled steps
+
+
+def _on_mesh(function: Callable, mesh: Mesh, in_specs: tuple) -> Callable:
+    sharded = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=P(DATA_AXIS), check_vma=False
+    )
+    return jax.jit(sharded)
+
+
+def _rows_of(chunks: Sequence[Any]) -> Any:
+    """Batches put together along the photos."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+
+
+def _all_views(views: Sequence[Sequence[dict[str, Array]]]) -> dict[str, Array]:
+    """Candidates of all views of each photo in one row."""
+    rows = [_rows_of(chunks) for chunks in views]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *rows)
+
+
+@functools.cache
+def view_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`(variables, batch, flip) -> detections` of `FasterRCNN.detect`, boxes normalised."""
+
+    def view(variables, batch, flip):
+        found = model.apply(variables, _as_seen(batch, flip), train=False)
+        boxes = to_photo(found["boxes"], batch["image_size"], flip)
+        has_area = (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
+        return {**found, "boxes": boxes, "valid": found["valid"] & has_area}
+
+    return _on_mesh(view, mesh, (P(), P(DATA_AXIS), P()))
+
+
+@functools.cache
+def union_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`views -> detections`: NMS in each class over the detections of all views."""
+    settings = model.settings.detections
+
+    def select(found):
+        index, kept = nms_top(
+            found["boxes"],
+            found["scores"],
+            found["valid"],
+            settings.iou_threshold,
+            settings.max_detections,
+            found["classes"],
+        )
+        return {**{name: value[index] for name, value in found.items()}, "valid": kept}
+
+    return _on_mesh(lambda views: jax.vmap(select)(_all_views(views)), mesh, (P(DATA_AXIS),))
+
+
+@functools.cache
+def propose_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`(variables, batch, flip) -> proposals` of `propose_on`, boxes normalised."""
+
+    def propose(variables, batch, flip):
+        found = model.apply(variables, _as_seen(batch, flip), method="propose_on")
+        boxes = to_photo(found["boxes"], batch["image_size"], flip)
+        has_area = (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
+        return {**found, "boxes": boxes, "valid": found["valid"] & has_area}
+
+    return _on_mesh(propose, mesh, (P(), P(DATA_AXIS), P()))
+
+
+@functools.cache
+def join_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`views -> {'boxes': (n,R,4) normalised, 'valid': (n,R)}`: NMS over all views' proposals."""
+    nms_iou = model.settings.rpn.test_proposals.nms_iou
+
+    def join(views):
+        limit = views[0][0]["boxes"].shape[1]
+
+        def select(boxes, scores, valid):
+            index, kept = nms_top(boxes, scores, valid, nms_iou, limit)
+            return {"boxes": jnp.where(kept[:, None], boxes[index], 0.0), "valid": kept}
+
+        return jax.vmap(select)(**_all_views(views))
+
+    return _on_mesh(join, mesh, (P(DATA_AXIS),))
+
+
+@functools.cache
+def score_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`(variables, batch, flip, proposals, number) -> {'scores', 'boxes' normalised}`.
+
+    `number` says which b of the device's n photos the batch has.
+    """
+
+    def score(variables, batch, flip, proposals, number):
+        count = batch["image"].shape[0]
+        boxes, valid = (
+            jax.lax.dynamic_slice_in_dim(proposals[name], number * count, count)
+            for name in ("boxes", "valid")
+        )
+        found = model.apply(
+            variables,
+            _as_seen(batch, flip),
+            to_canvas(boxes, batch["image_size"], flip),
+            valid,
+            method="score_proposals",
+        )
+        return {
+            "scores": found["scores"],
+            "boxes": to_photo(found["boxes"], batch["image_size"], flip),
+        }
+
+    return _on_mesh(score, mesh, (P(), P(DATA_AXIS), P(), P(DATA_AXIS), P()))
+
+
+@functools.cache
+def sum_step(mesh: Mesh) -> Callable:
+    """`(total or None, batches of a view) -> total` over the views so far."""
+
+    def add(total, chunks):
+        rows = _rows_of(chunks)
+        return rows if total is None else jax.tree.map(jnp.add, total, rows)
+
+    return _on_mesh(add, mesh, (P(DATA_AXIS), P(DATA_AXIS)))
+
+
+@functools.cache
+def average_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`(total, valid, number of views) -> detections`: element-wise means, then NMS by class."""
+    settings = model.settings
+
+    def select(boxes, scores, valid):
+        if settings.get("drop_background_rois", False):
+            valid &= scores.argmax(axis=-1) != 0
+        return multiclass_nms(boxes, scores[:, 1:], valid, **settings.detections)
+
+    def average(total, valid, num_views):
+        mean = jax.tree.map(lambda x: x / num_views, total)
+        return jax.vmap(select)(mean["boxes"], mean["scores"], valid)
+
+    return _on_mesh(average, mesh, (P(DATA_AXIS), P(DATA_AXIS), P()))

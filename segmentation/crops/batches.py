@@ -1,0 +1,400 @@
+"""Batches of crops for the segmenter: one instance a slot, cut out of its photo, with its mask.
+
+Every crop of a step is a pure function of (seed, step, slot), as in `common.data.input`. The
+batches of a run have few shapes: all crops of a batch lie on one of the canvases of the config.
+
+A batch is a dictionary (b: crops of this host; H, W: canvas of this batch):
+  image           uint8   (b, H, W, 3)  RGB, content top left, padding 0 (the model normalises)
+  image_size      float32 (b, 2)        height, width of the content on the canvas
+  image_valid     bool    (b,)          False: padding, or a photo or mask that could not be read
+  mask            uint8   (b, H, W)     1: foreground
+  mask_valid      bool    (b, H, W)     where the truth is known: inside the content, and inside the
+                                        photo, whose corners a rotation brings into the crop
+  classes         int32   (b,)
+  instance_index  int64   (b,)          row of `dataset.boxes`, -1 in the padding of the last batch
+"""
+
+import collections
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+
+from common.data import images
+from common.data.batches import Batches, StepMemo, local_batch
+from common.data.dataset import Dataset
+from common.data.examples import PhotoErrors
+from common.data.views import map_ahead
+from segmentation.crops.examples import (
+    CropLoader,
+    CropSlot,
+    Settings,
+    check_on_image_error,
+    open_photo,
+)
+from segmentation.crops.instances import find_instances, photo_sizes
+from segmentation.crops.plan import InstancePlan
+from segmentation.crops.windows import (
+    CropSize,
+    Cut,
+    choose_canvas,
+    clip_boxes,
+    on_canvas,
+    read_canvases,
+    windows_of,
+)
+
+_CHUNK = 1 << 16  # instances whose canvases are found at once
+
+
+def train_batches(
+    dataset: Dataset,
+    plan: InstancePlan,
+    data_config: Any,
+    *,
+    start_step: int = 0,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Iterates over the batches of steps start_step ... start_step + num_steps - 1.
+
+    Args:
+      dataset: with masks.
+      plan: from `instance_plan.make_plan`; its batch_size is that of all hosts together.
+      data_config: ConfigDict with the fields
+        on_image_error: what a photo or mask that cannot be read does. 'fatal': stops with an error
+          naming it; 'skip': leaves an empty slot, image_valid False, and prints the file once.
+        num_threads: 0: twice as many as there are cores, at most 64.
+        prefetch: batches made ahead.
+      start_step: first step.
+      num_steps: number of batches to make.
+      process_index: this host; it gets slots [p b, (p + 1) b) of each batch.
+      process_count: number of hosts.
+
+    Raises:
+      UserError: bad config; while iterating: a photo or mask that cannot be read (unless 'skip').
+    """
+    local = local_batch(plan.batch_size, process_index, process_count)
+    planned = StepMemo(plan.batch)
+
+    def slot(number: int) -> CropSlot:
+        step, place = divmod(number, local)
+        place += process_index * local
+        crops = planned(step)
+        return CropSlot(
+            crops.canvas,
+            int(crops.rows[place]),
+            int(crops.images[place]),
+            int(crops.classes[place]),
+            crops.boxes[place],
+            bool(crops.jittered[place]),
+            float(crops.deviations[place]),
+            crops.draws[place],
+        )
+
+    settings = Settings.of(data_config)
+    loader = CropLoader(dataset, plan.augmentation, settings.on_image_error)
+    numbers = range(start_step * local, (start_step + num_steps) * local)
+    return _batches(loader, slot, numbers, local, settings)
+
+
+def eval_batches(
+    dataset: Dataset,
+    split: str,
+    data_config: Any,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Iterates once over the instances of a split, cut by their annotated boxes, canvas by canvas.
+
+    Host p gets instances [p b, (p + 1) b) of each global batch: every instance is on exactly one
+    host, all hosts make the same number of batches (`num_batches`), and what the last one of a
+    canvas lacks is padded with instance_index -1, image_valid False. Of a range of short sides the
+    middle is taken.
+
+    Args and errors: as `train_batches`, besides of `data_config` crop and canvases
+    (`instance_plan.make_plan`); batch_size counts the crops of all hosts together.
+    """
+    local = local_batch(batch_size, process_index, process_count)
+    settings = Settings.of(data_config)
+    size = CropSize.of(data_config.crop)
+    canvases = read_canvases(data_config.canvases)
+    instances = find_instances(dataset, split)
+    choice = [
+        _canvas_of(dataset, instances.rows[part], instances.images[part], size, canvases)
+        for part in (slice(i, i + _CHUNK) for i in range(0, len(instances), _CHUNK))
+    ]
+    choice = np.concatenate(choice)
+    # One row a batch, -1: padding.
+    members, canvas_of_batch = [], []
+    for number in range(len(canvases)):
+        chosen = np.flatnonzero(choice == number)
+        padded = np.full(-(-len(chosen) // batch_size) * batch_size, -1, np.int64)
+        padded[: len(chosen)] = chosen
+        members.append(padded.reshape(-1, batch_size))
+        canvas_of_batch += [number] * len(members[-1])
+    members = np.concatenate(members)
+
+    def slot(number: int) -> CropSlot:
+        batch, place = divmod(number, local)
+        canvas = tuple(canvases[canvas_of_batch[batch]].tolist())
+        member = members[batch, process_index * local + place]
+        if member < 0:
+            return CropSlot(canvas)
+        row = int(instances.rows[member])
+        image, class_ = int(instances.images[member]), int(instances.classes[member])
+        return CropSlot(canvas, row, image, class_, dataset.boxes[row])
+
+    loader = CropLoader(dataset, size, settings.on_image_error)
+    return _batches(loader, slot, range(len(members) * local), local, settings)
+
+
+def _batches(
+    loader: CropLoader, slot: Any, numbers: range, batch_size: int, settings: Settings
+) -> Batches:
+    return Batches(
+        loader,
+        slot,
+        numbers,
+        batch_size,
+        num_threads=settings.num_threads,
+        prefetch=settings.prefetch,
+    )
+
+
+def _canvas_of(
+    dataset: Dataset,
+    rows: Int64[np.ndarray, " n"],
+    image_index: Int64[np.ndarray, " n"],
+    size: CropSize,
+    canvases: Int64[np.ndarray, "c 2"],
+) -> Int64[np.ndarray, " n"]:
+    """Number of the canvas of each box."""
+    boxes = clip_boxes(dataset.boxes[rows], photo_sizes(dataset, image_index))
+    return choose_canvas(windows_of(boxes, size).content, canvases)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One way of cutting.
+
+    Attributes:
+      crop: fields short (of a range the middle is taken), long and fixed, as in the config.
+      canvases: allowed heights and widths.
+    """
+
+    crop: Any
+    canvases: Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxBatch:
+    """Crops of b boxes in one view.
+
+    The batches of a block hold the same boxes in the same slots, one view after the other, so that
+    voters meet without being kept.
+
+    Attributes:
+      view: place in the list of views.
+      rows: (b,) the caller's row of each slot, -1 in padding.
+      image_index: (b,) row of the dataset's images, -1 in padding.
+      image, image_size: as in training.
+      image_valid: False: padding, a photo that could not be read, or a box without area inside it.
+      window: (b, 4) xmin, ymin, xmax, ymax in pixels of the photo, continuous, clipped to it: what
+        the content shows.
+      photo_size: (b, 2) height, width of the photo as displayed; of an unreadable one as annotated,
+        0 where that is unknown.
+    """
+
+    view: int
+    rows: Int64[np.ndarray, " b"]
+    image_index: Int64[np.ndarray, " b"]
+    image: UInt8[np.ndarray, "b H W 3"]
+    image_size: Float32[np.ndarray, "b 2"]
+    image_valid: Bool[np.ndarray, " b"]
+    window: Float32[np.ndarray, "b 4"]
+    photo_size: Int32[np.ndarray, "b 2"]
+
+
+def box_batches(
+    dataset: Dataset,
+    image_index: Int64[np.ndarray, " n"],
+    boxes: Float32[np.ndarray, "n 4"],
+    views: Sequence[View],
+    *,
+    batch_size: int,
+    on_image_error: str = "fatal",
+    num_threads: int = 0,
+) -> Iterator[BoxBatch]:
+    """Cuts given boxes; each photo is read and decoded once.
+
+    Boxes that take the same canvases in all views share batches, which come as they fill up; the
+    last ones are padded. At most a batch for each such group of canvases waits for more boxes,
+    whatever the number of photos and boxes.
+
+    Args:
+      dataset: where the photos are listed.
+      image_index: photo of each box; boxes of one photo lie together.
+      boxes: normalised; what is outside of the photo is left out.
+      views: how to cut.
+      batch_size: b.
+      on_image_error: 'fatal' or 'skip', as in training.
+      num_threads: 0: twice as many as there are cores, at most 64.
+
+    Raises:
+      UserError: bad config, or a photo that cannot be read (unless 'skip').
+    """
+    check_on_image_error(on_image_error)
+    sizes = [CropSize.of(view.crop, "crop").middle for view in views]
+    canvases = [read_canvases(view.canvases, "canvases") for view in views]
+    image_index, boxes = np.asarray(image_index, np.int64), np.asarray(boxes, np.float32)
+    threads = num_threads or min(2 * (os.cpu_count() or 1), 64)
+    errors = PhotoErrors(on_image_error)
+    pool = ThreadPoolExecutor(threads)
+
+    def blocks() -> Iterator[tuple[tuple[int, ...], list[_Box]]]:
+        waiting: dict[tuple[int, ...], list[_Box]] = {}
+        starts = np.flatnonzero(np.diff(image_index, prepend=-1))
+        photos = itertools.pairwise([*starts.tolist(), len(image_index)])
+        opened = map_ahead(
+            pool,
+            lambda p: _open(dataset, image_index, boxes, *p, sizes, canvases, errors),
+            photos,
+            threads,
+        )
+        for photo in opened:
+            for box in photo.boxes:
+                group = waiting.setdefault(box.canvases, [])
+                cuts = [pool.submit(_cut, photo.pixels, cut) for cut in box.cuts]
+                group.append(dataclasses.replace(box, cuts=cuts))
+                if len(group) == batch_size:
+                    yield box.canvases, waiting.pop(box.canvases)
+        for key, group in sorted(waiting.items()):
+            yield key, group
+
+    try:
+        ready: collections.deque = collections.deque()
+        for block in blocks():
+            ready.append(block)
+            if len(ready) > 1:  # one more is being cut while the caller works on this one
+                yield from _block_batches(*ready.popleft(), canvases, batch_size)
+        while ready:
+            yield from _block_batches(*ready.popleft(), canvases, batch_size)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Box:
+    """A box of a photo: its canvas and its cut (later: the future pixels) in each view."""
+
+    row: int
+    image_index: int
+    window: np.ndarray
+    photo_size: tuple[int, int]
+    canvases: tuple[int, ...]
+    cuts: list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenPhoto:
+    pixels: images.Pixels | None
+    boxes: list[_Box]
+
+
+def _open(
+    dataset: Dataset,
+    image_index: Int64[np.ndarray, " n"],
+    boxes: Float32[np.ndarray, "n 4"],
+    first: int,
+    last: int,
+    sizes: Sequence[CropSize],
+    canvases: Sequence[Int64[np.ndarray, "c 2"]],
+    errors: PhotoErrors,
+) -> _OpenPhoto:
+    """Decodes the photo of boxes first ... last - 1 and finds their canvases."""
+    index = int(image_index[first])
+    errors.count()
+    try:
+        photo = open_photo(dataset, index)
+        found = _find_cuts(photo.size, boxes[first:last], first, index, sizes, canvases)
+        cuts = [cut for box in found for cut in box.cuts if cut is not None]
+        if not cuts:
+            return _OpenPhoto(None, found)
+        full = np.max([cut.photo_size for cut in cuts], axis=0)
+        areas = np.array([cut.area for cut in cuts])
+        area = (*areas[:, :2].min(axis=0).tolist(), *areas[:, 2:].max(axis=0).tolist())
+        return _OpenPhoto(images.decode(photo, tuple(full.tolist()), area), found)
+    except images.ImageError as error:
+        errors.skip(dataset.image_file(index), error)
+    size = tuple(dataset.image_sizes[index].tolist())
+    nothing = (0,) * len(sizes), [None] * len(sizes)
+    window = np.zeros(4, np.float32)
+    return _OpenPhoto(
+        None, [_Box(row, index, window, size, *nothing) for row in range(first, last)]
+    )
+
+
+def _find_cuts(
+    photo_size: tuple[int, int],
+    boxes: Float32[np.ndarray, "n 4"],
+    first: int,
+    index: int,
+    sizes: Sequence[CropSize],
+    canvases: Sequence[Int64[np.ndarray, "c 2"]],
+) -> list[_Box]:
+    """Boxes of a photo with their cuts; None for a box without area in it."""
+    windows = clip_boxes(boxes, np.broadcast_to(photo_size, (len(boxes), 2)))
+    real = (windows[:, 2:] > windows[:, :2]).all(axis=1)
+    cuts = np.full((len(sizes), len(boxes)), None, object)
+    chosen = np.zeros((len(sizes), len(boxes)), np.int64)
+    for view, (size, allowed) in enumerate(zip(sizes, canvases, strict=True)):
+        whole = windows_of(windows[real], size)
+        chosen[view, real] = choose_canvas(whole.content, allowed)
+        fitted = whole.on_canvas(allowed[chosen[view, real]])
+        for place, row in enumerate(np.flatnonzero(real)):
+            cuts[view, row] = Cut.of(fitted, place, photo_size)
+    return [
+        _Box(
+            first + row,
+            index,
+            np.where(real[row], windows[row], 0).astype(np.float32),
+            photo_size,
+            tuple(chosen[:, row].tolist()),
+            list(cuts[:, row]),
+        )
+        for row in range(len(boxes))
+    ]
+
+
+def _cut(pixels: images.Pixels | None, cut: Cut | None) -> UInt8[np.ndarray, "h w 3"] | None:
+    return None if pixels is None or cut is None else cut.image(pixels)
+
+
+def _block_batches(
+    key: tuple[int, ...],
+    group: list[_Box],
+    canvases: Sequence[Int64[np.ndarray, "c 2"]],
+    batch_size: int,
+) -> Iterator[BoxBatch]:
+    rows, image_index = np.full((2, batch_size), -1, np.int64)
+    window = np.zeros((batch_size, 4), np.float32)
+    photo_size = np.zeros((batch_size, 2), np.int32)
+    for slot, box in enumerate(group):
+        rows[slot], image_index[slot] = box.row, box.image_index
+        window[slot], photo_size[slot] = box.window, box.photo_size
+    padding = [None] * (batch_size - len(group))
+    for view, number in enumerate(key):
+        crops = [box.cuts[view].result() for box in group] + padding
+        image, image_size = on_canvas(crops, tuple(canvases[view][number].tolist()))
+        yield BoxBatch(
+            view, rows, image_index, image, image_size, image_size[:, 0] > 0, window, photo_size
+        )

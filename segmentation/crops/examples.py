@@ -1,0 +1,167 @@
+"""One slot of a batch: the crop of an instance and its mask. NumPy and Pillow only.
+
+Shape legend: H, W canvas.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from common.data import images
+from common.data.dataset import Dataset
+from common.data.examples import PhotoErrors
+from common.io.errors import UserError
+from common.masks.dataset_masks import MaskError, MaskReader
+from segmentation.crops.windows import Augmentation, CropSize, Cut, Windows, clip_boxes, windows_of
+
+DTYPES = {
+    "image": np.uint8,
+    "image_size": np.float32,
+    "image_valid": np.bool_,
+    "mask": np.uint8,
+    "mask_valid": np.bool_,
+    "classes": np.int32,
+    "instance_index": np.int64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Checked fields of the data config that reading needs."""
+
+    on_image_error: str
+    num_threads: int
+    prefetch: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Settings":
+        """Reads a data config.
+
+        Raises:
+          UserError: a field is out of range.
+        """
+        check_on_image_error(config.on_image_error)
+        for field, least in (("num_threads", 0), ("prefetch", 1)):
+            value = getattr(config, field)
+            if value < least:
+                raise UserError(f"data.{field} is {value!r}: expected at least {least}")
+        return cls(config.on_image_error, config.num_threads, config.prefetch)
+
+
+def check_on_image_error(value: str) -> None:
+    if value not in ("fatal", "skip"):
+        raise UserError(f"data.on_image_error is {value!r}: expected 'fatal' or 'skip'")
+
+
+@dataclasses.dataclass(frozen=True)
+class CropSlot:
+    """What is to be put into one place of a batch.
+
+    Attributes:
+      canvas: height, width.
+      row: of `dataset.boxes`, -1 for padding.
+      image: index of its photo.
+      class_: its class.
+      box: (4,) normalised.
+      jittered: whether the box is to be moved.
+      deviation: of the angle, in radians.
+      draws: (8,) random numbers of the crop; None cuts the box as it is.
+    """
+
+    canvas: tuple[int, int]
+    row: int = -1
+    image: int = -1
+    class_: int = 0
+    box: Float[np.ndarray, " 4"] | None = None
+    jittered: bool = False
+    deviation: float = 0.0
+    draws: Float[np.ndarray, " 8"] | None = None
+
+
+class CropLoader:
+    """Makes examples of slots; threads may share it.
+
+    Attributes:
+      photo_errors: counts what was left out because a photo or mask could not be read.
+      dtypes: type of each field of an example.
+    """
+
+    dtypes = DTYPES
+
+    def __init__(self, dataset: Dataset, how: Augmentation | CropSize, on_image_error: str):
+        """`how`: of slots with draws the augmentation, else the size of the crops."""
+        self.photo_errors = PhotoErrors(on_image_error)
+        self._dataset = dataset
+        self._how = how
+        self._masks = MaskReader(dataset)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Shape of each field of an example; None: of the canvas."""
+        return {name: () for name in DTYPES} | {
+            "image": (None, None, 3),
+            "image_size": (2,),
+            "mask": (None, None),
+            "mask_valid": (None, None),
+        }
+
+    def empty(self, slot: CropSlot | None) -> dict[str, np.ndarray]:
+        """An example of all padding."""
+        canvas = iter((slot.canvas if slot else (1, 1)) * 3)
+        shapes = {
+            name: tuple(next(canvas) if side is None else side for side in shape)
+            for name, shape in self.shapes.items()
+        }
+        return {name: np.zeros(shape, DTYPES[name]) for name, shape in shapes.items()}
+
+    def load(self, slot: CropSlot) -> dict[str, np.ndarray]:
+        """The example of a slot; without content when photo or mask are broken and may be skipped.
+
+        Raises:
+          UserError: photo or mask cannot be read and the config says 'fatal', or most cannot.
+        """
+        example = self.empty(slot)
+        example["instance_index"][()] = slot.row
+        example["classes"][()] = slot.class_
+        if slot.row < 0:
+            return example
+        self.photo_errors.count()
+        try:
+            photo = open_photo(self._dataset, slot.image)
+            windows = self._windows(slot, photo.size).on_canvas(slot.canvas)
+            cut = Cut.of(windows, 0, photo.size, max_scale=1.0)
+            image = cut.image(images.decode(photo, cut.photo_size, cut.area))
+            cut = Cut.of(windows, 0, photo.size)
+            mask = cut.mask(self._masks.window(slot.row, cut.area, cut.area_size))
+        except images.ImageError as error:
+            self.photo_errors.skip(self._dataset.image_file(slot.image), error)
+        except MaskError as error:
+            self.photo_errors.skip(self._dataset.image_file(slot.image), error, "mask")
+        else:
+            height, width = image.shape[:2]
+            example["image"][:height, :width] = image
+            example["mask"][:height, :width] = mask
+            example["mask_valid"][:height, :width] = cut.inside()
+            example["image_size"][:] = height, width
+            example["image_valid"][()] = True
+        return example
+
+    def _windows(self, slot: CropSlot, photo_size: tuple[int, int]) -> Windows:
+        box, size = np.asarray(slot.box)[None], np.array(photo_size)[None]
+        if slot.draws is None:
+            return windows_of(clip_boxes(box, size), self._how)
+        return self._how.windows(
+            box, size, np.array([slot.jittered]), np.array([slot.deviation]), slot.draws[None]
+        )
+
+
+def open_photo(dataset: Dataset, index: int) -> images.Photo:
+    """Reads a photo of the dataset and its header.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
+    data = images.read_file(dataset.image_file(index))
+    return images.open_photo(data, tuple(dataset.image_sizes[index].tolist()))

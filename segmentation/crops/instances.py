@@ -1,0 +1,91 @@
+"""Which boxes of a dataset are instances: they have a mask and are no groups.
+
+Shape legend: n instances of a split, m boxes, K classes.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int32, Int64
+
+from common.data.dataset import GROUP_OF, Dataset
+from common.io.errors import UserError
+from common.tables.ranges import rows_of
+from segmentation.crops.windows import ASSUMED_SIZE
+
+_CHUNK = 1 << 16  # images looked at at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Instances:
+    """The instances of a split, image by image in its order.
+
+    Attributes:
+      rows: of `dataset.boxes`.
+      images: index of the image of each.
+      classes: of each.
+    """
+
+    rows: Int64[np.ndarray, " n"]
+    images: Int32[np.ndarray, " n"]
+    classes: Int32[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def find_instances(dataset: Dataset, split: str) -> Instances:
+    """All boxes of a split that have a mask and an area inside the photo, and are not group-of.
+
+    Boxes of classes that were not segmented have no masks, so they are none.
+
+    Raises:
+      UserError: no such split, or it has no instance.
+    """
+    images = np.asarray(dataset.split(split), np.int64)
+    if dataset.mask_offsets is None:
+        raise UserError(
+            f"{dataset.directory}: the dataset has no masks, expected one prepared from files with "
+            "masks (scripts.prepare_data openimages|coco|lvis)"
+        )
+    found: list[tuple[np.ndarray, ...]] = []
+    for first in range(0, len(images), _CHUNK):
+        part = images[first : first + _CHUNK]
+        owner, rows = rows_of(dataset.box_offsets, part)
+        keep = np.flatnonzero(_is_instance(dataset, rows))
+        owner, rows = owner[keep], rows[keep]
+        found.append((rows, part[owner].astype(np.int32), dataset.box_classes[rows]))
+    if not sum(len(rows) for rows, *_ in found):
+        raise UserError(
+            f"{dataset.directory}: split {split!r} has no box with a mask that is not group-of, "
+            f"expected instances to cut ({len(images)} images)"
+        )
+    return Instances(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def _is_instance(dataset: Dataset, rows: Int64[np.ndarray, " m"]) -> Bool[np.ndarray, " m"]:
+    has_mask = dataset.mask_offsets[rows + 1] > dataset.mask_offsets[rows]
+    boxes = np.clip(dataset.boxes[rows], 0.0, 1.0)
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return has_mask & has_area & (dataset.box_flags[rows] & GROUP_OF == 0)
+
+
+def photo_sizes(dataset: Dataset, images: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n 2"]:
+    """Heights and widths of photos, assumed ones where the dataset does not know them."""
+    sizes = dataset.image_sizes[images]
+    return np.where((sizes > 0).all(axis=1, keepdims=True), sizes, np.int32(ASSUMED_SIZE))
+
+
+def median_aspects(dataset: Dataset, instances: Instances) -> Float[np.ndarray, " K"]:
+    """Median over the instances of a class of long side / short side in pixels; 1 without any."""
+    boxes = np.clip(dataset.boxes[instances.rows], 0.0, 1.0)
+    sides = (boxes[:, 2:] - boxes[:, :2]) * photo_sizes(dataset, instances.images)[:, ::-1]
+    aspect = sides.max(axis=1) / sides.min(axis=1)
+    order = np.lexsort((aspect, instances.classes))
+    counts = np.bincount(instances.classes, minlength=dataset.num_classes)
+    starts = np.cumsum(counts) - counts
+    result = np.ones(dataset.num_classes)
+    there = np.flatnonzero(counts)
+    low, high = starts[there] + (counts[there] - 1) // 2, starts[there] + counts[there] // 2
+    result[there] = (aspect[order[low]] + aspect[order[high]]) / 2
+    return result

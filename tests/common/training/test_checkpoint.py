@@ -1,0 +1,341 @@
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import struct
+
+from common.io.errors import UserError
+from common.training.checkpoint import Checkpoints
+from common.training.distributed import batch_sharded, make_mesh, replicated
+
+ROOT = Path(__file__).parents[3]
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+
+
+def make_state(seed=0, width=4, stats=True):
+    """Values of all magnitudes, so that any rounding on the way would show."""
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=(3, width)) * 10.0 ** rng.integers(-30, 30, (3, width))
+    mean = jnp.asarray(rng.normal(size=3), jnp.float32)
+    params = {
+        "conv1": {"kernel": jnp.asarray(kernel, jnp.float32)},
+        "head": {"bias": jnp.asarray(rng.normal(size=5), jnp.bfloat16)},
+    }
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+    _, opt_state = tx.update(params, tx.init(params), params)
+    return State(
+        step=jnp.int32(seed),
+        params=params,
+        batch_stats={"norm": {"mean": mean}} if stats else {},
+        opt_state=opt_state,
+    )
+
+
+def abstract(state, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+def assert_equal_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Steps 1 and 2 of a run."""
+    with_two = Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2):
+        with_two.save(step, make_state(step), {"epoch": step})
+    with_two.close()
+    return tmp_path / "checkpoints"
+
+
+def test_restored_state_equals_the_saved_one_bit_for_bit(saved):
+    mesh = make_mesh()
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.latest_step() == 2
+    state, extra = checkpoints.restore(None, abstract(make_state(), replicated(mesh)))
+    assert_equal_bits(state, make_state(2))
+    assert extra == {"epoch": 2}
+    assert state.params["conv1"]["kernel"].sharding == replicated(mesh)
+    state, extra = checkpoints.restore(1, abstract(make_state()))
+    assert_equal_bits(state, make_state(1))
+    assert extra == {"epoch": 1} == checkpoints.read_extra(1)
+
+
+def test_saving_copies_before_the_next_step_reuses_the_memory(tmp_path):
+    update = jax.jit(lambda x: x + 1, donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, keep_last=10)
+    value = jnp.zeros(200_000)
+    for step in range(1, 5):
+        value = update(value)
+        checkpoints.save(step, {"params": {"w": value}}, {})
+        value = update(value)
+    checkpoints.close()
+    for step in range(1, 5):
+        variables, _ = checkpoints.restore_params(step)
+        np.testing.assert_array_equal(variables["params"]["w"], 2 * step - 1)
+
+
+def test_evaluation_reads_parameters_and_statistics_alone(saved):
+    variables, extra = Checkpoints(saved).restore_params()
+    assert_equal_bits(
+        variables, {"params": make_state(2).params, "batch_stats": make_state(2).batch_stats}
+    )
+    assert extra == {"epoch": 2}
+    shutil.rmtree(saved / "2" / "training")  # evaluation does not need it
+    wanted = {"params": make_state().params, "batch_stats": make_state().batch_stats}
+    variables, _ = Checkpoints(saved).restore_params(2, abstract(wanted, replicated(make_mesh())))
+    assert isinstance(variables["params"]["conv1"]["kernel"], jax.Array)
+
+
+def test_models_without_statistics(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    state = make_state(3, stats=False)
+    checkpoints.save(3, state, {}, wait=True)
+    restored, _ = checkpoints.restore(3, abstract(state))
+    assert_equal_bits(restored, state)
+    assert checkpoints.restore_params()[0]["batch_stats"] == {}
+    checkpoints.close()
+
+
+def test_retention_keeps_the_newest_and_the_epoch_ends(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every_steps=4)
+    for step in range(1, 12):
+        checkpoints.save(step, {"params": {"w": np.zeros(2)}}, {})
+    checkpoints.close()
+    assert checkpoints.all_steps() == [4, 8, 10, 11]
+
+
+def test_saving_a_step_again_changes_nothing(saved):
+    checkpoints = Checkpoints(saved)
+    checkpoints.save(2, make_state(7), {}, wait=True)
+    assert_equal_bits(checkpoints.restore(2, abstract(make_state()))[0], make_state(2))
+
+
+def test_reading_creates_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "nowhere")
+    assert checkpoints.latest_step() is None and checkpoints.all_steps() == []
+    with pytest.raises(UserError, match="no checkpoint found"):
+        checkpoints.restore(None, abstract(make_state()))
+    checkpoints.close()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_unknown_step_is_refused_with_the_known_ones(saved):
+    with pytest.raises(UserError, match="no checkpoint of step 9, found 1, 2"):
+        Checkpoints(saved).restore_params(9)
+
+
+def test_checkpoint_of_another_model_names_what_differs(saved):
+    other = make_state(width=8)
+    other.params["tail"] = other.params.pop("head")
+    other.batch_stats["other"] = {"mean": jnp.zeros(1), "var": jnp.ones(1)}
+    with pytest.raises(UserError) as error:
+        Checkpoints(saved).restore(2, abstract(other))
+    text = str(error.value)
+    assert "checkpoint of another model" in text and str(saved / "2") in text
+    assert "params/conv1/kernel: checkpoint has float32[3,4], model has float32[3,8]" in text
+    assert "params/head/bias: checkpoint has bfloat16[5], model has nothing" in text
+    assert "and 2 more" in text and "\n" not in text
+    wanted = {"params": other.params, "batch_stats": other.batch_stats}
+    with pytest.raises(UserError, match="another model"):
+        Checkpoints(saved).restore_params(2, abstract(wanted))
+
+
+@pytest.mark.parametrize("name", ["3.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-17", "3"])
+def test_half_written_checkpoints_are_ignored_and_named(saved, capsys, name):
+    shutil.copytree(saved / "2", saved / name)
+    (saved / name / "commit_success.txt").unlink()
+    checkpoints = Checkpoints(saved)
+    assert f"{name}: half-written checkpoint, ignored" in capsys.readouterr().out
+    assert checkpoints.latest_step() == 2
+    assert (saved / name).exists()  # it may be a save of a run that goes on
+    checkpoints.save(3, make_state(3), {}, wait=True)
+    assert_equal_bits(checkpoints.restore(None, abstract(make_state()))[0], make_state(3))
+    checkpoints.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_with_the_newest_intact_one(saved, damage):
+    for path in (saved / "2" / "model").rglob("d/*"):
+        if damage == "truncate":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            path.unlink()
+    for restore in (
+        lambda c: c.restore(None, abstract(make_state())),
+        lambda c: c.restore_params(),
+    ):
+        with pytest.raises(UserError) as error:
+            restore(Checkpoints(saved))
+        text = str(error.value)
+        assert f"{saved / '2'}: damaged checkpoint" in text and "\n" not in text
+        assert f"newest intact one is step 1; to go on from it, remove {saved / '2'}" in text
+    shutil.rmtree(saved / "2")  # the advice works
+    assert_equal_bits(Checkpoints(saved).restore(None, abstract(make_state()))[0], make_state(1))
+
+
+def test_damage_of_all_checkpoints_is_said(saved):
+    for path in saved.rglob("_METADATA"):
+        path.write_text("{")
+    with pytest.raises(UserError, match="no other checkpoint is intact"):
+        Checkpoints(saved).restore_params()
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_former_checkpoint(saved, monkeypatch):
+    checkpoints = Checkpoints(saved)
+
+    def disk_full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for handler in (ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler):
+        monkeypatch.setattr(handler, "async_save", disk_full)
+    with pytest.raises(UserError) as error:
+        checkpoints.save(3, make_state(3), {}, wait=True)
+    checkpoints.close()
+    text = str(error.value)
+    assert "disk full" in text and "earlier checkpoint 2 is intact" in text and "\n" not in text
+    monkeypatch.undo()
+    again = Checkpoints(saved)
+    assert_equal_bits(again.restore(None, abstract(make_state()))[0], make_state(2))
+    again.save(3, make_state(3), {})
+    again.close()
+    assert again.all_steps() == [2, 3]
+
+
+FILL_THE_DISK = """
+import sys
+import numpy as np
+from common.io.commands import run_main
+from common.training.checkpoint import Checkpoints
+
+def main(_):
+    checkpoints = Checkpoints(sys.argv[1])
+    state = {"params": {"w": np.random.default_rng(0).integers(0, 2**60, 150_000)}}
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, state, {})
+    checkpoints.close()
+
+run_main(main)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_really_full_disk_ends_the_process_with_one_line(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounts")
+    try:
+        process = run_script(FILL_THE_DISK, disk / "checkpoints")
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 1, err
+        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and "disk full" in lines[0], err
+        assert "earlier checkpoint 2 is intact" in lines[0]
+        assert "Traceback" not in err
+        checkpoints = Checkpoints(disk / "checkpoints")
+        assert checkpoints.latest_step() == 2
+        assert checkpoints.restore_params()[0]["params"]["w"].shape == (150_000,)
+        assert len(list((disk / "checkpoints").iterdir())) == 2  # the failed one is cleared away
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+SAVE_UNTIL_KILLED = """
+import sys
+import numpy as np
+from common.training.checkpoint import Checkpoints
+
+checkpoints = Checkpoints(sys.argv[1])
+rng = np.random.default_rng(0)
+for step in range(1, 100):
+    state = {"params": {"w": np.full(2_000_000, step), "v": rng.normal(size=2_000_000)}}
+    checkpoints.save(step, state, {"step": step})
+"""
+
+
+def test_kill_during_a_save_loses_only_that_save(tmp_path):
+    process = run_script(SAVE_UNTIL_KILLED, tmp_path / "checkpoints")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "1" / "commit_success.txt").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    while not list((tmp_path / "checkpoints").glob("*-tmp*")):
+        assert time.monotonic() < deadline and process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    latest = checkpoints.latest_step()
+    variables, extra = checkpoints.restore_params()
+    assert extra == {"step": latest}
+    np.testing.assert_array_equal(variables["params"]["w"], latest)
+    checkpoints.save(latest + 1, {"params": variables["params"]}, {}, wait=True)
+    checkpoints.close()
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert all(name.isdecimal() for name in names) and str(latest + 1) in names
+
+
+RESTORE_ON_OTHER_DEVICES = """
+import sys
+import jax, numpy as np
+from common.training.checkpoint import Checkpoints
+from common.training.distributed import batch_sharded, make_mesh
+
+mesh = make_mesh()
+shape = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=batch_sharded(mesh))
+state, _ = Checkpoints(sys.argv[1]).restore(1, {"params": {"w": shape}})
+assert state["params"]["w"].sharding.num_devices == mesh.size == int(sys.argv[2])
+np.testing.assert_array_equal(state["params"]["w"], np.arange(24).reshape(8, 3))
+"""
+
+
+@pytest.mark.parametrize("devices", [4])
+def test_restore_on_another_number_of_devices(tmp_path, devices):
+    rows = jax.device_put(
+        np.arange(24, dtype=np.float32).reshape(8, 3), batch_sharded(make_mesh(jax.devices()[:1]))
+    )
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"params": {"w": rows}}, {})
+    checkpoints.close()
+    process = run_script(RESTORE_ON_OTHER_DEVICES, tmp_path, str(devices), devices=devices)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def run_script(script, *arguments, devices=1):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

@@ -1,0 +1,56 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from common.training.run_metrics import RunMetrics, log_parameter_overview
+
+
+def params():
+    return {
+        "backbone": {
+            "conv1": {"kernel": np.zeros((3, 3, 2, 4))},
+            "layer1": {"0": {"norm1": {"scale": np.zeros(4), "bias": np.zeros(4)}}},
+        },
+        "head": {"bias": np.zeros(3)},
+    }
+
+
+def test_overview_counts_parameters_by_module_from_shapes_alone():
+    said = []
+    log_parameter_overview(jax.eval_shape(lambda: params()), said.append)
+    rows = [line.split() for line in said[0].splitlines()]
+    assert rows == [
+        ["module", "arrays", "parameters"],
+        ["backbone/conv1", "1", "72"],
+        ["backbone/layer1", "2", "8"],
+        ["head", "1", "3"],
+        ["total", "4", "83"],
+    ]
+
+
+def test_overview_tells_what_is_trained():
+    said = []
+    trained = jax.tree.map(lambda x: x.ndim == 1, params())
+    log_parameter_overview(params(), said.append, trained)
+    assert said[0].splitlines()[1].split() == ["backbone/conv1", "1", "72", "0"]
+    assert said[0].splitlines()[-1].split() == ["total", "4", "83", "11"]
+
+
+def test_metrics_reach_tensorboard_and_the_log(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="reads the events back"
+    )
+    with RunMetrics(tmp_path) as log:
+        for step in (10, 20):
+            log.write(step, {"loss": np.float32(step / 8), "learning_rate": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 10, "loss": 1.25, "learning_rate": 0.5},
+        {"step": 20, "loss": 2.5, "learning_rate": 0.5},
+    ]
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["tensors"]) >= {"loss", "learning_rate"}
+    assert [event.step for event in events.Tensors("loss")] == [10, 20]

@@ -1,0 +1,58 @@
+import math
+import time
+
+import pytest
+
+from common.io.errors import UserError
+from common.training.watchdog import StallWatchdog, TrainingDiverged, check_finite
+
+
+def test_finite_metrics_pass():
+    check_finite({"loss": 1.5, "gradient_norm": 0.0}, 3, ["a"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_divergence_names_term_step_and_images(value):
+    metrics = {"loss/rpn_box": value, "loss/rpn_class": 0.25}
+    with pytest.raises(TrainingDiverged) as error:
+        check_finite(metrics, 1234, ["000a", "000b"])
+    text = str(error.value)
+    assert "loss/rpn_box" in text and "loss/rpn_class" not in text
+    assert "step 1234" in text and "000a, 000b" in text and "\n" not in text
+    assert isinstance(error.value, UserError)  # ends the run with one line
+
+
+def test_a_long_list_of_images_is_cut():
+    with pytest.raises(TrainingDiverged, match="and 968 more"):
+        check_finite({"loss": math.nan}, 1, [f"id{i}" for i in range(1000)])
+
+
+def test_stall_prints_where_all_threads_are(tmp_path):
+    with (tmp_path / "stacks").open("w+") as file:
+        with StallWatchdog(0.1, file=file) as watchdog:
+            watchdog.beat(7)
+            _wait_like_a_hung_collective()
+        text = (tmp_path / "stacks").read_text()
+    assert "no step finished" in text and "after step 7" in text
+    assert "_wait_like_a_hung_collective" in text
+    assert 1 <= text.count("no step finished") <= 5  # not once per poll
+
+
+def _wait_like_a_hung_collective():
+    time.sleep(0.35)
+
+
+def test_beats_keep_it_quiet(tmp_path):
+    with (tmp_path / "stacks").open("w+") as file:
+        with StallWatchdog(2.0, file=file) as watchdog:
+            for step in range(10):
+                time.sleep(0.01)
+                watchdog.beat(step)
+        assert (tmp_path / "stacks").read_text() == ""
+
+
+def test_zero_seconds_turns_it_off(tmp_path):
+    with (tmp_path / "stacks").open("w+") as file:
+        with StallWatchdog(0, file=file):
+            time.sleep(0.05)
+        assert (tmp_path / "stacks").read_text() == ""
