@@ -119,8 +119,8 @@ def batch_shapes(
         "image": jax.ShapeDtypeStruct((b, height, width, 3), jnp.uint8),
         "image_size": jax.ShapeDtypeStruct((b, 2), jnp.float32),
         "image_valid": jax.ShapeDtypeStruct((b,), jnp.bool_),
-        "boxes": jax.ShapeDtypeStruct((b, m, 4), jnp.float32),
-        "classes": jax.ShapeDtypeStruct((b, m), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((b, m), jnp.bool_),
+        "gt_boxes": jax.ShapeDtypeStruct((b, m, 4), jnp.float32),
+        "gt_classes": jax.ShapeDtypeStruct((b, m), jnp.int32),
+        "gt_valid": jax.ShapeDtypeStruct((b, m), jnp.bool_),
         **(proposals if p else {}),
     }

@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 def compiled_programs(tmp_path_factory):
     """Commands that tests start inherit this: what one of them compiled the next ones read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a developer's own outlives the session
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         yield

@@ -22,10 +22,10 @@ DTYPES = {
     "image": np.uint8,
     "image_size": np.float32,
     "original_size": np.int32,
-    "boxes": np.float32,
-    "classes": np.int32,
-    "group_of": np.bool_,
-    "valid": np.bool_,
+    "gt_boxes": np.float32,
+    "gt_classes": np.int32,
+    "gt_group_of": np.bool_,
+    "gt_valid": np.bool_,
     "image_index": np.int32,
     "image_valid": np.bool_,
     "drawn_class": np.int32,
@@ -173,8 +173,8 @@ class ExampleLoader:
             "image": (*self._settings.shape, 3),
             "image_size": (2,),
             "original_size": (2,),
-            "boxes": (max_boxes, 4),
-            **{name: (max_boxes,) for name in ("classes", "group_of", "valid")},
+            "gt_boxes": (max_boxes, 4),
+            **{name: (max_boxes,) for name in ("gt_classes", "gt_group_of", "gt_valid")},
             "proposals": (max_proposals, 4),
             "proposal_valid": (max_proposals,),
         }
@@ -235,10 +235,10 @@ class ExampleLoader:
         if len(rows) > self._settings.max_boxes:
             rows = self._subset(rows, classes[rows] == slot.drawn_class, slot)
         count = len(rows)
-        example["boxes"][:count] = boxes[rows]
-        example["classes"][:count] = classes[rows]
-        example["group_of"][:count] = group_of[rows]
-        example["valid"][:count] = True
+        example["gt_boxes"][:count] = boxes[rows]
+        example["gt_classes"][:count] = classes[rows]
+        example["gt_group_of"][:count] = group_of[rows]
+        example["gt_valid"][:count] = True
 
     def _add_proposals(
         self, example: dict[str, np.ndarray], slot: Slot, geometry: images.Geometry

@@ -9,10 +9,10 @@ canvas padded up):
   image          uint8   (b, H, W, 3)  RGB, content top left, padding 0 (the model normalises)
   image_size     float32 (b, 2)        height, width of the content on the canvas
   original_size  int32   (b, 2)        height, width of the photo as displayed (after EXIF rotation)
-  boxes          float32 (b, M, 4)     xmin, ymin, xmax, ymax in canvas pixels
-  classes        int32   (b, M)
-  group_of       bool    (b, M)
-  valid          bool    (b, M)        which boxes are real
+  gt_boxes       float32 (b, M, 4)     xmin, ymin, xmax, ymax in canvas pixels
+  gt_classes     int32   (b, M)
+  gt_group_of    bool    (b, M)
+  gt_valid       bool    (b, M)        which boxes are real
   image_index    int32   (b,)          row of the dataset, -1 in the padding of the last batch
   image_valid    bool    (b,)          False: padding, or a photo that could not be read
   drawn_class    int32   (b,)          the class that the plan drew the image for, -1: none
@@ -58,7 +58,7 @@ def train_batches(
           a box of the class that the image was drawn for.
         flip: mirror half of the images left to right.
         scale_jitter: (min, max) of a uniform factor on the fitted size; above 1 crops at random.
-        group_of: 'ordinary': group-of boxes are boxes, marked in group_of; 'drop': left out.
+        group_of: 'ordinary': group-of boxes are boxes, marked in gt_group_of; 'drop': left out.
         on_image_error: what a photo that cannot be read does. 'fatal': stops with an error naming
           it; 'skip': leaves an empty slot, image_valid False, and prints the file once.
         num_threads: 0: twice as many as there are cores, at most 64.

@@ -48,8 +48,8 @@ class BoxRefiner(TwoStage):
         boxes, valid = batch["proposals"], batch["proposal_valid"]
         jittered = jitter(
             self.image_keys(len(boxes)),
-            batch["boxes"],
-            batch["valid"],
+            batch["gt_boxes"],
+            batch["gt_valid"],
             batch["image_size"],
             **s.truth_jitter,
         )

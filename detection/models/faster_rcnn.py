@@ -11,8 +11,8 @@ Shape legend
   D     detections per image
 
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
-height and width, image_valid bool (B,); in training also boxes (B,M,4) pixels, classes (B,M)
-0..K-1 and valid (B,M).
+height and width, image_valid bool (B,); in training also gt_boxes (B,M,4) pixels,
+gt_classes (B,M) 0..K-1 and gt_valid (B,M).
 """
 
 from collections.abc import Mapping
@@ -66,8 +66,8 @@ class FasterRCNN(TwoStage):
             deltas,
             anchors,
             batch["image_size"],
-            batch["boxes"],
-            batch["valid"],
+            batch["gt_boxes"],
+            batch["gt_valid"],
             batch["image_valid"],
             axis_name=axis_name,
             **s.rpn.loss,
@@ -93,7 +93,11 @@ class FasterRCNN(TwoStage):
             axis_name=axis_name,
         )
         monitor["proposal_recall"] = rpn_ops.recall(
-            proposals, batch["boxes"], batch["valid"], batch["image_valid"], axis_name=axis_name
+            proposals,
+            batch["gt_boxes"],
+            batch["gt_valid"],
+            batch["image_valid"],
+            axis_name=axis_name,
         )
         return {"losses": terms | box_terms, "monitor": monitor}
 

@@ -97,7 +97,7 @@ def stage_losses(
       pools: of each branch.
       keys: (B,) random keys, one an image.
       proposals: of the first stage.
-      batch: ground truth: boxes, classes, valid; image_size, image_valid.
+      batch: ground truth: gt_boxes, gt_classes, gt_valid; image_size, image_valid.
       stages: constants of each.
       weights: of the losses by name, for each branch.
       sample: options of `box_head.sample_rois`.
@@ -111,9 +111,9 @@ def stage_losses(
         targets = box_head.sample_rois(
             jax.vmap(jax.random.fold_in, (0, None))(keys, index),
             proposals,
-            batch["boxes"],
-            batch["classes"],
-            batch["valid"],
+            batch["gt_boxes"],
+            batch["gt_classes"],
+            batch["gt_valid"],
             iou=stage.iou,
             **sample,
         )

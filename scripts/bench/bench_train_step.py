@@ -34,8 +34,8 @@ def example(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
     high = low + rng.uniform(0.05, 0.4, low.shape)
     return {
         "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
-        "boxes": (np.concatenate([low, high], -1) * size).astype(np.float32),
-        "classes": rng.integers(0, classes, (batch, 20), np.int32),
+        "gt_boxes": (np.concatenate([low, high], -1) * size).astype(np.float32),
+        "gt_classes": rng.integers(0, classes, (batch, 20), np.int32),
     }
 
 
@@ -61,7 +61,7 @@ def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[]
     images = [torch.from_numpy(x).permute(2, 0, 1).float() / 255 for x in data["image"]]
     targets = [
         {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(c).long() + 1}
-        for b, c in zip(data["boxes"], data["classes"], strict=True)
+        for b, c in zip(data["gt_boxes"], data["gt_classes"], strict=True)
     ]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
@@ -119,7 +119,7 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
         data,
         image_size=np.full((batch_size, 2), size, np.float32),
         image_valid=np.ones(batch_size, bool),
-        valid=np.ones(data["classes"].shape, bool),
+        gt_valid=np.ones(data["gt_classes"].shape, bool),
     )
     variables = jax.jit(lambda: init_variables(model, 0, batch))()
 

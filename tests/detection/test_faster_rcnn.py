@@ -19,18 +19,18 @@ def make_batch(num_images: int = 4) -> dict[str, np.ndarray]:
         "image": rng.integers(90, 130, (num_images, 64, 64, 3)).astype(np.uint8),
         "image_size": np.full((num_images, 2), 64, np.float32),
         "image_valid": np.ones(num_images, bool),
-        "boxes": np.zeros((num_images, 8, 4), np.float32),
-        "classes": np.zeros((num_images, 8), np.int32),
-        "valid": np.zeros((num_images, 8), bool),
+        "gt_boxes": np.zeros((num_images, 8, 4), np.float32),
+        "gt_classes": np.zeros((num_images, 8), np.int32),
+        "gt_valid": np.zeros((num_images, 8), bool),
     }
     for i in range(num_images):
         for j in range(2):
             class_ = (i + j) % 3
             x, y = rng.integers(0, 12) + 32 * j, rng.integers(0, 40)
             batch["image"][i, y : y + 18, x : x + 18] = tiny.COLOURS[class_]
-            batch["boxes"][i, j] = [x, y, x + 18, y + 18]
-            batch["classes"][i, j] = class_
-            batch["valid"][i, j] = True
+            batch["gt_boxes"][i, j] = [x, y, x + 18, y + 18]
+            batch["gt_classes"][i, j] = class_
+            batch["gt_valid"][i, j] = True
     return batch
 
 
@@ -69,8 +69,8 @@ def test_it_learns_to_find_and_name_what_it_is_shown(config):
     found = jax.tree.map(np.asarray, jax.jit(make_predict_step(model, mesh))(variables, batch))
     for i in range(4):
         for j in range(2):
-            right = found["valid"][i] & (found["classes"][i] == batch["classes"][i, j])
-            offsets = np.abs(found["boxes"][i][right] - batch["boxes"][i, j]).max(axis=1)
+            right = found["valid"][i] & (found["classes"][i] == batch["gt_classes"][i, j])
+            offsets = np.abs(found["boxes"][i][right] - batch["gt_boxes"][i, j]).max(axis=1)
             assert found["scores"][i][right][np.argmin(offsets)] > 0.5
             assert offsets.min() < 4, "within four pixels of the truth"
 
@@ -90,7 +90,7 @@ def test_padded_images_and_boxes_change_nothing(config):
     padded = {k: np.concatenate([v, v]) for k, v in batch.items()}
     padded["image_valid"][2:] = False
     padded["image"][2:] = 255
-    padded["boxes"][~padded["valid"]] = 1e6
+    padded["gt_boxes"][~padded["gt_valid"]] = 1e6
     for name, value in losses(variables, padded).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5)
 
@@ -99,7 +99,7 @@ def test_image_without_objects_gives_finite_losses_and_gradients(config):
     model = build(config.model, 3)
     variables = make_variables(model)
     batch = make_batch(2)
-    batch["valid"][:] = False
+    batch["gt_valid"][:] = False
 
     def loss(params):
         out, _ = model.apply(

@@ -109,9 +109,9 @@ def losses_of(heads, stages, weights=({},), branches=1):
         return call
 
     batch = {
-        "boxes": jnp.array([[[40.0, 40.0, 60.0, 60.0], [0, 0, 0, 0]]]),
-        "classes": jnp.zeros((1, 2), jnp.int32),
-        "valid": jnp.array([[True, False]]),
+        "gt_boxes": jnp.array([[[40.0, 40.0, 60.0, 60.0], [0, 0, 0, 0]]]),
+        "gt_classes": jnp.zeros((1, 2), jnp.int32),
+        "gt_valid": jnp.array([[True, False]]),
         "image_size": SIZE,
         "image_valid": jnp.ones(1, bool),
     }

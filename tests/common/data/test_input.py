@@ -87,10 +87,10 @@ def test_batch_fields_have_the_documented_shapes_and_types(dataset):
         "image": ((6, 64, 64, 3), "uint8"),
         "image_size": ((6, 2), "float32"),
         "original_size": ((6, 2), "int32"),
-        "boxes": ((6, 10, 4), "float32"),
-        "classes": ((6, 10), "int32"),
-        "group_of": ((6, 10), "bool"),
-        "valid": ((6, 10), "bool"),
+        "gt_boxes": ((6, 10, 4), "float32"),
+        "gt_classes": ((6, 10), "int32"),
+        "gt_group_of": ((6, 10), "bool"),
+        "gt_valid": ((6, 10), "bool"),
         "image_index": ((6,), "int32"),
         "image_valid": ((6,), "bool"),
         "drawn_class": ((6,), "int32"),
@@ -150,7 +150,7 @@ def test_evaluation_covers_every_image_once_on_any_number_of_hosts(dataset, host
     for batch in (batch for part in collected for batch in part):
         np.testing.assert_array_equal(batch["image_valid"], batch["image_index"] >= 0)
         padding = ~batch["image_valid"]
-        assert not batch["image"][padding].any() and not batch["valid"][padding].any()
+        assert not batch["image"][padding].any() and not batch["gt_valid"][padding].any()
         seen += batch["image_index"][batch["image_valid"]].tolist()
     assert sorted(seen) == sorted(dataset.split(split).tolist())
 
@@ -166,10 +166,10 @@ def test_evaluation_does_not_augment(dataset):
     boxes, classes, _ = dataset.image_boxes(7)
     height, width = batch["image_size"][0]
     np.testing.assert_allclose(
-        batch["boxes"][0, : len(boxes)], boxes * [width, height, width, height], rtol=1e-5
+        batch["gt_boxes"][0, : len(boxes)], boxes * [width, height, width, height], rtol=1e-5
     )
-    assert batch["valid"][0].sum() == len(boxes)
-    np.testing.assert_array_equal(batch["classes"][0, : len(boxes)], classes)
+    assert batch["gt_valid"][0].sum() == len(boxes)
+    np.testing.assert_array_equal(batch["gt_classes"][0, : len(boxes)], classes)
 
 
 def test_half_of_the_training_images_are_mirrored(dataset):
@@ -196,10 +196,10 @@ def test_of_too_many_boxes_a_random_part_with_the_drawn_class_is_used(dataset, c
     for batch in batches:
         for slot in np.flatnonzero(batch["image_index"] == CROWDED):
             crowded += 1
-            assert batch["valid"][slot].all()
-            subsets.add(batch["boxes"][slot].tobytes())
+            assert batch["gt_valid"][slot].all()
+            subsets.add(batch["gt_boxes"][slot].tobytes())
             if batch["drawn_class"][slot] == CROWDED % 3:
-                assert CROWDED % 3 in batch["classes"][slot]
+                assert CROWDED % 3 in batch["gt_classes"][slot]
     assert crowded > 3 and len(subsets) == crowded
     assert batches.dropped_boxes >= crowded * 1000
     printed = capfd.readouterr().err
@@ -238,7 +238,7 @@ def test_skipped_photos_leave_marked_slots_and_are_told_once(tmp_path, capfd):
     for batch in batches:
         bad = np.isin(batch["image_index"], [5, 9])
         np.testing.assert_array_equal(batch["image_valid"], ~bad)
-        assert not batch["image"][bad].any() and not batch["valid"][bad].any()
+        assert not batch["image"][bad].any() and not batch["gt_valid"][bad].any()
     assert batches.skipped_images == 4
     printed = capfd.readouterr().err
     assert printed.count("5.jpg: skipped, cannot read the image: image file is truncated") == 1

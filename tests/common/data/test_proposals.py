@@ -48,7 +48,9 @@ def test_proposals_are_mirrored_and_scaled_like_the_annotated_boxes(dataset, tmp
             if image % 2:  # not covered
                 assert not len(proposals)
             else:
-                np.testing.assert_array_equal(proposals, batch["boxes"][slot][batch["valid"][slot]])
+                np.testing.assert_array_equal(
+                    proposals, batch["gt_boxes"][slot][batch["gt_valid"][slot]]
+                )
                 some += len(proposals)
     assert some > 8
 
