@@ -1,9 +1,9 @@
 """COCO, Objects365 and LVIS: `images`, `annotations` and `categories` in JSON files, one a split.
 
 The label of a class is its name; `category_ids` in dataset.json keeps the ids, which results in
-COCO form need. Image ids are those of the file, as text. Crowd regions get the flag GROUP_OF,
-Objects365's `isfake` the flag DEPICTION. The `area` of a segment is kept for COCO and LVIS, whose
-metrics tell small from large objects by it.
+COCO form need. Image ids are those of the file, as text. Crowd regions get the flags CROWD and
+GROUP_OF, Objects365's `isfake` the flag DEPICTION. The `area` of a segment is kept for COCO and
+LVIS, whose metrics tell small from large objects by it.
 
 COCO and Objects365 label all classes on every photo, so there are no image-level labels
 (`"exhaustive": true` in dataset.json). LVIS checks only some classes on a photo: those with boxes,
@@ -36,7 +36,7 @@ from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_class_ids, check_pixel_xywh
 from common.convert.json_stream import stream_json
 from common.convert.report import DROPPED, Report
-from common.data.dataset import ABSENT, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
+from common.data.dataset import ABSENT, CROWD, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.io.errors import UserError
 
 _PREFIX = re.compile(
@@ -208,7 +208,8 @@ class _File:
         self.category.append(_integer(value["category_id"]))
         self.xywh.extend(float("nan") if x is None else x for x in box)
         self.flags.append(
-            GROUP_OF * (value.get("iscrowd") == 1) | DEPICTION * (value.get("isfake") == 1)
+            (CROWD | GROUP_OF) * (value.get("iscrowd") == 1)
+            | DEPICTION * (value.get("isfake") == 1)
         )
         area = value.get("area")
         self.area.append(float("nan") if area is None else area)

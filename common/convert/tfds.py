@@ -18,11 +18,11 @@ from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, 
 from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_layout
 from common.convert.report import DROPPED, Report, Ticker
-from common.data.dataset import DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
+from common.data.dataset import CROWD, DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
 from common.io.errors import UserError
 
 _FLAGS = {
-    "is_crowd": GROUP_OF,
+    "is_crowd": CROWD | GROUP_OF,
     "is_group_of": GROUP_OF,
     "is_occluded": OCCLUDED,
     "is_truncated": TRUNCATED,

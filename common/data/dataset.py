@@ -8,10 +8,15 @@
     index/*.npy     the arrays of `dataset_format.INDEX`, memory-mapped: page cache, not heap
     masks.bin       JSON texts, one a box: {"png": path} | COCO polygons | COCO RLE (optional)
 
+Boxes with the flag CROWD are regions of many objects (COCO's `iscrowd`); they have GROUP_OF too, by
+which the metrics know them. Sets with `has_ignore` in dataset.json also have ignore boxes: regions
+of a photo of which the annotations do not say what is in them, so that nothing there is background.
+
 Sets made of COCO and LVIS files keep the `category_ids` of their classes in dataset.json, LVIS
 also the `frequency` of each class in the training set, "r", "c" or "f".
 
-Shape legend: N images, M boxes of all images, L verified image labels of all images, K classes.
+Shape legend: N images, M boxes of all images, L verified image labels of all images, Q ignore boxes
+of all images, K classes.
 Boxes are xmin, ymin, xmax, ymax, normalised to [0, 1], continuous and half-open.
 """
 
@@ -28,6 +33,7 @@ from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 
 from common.data.dataset_format import (
     ABSENT,
+    CROWD,
     DEPICTION,
     FORMAT,
     GROUP_OF,
@@ -45,6 +51,7 @@ from common.io.errors import UserError
 
 __all__ = [
     "ABSENT",
+    "CROWD",
     "DEPICTION",
     "GROUP_OF",
     "INSIDE",
@@ -77,7 +84,7 @@ class Dataset:
       box_offsets: (N + 1,) rows of `boxes` that belong to image i: box_offsets[i]:box_offsets[i+1].
       boxes: (M, 4) normalised.
       box_classes: (M,) class indices 0..K-1.
-      box_flags: (M,) bits GROUP_OF, OCCLUDED, TRUNCATED, DEPICTION, INSIDE.
+      box_flags: (M,) bits GROUP_OF, OCCLUDED, TRUNCATED, DEPICTION, INSIDE, CROWD.
       label_offsets: (N + 1,) like box_offsets for the verified image-level labels.
       label_classes: (L,) class indices.
       label_confidences: (L,) PRESENT or ABSENT, both verified, or NOT_EXHAUSTIVE.
@@ -85,6 +92,8 @@ class Dataset:
       mask_offsets: (M + 1,) byte ranges in masks.bin, or None when the set has no masks.
       box_areas: (M,) area of the object's segment as annotated, as a share of the image's pixels;
         None when the source has none.
+      ignore_offsets: (N + 1,) like box_offsets for the ignore boxes; None when the set has none.
+      ignore_boxes: (Q, 4) normalised.
     """
 
     directory: Path
@@ -106,6 +115,8 @@ class Dataset:
     image_id_order: Int32[np.ndarray, " N"]
     mask_offsets: Int64[np.ndarray, " M+1"] | None
     box_areas: Float64[np.ndarray, " M"] | None = None
+    ignore_offsets: Int64[np.ndarray, " N+1"] | None = None
+    ignore_boxes: Float32[np.ndarray, "Q 4"] | None = None
 
     @classmethod
     def open(cls, directory: str | os.PathLike, image_root: str | None = None) -> "Dataset":
@@ -153,6 +164,8 @@ class Dataset:
             image_id_order=arrays["image_id_order"],
             mask_offsets=arrays["mask_offsets"],
             box_areas=arrays["box_area"],
+            ignore_offsets=arrays["ignore_offsets"],
+            ignore_boxes=arrays["ignore_boxes"],
         )
 
     @property
@@ -194,6 +207,12 @@ class Dataset:
         """Classes verified at image level and their confidences (`label_confidences`)."""
         rows = slice(self.label_offsets[index], self.label_offsets[index + 1])
         return self.label_classes[rows], self.label_confidences[rows]
+
+    def image_ignore_boxes(self, index: int) -> Float32[np.ndarray, "n 4"]:
+        """Normalised regions of one image in which nothing is background; crowds not among them."""
+        if self.ignore_offsets is None or self.ignore_boxes is None:
+            return np.zeros((0, 4), np.float32)
+        return self.ignore_boxes[self.ignore_offsets[index] : self.ignore_offsets[index + 1]]
 
     def image_masks(self, index: int) -> list[Any]:
         """One entry a box: None, {"png": full path}, polygon list or RLE dictionary."""
@@ -276,9 +295,12 @@ def _check_lengths(directory: Path, meta: dict[str, Any], arrays: dict[str, Any]
         "label_confidence": labels,
         "mask_offsets": boxes + 1,
         "box_area": boxes,
+        "ignore_offsets": images + 1,
     }
+    if arrays["ignore_offsets"] is not None and len(arrays["ignore_offsets"]):
+        expected["ignore_boxes"] = int(arrays["ignore_offsets"][-1])
     for name, array in arrays.items():
-        if array is not None and len(array) != expected[name]:
+        if array is not None and len(array) != expected.get(name):
             raise UserError(
                 f"{directory}/index/{name}.npy: {len(array)} rows, dataset.json says "
                 f"{expected[name]}: prepare the data again"

@@ -8,6 +8,7 @@ OCCLUDED = 2
 TRUNCATED = 4
 DEPICTION = 8
 INSIDE = 16
+CROWD = 32  # a region of many objects (COCO's iscrowd); GROUP_OF is set beside it
 
 # Values of `label_confidence`.
 ABSENT = 0
@@ -26,7 +27,14 @@ INDEX: dict[str, tuple[str, int | None]] = {
     "label_confidence": ("uint8", None),
     "mask_offsets": ("int64", None),
     "box_area": ("float64", None),
+    "ignore_offsets": ("int64", None),
+    "ignore_boxes": ("float32", 4),
 }
 # Only there when dataset.json says so under this key.
-OPTIONAL = {"mask_offsets": "has_masks", "box_area": "has_areas"}
+OPTIONAL = {
+    "mask_offsets": "has_masks",
+    "box_area": "has_areas",
+    "ignore_offsets": "has_ignore",
+    "ignore_boxes": "has_ignore",
+}
 STRINGS = ("image_id", "image_path")

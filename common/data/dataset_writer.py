@@ -42,6 +42,7 @@ class DatasetWriter:
         source: str = "",
         has_masks: bool = False,
         has_areas: bool = False,
+        has_ignore: bool = False,
         overwrite: bool = False,
         extra: Mapping[str, Any] | None = None,
     ):
@@ -58,6 +59,7 @@ class DatasetWriter:
           source: free text, where the annotations came from.
           has_masks: whether `masks` will be given.
           has_areas: whether areas will be given.
+          has_ignore: whether ignore boxes will be given.
           overwrite: replace an existing dataset (other folders are never replaced).
           extra: further fields of dataset.json.
 
@@ -71,8 +73,9 @@ class DatasetWriter:
         if repeated:
             raise UserError(f"{name}: class labels given twice: {repeated[:5]}")
         self.num_classes = len(class_labels)
-        self.num_images = self.num_boxes = self.num_labels = self._mask_bytes = 0
-        self._optional = {"has_masks": has_masks, "has_areas": has_areas}
+        self.num_images = self.num_boxes = self.num_labels = 0
+        self._mask_bytes = self._num_ignore = 0
+        self._optional = {"has_masks": has_masks, "has_areas": has_areas, "has_ignore": has_ignore}
         self._strings: dict[str, list[np.ndarray]] = {name: [] for name in STRINGS}
         self._meta = {"format": FORMAT, "name": name, "source": source, "image_root": image_root}
         self._extra = dict(extra or {})
@@ -106,6 +109,7 @@ class DatasetWriter:
         label_confidences: Sequence[int] = (),
         masks: Sequence[Any] | None = None,
         areas: Sequence[float] | None = None,
+        ignore: Any = (),
     ) -> int:
         """Adds one image with n boxes, returns its index.
 
@@ -120,6 +124,7 @@ class DatasetWriter:
           label_confidences: PRESENT, ABSENT or NOT_EXHAUSTIVE for each of `label_classes`.
           masks: (n,) JSON values or None.
           areas: (n,) areas of the segments, shares of the image.
+          ignore: (q, 4) normalised regions in which nothing is background.
         """
         texts = [b"" if m is None else json.dumps(m).encode() for m in masks or []]
         texts = texts or [b""] * len(classes)
@@ -137,6 +142,8 @@ class DatasetWriter:
             [len(text) for text in texts],
             b"".join(texts),
             areas,
+            [len(ignore)],
+            np.reshape(np.asarray(ignore, np.float32), (-1, 4)),
         )
         return self.num_images - 1
 
@@ -155,8 +162,10 @@ class DatasetWriter:
         mask_lengths: Sequence[int] | None = None,
         mask_bytes: bytes = b"",
         box_areas: Sequence[float] | None = None,
+        ignore_counts: Sequence[int] | None = None,
+        ignore_boxes: Float32[np.ndarray, "q 4"] | None = None,
     ) -> None:
-        """Adds n images with their boxes (and labels) one after the other.
+        """Adds n images with their boxes (labels, ignore boxes) one after the other.
 
         Raises:
           ValueError: columns of different lengths or class indices outside 0..K-1 (a programming
@@ -190,6 +199,7 @@ class DatasetWriter:
             if box_areas is None or len(box_areas) != num_boxes:
                 raise ValueError("box_areas do not agree with the boxes")
             self._arrays["box_area"].append(np.asarray(box_areas, np.float64))
+        self._add_ignore(len(image_ids), ignore_counts, ignore_boxes)
         if self._masks is not None:
             lengths = np.zeros(num_boxes, np.int64) if mask_lengths is None else mask_lengths
             if len(lengths) != num_boxes or int(np.sum(lengths)) != len(mask_bytes):
@@ -202,6 +212,21 @@ class DatasetWriter:
         self.num_images += len(image_ids)
         self.num_boxes += num_boxes
         self.num_labels += num_labels
+
+    def _add_ignore(
+        self, num_images: int, counts: Sequence[int] | None, boxes: np.ndarray | None
+    ) -> None:
+        boxes = np.zeros((0, 4), np.float32) if boxes is None else boxes
+        counts = [0] * num_images if counts is None else counts
+        if len(counts) != num_images or len(boxes) != int(np.sum(counts)):
+            raise ValueError("ignore_boxes and ignore_counts do not agree")
+        if self._optional["has_ignore"]:
+            self._arrays["ignore_boxes"].append(boxes)
+            offsets = self._num_ignore + np.cumsum(counts, dtype=np.int64)
+            self._arrays["ignore_offsets"].append(offsets)
+            self._num_ignore += len(boxes)
+        elif len(boxes):
+            raise ValueError("ignore boxes given to a writer without has_ignore")
 
     def add_split(self, name: str, indices: Sequence[int]) -> None:
         """Writes a split; an existing one of that name is replaced."""

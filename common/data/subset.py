@@ -32,7 +32,7 @@ def write_subset(
     """Writes the images of `splits` with their boxes and image-level labels of `classes`.
 
     Images keep their order, ids and photos; those without such boxes stay, as background. Masks are
-    left out.
+    left out. Ignore boxes stay.
 
     Args:
       dataset: the source.
@@ -62,6 +62,7 @@ def write_subset(
         root if "://" in root else os.path.abspath(root),
         source=str(dataset.directory),
         has_areas=dataset.box_areas is not None,
+        has_ignore=dataset.ignore_offsets is not None,
         overwrite=overwrite,
         extra={"exhaustive": bool(dataset.meta.get("exhaustive")), **(extra or {})},
     ) as writer:
@@ -85,6 +86,7 @@ def write_subset(
                 label_classes,
                 np.asarray(dataset.label_confidences[rows]),
                 box_areas=None if dataset.box_areas is None else dataset.box_areas[boxes],
+                **_ignore_boxes(dataset, slab),
             )
         for split, indices in splits.items():
             writer.add_split(split, np.searchsorted(images, indices))
@@ -99,6 +101,14 @@ def _kept(
     renamed = new_class[np.asarray(classes[rows])]
     kept = renamed >= 0
     return rows[kept], renamed[kept], np.bincount(owner[kept], minlength=len(images))
+
+
+def _ignore_boxes(dataset: Dataset, images: np.ndarray) -> dict[str, np.ndarray]:
+    if dataset.ignore_offsets is None or dataset.ignore_boxes is None:
+        return {}
+    owner, rows = rows_of(dataset.ignore_offsets, images)
+    counts = np.bincount(owner, minlength=len(images))
+    return {"ignore_counts": counts, "ignore_boxes": np.asarray(dataset.ignore_boxes[rows])}
 
 
 def _texts(values: Sequence[bytes]) -> list[str]:

@@ -50,7 +50,9 @@ IMAGES = [
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     directory = tmp_path_factory.mktemp("experts") / "set"
-    with DatasetWriter(directory, "set", LABELS, LABELS, HIERARCHY, "photos") as writer:
+    with DatasetWriter(
+        directory, "set", LABELS, LABELS, HIERARCHY, "photos", has_ignore=True
+    ) as writer:
         for i, (boxes, labels) in enumerate(IMAGES):
             classes, flags = [c for c, _ in boxes], [f for _, f in boxes]
             corners = [[0, 0, 0.5 + 0.25 * k, 1] for k in range(len(boxes))]
@@ -63,6 +65,7 @@ def dataset(tmp_path_factory):
                 flags,
                 [c for c, _ in labels],
                 [p for _, p in labels],
+                ignore=[[0, 0, 0.5, 0.5]] if i == 4 else (),
             )
         writer.add_split("train", range(len(IMAGES)))
         writer.add_split("few", [6, 3])
@@ -189,4 +192,6 @@ def test_subset_keeps_images_and_drops_foreign_boxes(dataset, tmp_path):
     assert len(small.image_boxes(by_id["i5"])[0]) == 0
     labels, confidences = small.image_labels(by_id["i4"])
     assert (labels.tolist(), confidences.tolist()) == ([1], [1])
+    assert small.image_ignore_boxes(by_id["i4"]).tolist() == [[0, 0, 0.5, 0.5]]
+    assert len(small.image_ignore_boxes(by_id["i5"])) == 0
     assert small.image_file(by_id["i6"]) == str(Path("photos/6.jpg").absolute())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from common.data.dataset import DEPICTION, GROUP_OF
+from common.data.dataset import CROWD, DEPICTION, GROUP_OF
 from common.io.errors import UserError
 from tests.prepare_data_cli import prepare, reasons, write_photo
 
@@ -47,7 +47,7 @@ def test_boxes_classes_and_splits(tmp_path):
     first, second, other = dataset.find_images(["1", "2", "5"])
     boxes, classes, flags = dataset.image_boxes(second)
     np.testing.assert_allclose(boxes, [[0.1, 0.1, 0.6, 0.6], [0, 0, 0.005, 0.01]], rtol=1e-6)
-    assert classes.tolist() == [1, 0] and flags.tolist() == [GROUP_OF, 0]
+    assert classes.tolist() == [1, 0] and flags.tolist() == [CROWD | GROUP_OF, 0]
     assert dataset.image_sizes.tolist() == [[100, 200]] * 3
     assert len(dataset.image_boxes(first)[0]) == 1 and len(dataset.image_boxes(other)[0]) == 0
     assert reasons(dataset) == {}

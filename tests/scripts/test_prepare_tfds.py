@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.dataset import GROUP_OF
+from common.data.dataset import CROWD, GROUP_OF
 from common.io.errors import UserError
 from tests.prepare_data_cli import prepare, reasons
 
@@ -93,7 +93,7 @@ def test_boxes_flags_and_bytes(tmp_path, data_dir):
     assert set(dataset.split("train")) == {first, second}
     boxes, classes, flags = dataset.image_boxes(first)
     np.testing.assert_array_equal(boxes, np.float32([[0.5, 0.25, 1, 0.75], [0, 0, 0.5, 1]]))
-    assert classes.tolist() == [1, 0] and flags.tolist() == [GROUP_OF, 0]
+    assert classes.tolist() == [1, 0] and flags.tolist() == [CROWD | GROUP_OF, 0]
     assert len(dataset.image_boxes(second)[0]) == 0
     assert dataset.image_sizes.tolist() == [[HEIGHT, WIDTH]] * 4
     with open(dataset.image_file(first), "rb") as file:

@@ -75,6 +75,28 @@ def test_masks_come_back_as_they_were_given(tmp_path):
     assert dataset.image_masks(2) == [None]
 
 
+def test_ignore_boxes_come_back_and_sets_without_them_have_none(tmp_path):
+    with DatasetWriter(tmp_path / "d", "toy", ["a"], ["a"], None, has_ignore=True) as writer:
+        writer.add_image("1", "1.jpg", boxes=[[0, 0, 1, 1]], classes=[0])
+        writer.add_image("2", "2.jpg", ignore=[[0, 0, 0.5, 1], [0.25, 0, 1, 1]])
+        writer.add_image("3", "3.jpg", ignore=[[0, 0.5, 1, 1]])
+    dataset = Dataset.open(tmp_path / "d")
+    assert [dataset.image_ignore_boxes(i).tolist() for i in range(3)] == [
+        [],
+        [[0, 0, 0.5, 1], [0.25, 0, 1, 1]],
+        [[0, 0.5, 1, 1]],
+    ]
+    assert Dataset.open(_write(tmp_path / "without")).image_ignore_boxes(0).shape == (0, 4)
+
+
+def test_directories_of_before_the_ignore_boxes_still_open(tmp_path):
+    directory = _write(tmp_path / "d")
+    meta = json.loads((directory / "dataset.json").read_text())
+    del meta["has_ignore"]
+    (directory / "dataset.json").write_text(json.dumps(meta))
+    assert Dataset.open(directory).image_ignore_boxes(0).shape == (0, 4)
+
+
 def test_photos_without_a_recorded_root_lie_in_the_dataset_directory(tmp_path):
     with DatasetWriter(tmp_path / "d", "toy", ["a"], ["a"], None) as writer:
         writer.add_image("1", "images/1.jpg")
