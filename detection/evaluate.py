@@ -115,7 +115,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
 
 
-def main(_):
+def main():
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     distributed.initialize()
     mesh = distributed.make_mesh()

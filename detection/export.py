@@ -35,7 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
 
 
-def main(_):
+def main():
     config, table = flags.FLAGS.config, flags.FLAGS.proposals
     if setup.refines(config) and not table:
         raise UserError(f"--proposals: missing, {config.name} refines the boxes of a table")

@@ -202,7 +202,7 @@ def write_backbone(path: epath.Path, state: TrainState, config: ConfigDict) -> N
     save_backbone_weights(path, weights, config.model.backbone, f"{config.name} (pretrain)")
 
 
-def main(_):
+def main():
     pretrain(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

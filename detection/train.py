@@ -172,7 +172,7 @@ def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainSt
     return state.replace(params=params, batch_stats=batch_stats)
 
 
-def main(_):
+def main():
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

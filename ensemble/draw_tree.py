@@ -135,7 +135,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "SVG file to write.", required=True)
 
 
-def main(_):
+def main():
     tree = trees.load(flags.FLAGS.tree)
     write_text(flags.FLAGS.output, draw(tree, trees.read_notes(flags.FLAGS.tree)))
     print(f"wrote {flags.FLAGS.output}")

@@ -407,9 +407,7 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["config", "inputs", "output"])
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     distributed.initialize()
     merge_tables(
         flags.FLAGS.inputs,

@@ -220,9 +220,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "JSON file for all that was tried.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     options = flags.FLAGS
     try:
         values = [float(text) for text in options.values]

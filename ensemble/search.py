@@ -303,9 +303,7 @@ def define_flags() -> None:
     flags.mark_flag_as_required("config")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     output = Path(flags.FLAGS.output)
     if output.suffix != ".json":
         raise UserError(f"--output={output}: expected a name that ends with .json")

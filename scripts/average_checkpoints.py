@@ -43,7 +43,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Of the run; to recompute batch norms.")
 
 
-def main(_: Sequence[str]) -> None:
+def main() -> None:
     workdir, output = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.output)
     if (flags.FLAGS.steps is None) == (flags.FLAGS.epochs is None):
         raise UserError("flags: expected exactly one of --steps and --epochs")

@@ -14,7 +14,7 @@ every one that the backbone misses. Weights of the HRNet segmentation repository
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -34,9 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "file to write, .safetensors")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+def main():
     state, backbone = read_state_dict(flags.FLAGS.input), flags.FLAGS.backbone
     segmenter = backbone in HRNETS and is_segmenter(state)
     convert = convert_segmenter if segmenter else convert_state_dict

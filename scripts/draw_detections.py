@@ -265,9 +265,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("side", 640, "Longest side of a drawn photo, pixels.", lower_bound=64)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     values = flags.FLAGS
     dataset = Dataset.open(values.dataset)
     indices = choose_images(dataset, values.split, values.image_ids, values.max_images)

@@ -60,9 +60,7 @@ def expand_table(path: str | Path, dataset: Dataset, output: str | Path) -> tupl
     return reader.num_rows, written
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     dataset = Dataset.open(flags.FLAGS.dataset)
     read, written = expand_table(flags.FLAGS.detections, dataset, flags.FLAGS.output)
     print(f"{flags.FLAGS.output}: {written} detections from {read}")

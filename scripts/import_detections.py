@@ -37,9 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Model name for the table (default: name of the file).")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     args = flags.FLAGS
     path = Path(args.input)
     if not path.is_file():

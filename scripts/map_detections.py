@@ -35,9 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     args = flags.FLAGS
     for text in args.where:
         if "=" not in text:

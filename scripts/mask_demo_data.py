@@ -118,9 +118,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Folder to write.", required=True)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     build(Path(flags.FLAGS.wheel), Path(flags.FLAGS.output))
 
 

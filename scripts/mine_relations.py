@@ -15,7 +15,6 @@ from absl import flags
 
 from common.data.dataset import DEPICTION, GROUP_OF, Dataset
 from common.io.commands import run_main
-from common.io.errors import UserError
 from common.training.workdir import write_text
 from ensemble.relations.mining import mine_relations
 from ensemble.relations.rules import RelationSettings
@@ -53,9 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("min_boxes", default.min_boxes, "Least boxes behind a share inside.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     args = flags.FLAGS
     dataset = Dataset.open(args.dataset)
     exhaustive = {"auto": None, "excluded": False, "absent": True}[args.unverified]

@@ -94,7 +94,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "SVG file to write.", required=True)
 
 
-def main(_):
+def main():
     panels = []
     for index, metric in enumerate(flags.FLAGS.metrics):
         curves = {Path(w).name: read_curve(Path(w), metric) for w in flags.FLAGS.workdirs}

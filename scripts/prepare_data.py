@@ -13,7 +13,6 @@ report.json; --strict refuses them. The directory appears when it is complete, o
 
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -68,9 +67,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("download", False, "tfds: download and prepare the set if needed.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) != 2 or argv[1] not in FORMATS:
-        raise UserError(f"expected one of {', '.join(FORMATS)}; found {' '.join(argv[1:]) or '-'}")
+def main(format_name: str) -> None:
     started = time.monotonic()
     output = Path(flags.FLAGS.output)
     check_output(output.absolute(), flags.FLAGS.overwrite)
@@ -87,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     )
     # Beside the output: spooled masks and photos move there without a copy.
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.absolute().parent) as spool:
-        annotations = _read(argv[1], report, Path(spool))
+        annotations = _read(format_name, report, Path(spool))
         write_dataset(annotations, options, report)
     print(f"done in {time.monotonic() - started:.1f} s", flush=True)
 
@@ -148,4 +145,4 @@ def _path(value: str | None) -> Path | None:
 
 if __name__ == "__main__":
     define_flags()
-    run_main(main)
+    run_main(main, FORMATS)

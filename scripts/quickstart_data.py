@@ -219,9 +219,7 @@ def define_flags() -> None:
     )
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     values = flags.FLAGS
     build(
         Path(values.wheel),

@@ -55,9 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("image_labels", True, "Use verified image-level labels, as official.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     values = flags.FLAGS
     paths = [path for path in values.detections if path]
     if not paths:

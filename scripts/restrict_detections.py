@@ -71,9 +71,7 @@ def define_flags() -> None:
     flags.DEFINE_float("min_score", 0.0, "Detections below are left out.", 0.0)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     values = flags.FLAGS
     written, rows = restrict_table(
         Path(values.detections),

@@ -54,9 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("show", 5, "Best and worst classes to print.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     if flags.FLAGS.metric not in METRICS:
         raise UserError(f"--metric={flags.FLAGS.metric}: expected one of {', '.join(METRICS)}")
     dataset = Dataset.open(flags.FLAGS.dataset)

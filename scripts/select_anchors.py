@@ -56,7 +56,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_images", 0, "A random part of so many images; 0: all.", lower_bound=0)
 
 
-def main(_):
+def main():
     f = flags.FLAGS
     canvas = _whole_numbers("canvas", f.canvas)
     strides = _whole_numbers("strides", f.strides)

@@ -66,9 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace an existing dataset directory.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     args = flags.FLAGS
     output = Path(args.output).absolute()
     check_output(output, args.overwrite)

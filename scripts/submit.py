@@ -72,9 +72,7 @@ def define_id_flags() -> None:
     flags.DEFINE_string("category_ids", None, "coco, lvis: CSV label,id.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     args = flags.FLAGS
     reader = DetectionsReader(args.detections)
     dataset = Dataset.open(args.dataset) if args.dataset else None

@@ -13,7 +13,6 @@ from absl import flags
 
 from common.data.dataset import GROUP_OF, Dataset
 from common.io.commands import run_main
-from common.io.errors import UserError
 from common.tables import DetectionsWriter
 
 
@@ -50,9 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     dataset = Dataset.open(flags.FLAGS.dataset)
     output = Path(flags.FLAGS.output)
     rows = write_truth(dataset, flags.FLAGS.split, output)

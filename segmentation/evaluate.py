@@ -115,7 +115,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint to measure; default: the newest.")
 
 
-def main(_):
+def main():
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     mesh, say = loop.start(config, ())
     dataset = command.open_dataset(config)

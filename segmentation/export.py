@@ -326,7 +326,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint of --workdir to use; default: the newest.")
 
 
-def main(_):
+def main():
     values = flags.FLAGS
     config = values.config
     if bool(values.workdir) == bool(values.voters):

@@ -141,7 +141,7 @@ def instance_name(dataset: Dataset, row: int) -> str:
     return f"{dataset.image_id(image)} box {row - int(dataset.box_offsets[image])}"
 
 
-def main(_):
+def main():
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

@@ -21,7 +21,7 @@ def prepare(format_name: str, **values) -> Dataset:
         flags.FLAGS(["test", "--source=-", "--output=-"])
     values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     with flagsaver.flagsaver(**values):
-        prepare_data.main(["prepare_data", format_name])
+        prepare_data.main(format_name)
     return Dataset.open(values["output"])
 
 

@@ -13,8 +13,14 @@ from common.io.memory import keep_freed_memory
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs `main(argv)` under absl; a `UserError` becomes one line on stderr and exit status 1."""
+def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> None:
+    """Runs a command under absl; a `UserError` becomes one line on stderr and exit status 1.
+
+    Args:
+      main: the command. It is called without arguments, or with the chosen one of `actions`.
+      actions: the command line must name one of these beside its flags. Without actions a command
+        takes flags only, and any other argument is refused.
+    """
     keep_freed_memory()
     # absl would show every INFO line of the libraries, which bury the command's own.
     logging.set_verbosity(logging.WARNING)
@@ -22,9 +28,23 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
 
     def guarded(argv: Sequence[str]) -> int | None:
         try:
-            return main(argv)
+            return main(*check_arguments(argv[1:], actions))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
 
     app.run(guarded)
+
+
+def check_arguments(arguments: Sequence[str], actions: Sequence[str] = ()) -> Sequence[str]:
+    """The arguments of a command line that are no flags: none, or one of `actions`.
+
+    Raises:
+      UserError: anything else.
+    """
+    if actions and (len(arguments) != 1 or arguments[0] not in actions):
+        shown = " ".join(arguments) or "none"
+        raise UserError(f"argument: found {shown}, expected one of {', '.join(actions)}")
+    if arguments and not actions:
+        raise UserError(f"unexpected argument {arguments[0]!r}, expected flags only")
+    return arguments

@@ -129,8 +129,7 @@ def table(scores: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv):
-    del argv
+def main():
     values = flags.FLAGS
     for name in values.variants:
         if name not in VARIANTS:

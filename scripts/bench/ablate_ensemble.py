@@ -15,7 +15,6 @@ from absl import flags
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
-from common.io.errors import UserError
 from common.metrics.openimages import MEAN_AP, evaluate_openimages
 from common.training.workdir import write_text
 from configs.ensemble import adj_nms, auto, naive, reweighted, voting
@@ -47,9 +46,7 @@ def merge_configs(metrics: str) -> dict:
     return configs
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}, expected flags only")
+def main():
     dataset = Dataset.open(flags.FLAGS.dataset)
     splits = (flags.FLAGS.tune, flags.FLAGS.report)
     work = Path(flags.FLAGS.workdir)

@@ -11,7 +11,7 @@ of both and their ratio (below 1: ours is faster).
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from absl import flags
@@ -143,8 +143,7 @@ def serve(side: str, pipe, num_calls: int, threads: int) -> None:
         pipe.send(best)
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for side in ("torch", "ours"):

@@ -13,10 +13,9 @@ import collections
 import resource
 import time
 import types
-from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from common.data.dataset import Dataset
@@ -36,9 +35,7 @@ def define_flags() -> None:
     flags.mark_flag_as_required("config")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main() -> None:
     config, parts = flags.FLAGS.config, set(flags.FLAGS.part)
     if parts - set(_PARTS):
         raise UserError(f"--part={','.join(parts)}: expected some of {','.join(_PARTS)}")

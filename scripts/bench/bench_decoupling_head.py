@@ -6,8 +6,6 @@ Settings as in scripts.bench.bench_train_step: batch 2 at 512x512, float32, 501-
 an image. Both detectors run in one process and take turns. Prints the medians and their ratio.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from absl import flags
 
@@ -25,8 +23,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("classes", 500, "Classes without background.")
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     values = flags.FLAGS
     data = example(values.batch, values.size, values.classes)
     calls = [our_calls(data, values.classes, head) for head in HEADS]

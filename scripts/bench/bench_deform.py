@@ -215,8 +215,7 @@ def bench_roi_pooling() -> float:
     return error
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
+def main() -> int:
     import torch
 
     torch.set_num_threads(flags.FLAGS.torch_threads)

@@ -218,8 +218,7 @@ class Tally:
         return line
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
+def main() -> int:
     every, classes = flags.FLAGS.peer_every, flags.FLAGS.classes
     tallies = [Tally(*case) for case in cases(flags.FLAGS.models)]
     reading = 0.0

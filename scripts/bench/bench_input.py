@@ -15,11 +15,11 @@ import itertools
 import resource
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from common.data import images
@@ -45,9 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main() -> None:
     unknown = set(flags.FLAGS.part) - set(_PARTS)
     if unknown:
         raise UserError(f"--part={','.join(unknown)}: expected some of {','.join(_PARTS)}")

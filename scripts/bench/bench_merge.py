@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +89,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("operator", "naive", ["naive", "voting"], "Config to merge with.")
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
+def main() -> int:
     options = flags.FLAGS
     sizes = [int(number) for number in options.images]
     if sizes != sorted(sizes):

@@ -9,8 +9,6 @@ with status 1 when the kept sets differ. torchvision takes one image a call; the
 ties, because its order among equal scores is not defined.
 """
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 from absl import flags
@@ -53,8 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
+def main() -> int:
     import torch
     import torchvision
 

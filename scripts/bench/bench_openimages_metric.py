@@ -162,7 +162,7 @@ def define_flags() -> None:
     flags.DEFINE_string("only", None, "Folder with generated data: score it and stop.")
 
 
-def main(_):
+def main():
     if flags.FLAGS.only:
         score(Path(flags.FLAGS.only))
         return

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("keep", False, "Leave the files there.")
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     workdir = Path(flags.FLAGS.workdir)
     source, output = workdir / "source", workdir / "dataset"
     if output.exists():

@@ -74,7 +74,7 @@ def generate(directory: Path, num_images: int, num_classes: int) -> None:
         writer.add_split("train", np.arange(num_images))
 
 
-def main(_):
+def main():
     directory = Path(flags.FLAGS.folder)
     if not directory.exists():
         generate(directory, flags.FLAGS.images, flags.FLAGS.classes)

@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("repeats", 15, "Repeats.")
 
 
-def main(_):
+def main():
     try:
         from pycocotools import mask as coco
     except ImportError as error:

@@ -10,7 +10,6 @@ values or feature gradients differ by more than 0.001. Both sides take their nat
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -44,8 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("torch_threads", 2, "torch threads.")
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
+def main() -> int:
     import torch
     import torchvision
 

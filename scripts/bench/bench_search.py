@@ -131,7 +131,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("joint", False, "One stage; else a third of the trees are of stage one.")
 
 
-def main(_):
+def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()

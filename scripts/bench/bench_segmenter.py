@@ -11,7 +11,7 @@ Each side is a process of its own; they take turns, so that other load on the ma
 Prints the ratios of the best times and the medians (below 1: ours is faster).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from absl import flags
@@ -147,8 +147,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     values = flags.FLAGS
     data = example(values.batch, values.height, values.width)
     sides = (

@@ -12,7 +12,7 @@ third process runs torchvision with our memory setting (`common.io.memory`), to 
 where. Prints the ratios of the best times and the medians (below 1: ours is faster).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from absl import flags
@@ -163,8 +163,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("threads", 2, "torch threads (JAX takes the cores it may use).")
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     values = flags.FLAGS
     data = example(values.batch, values.size, values.classes)
     theirs = (torchvision_calls, (data, values.classes, values.threads))

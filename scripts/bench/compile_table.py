@@ -83,8 +83,7 @@ def row(report: dict) -> str:
     )
 
 
-def main(argv):
-    del argv
+def main():
     workdir = Path(flags.FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rows, failed = [], []

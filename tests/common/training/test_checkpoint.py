@@ -231,8 +231,10 @@ import numpy as np
 from common.io.commands import run_main
 from common.training.checkpoint import Checkpoints
 
-def main(_):
-    checkpoints = Checkpoints(sys.argv[1])
+directory = sys.argv.pop()
+
+def main():
+    checkpoints = Checkpoints(directory)
     state = {"params": {"w": np.random.default_rng(0).integers(0, 2**60, 150_000)}}
     for step in (1, 2, 3, 4):
         checkpoints.save(step, state, {})
