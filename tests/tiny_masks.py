@@ -91,7 +91,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.update(backbone="hrnet_w18", dtype="float32", class_specific=True)
     # Stages 3 and 4 are their transitions alone: little to compile.
     config.model.layout = dict(width=4, modules=(1, 0, 0), blocks=1)
-    config.optimizer.update(learning_rate_per_image=0.01, num_steps=int(arg or 30), clip_norm=5.0)
+    config.optimizer.update(learning_rate=0.04, num_steps=int(arg or 30), clip_norm=5.0)
     config.checkpoint.every_steps = 5
     config.evaluation.batch_size = 4
     config.test.update(fixed=(32, 32), canvases=((32, 32),))

@@ -10,8 +10,10 @@ One update, with g the gradient, w a parameter and m its momentum buffer:
 which is `torch.optim.SGD` after `clip_grad_norm_`. Frozen parameters have no momentum buffer, take
 no part in the norm and do not change.
 
-The learning rate is written per image, so that it follows the batch size by itself: the paper's
-0.004 N for N accelerators with 2 images each is 0.002 per image (paper section 6).
+A config writes its learning rate in one of two ways. `learning_rate_per_image` is multiplied with
+the batch size: the detector's 0.004 N for N accelerators with 2 images each is 0.002 per image
+(paper section 6). `learning_rate` is the same for any batch: the segmenter's 0.08 holds for 8, 32
+and 80 accelerators (paper section 8.4).
 """
 
 import re
@@ -42,11 +44,12 @@ def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) 
     power of the share of steps that is left.
 
     Args:
-      config: learning_rate_per_image; warmup_start, the absolute rate of step 0 (or the peak where
-        that is lower); warmup_epochs, or warmup_steps when positive; decay, 'step' (also where the
-        field is missing), 'cosine' or 'poly'; decay_epochs, ascending, and decay_factor of 'step';
-        power of 'poly'; num_epochs, or num_steps when there and positive.
-      batch_size: images of one global step; the peak is learning_rate_per_image * batch_size.
+      config: learning_rate_per_image or learning_rate, the other one 0; warmup_start, the absolute
+        rate of step 0 (or the peak where that is lower); warmup_epochs, or warmup_steps when
+        positive; decay, 'step' (also where the field is missing), 'cosine' or 'poly'; decay_epochs,
+        ascending, and decay_factor of 'step'; power of 'poly'; num_epochs, or num_steps when there
+        and positive.
+      batch_size: images of one global step, which multiply learning_rate_per_image.
       steps_per_epoch: of the training split.
 
     Returns:
@@ -56,7 +59,7 @@ def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) 
       UserError: a field has a value that makes no schedule.
     """
     _check_schedule(config)
-    peak = config.learning_rate_per_image * batch_size
+    peak = config.learning_rate or config.learning_rate_per_image * batch_size
     decay = config.get("decay", "step")
     start = min(config.warmup_start, peak)
     warmup_steps = config.get("warmup_steps") or round(config.warmup_epochs * steps_per_epoch)
@@ -142,8 +145,13 @@ def _check_schedule(config: ConfigDict) -> None:
         raise UserError(
             f"config.optimizer.decay: found {decay!r}, expected 'step', 'cosine' or 'poly'"
         )
-    positive = ["learning_rate_per_image"]
-    positive += ["num_epochs"] if not config.get("num_steps") else []
+    rates = config.learning_rate, config.learning_rate_per_image
+    if sorted(rate > 0 for rate in rates) != [False, True] or min(rates) < 0:
+        raise UserError(
+            f"config.optimizer.learning_rate_per_image: found {rates[1]} beside learning_rate "
+            f"{rates[0]}, expected one of them above 0 and the other one 0"
+        )
+    positive = ["num_epochs"] if not config.get("num_steps") else []
     positive += {"step": ["decay_factor"], "cosine": [], "poly": ["power"]}[decay]
     for name in positive:
         if not config[name] > 0:

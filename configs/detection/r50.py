@@ -120,6 +120,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
 
     config.optimizer = dict(
+        learning_rate=0.0,  # whatever the batch size; one of these two rates is above 0
         learning_rate_per_image=0.002,  # 0.004 N for N accelerators with 2 images each
         warmup_start=0.001,
         warmup_epochs=1.0,

@@ -47,6 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
 
     config.optimizer = dict(
+        learning_rate=0.0,  # whatever the batch size; one of these two rates is above 0
         learning_rate_per_image=0.1 / 256,
         warmup_start=0.0,
         warmup_epochs=5.0,

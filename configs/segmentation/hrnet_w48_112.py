@@ -4,7 +4,7 @@
         --config.data.dir=DIR --workdir=WORK
 
 Hardware: any number N of accelerators with 16 crops each (--config.data.batch_size=16N; 128 here).
-Schedule: 200,000 steps, learning rate 0.08 at 128 crops, falling as (1 - step / steps)^0.9.
+Schedule: 200,000 steps, learning rate 0.08 at any batch size, falling as (1 - step / steps)^0.9.
 Paper:    public leaderboard 53.02 (table 5).
 """
 
@@ -20,7 +20,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.batch_size = 128
     config.data.crop = dict(short=None, long=None, fixed=(112, 112))
     config.data.canvases = ((112, 112),)
-    config.optimizer.learning_rate_per_image = 0.08 / 128
     config.evaluation.batch_size = 128
     config.test.update(short=None, long=None, fixed=(112, 112), canvases=((112, 112),))
     return config

@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.batch_size = batch_size
     config.model.backbone = "efficientnet_lite0"
     config.model.dtype = "float32"
-    config.optimizer.learning_rate_per_image = 0.02 / 32
+    config.optimizer.update(learning_rate=0.0, learning_rate_per_image=0.02 / 32)
     config.optimizer.warmup_steps = 50
     config.optimizer.num_steps = int(steps or 600)
     config.optimizer.clip_norm = 5.0

@@ -6,9 +6,10 @@ Shape legend: n instances of a split, m boxes, K classes.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int, Int32, Int64, UInt64
 
 from common.data.dataset import GROUP_OF, Dataset
+from common.data.plan import permute
 from common.io.errors import UserError
 from common.tables.ranges import rows_of
 from segmentation.crops.windows import ASSUMED_SIZE
@@ -32,6 +33,16 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def sample(self, number: int, key: UInt64[np.ndarray, " 1"]) -> "Instances":
+        """Random `number` of them, in the same order; all where there are no more.
+
+        The sample is a function of `key` alone: the same on every host and after a resume.
+        """
+        if number >= len(self):
+            return self
+        chosen = np.sort(permute(np.arange(number), len(self), key))
+        return Instances(self.rows[chosen], self.images[chosen], self.classes[chosen])
 
 
 def find_instances(dataset: Dataset, split: str) -> Instances:

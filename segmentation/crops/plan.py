@@ -33,7 +33,7 @@ from segmentation.crops.windows import (
 
 SAMPLERS = ("uniform", "class_aware")
 # Streams of random numbers, apart from those of common.data.plan.
-_CROPS, _STEPS, _PLACES = 16, 17, 18
+_CROPS, _STEPS, _PLACES, _SAMPLE = 16, 17, 18, 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +175,8 @@ def make_plan(dataset: Dataset, data_config: Any, seed: int) -> InstancePlan:
         train_split: name of the split.
         sampler: 'uniform': an endless stream of permutations of the instances; 'class_aware': of
           permutations of the classes, each taking the next of its own permuted instances.
+        max_instances: train on a random sample of that many instances, a function of the seed; 0:
+          on all.
         batch_size: B, crops of all hosts together.
         crop: short, long, fixed: see `crops.CropSize`.
         canvases: allowed (height, width); of crops that none holds the size is reduced.
@@ -192,6 +194,7 @@ def make_plan(dataset: Dataset, data_config: Any, seed: int) -> InstancePlan:
     """
     requirements = {
         "sampler": (data_config.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+        "max_instances": (data_config.max_instances >= 0, "at least 0"),
         "batch_size": (data_config.batch_size >= 1, "at least 1"),
         "group_steps": (data_config.group_steps >= 1, "at least 1"),
         "jitter": (0 <= data_config.jitter < 0.5, "a share from 0 to below 0.5"),
@@ -203,6 +206,8 @@ def make_plan(dataset: Dataset, data_config: Any, seed: int) -> InstancePlan:
     size = CropSize.of(data_config.crop)
     canvases = read_canvases(data_config.canvases)
     instances = find_instances(dataset, data_config.train_split)
+    if data_config.max_instances:
+        instances = instances.sample(data_config.max_instances, stream_key(seed, _SAMPLE))
     deviations = np.zeros(dataset.num_classes)
     if data_config.rotate:
         deviations = rotation_deviations(median_aspects(dataset, instances))

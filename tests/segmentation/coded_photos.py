@@ -90,6 +90,7 @@ def config(**changes) -> types.SimpleNamespace:
         "crop": crop,
         "canvases": ((40, 40), (40, 72), (72, 40)),
         "group_steps": 3,
+        "max_instances": 0,
         "jitter": 0.1,
         "rotate": True,
         "flip": True,

@@ -63,6 +63,26 @@ def test_instances_have_a_mask_and_are_no_groups(dataset):
         assert aspects[class_] == pytest.approx(np.median(np.maximum(ratio, 1 / ratio)))
 
 
+def test_a_run_trains_on_the_same_random_instances_throughout(dataset):
+    """As row 1 of the paper's table 5 samples 400,000 boxes."""
+
+    def drawn(number, seed, steps):
+        plan = make_plan(dataset, coded.config(max_instances=number), seed)
+        assert plan.num_instances == number
+        return {row for step in steps for row in plan.batch(step).rows.tolist()}
+
+    everything = find_instances(dataset, "train").rows.tolist()
+    number = len(everything) // 2
+    chosen = drawn(number, 5, range(60))
+    assert len(chosen) == number and chosen < set(everything)
+    assert drawn(number, 5, range(60, 120)) == chosen
+    assert drawn(number, 6, range(60)) != chosen
+    whole = make_plan(dataset, coded.config(max_instances=len(everything)), 5)
+    np.testing.assert_array_equal(
+        whole.batch(3).rows, make_plan(dataset, coded.config(), 5).batch(3).rows
+    )
+
+
 def test_splits_without_instances_are_refused(dataset, tmp_path):
     with pytest.raises(UserError, match="split 'none' has no box with a mask"):
         find_instances(dataset, "none")
@@ -222,6 +242,7 @@ def test_detections_that_match_an_instance_are_cut_as_they_are(dataset, tmp_path
     [
         ({"sampler": "full"}, "data.sampler is 'full': expected one of uniform, class_aware"),
         ({"jitter": 0.5}, "data.jitter is 0.5: expected"),
+        ({"max_instances": -1}, "data.max_instances is -1: expected at least 0"),
         ({"group_steps": 0}, "data.group_steps is 0: expected at least 1"),
         ({"canvases": ()}, r"data.canvases is \(\): expected pairs"),
         ({"train_split": "x"}, "no split 'x'"),

@@ -7,10 +7,12 @@ from ml_collections import ConfigDict
 
 from common.io.errors import UserError
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
+from configs.segmentation import hrnet_w48_256
 
 
 def config(**changes):
     fields = dict(
+        learning_rate=0.0,
         learning_rate_per_image=0.002,
         warmup_start=0.001,
         warmup_epochs=1.0,
@@ -86,9 +88,28 @@ def test_impossible_schedules_are_refused_by_field(changes):
         make_schedule(config(**changes), batch_size=8, steps_per_epoch=10)
 
 
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.1, 0.1), (-0.1, 0.1), (0.1, -0.1)])
+def test_a_config_has_one_learning_rate(rates):
+    both = dict(zip(("learning_rate", "learning_rate_per_image"), rates, strict=True))
+    with pytest.raises(UserError, match="expected one of them above 0 and the other one 0"):
+        make_schedule(config(**both), batch_size=8, steps_per_epoch=10)
+
+
+@pytest.mark.parametrize("accelerators", [8, 32, 80])
+def test_the_segmenters_rate_is_008_for_any_number_of_accelerators(accelerators):
+    """Paper 8.4: "learning rate of 0.08 [...] 6N, 8N, 16N batch [...] N from 8, 32, 80"."""
+    optimizer = hrnet_w48_256.get_config().optimizer
+    schedule = make_schedule(optimizer, batch_size=8 * accelerators, steps_per_epoch=100)
+    assert float(schedule(0)) == pytest.approx(0.08)
+    optimizer.update(learning_rate=0.0, learning_rate_per_image=0.08 / 64)  # linear scaling
+    schedule = make_schedule(optimizer, batch_size=8 * accelerators, steps_per_epoch=100)
+    assert float(schedule(0)) == pytest.approx(0.01 * accelerators)
+
+
 def test_poly_schedule_of_the_segmentation_networks():
     """Paper 8.3: .08 falling with the power .9 of the share that is left, 200k iterations."""
-    cfg = config(learning_rate_per_image=0.08 / 64, decay="poly", power=0.9, num_steps=200_000)
+    rates = dict(learning_rate=0.08, learning_rate_per_image=0.0)
+    cfg = config(**rates, decay="poly", power=0.9, num_steps=200_000)
     cfg.update(warmup_epochs=0.0)
     assert total_steps(cfg, 77) == 200_000
     schedule = jax.jit(make_schedule(cfg, batch_size=64, steps_per_epoch=77))
