@@ -37,3 +37,8 @@ def free_space(directory: epath.Path) -> str:
         return f" ({shutil.disk_usage(directory).free / 1e9:.2f} GB free)"
     except OSError:  # not a local directory
         return ""
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether the client of gs:// raised the error: TensorFlow's own are no OSError."""
+    return type(error).__module__.startswith("tensorflow.")

@@ -1,0 +1,64 @@
+"""Maps over threads that keep the order of their items and hold a bounded number of them."""
+
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def num_threads(threads: int = 0) -> int:
+    """The number of threads that a config asks for; 0 means twice the cores, at most 64."""
+    return threads or min(2 * (os.cpu_count() or 1), 64)
+
+
+def map_ordered(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    threads: int = 0,
+    ahead: int | None = None,
+) -> Iterator[Result]:
+    """Yields function(item) for each item, in order, computed in threads.
+
+    Items are drawn in the caller's thread, as results are asked for. An exception of `function` is
+    raised at the place of its result. Closing the iterator early cancels the calls that have not
+    begun and waits for the others.
+
+    Args:
+      function: of one item; called from several threads.
+      items: may be endless.
+      threads: number of threads, 0 for `num_threads()`.
+      ahead: number of items that are drawn before the first result is waited for, which bounds what
+        is held in memory; twice the threads unless given.
+    """
+    threads = num_threads(threads)
+    ahead = 2 * threads if ahead is None else ahead
+    pool = ThreadPoolExecutor(threads)
+    pending: collections.deque[Future[Result]] = collections.deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def behind(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
+    """Yields the items in order, each only after the next `count` items have been drawn.
+
+    Where drawing an item starts work on the devices, that work runs while the caller fetches and
+    handles the results of the item before.
+    """
+    pending: collections.deque[Item] = collections.deque()
+    for item in items:
+        pending.append(item)
+        if len(pending) > count:
+            yield pending.popleft()
+    yield from pending

@@ -1,0 +1,43 @@
+"""Paths that a user gives: local, or an address such as gs://bucket/name (through etils.epath)."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from common.io.storage_errors import is_store_error
+
+PathLike = str | os.PathLike[str]
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether the path is an address such as gs://bucket/name instead of a local file."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def local_copy(path: PathLike) -> Iterator[Path]:
+    """Gives a local file with the content of `path`, for libraries that map or seek in files.
+
+    A local path is given as it is. A remote file is copied to a temporary one, which is removed
+    when the block ends.
+
+    Raises:
+      OSError: no such file, or it cannot be copied.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = epath.Path(path)
+        target = Path(folder, source.name)
+        try:
+            source.copy(target)
+        except Exception as error:
+            if is_store_error(error):
+                raise OSError(str(error)) from error
+            raise
+        yield target

@@ -1,0 +1,49 @@
+import itertools
+import threading
+import time
+
+import pytest
+
+from common.io.parallel import behind, map_ordered
+
+
+def test_results_come_in_the_order_of_the_items():
+    def slow_at_first(number):
+        time.sleep(0.02 if number == 0 else 0)
+        return number**2
+
+    assert list(map_ordered(slow_at_first, range(20), threads=4)) == [n**2 for n in range(20)]
+
+
+def test_no_more_items_are_drawn_than_the_window_holds():
+    drawn = []
+    endless = (drawn.append(n) or n for n in itertools.count())
+    results = map_ordered(str, endless, threads=2, ahead=3)
+    assert next(results) == "0" and len(drawn) == 4
+    assert next(results) == "1" and len(drawn) == 5
+    results.close()
+
+
+def test_an_exception_is_raised_at_its_place():
+    results = map_ordered(lambda n: 1 // (n - 2), range(5), threads=2)
+    assert [next(results), next(results)] == [-1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_closing_early_cancels_waiting_calls_and_leaves_no_thread():
+    called = []
+    results = map_ordered(lambda n: called.append(n), range(100), threads=1, ahead=50)
+    before = threading.active_count()
+    next(results)
+    results.close()
+    assert len(called) <= 51
+    assert threading.active_count() <= before
+
+
+def test_behind_draws_the_next_item_before_it_yields_one():
+    drawn = []
+    items = behind((drawn.append(n) or n for n in range(3)), 1)
+    assert next(items) == 0 and drawn == [0, 1]
+    assert list(items) == [1, 2]
+    assert list(behind([], 2)) == []
