@@ -7,7 +7,6 @@ Prints the result and writes WORK/evaluation/STEP/{SPLIT.parquet, SPLIT_metrics.
 Of a config that refines boxes, the table of `config.evaluation.proposals` is refined and scored.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
+from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics.coco import evaluate_coco
 from common.metrics.openimages import evaluate_openimages
 from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
-from common.training.workdir import write_text
 from detection import setup
 from detection.inference import predict_split
 from detection.models.faster_rcnn import FasterRCNN
@@ -103,7 +102,7 @@ def evaluate_variables(
     if not distributed.is_main_process():
         return {}
     results = score(config, dataset, split, table)
-    write_text(folder / f"{name}_metrics.json", json.dumps(results, indent=1) + "\n")
+    write_json(folder / f"{name}_metrics.json", results)
     summary = {k: v for k, v in results.items() if "PerformanceByCategory" not in k}
     for metric, value in summary.items():
         say(f"step {step}  {name}  {metric} = {value:.4f}", flush=True)

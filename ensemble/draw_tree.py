@@ -12,8 +12,8 @@ from xml.sax.saxutils import escape
 
 from absl import flags
 
+from common.io.atomic import write_text
 from common.io.commands import run_main
-from common.training.workdir import write_text
 from ensemble.tree import binary_tree as trees
 from ensemble.tree.binary_tree import Leaf, Node
 

@@ -15,7 +15,6 @@ Shape legend: n rows, K classes.
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +26,12 @@ from jaxtyping import Float, Float32, Int, Int8
 
 from common.convert.json_stream import stream_json
 from common.data.dataset import Dataset
+from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics import coco, lvis, openimages
 from common.tables import Detections, read_detections
 from common.tables.table import rank_in_image
-from common.training.workdir import write_text
 
 RARE, COMMON, FREQUENT = range(3)
 GROUPS = ("rare", "common", "frequent")
@@ -245,16 +244,8 @@ def main():
         + " ".join(f"--config.rescoring.{name}={best[name]:g}" for name in GROUPS)
     )
     if options.output:
-        write_search(options.output, {"mode": options.mode, "tried": tried})
-
-
-def write_search(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes what was tried by atomic rename."""
-    try:
-        write_text(path, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--output={path}: cannot write ({error})") from error
-    print(f"wrote {path}")
+        write_json(options.output, {"mode": options.mode, "tried": tried})
+        print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

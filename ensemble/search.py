@@ -21,9 +21,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from common.data.dataset import Dataset
+from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.training.workdir import write_text
 from ensemble import draw_tree
 from ensemble.inputs import Tables, open_tables
 from ensemble.operators import make_operator

@@ -11,7 +11,6 @@ of the statistics (with frozen norms they are): `--recompute_batch_stats=N` meas
 training batches, of the size in the config and on all devices of this machine.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from common.io.atomic import atomic_folder
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.training import command, distributed
@@ -63,15 +63,12 @@ def main() -> None:
     if num_batches:
         average = with_recomputed_statistics(average, config, num_batches)
         extra["recomputed_on_batches"] = num_batches
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    if (workdir / "config.json").exists():
-        (workdir / "config.json").copy(temporary / "config.json")
-    writer = Checkpoints(temporary / "checkpoints")
-    state = {"step": np.int32(steps[-1]), **average}
-    writer.save(steps[-1], state, extra, wait=True)
-    writer.close()
-    temporary.rename(output)
+    with atomic_folder(output) as folder:
+        if (workdir / "config.json").exists():
+            (workdir / "config.json").copy(folder / "config.json")
+        writer = Checkpoints(folder / "checkpoints")
+        writer.save(steps[-1], {"step": np.int32(steps[-1]), **average}, extra, wait=True)
+        writer.close()
     print(f"wrote {output}: mean of {len(steps)} checkpoints, as step {steps[-1]}")
 
 

@@ -9,7 +9,6 @@ boxes in the ground truth are drawn; --image_ids chooses others.
 """
 
 import colorsys
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.data import images
 from common.data.dataset import Dataset
+from common.io.atomic import open_atomic
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.masks import rle
@@ -183,9 +183,8 @@ def ground_truth(
 
 
 def save_jpeg(picture: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    picture.save(temporary, format="JPEG", quality=88)
-    os.replace(temporary, path)
+    with open_atomic(path, "wb") as file:
+        picture.save(file, format="JPEG", quality=88)
 
 
 def draw_split(

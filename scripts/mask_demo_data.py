@@ -11,8 +11,6 @@ Writes images/*.png, train.json and validation.json.
 
 import io
 import json
-import os
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from common.io.atomic import atomic_folder
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.masks import rle
@@ -82,9 +81,8 @@ def build(wheel: Path, output: Path) -> None:
       UserError: see `read_photo`.
     """
     photo, masks = read_photo(wheel)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        (temporary / "images").mkdir(parents=True)
+    with atomic_folder(output) as folder:
+        (folder / "images").mkdir()
         files = {
             name: {"images": [], "annotations": [], "categories": [{"id": 1, "name": "Nucleus"}]}
             for name in ("train", "validation")
@@ -93,7 +91,7 @@ def build(wheel: Path, output: Path) -> None:
         for image_id, (split, window) in enumerate(tiles(width, height, TILE, VALIDATION), 1):
             xmin, ymin, xmax, ymax = window
             name = f"nuclei_{xmin:03d}_{ymin:03d}.png"
-            Image.fromarray(photo[ymin:ymax, xmin:xmax]).save(temporary / "images" / name)
+            Image.fromarray(photo[ymin:ymax, xmin:xmax]).save(folder / "images" / name)
             content = files[split]
             content["images"].append(
                 {"id": image_id, "file_name": name, "height": ymax - ymin, "width": xmax - xmin}
@@ -102,15 +100,11 @@ def build(wheel: Path, output: Path) -> None:
                 masks[ymin:ymax, xmin:xmax], image_id, len(content["annotations"]) + 1
             )
         for name, content in files.items():
-            (temporary / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+            (folder / f"{name}.json").write_text(json.dumps(content))
             print(
                 f"{name}: {len(content['images'])} tiles, {len(content['annotations'])} nuclei",
                 flush=True,
             )
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def define_flags() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 
 from common.data.dataset import DEPICTION, GROUP_OF, Dataset
+from common.io.atomic import write_text
 from common.io.commands import run_main
-from common.training.workdir import write_text
 from ensemble.relations.mining import mine_relations
 from ensemble.relations.rules import RelationSettings
 from scripts.matrix_picture import draw_matrix

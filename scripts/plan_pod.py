@@ -15,20 +15,19 @@ import os
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
 import dataclasses
-import json
 import time
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.training import distributed
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
 from common.training.pod import flops, topologies
 from common.training.step import init_state, jit_train_step
-from common.training.workdir import write_text
 from detection import setup as detection_setup
 from segmentation import setup as segmentation_setup
 
@@ -128,7 +127,7 @@ def main():
     )
     print_report(report)
     if flags.FLAGS.json:
-        write_text(flags.FLAGS.json, json.dumps(report, indent=1) + "\n")
+        write_json(flags.FLAGS.json, report)
     if report["memory_bytes"]["total"] > report["hbm_bytes"]:
         raise UserError(
             f"{report['config']} needs {report['memory_bytes']['total'] / topologies.GIB:.2f} GiB "

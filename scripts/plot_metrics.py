@@ -12,9 +12,9 @@ from xml.sax.saxutils import escape
 import numpy as np
 from absl import flags
 
+from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.training.workdir import write_text
 
 WIDTH, HEIGHT, MARGIN = 420, 260, 46
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by everyone

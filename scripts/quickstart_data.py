@@ -15,8 +15,6 @@ hierarchy.json.
 import dataclasses
 import io
 import json
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from xml.etree import ElementTree
 from absl import flags
 from PIL import Image
 
+from common.io.atomic import atomic_folder
 from common.io.commands import run_main
 from common.io.errors import UserError
 
@@ -169,14 +168,8 @@ def build(
         raise UserError(f"{wheel_path}: cannot be read as a wheel ({error})") from error
     if output.exists() and not (output / "ImageSets").is_dir():
         raise UserError(f"{output}: exists and is no VOC folder, expected a new name")
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        with wheel:
-            _write_folder(wheel, temporary, tile_size, validation, min_visible)
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with wheel, atomic_folder(output) as folder:
+        _write_folder(wheel, Path(folder), tile_size, validation, min_visible)
 
 
 def _write_folder(

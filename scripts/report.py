@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from common.data.dataset import Dataset
+from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.report.analysis import analyse
@@ -119,13 +120,7 @@ def report(
     _say(f"reading {len(pictures)} photos")
     read_photos(dataset, pictures, say=_say)
     text = build_page(scope, tables, confusions, pictures, shown, min_score)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"--output={output}: cannot write ({error})") from error
+    write_text(output, text)
     return output
 
 

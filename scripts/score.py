@@ -11,15 +11,12 @@ parent classes. `--json` gets plain {"name": value} pairs with the official metr
 value per class that has ground truth.
 """
 
-import json
-import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from absl import flags
 
 from common.data.dataset import Dataset
+from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics import coco, lvis, openimages, openimages_masks
@@ -129,21 +126,6 @@ def _endings(key: str):
     """Texts after each slash: labels such as MIDs hold slashes themselves."""
     parts = key.split("/")
     return ("/".join(parts[i:]) for i in range(1, len(parts)))
-
-
-def write_json(path: str | os.PathLike, results: Mapping[str, float]) -> None:
-    """Writes the pairs by atomic rename; figures that are no number become null."""
-    path = Path(path)
-    values = {k: v if math.isfinite(v) else None for k, v in results.items()}
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
-        raise UserError(f"--json={path}: cannot write ({error})") from error
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ anchors where they are, those that cross the border too, exactly; 'by shape' wit
 middle of each box, the upper bound. The class mean counts every class alike, as mAP does.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from absl import flags
 from common.convert.photos import read_sizes
 from common.data.dataset import Dataset
 from common.data.images import canvas_shape
+from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from detection.assign.anchor_selection import (
@@ -100,7 +100,7 @@ def main():
             **recall.result(),
         }
     print(report(results), flush=True)
-    write_json(Path(f.output), results)
+    write_json(f.output, results)
     print(f"wrote {f.output}")
 
 
@@ -188,18 +188,6 @@ def report(results: dict) -> str:
     better = max(by_reading, key=by_reading.get)
     lines.append(f"of the two readings of the paper's ratios, {better} reaches more of these boxes")
     return "\n".join(lines)
-
-
-def write_json(path: Path, results: dict) -> None:
-    """Writes the file by atomic rename."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"--output={path}: cannot write ({error})") from error
 
 
 def _whole_numbers(name: str, texts: Sequence[str]) -> list[int]:

@@ -10,7 +10,6 @@ Prints the figures and writes WORK/evaluation/STEP/SPLIT_metrics.json, there als
     pixel_accuracy, loss   means over all pixels
 """
 
-import json
 from collections.abc import Callable
 
 import jax
@@ -22,11 +21,11 @@ from jaxtyping import Float64
 from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
+from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.progress import Progress
 from common.training import command, distributed, loop
-from common.training.workdir import write_text
 from segmentation import setup
 from segmentation.crops.batches import eval_batches
 from segmentation.inference import FIGURES, evaluation_step
@@ -86,8 +85,7 @@ def evaluate_variables(
             for name, value in summary(row[None]).items()
         }
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results | by_class, indent=1) + "\n"
-        write_text(folder / f"{split}_metrics.json", text)
+        write_json(folder / f"{split}_metrics.json", results | by_class)
         for name, value in results.items():
             say(f"step {step}  {split}  {name} = {value:.4f}", flush=True)
     return results

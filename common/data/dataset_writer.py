@@ -3,11 +3,11 @@
 Shape legend: n images, m boxes and l image-level labels of one call; K classes.
 """
 
+import contextlib
 import csv
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from common.data.dataset_format import FORMAT, INDEX, OPTIONAL, STRINGS
+from common.io.atomic import atomic_folder
 from common.io.errors import UserError
 
 
@@ -79,8 +80,8 @@ class DatasetWriter:
         self._strings: dict[str, list[np.ndarray]] = {name: [] for name in STRINGS}
         self._meta = {"format": FORMAT, "name": name, "source": source, "image_root": image_root}
         self._extra = dict(extra or {})
-        self.temporary = self.directory.with_name(f"{self.directory.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        self._output = contextlib.ExitStack()
+        self.temporary = Path(self._output.enter_context(atomic_folder(self.directory)))
         for folder in ("index", "splits"):
             (self.temporary / folder).mkdir(parents=True)
         names = [k for k in INDEX if k not in OPTIONAL or self._optional[OPTIONAL[k]]]
@@ -240,8 +241,7 @@ class DatasetWriter:
         text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
         (self.temporary / name).write_text(text, encoding="utf-8")
 
-    def close(self) -> None:
-        """Completes the directory and moves it to its name."""
+    def _complete(self) -> None:
         for array in self._arrays.values():
             array.close()
         if self._masks is not None:
@@ -261,13 +261,6 @@ class DatasetWriter:
         }
         self.write_json("dataset.json", self._meta)
         check_output(self.directory, self._overwrite)
-        old = None
-        if self.directory.exists():
-            old = self.directory.with_name(f"{self.directory.name}.old-{os.getpid()}")
-            os.replace(self.directory, old)
-        os.replace(self.temporary, self.directory)
-        if old is not None:
-            shutil.rmtree(old)
 
     def _save_order(self, image_ids: np.ndarray) -> None:
         order = np.argsort(image_ids, kind="stable").astype(np.int32)
@@ -283,12 +276,12 @@ class DatasetWriter:
     def __enter__(self) -> "DatasetWriter":
         return self
 
-    def __exit__(self, error_type: type | None, *_: Any) -> None:
-        try:
-            if error_type is None:
-                self.close()
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self._output.__exit__(*error)
+            return
+        with self._output:
+            self._complete()
 
 
 class _NpyAppender:

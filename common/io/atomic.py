@@ -45,7 +45,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
             if isinstance(error, OSError) or is_store_error(error):
-                raise UserError(f"{output}: cannot be written ({error})") from error
+                raise UserError(f"{output}: cannot write ({error})") from error
             raise
 
 
@@ -103,7 +103,7 @@ def atomic_folder(path: PathLike) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):
             temporary.rmtree(missing_ok=True)
         if isinstance(error, OSError) or is_store_error(error):
-            raise UserError(f"{output}: cannot be written ({error})") from error
+            raise UserError(f"{output}: cannot write ({error})") from error
         raise
 
 

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from common.io.atomic import write_text
 from common.io.errors import UserError
 
 _MAX_NAMED = 5  # differing fields spelled out in an error
@@ -47,11 +48,7 @@ def prepare_workdir(
             return workdir
         _refuse_differences(workdir, _flatten(old), _flatten(new), may_differ)
     if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(new, indent=2, sort_keys=True) + "\n")
-        except OSError as error:
-            raise UserError(f"{workdir}: cannot write the work directory: {error}") from error
+        write_text(path, json.dumps(new, indent=2, sort_keys=True) + "\n")
     return workdir
 
 
@@ -67,14 +64,6 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
     return config
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file so that it is seen whole or not at all."""
-    path = epath.Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 class MetricsLog:

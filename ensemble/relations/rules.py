@@ -20,12 +20,12 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64
 
+from common.io.atomic import open_atomic
 from common.io.errors import UserError
 from common.tables.ranges import expand_ranges, pieces
 
@@ -96,19 +96,11 @@ class Relations:
         return Relations(list(class_labels), meta=self.meta, **counts)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes the NPZ file by atomic rename."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        """Writes the NPZ file, which is seen whole or not at all."""
         header = {"format": FORMAT, "class_labels": list(self.class_labels), **self.meta}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                counts = {name: getattr(self, name) for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
-                np.savez_compressed(file, header=np.array(json.dumps(header)), **counts)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot write the relations ({error})") from error
+        counts = {name: getattr(self, name) for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
+        with open_atomic(path, "wb") as file:
+            np.savez_compressed(file, header=np.array(json.dumps(header)), **counts)
 
 
 def read_relations(path: str | os.PathLike) -> Relations:

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from common.io.atomic import write_json
 from common.io.errors import UserError
-from common.training.workdir import write_text
 from ensemble.operators.groups import Rows
 from ensemble.tree.join import ELEMENTS, NMS_TYPES, NodeRows, join, leaf_rows
 
@@ -180,11 +180,8 @@ def check_models(tree: Tree, models: Mapping[str, Any] | Sequence[str]) -> None:
 
 
 def save(path: str | os.PathLike, tree: Tree, notes: Mapping[str, Any] | None = None) -> None:
-    """Writes the JSON file by atomic rename."""
-    try:
-        write_text(path, json.dumps(to_json(tree, notes), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error})") from error
+    """Writes the JSON file, which is seen whole or not at all."""
+    write_json(path, to_json(tree, notes))
 
 
 def load(path: str | os.PathLike) -> Tree:

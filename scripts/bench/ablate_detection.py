@@ -27,11 +27,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics.openimages import MEAN_AP
 from common.training import command
-from common.training.workdir import write_text
 from configs.detection import r50_cascade, r50_cascade4
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from absl import flags
 
 from common.data.dataset import Dataset
+from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.metrics.openimages import MEAN_AP, evaluate_openimages
-from common.training.workdir import write_text
 from configs.ensemble import adj_nms, auto, naive, reweighted, voting
 from ensemble.inputs import parse_inputs
 from ensemble.merge import merge_tables

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
+from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.training.pod.topologies import GIB
-from common.training.workdir import write_text
 
 _MODELS = {  # config -> images of one device
     "detection/r50": 2,

@@ -125,7 +125,7 @@ def test_openimages_masks(tmp_path):
         (["--detections=nothing.parquet"], "nothing.parquet: no such file"),
         (["--dataset=nowhere"], "nowhere"),
         (["extra"], "unexpected argument 'extra'"),
-        (["--json=/dev/null/x.json"], "--json=/dev/null/x.json: cannot write"),
+        (["--json=/dev/null/x.json"], "/dev/null/x.json: cannot write"),
     ],
 )
 def test_user_errors_are_one_line(folder, flags, message):

@@ -5,7 +5,6 @@ A file of ours is a `.safetensors` file whose keys are '/'-joined paths that beg
 """
 
 import dataclasses
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -15,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from etils import epath
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
+from common.io.atomic import open_atomic
 from common.io.errors import UserError
 from common.nn.backbones import make_backbone
 from common.nn.weights.torch_names import module_path
@@ -194,15 +193,8 @@ def save_backbone_weights(path: str | Path, weights: State, backbone: str, sourc
     Raises:
       UserError: the file cannot be written.
     """
-    path = epath.Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    metadata = {"backbone": backbone, "source": source}
-    try:
-        temporary.write_bytes(safetensors_numpy.save(weights, metadata))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error})") from error
+    with open_atomic(path, "wb") as file:
+        file.write(safetensors_numpy.save(weights, {"backbone": backbone, "source": source}))
 
 
 def load_backbone_weights(

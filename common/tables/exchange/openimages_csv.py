@@ -70,7 +70,7 @@ def write_openimages(
     image_ids = list(reader.image_ids)
     for image_id in image_ids:
         _check_word(image_id, "image id", reader.path, ",")
-    with text.atomic_file(output) as file:
+    with text.open_lines(output) as file:
         file.write(f"{_HEADERS[outgoing.masks, offline]}\n".encode())
         if offline:
             for chunk in outgoing.chunks():

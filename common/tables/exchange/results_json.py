@@ -60,7 +60,7 @@ def write_results(
     if outgoing.selected is not None:
         needed = outgoing.selected
     numbers, sizes = image_columns(images, reader.image_ids, needed, pixels=geometry != "masks")
-    with text.atomic_file(output) as file:
+    with text.open_lines(output) as file:
         file.write(b"[\n")
         first = True
         for chunk in outgoing.chunks():

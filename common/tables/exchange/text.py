@@ -7,41 +7,30 @@ import contextlib
 import gzip
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.io.errors import UserError
+from common.io.atomic import open_atomic
+from common.io.paths import PathLike
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name when the block ends well; `.gz` is compressed.
+def open_lines(path: PathLike) -> Iterator[IO[bytes]]:
+    """Opens a binary file that appears under its name at the end; `.gz` is compressed.
 
     Raises:
-      UserError: no place to write to, or the disk is full.
+      UserError: it cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder, expected the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as raw:
-            if path.suffix == ".gz":
-                # No name and no time inside: the same detections give the same bytes.
-                with gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-                    yield file
-            else:
-                yield raw
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_atomic(path, "wb") as raw:
+        if os.fspath(path).endswith(".gz"):
+            # No name and no time inside: the same detections give the same bytes.
+            with gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+                yield file
+        else:
+            yield raw
 
 
 def numbers(values: np.ndarray, digits: int | None = None) -> pa.Array:

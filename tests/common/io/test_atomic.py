@@ -54,12 +54,12 @@ def test_open_takes_the_options_of_the_builtin(root):
 
 def test_failures_of_the_file_system_name_the_output(root):
     write_text(f"{root}/a", "a file")
-    with pytest.raises(UserError, match="a/b: cannot be written"):
+    with pytest.raises(UserError, match="a/b: cannot write"):
         write_text(f"{root}/a/b", "")
     with pytest.raises(UserError, match="is a folder, expected the name of a file"):
         write_text(root, "")
     with (
-        pytest.raises(UserError, match="c: cannot be written .*No space"),
+        pytest.raises(UserError, match="c: cannot write .*No space"),
         atomic_file(f"{root}/c"),
     ):
         raise OSError(28, "No space left on device")

@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from common.io.errors import UserError
-from common.training.workdir import MetricsLog, prepare_workdir, read_config, write_text
+from common.training.workdir import MetricsLog, prepare_workdir, read_config
 
 
 def config(backbone="resnet18", canvas=(512, 512), epochs=13):
@@ -73,13 +73,6 @@ def test_a_work_directory_that_is_a_file_is_a_users_error(tmp_path):
         prepare_workdir(tmp_path / "file", config())
     with pytest.raises(UserError, match="no such file"):
         read_config(tmp_path / "nowhere")
-
-
-def test_a_failed_write_leaves_the_former_file(tmp_path):
-    write_text(tmp_path / "x", "first")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "x", "\ud800")
-    assert (tmp_path / "x").read_text() == "first"
 
 
 def test_metrics_past_the_resumed_step_are_dropped(tmp_path):
