@@ -58,10 +58,7 @@ def test_failures_of_the_file_system_name_the_output(root):
         write_text(f"{root}/a/b", "")
     with pytest.raises(UserError, match="is a folder, expected the name of a file"):
         write_text(root, "")
-    with (
-        pytest.raises(UserError, match="c: cannot write .*No space"),
-        atomic_file(f"{root}/c"),
-    ):
+    with pytest.raises(UserError, match="c: cannot write .*No space"), atomic_file(f"{root}/c"):
         raise OSError(28, "No space left on device")
 
 
