@@ -1,4 +1,4 @@
-"""What the README tells people to type exists: files, modules, flags, anchors."""
+"""What README.md and docs/*.md tell people to type exists: files, modules, flags, links."""
 
 import ast
 import functools
@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 # Flags that absl and ml_collections give to every command.
 COMMON_FLAGS = {"config", "help", "helpfull", "verbosity"}
 
-BLOCKS = re.findall(r"^(?:```|~~~)\w*\n(.*?)^(?:```|~~~)", README, re.DOTALL | re.MULTILINE)
-INDENTED = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
+BLOCKS = re.findall(r"^(?:```|~~~)\w*\n(.*?)^(?:```|~~~)", TEXT, re.DOTALL | re.MULTILINE)
+INDENTED = re.findall(r"(?:^    .*\n)+", TEXT, re.MULTILINE)
 COMMANDS = [
     re.sub(r"\s*\\\n\s*", " ", line).strip()
     for block in [*BLOCKS, *INDENTED]
@@ -55,7 +56,7 @@ def defined_flags(path: Path) -> set[str]:
     return names
 
 
-def test_the_readme_shows_commands():
+def test_the_pages_show_commands():
     assert len(PYTHON_COMMANDS) >= 5
 
 
@@ -69,7 +70,7 @@ def test_python_commands_name_modules_and_flags_that_exist(command):
         assert known is None or flag in known, f"{module} has no flag --{flag}: {command}"
 
 
-CONFIGS = sorted(set(re.findall(r"--config=(configs/[\w/.]+\.py)", README)))
+CONFIGS = sorted(set(re.findall(r"--config=(configs/[\w/.]+\.py)", TEXT)))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -89,13 +90,12 @@ def test_configs_and_overridden_fields_exist(config):
 
 
 def mentioned_files() -> list[str]:
-    """Files and folders in `code`, links and pictures that name a path inside this repository."""
-    words = re.findall(r"`([^`\n]+)`", README) + re.findall(r"\]\(([^)#\s]+)\)", README)
+    """Files and folders in `code` that name a path inside this repository."""
     tops = {path.name for path in ROOT.iterdir()}
     return sorted(
         {
             word.rstrip("/")
-            for word in words
+            for word in re.findall(r"`([^`\n]+)`", TEXT)
             if re.fullmatch(r"[\w./-]+", word) and "/" in word and word.split("/")[0] in tops
         }
     )
@@ -108,7 +108,18 @@ def test_named_files_exist(name):
     assert (ROOT / name).exists()
 
 
-@pytest.mark.parametrize("script", sorted({w for c in COMMANDS for w in c.split()[:1] if "/" in w}))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+SCRIPTS = {
+    w for c in COMMANDS for w in c.split()[:1] if re.fullmatch(r"(scripts|\.ci)/\w[\w./]*", w)
+}
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_scripts_to_run_are_executable(script):
     assert (ROOT / script).stat().st_mode & 0o100
 
