@@ -63,6 +63,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ratio_convention="h/w",  # what `ratios` are
             centre=0.5,  # of a cell; 0 puts anchors on cell corners (torchvision)
         ),
+        ignore_ioa=0.5,  # of a box inside an ignore region; above, it is never background
         rpn=dict(
             loss=dict(
                 positive_iou=0.7,

@@ -3,11 +3,15 @@
 Shape legend
   N  anchors or proposals of one image
   M  padded ground-truth boxes of one image
+  G  padded ignore boxes of one image
   S  sampled slots of one image
+  B  images
 
-Everything is per image; models map it over the batch with `jax.vmap`.
+Functions are per image, and models map them over the batch with `jax.vmap`; only
+`ignored_background` takes a batch.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -36,6 +40,7 @@ def match(
     positive_iou: float,
     negative_iou: float,
     best_match_iou: float | None = None,
+    ignore: Bool[Array, " N"] | None = None,
 ) -> Match:
     """Decides by IoU with the ground truth.
 
@@ -48,6 +53,7 @@ def match(
       negative_iou: IoU < this is negative; in between is not trained on.
       best_match_iou: when given, the best boxes of every ground-truth box (all ties) are positive
         too if their IoU is at least this. They still answer for their own best (`best_truth`).
+      ignore: boxes that are never background, from `ignored_background`; None: there are none.
     """
     # Every reduction runs along the last axis: on CPU that is six times as fast as across it, which
     # pays for computing the overlaps in both orientations.
@@ -61,7 +67,44 @@ def match(
         positive |= ((iou >= best_of_truth - _TIE) & wanted).any(axis=1)
     # Without any ground truth `best` is -1 everywhere, so all valid boxes are negative.
     negative = (best < negative_iou) & ~positive
+    if ignore is not None:
+        negative &= ~ignore
     return Match(positive & valid, negative & valid)
+
+
+def ignored(
+    boxes: Float[Array, "*B N 4"],
+    ignore_boxes: Float[Array, "*B G 4"],
+    ignore_valid: Bool[Array, "*B G"],
+    threshold: float,
+) -> Bool[Array, "*B N"]:
+    """Boxes of which more than the share `threshold` of their own area lies in one ignore box."""
+    shares = box_ops.ioa(boxes, ignore_boxes)
+    return ((shares > threshold) & ignore_valid[..., None, :]).any(axis=-1)
+
+
+def ignored_background(
+    boxes: Float[Array, "N 4"] | Float[Array, "B N 4"], batch: Mapping[str, Array], threshold: float
+) -> Bool[Array, "B N"]:
+    """Boxes that are not to be sampled as background, because they lie in ignore regions.
+
+    The overlaps are computed only when some image of this device has an ignore box, so that a
+    batch without any costs nothing.
+
+    Args:
+      boxes: anchors, the same for all images, or proposals of each; pixels.
+      batch: `ignore_boxes` (B,G,4), `ignore_valid` (B,G) and `image_valid` (B,). A batch without
+        the first two has no ignore regions.
+      threshold: `config.model.ignore_ioa`, the share of a box's own area.
+    """
+    nothing = jnp.zeros((len(batch["image_valid"]), boxes.shape[-2]), bool)
+    if "ignore_boxes" not in batch:
+        return nothing
+    return jax.lax.cond(
+        batch["ignore_valid"].any(),
+        lambda: ignored(boxes, batch["ignore_boxes"], batch["ignore_valid"], threshold),
+        lambda: nothing,
+    )
 
 
 def best_truth(

@@ -11,7 +11,7 @@ Shape legend
   S  pooled side (7)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from common.geometry import boxes as box_ops
 from detection.assign import matching
-from detection.losses import elementwise
+from detection.losses import classification, elementwise
 from detection.models.rpn import Proposals
 
 # Features (B,R,S,S,C) of boxes (B,R,4), with optional shifts of each bin (B,R,S,S,2).
@@ -54,29 +54,54 @@ class HeadOutput(NamedTuple):
     references: Float[Array, "B F 4"]  # boxes that the deltas are relative to
     sibling: "HeadOutput | None" = None  # of the plain head that trains beside a Decoupling Head
 
+    def masked(self, class_known: Bool[Array, "B K"]) -> "HeadOutput":
+        """The output without the logits of classes that are unknown in an image.
+
+        An unknown class then has probability 0, and neither its logits nor what they are made of
+        get a gradient: a region of that image is no negative of the class.
+        """
+        if self.logits is None:
+            return self
+        sibling = None if self.sibling is None else self.sibling.masked(class_known)
+        logits = classification.mask_unknown(self.logits, class_known)
+        return self._replace(logits=logits, sibling=sibling)
+
 
 def sample_rois(
     keys: Array,
     proposals: Proposals,
-    truth: Float[Array, "B M 4"],
-    classes: Int[Array, "B M"],
-    truth_valid: Bool[Array, "B M"],
+    batch: Mapping[str, Array],
     *,
     iou: float,
+    ignore_ioa: float,
     num_samples: int,
     positive_fraction: float,
 ) -> RoITargets:
     """Draws the regions to train on from proposals and the ground-truth boxes themselves.
 
-    Regions of IoU >= `iou` with some ground truth are positive, all others background. Positive
-    ones come first, at most `matching.max_positives` of them.
-    """
-    num_truth = truth.shape[1]
+    Regions of IoU >= `iou` with some ground truth are positive, all others background, but for
+    those in ignore regions, which are not drawn. Positive ones come first, at most
+    `matching.max_positives` of them.
 
-    def draw(key, boxes, valid, truth, classes, truth_valid):
-        boxes = jnp.concatenate([truth, boxes])
-        valid = jnp.concatenate([truth_valid, valid])
-        found = matching.match(boxes, valid, truth, truth_valid, positive_iou=iou, negative_iou=iou)
+    Args:
+      keys: (B,) random keys, one an image.
+      proposals: of this stage.
+      batch: gt_boxes (B,M,4), gt_classes (B,M), gt_valid (B,M), image_valid (B,), and the ignore
+        regions of `matching.ignored_background`.
+      iou: from which a region is positive.
+      ignore_ioa: share of a region's area inside an ignore box from which on it is no background.
+      num_samples: regions drawn per image (R).
+      positive_fraction: largest share of positives among them.
+    """
+    num_truth = batch["gt_boxes"].shape[1]
+    boxes = jnp.concatenate([batch["gt_boxes"], proposals.boxes], axis=1)
+    valid = jnp.concatenate([batch["gt_valid"], proposals.valid], axis=1)
+    ignore = matching.ignored_background(boxes, batch, ignore_ioa)
+
+    def draw(key, boxes, valid, ignore, truth, classes, truth_valid):
+        found = matching.match(
+            boxes, valid, truth, truth_valid, positive_iou=iou, negative_iou=iou, ignore=ignore
+        )
         index, positive, slot_valid = matching.sample(
             key, found.positive, found.negative, num_samples, positive_fraction
         )
@@ -85,7 +110,8 @@ def sample_rois(
         labels = jnp.where(positive, classes[answer] + 1, 0)
         return RoITargets(sampled, labels, truth[answer], slot_valid, index < num_truth)
 
-    targets = jax.vmap(draw)(keys, proposals.boxes, proposals.valid, truth, classes, truth_valid)
+    truth = (batch[name] for name in ("gt_boxes", "gt_classes", "gt_valid"))
+    targets = jax.vmap(draw)(keys, boxes, valid, ignore, *truth)
     return jax.tree.map(jax.lax.stop_gradient, targets)
 
 
@@ -209,8 +235,8 @@ def box_head_losses(
     regression = elementwise.smooth_l1(chosen - wanted, beta).sum(axis=-1)
     terms = {}
     if output.logits is not None:
-        classification = elementwise.softmax_cross_entropy(output.logits, targets.labels)
-        terms["box_class"] = elementwise.share(classification, valid, count, axis_name)
+        cross_entropy = elementwise.softmax_cross_entropy(output.logits, targets.labels)
+        terms["box_class"] = elementwise.share(cross_entropy, valid, count, axis_name)
     if normaliser == "positive":
         count = positive.sum()
     return terms | {"box_regression": elementwise.share(regression, positive, count, axis_name)}

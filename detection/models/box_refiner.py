@@ -66,7 +66,7 @@ class BoxRefiner(TwoStage):
             batch,
             self.stages,
             [dict(s.loss_weights)],
-            sample=s.box_head.sample,
+            sample=dict(s.box_head.sample, ignore_ioa=s.ignore_ioa),
             loss=s.box_head.loss,
             margin={},
             axis_name=self.axis_name,

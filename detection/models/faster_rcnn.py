@@ -12,7 +12,9 @@ Shape legend
 
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
 height and width, image_valid bool (B,); in training also gt_boxes (B,M,4) pixels,
-gt_classes (B,M) 0..K-1 and gt_valid (B,M).
+gt_classes (B,M) 0..K-1 and gt_valid (B,M), and where the data has them ignore_boxes (B,G,4) pixels
+with ignore_valid (B,G), inside which nothing is background, and class_known bool (B,K), the
+classes that the annotations of an image cover.
 """
 
 from collections.abc import Mapping
@@ -65,10 +67,8 @@ class FasterRCNN(TwoStage):
             logits,
             deltas,
             anchors,
-            batch["image_size"],
-            batch["gt_boxes"],
-            batch["gt_valid"],
-            batch["image_valid"],
+            batch,
+            ignore_ioa=s.ignore_ioa,
             axis_name=axis_name,
             **s.rpn.loss,
         )
@@ -87,7 +87,7 @@ class FasterRCNN(TwoStage):
             batch,
             self.stages,
             self._branch_weights(),
-            sample=s.box_head.sample,
+            sample=dict(s.box_head.sample, ignore_ioa=s.ignore_ioa),
             loss=s.box_head.loss,
             margin=s.box_head.margin,
             axis_name=axis_name,

@@ -10,7 +10,7 @@ Shape legend
   M  padded ground-truth boxes
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -117,7 +117,7 @@ def recall(
 ) -> Float[Array, ""]:
     """Share of the ground-truth boxes that a proposal overlaps by at least `iou`.
 
-    An upper limit of what the second stage can find. Arguments as in `rpn_losses`.
+    An upper limit of what the second stage can find.
     """
     overlaps = box_ops.iou(truth, proposals.boxes)
     covered = ((overlaps >= iou) & proposals.valid[:, None]).any(axis=-1).astype(jnp.float32)
@@ -130,11 +130,9 @@ def rpn_losses(
     logits: Sequence[Float[Array, "B n"]],
     deltas: Sequence[Float[Array, "B n 4"]],
     anchors: Sequence[Float[Array, "n 4"]],
-    image_size: Float[Array, "B 2"],
-    truth: Float[Array, "B M 4"],
-    truth_valid: Bool[Array, "B M"],
-    image_valid: Bool[Array, " B"],
+    batch: Mapping[str, Array],
     *,
+    ignore_ioa: float = 0.5,
     positive_iou: float = 0.7,
     negative_iou: float = 0.3,
     best_match_iou: float = 0.3,
@@ -149,10 +147,11 @@ def rpn_losses(
     Args:
       keys: (B,) random keys, one an image.
       logits, deltas, anchors: per level, as in `propose`.
-      image_size: content height, width of each image, pixels.
-      truth: ground-truth boxes, pixels.
-      truth_valid: which of them are real.
-      image_valid: images that count.
+      batch: image_size (B,2), image_valid (B,), gt_boxes (B,M,4) pixels, gt_valid (B,M); optional
+        ignore_boxes and ignore_valid (`matching.ignored_background`), and class_known (B,K): an
+        image of whose source some class is unknown has no background anchors, since any of them
+        may hold an object of such a class.
+      ignore_ioa: share of an anchor's area inside an ignore box from which on it is no background.
       positive_iou, negative_iou, best_match_iou: see `matching.match`.
       num_samples: anchors trained on per image.
       positive_fraction: largest share of positives among them.
@@ -165,7 +164,11 @@ def rpn_losses(
     deltas = jnp.concatenate(deltas, axis=1)
     anchors = jnp.concatenate(anchors, axis=0)
 
-    def assign(key, size, boxes, boxes_valid):
+    ignore = matching.ignored_background(anchors, batch, ignore_ioa)
+    if "class_known" in batch:
+        ignore |= ~batch["class_known"].all(axis=-1, keepdims=True)
+
+    def assign(key, size, boxes, boxes_valid, ignore):
         inside = jnp.ones(anchors.shape[0], bool)
         if allowed_border is not None:
             limit = jnp.concatenate([size[::-1], size[::-1]])
@@ -179,6 +182,7 @@ def rpn_losses(
             positive_iou=positive_iou,
             negative_iou=negative_iou,
             best_match_iou=best_match_iou,
+            ignore=ignore,
         )
         index, positive, valid = matching.sample(
             key, found.positive, found.negative, num_samples, positive_fraction
@@ -188,9 +192,11 @@ def rpn_losses(
         target = box_ops.encode(boxes[answer], sampled)
         return index, positive, valid, target
 
-    index, positive, valid, target = jax.vmap(assign)(keys, image_size, truth, truth_valid)
+    index, positive, valid, target = jax.vmap(assign)(
+        keys, batch["image_size"], batch["gt_boxes"], batch["gt_valid"], ignore
+    )
     target = jax.lax.stop_gradient(target)
-    valid &= image_valid[:, None]
+    valid &= batch["image_valid"][:, None]
     logits = jnp.take_along_axis(logits, index, axis=1)
     deltas = jnp.take_along_axis(deltas, index[..., None], axis=1)
     classification = elementwise.sigmoid_cross_entropy(logits, positive)

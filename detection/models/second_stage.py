@@ -97,7 +97,8 @@ def stage_losses(
       pools: of each branch.
       keys: (B,) random keys, one an image.
       proposals: of the first stage.
-      batch: ground truth: gt_boxes, gt_classes, gt_valid; image_size, image_valid.
+      batch: ground truth: gt_boxes, gt_classes, gt_valid; image_size, image_valid; optional ignore
+        regions (`box_head.sample_rois`) and class_known (`HeadOutput.masked`).
       stages: constants of each.
       weights: of the losses by name, for each branch.
       sample: options of `box_head.sample_rois`.
@@ -111,9 +112,7 @@ def stage_losses(
         targets = box_head.sample_rois(
             jax.vmap(jax.random.fold_in, (0, None))(keys, index),
             proposals,
-            batch["gt_boxes"],
-            batch["gt_classes"],
-            batch["gt_valid"],
+            batch,
             iou=stage.iou,
             **sample,
         )
@@ -126,6 +125,8 @@ def stage_losses(
             branch[index](pool, targets.boxes, True, num_boxes)
             for branch, pool in zip(heads, pools, strict=True)
         ]
+        if "class_known" in batch:
+            outputs = [output.masked(batch["class_known"]) for output in outputs]
         of_stage = f"_stage{index + 1}" if len(stages) > 1 else ""
         for branch, (output, by_name) in enumerate(zip(outputs, weights, strict=True)):
             found = head_losses(

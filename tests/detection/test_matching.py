@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detection.assign.matching import best_truth, match, sample
+from detection.assign.matching import best_truth, ignored, ignored_background, match, sample
 from tests.oracles import matching as oracle
 
 
@@ -23,6 +23,7 @@ def test_match_equals_brute_force(seed, best_match_iou):
     boxes, truth = random_boxes(rng, 40), random_boxes(rng, 6)
     boxes[:4] = truth[:4]
     valid, truth_valid = rng.random(40) < 0.9, rng.random(6) < 0.7
+    ignore = rng.random(40) < 0.3 if seed % 2 else None
     found = match(
         boxes,
         valid,
@@ -31,15 +32,38 @@ def test_match_equals_brute_force(seed, best_match_iou):
         positive_iou=0.7,
         negative_iou=0.3,
         best_match_iou=best_match_iou,
+        ignore=ignore,
     )
     index, positive, negative = oracle.match(
-        boxes, valid, truth, truth_valid, 0.7, 0.3, best_match_iou
+        boxes, valid, truth, truth_valid, 0.7, 0.3, best_match_iou, ignore
     )
     np.testing.assert_array_equal(found.positive, positive)
     np.testing.assert_array_equal(found.negative, negative)
     rows = np.flatnonzero(positive)
     answers = best_truth(boxes, truth, truth_valid)
     np.testing.assert_array_equal(np.asarray(answers)[rows], np.asarray(index)[rows])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ignored_boxes_equal_brute_force_for_each_image_of_a_batch(seed):
+    rng = np.random.default_rng(seed)
+    boxes = np.stack([random_boxes(rng, 40) for _ in range(3)])
+    regions = np.stack([random_boxes(rng, 5) for _ in range(3)])
+    region_valid = rng.random((3, 5)) < 0.7
+    region_valid[2] = False
+    batch = {"image_valid": np.ones(3, bool), "ignore_boxes": regions, "ignore_valid": region_valid}
+    expected = [
+        oracle.ignored(*image, 0.5) for image in zip(boxes, regions, region_valid, strict=True)
+    ]
+    np.testing.assert_array_equal(ignored_background(boxes, batch, 0.5), expected)
+    np.testing.assert_array_equal(ignored(boxes, regions, region_valid, 0.5), expected)
+    # Anchors are the same for all images.
+    expected = [
+        oracle.ignored(boxes[0], *image, 0.5) for image in zip(regions, region_valid, strict=True)
+    ]
+    np.testing.assert_array_equal(ignored_background(boxes[0], batch, 0.5), expected)
+    batch["ignore_valid"] = np.zeros((3, 5), bool)
+    assert not ignored_background(boxes, batch, 0.5).any()
 
 
 def test_image_without_truth_has_only_negatives():

@@ -123,7 +123,7 @@ def losses_of(heads, stages, weights=({},), branches=1):
         batch,
         stages,
         weights,
-        sample=dict(num_samples=4, positive_fraction=0.5),
+        sample=dict(num_samples=4, positive_fraction=0.5, ignore_ioa=0.5),
         loss=dict(beta=1.0, normaliser="sampled"),
         margin={},
     )

@@ -12,7 +12,24 @@ def iou_pair(a, b):
     return shared / union if union > 0 else 0.0
 
 
-def match(boxes, valid, truth, truth_valid, positive_iou, negative_iou, best_match_iou=None):
+def ignored(boxes, ignore_boxes, ignore_valid, threshold):
+    """Whether more than `threshold` of each box's own area lies in some ignore box."""
+    result = []
+    for box in boxes:
+        area = max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+        shares = [0.0]
+        for region, valid in zip(ignore_boxes, ignore_valid, strict=True):
+            width = max(0.0, min(box[2], region[2]) - max(box[0], region[0]))
+            height = max(0.0, min(box[3], region[3]) - max(box[1], region[1]))
+            if valid and area > 0:
+                shares.append(width * height / area)
+        result.append(max(shares) > threshold)
+    return np.array(result)
+
+
+def match(
+    boxes, valid, truth, truth_valid, positive_iou, negative_iou, best_match_iou=None, ignore=None
+):
     """Returns (index, positive, negative) as lists, following Faster R-CNN's text literally."""
     n = len(boxes)
     overlaps = np.full((n, len(truth)), -1.0)
@@ -31,4 +48,6 @@ def match(boxes, valid, truth, truth_valid, positive_iou, negative_iou, best_mat
                 if truth_valid[j] and top >= best_match_iou and overlaps[i, j] >= top - 1e-6:
                     positive[i] = True
         negative[i] = bool(valid[i] and not positive[i] and best < negative_iou)
+        if ignore is not None and ignore[i]:
+            negative[i] = False
     return index, positive, negative
