@@ -14,8 +14,8 @@ Prints the medians of each side, taken in turns in one process, and their ratio 
 faster), and exits with status 1 when values or gradients differ by more than 0.001 of the largest.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from common.geometry.deform_roi import deform_roi_align
 from common.io.commands import run_main
 from common.nn.layers.deform_conv import deform_conv2d
 from scripts.bench.bench_roi_align import random_rois
-from scripts.bench.timing import time_in_turns
+from scripts.bench.timing import compare
 
 BATCH = 2
 # (tap, side of the map, channels)
@@ -34,9 +34,10 @@ CONVOLUTIONS = (("c3", 64, 128), ("c4", 32, 256), ("c5", 16, 512))
 STRIDES = (4, 8, 16, 32)
 SIZE, CHANNELS, ROIS, BINS, SAMPLES = 512, 256, 512, 7, 2
 _TOLERANCE = 1e-3
+Calls = tuple[Callable[[], Any], Callable[[], Any]]  # forward; forward with backward
 
 
-def torch_calls(function: Callable, arrays: Sequence, gradient) -> tuple[Callable, Callable]:
+def torch_calls(function: Callable, arrays: Sequence, gradient) -> Calls:
     """Forward alone, and forward with the gradients of `arrays`, which the second one returns."""
     import torch
 
@@ -53,7 +54,7 @@ def torch_calls(function: Callable, arrays: Sequence, gradient) -> tuple[Callabl
     return forward, both
 
 
-def our_calls(function: Callable, arrays: Sequence, gradient) -> tuple[Callable, Callable]:
+def our_calls(function: Callable, arrays: Sequence, gradient) -> Calls:
     """Like `torch_calls`."""
     forward = jax.jit(function)
     arrays, gradient = jax.device_put((tuple(arrays), gradient))
@@ -69,20 +70,11 @@ def our_calls(function: Callable, arrays: Sequence, gradient) -> tuple[Callable,
     )
 
 
-def compare(name: str, ours: tuple, theirs: tuple, error: float) -> None:
+def report(name: str, ours: Calls, theirs: Calls, error: float) -> None:
     """Prints the times of forward and of forward with backward, and their ratio."""
     print(f"{name}: largest difference {error:.1e}")
-    for label, calls in zip(
-        ("forward", "forward + backward"), zip(ours, theirs, strict=True), strict=True
-    ):
-        for call in calls:
-            call()
-        mine, peer = (np.median(t) for t in time_in_turns(calls, flags.FLAGS.runs))
-        print(
-            f"  {label:18s} ours {mine * 1e3:7.1f} ms   torchvision {peer * 1e3:7.1f} ms   "
-            f"ratio {mine / peer:.3f}",
-            flush=True,
-        )
+    for title, mine, peer in zip(("forward", "forward + backward"), ours, theirs, strict=True):
+        compare(title, {"ours": mine, "torchvision": peer}, flags.FLAGS.runs)
 
 
 def difference(ours, theirs) -> float:
@@ -133,7 +125,7 @@ def bench_convolution(name: str, side: int, channels: int, groups: int, version:
     ]
     output, gradients = ours[1]()
     error = difference([output, *gradients], expected)
-    compare(f"deform_conv2d {name}", ours, theirs, error)
+    report(f"deform_conv2d {name}", ours, theirs, error)
     return error
 
 
@@ -161,7 +153,7 @@ def bench_roi_pooling() -> float:
     align = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], BINS, SAMPLES)
 
     def aligned(*maps):
-        named = OrderedDict((str(i), feature) for i, feature in enumerate(maps))
+        named = {str(i): feature for i, feature in enumerate(maps)}
         return align(named, torch_boxes, [(SIZE, SIZE)] * BATCH)
 
     flat_gradient = gradient.reshape(-1, BINS, BINS, CHANNELS).transpose(0, 3, 1, 2)
@@ -207,11 +199,11 @@ def bench_roi_pooling() -> float:
     output, gradients = composed[1]()
     expected = [g.numpy() for g in gradients]
     expected[:-1] = [g.transpose(0, 2, 3, 1) for g in expected[:-1]]
-    values, found = ours[1]()
+    values, our_gradients = ours[1]()
     values = np.asarray(values).reshape(-1, BINS, BINS, CHANNELS)[order]
-    error = difference([values, *found], [output.numpy().transpose(0, 2, 3, 1), *expected])
-    compare("deformable RoI pooling, peer roi_align (does less)", ours, theirs, error)
-    compare("deformable RoI pooling, peer grid_sample", ours, composed, error)
+    error = difference([values, *our_gradients], [output.numpy().transpose(0, 2, 3, 1), *expected])
+    report("deformable RoI pooling, peer roi_align (does less)", ours, theirs, error)
+    report("deformable RoI pooling, peer grid_sample", ours, composed, error)
     return error
 
 

@@ -15,7 +15,7 @@ from absl import flags
 
 from common.geometry import nms
 from common.io.commands import run_main
-from scripts.bench.timing import time_in_turns
+from scripts.bench.timing import compare
 
 
 def random_case(
@@ -84,14 +84,8 @@ def main() -> int:
         kept = run_ours()
         differing = int(np.sum(kept != run_theirs()))
         total_differing += differing
-        ours_seconds, theirs_seconds = time_in_turns([run_ours, run_theirs], flags.FLAGS.repeats)
         print(f"{case}: kept {int(kept.sum())} of {kept.size}; {differing} decisions differ")
-        for name, seconds in (("ours", ours_seconds), ("torchvision", theirs_seconds)):
-            median, least = np.median(seconds) * 1e3, seconds.min() * 1e3
-            print(f"  {name:12s} median {median:8.2f} ms   least {least:8.2f} ms")
-        print(
-            f"  ratio ours / torchvision {np.median(ours_seconds) / np.median(theirs_seconds):.3f}"
-        )
+        compare("NMS", {"ours": run_ours, "torchvision": run_theirs}, flags.FLAGS.repeats)
     return int(total_differing > 0)
 
 

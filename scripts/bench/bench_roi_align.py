@@ -17,7 +17,7 @@ from absl import flags
 
 from common.geometry import roi_align
 from common.io.commands import run_main
-from scripts.bench.timing import time_in_turns
+from scripts.bench.timing import compare
 
 _STRIDES = (4, 8, 16, 32)
 _TOLERANCE = 1e-3  # sums of some hundred float32 products, in another order
@@ -66,8 +66,8 @@ def main() -> int:
         for i, f in enumerate(features)
     )
     torch_boxes = [torch.from_numpy(image_boxes) for image_boxes in boxes]
-    torch_gradient = gradient.reshape(-1, 7, 7, channels).transpose(0, 3, 1, 2)
-    torch_gradient = torch.from_numpy(torch_gradient.copy())
+    flat_gradient = gradient.reshape(-1, 7, 7, channels).transpose(0, 3, 1, 2)
+    torch_gradient = torch.from_numpy(flat_gradient.copy())
 
     def torch_forward():
         with torch.no_grad():
@@ -113,16 +113,11 @@ def main() -> int:
         def run_both(both=both):
             jax.block_until_ready(both(*arguments, device_gradient))
 
-        run_forward()
-        for label, calls in (
-            ("forward", (run_forward, torch_forward)),
-            ("forward + backward", (run_both, torch_both)),
+        for title, ours, theirs in (
+            ("forward", run_forward, torch_forward),
+            ("forward + backward", run_both, torch_both),
         ):
-            ours, theirs = (np.median(t) for t in time_in_turns(calls, flags.FLAGS.runs))
-            print(
-                f"  {label:18s} ours {ours * 1e3:7.1f} ms   torchvision {theirs * 1e3:7.1f} ms   "
-                f"ratio {ours / theirs:.3f}"
-            )
+            compare(title, {"ours": ours, "torchvision": theirs}, flags.FLAGS.runs)
     return int(worst > _TOLERANCE)
 
 

@@ -1,15 +1,19 @@
 """Times our R50-FPN Faster R-CNN against torchvision's: a training step, and inference.
 
     python -m scripts.bench.bench_train_step
+    python -m scripts.bench.bench_train_step --peer=plain_head
 
-Needs torch and torchvision in the same environment. Equal settings on both sides: batch 2 at
-512x512, float32, 501-way head, frozen stem and first stage, frozen batch norm, the same anchors,
-2000 (1000) proposals in training (inference), 512 RoIs an image, 256 RPN samples an image, SGD with
-momentum and weight decay, 20 boxes an image. Random weights, of the same distributions.
+Equal settings on both sides: batch 2 at 512x512, float32, 501-way head, frozen stem and first
+stage, frozen batch norm, the same anchors, 2000 (1000) proposals in training (inference), 512 RoIs
+an image, 256 RPN samples an image, SGD with momentum and weight decay, 20 boxes an image. Random
+weights, of the same distributions. Needs torch and torchvision in the same environment.
+
+With --peer=plain_head our Decoupling Head is timed against our plain head instead.
 
 Each side is a process of its own; they take turns, so that other load on the machine meets both. A
-third process runs torchvision with our memory setting (`common.io.memory`), to tell what comes from
-where. Prints the ratios of the best times and the medians (below 1: ours is faster).
+third process runs torchvision with our memory setting (`common.io.memory`), which shows how much of
+the ratio is due to it. Prints the ratios of the best times and the medians (below 1: ours is
+faster).
 """
 
 from collections.abc import Callable
@@ -40,7 +44,7 @@ def example(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
 
 
 def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[], str]]:
-    """Task -> function that runs it once and, for inference, tells how much it found."""
+    """Task -> function that runs it once; that of inference returns the number of detections."""
     import torch
     from torchvision.models import resnet50
     from torchvision.models.detection import FasterRCNN
@@ -79,7 +83,7 @@ def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[]
     def inference():
         model.eval()
         with torch.no_grad():
-            return f"{sum(len(found['boxes']) for found in model(images))} detections"
+            return f"{sum(len(image['boxes']) for image in model(images))} detections"
 
     return {"train": train, "inference": inference}
 
@@ -149,13 +153,14 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
         return ""
 
     def inference():
-        found = predict_step(state.variables, batch)
-        return f"{int(found['valid'].sum())} detections"
+        detections = predict_step(state.variables, batch)
+        return f"{int(detections['valid'].sum())} detections"
 
     return {"train": train, "inference": inference}
 
 
 def define_flags() -> None:
+    flags.DEFINE_enum("peer", "torchvision", ("torchvision", "plain_head"), "Compare with.")
     flags.DEFINE_integer("rounds", 5, "Turns of each side.")
     flags.DEFINE_integer("size", 512, "Side of the images, pixels.")
     flags.DEFINE_integer("batch", 2, "Images per step.")
@@ -166,12 +171,19 @@ def define_flags() -> None:
 def main() -> None:
     values = flags.FLAGS
     data = example(values.batch, values.size, values.classes)
-    theirs = (torchvision_calls, (data, values.classes, values.threads))
-    sides = (
-        Side("torchvision", *theirs, keep_memory=False),
-        Side("torchvision, memory kept", *theirs, keep_memory=True),
-        Side("ours", our_calls, (data, values.classes), keep_memory=True),
-    )
+    ours = (data, values.classes)
+    if values.peer == "torchvision":
+        theirs = (torchvision_calls, (*ours, values.threads))
+        sides = (
+            Side("torchvision", *theirs, keep_memory=False),
+            Side("torchvision, memory kept", *theirs, keep_memory=True),
+            Side("ours", our_calls, ours, keep_memory=True),
+        )
+    else:
+        sides = (
+            Side("plain head", our_calls, ours, keep_memory=True),
+            Side("Decoupling Head", our_calls, (*ours, "decoupling"), keep_memory=True),
+        )
     title = f"{values.batch} images of {values.size}x{values.size}"
     compare_processes(sides, dict.fromkeys(TASKS, title), values.rounds)
 
