@@ -87,3 +87,27 @@ def test_memory_does_not_grow_with_the_length_of_the_run():
     progress = Progress(10**6, 8, 1, window_seconds=10.0, clock=clock)
     run(progress, clock, range(1, 5001))
     assert len(progress._marks) < 50
+
+
+def test_a_plain_loop_says_a_line_every_few_seconds():
+    clock, lines = Clock(), []
+    progress = Progress(1000, what="merge", say=lines.append, every_seconds=10.0, clock=clock)
+    for done in range(100, 1001, 100):
+        clock.now += 4.0
+        progress.report(done, {"rows": 123456 * done, "mAP": 0.123456})
+    progress.report(1000, last=True)
+    assert lines == [
+        "merge 300/1000  rows 37036800  mAP 0.1235  images/s 25.0  left 0:00:28",
+        "merge 600/1000  rows 74073600  mAP 0.1235  images/s 25.0  left 0:00:16",
+        "merge 900/1000  rows 111110400  mAP 0.1235  images/s 25.0  left 0:00:04",
+        "merge 1000/1000  images/s 25.0  left 0:00:00",
+    ]
+
+
+def test_slow_work_is_counted_by_the_hour_and_an_unknown_total_has_no_time_left():
+    clock, lines = Clock(), []
+    progress = Progress(0, what="search", unit="trees", say=lines.append, clock=clock)
+    for done in (1, 2):
+        clock.now += 30.0
+        progress.report(done)
+    assert lines == ["search 1", "search 2  trees/hour 120"]
