@@ -14,7 +14,6 @@ middle of each box, the upper bound. The class mean counts every class alike, as
 """
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from common.data.images import canvas_shape
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.progress import Progress
 from detection.assign.anchor_selection import (
     AnchorSet,
     Recall,
@@ -40,7 +40,6 @@ from detection.assign.anchor_selection import (
 USUAL = AnchorSet("usual 3", (8.0,), (0.5, 1.0, 2.0))
 PAPER_SCALES, PAPER_RATIOS = (8.0, 11.0, 14.0), (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 _IMAGES = 1 << 15  # of a piece
-_SECONDS = 5.0  # between progress lines
 
 
 def define_flags() -> None:
@@ -140,7 +139,7 @@ def pieces(
     dataset: Dataset, indices: np.ndarray, sizes: np.ndarray, canvas: Sequence[int], task: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields boxes with an area in canvas pixels, and their classes, of some images at a time."""
-    start_time = said = time.monotonic()
+    progress = Progress(len(indices), what=task)
     for start in range(0, len(indices), _IMAGES):
         part = indices[start : start + _IMAGES]
         first = dataset.box_offsets[part]
@@ -152,11 +151,7 @@ def pieces(
         boxes = (np.asarray(dataset.boxes[rows]) * full).astype(np.float32)
         keep = has_area(boxes)
         yield boxes[keep], np.asarray(dataset.box_classes[rows])[keep]
-        now, done = time.monotonic(), start + len(part)
-        if now - said > _SECONDS:
-            left = (now - start_time) / done * (len(indices) - done)
-            print(f"{task}: {done}/{len(indices)} images, {left:.0f} s left", flush=True)
-            said = now
+        progress.report(start + len(part))
 
 
 def report(results: dict) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 from common.convert.annotations import Annotations
 from common.convert.cleaning import clean_boxes, clean_labels
 from common.convert.photos import find_photos, read_sizes
-from common.convert.report import DROPPED, REPAIRED, Report, Ticker
+from common.convert.report import DROPPED, REPAIRED, Report
 from common.data.dataset import DatasetWriter
 from common.io.errors import UserError
+from common.io.progress import Progress
 
 # Up to here the headers of the photos are read without being asked for (about 0.1 ms each).
 _SIZES_UNASKED = 200_000
@@ -273,7 +274,7 @@ def _write_blocks(writer, ids, paths, sizes, box_rows, label_rows, mask_spool) -
     spool = np.zeros(0, np.uint8)
     if mask_spool is not None and mask_spool.stat().st_size:
         spool = np.memmap(mask_spool, np.uint8, "r")
-    ticker = Ticker("writing", len(ids), "images")
+    progress = Progress(len(ids), what="writing")
     for start in range(0, len(ids), _BLOCK):
         rows = slice(start, start + _BLOCK)
         box_slice = slice(box_offsets[start], box_offsets[min(start + _BLOCK, len(ids))])
@@ -299,7 +300,7 @@ def _write_blocks(writer, ids, paths, sizes, box_rows, label_rows, mask_spool) -
             texts,
             boxes["area"][box_slice] if "area" in boxes else None,
         )
-        ticker.tick(min(start + _BLOCK, len(ids)))
+        progress.report(min(start + _BLOCK, len(ids)))
 
 
 def _overview(annotations, writer, splits, place, boxes, report) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 
-from common.convert.report import Ticker
 from common.io.errors import UserError
+from common.io.progress import Progress
 
 _BLOCK_BYTES = 8 << 20
 
@@ -61,7 +61,7 @@ def stream_csv(
         )
     types = {**columns, **{k: v for k, v in (optional or {}).items() if k in header}}
     size = os.path.getsize(path)
-    ticker = Ticker(path.name)
+    progress = Progress(size >> 20, what=path.name, unit="MiB")
     line = 2
     try:
         with open(path, "rb") as raw:
@@ -79,7 +79,7 @@ def stream_csv(
             for batch in reader:
                 yield line, batch
                 line += batch.num_rows
-                ticker.tick(line - 2, raw.tell() / size)
+                progress.report(raw.tell() >> 20, {"rows": line - 2})
     except pa.ArrowInvalid as error:
         text = " ".join(str(error).split())
         if "Empty CSV file" in text:  # a header and nothing below it

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from PIL import ExifTags, Image
 
-from common.convert.report import Ticker
+from common.io.parallel import map_ordered
+from common.io.progress import Progress
 
 # In order of preference where one folder has several: VOC keeps .png masks beside .jpg photos.
 EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -53,14 +53,14 @@ def find_photos(
     paths: list[str | None] = [None] * num_images
     rank: dict[int, tuple[bool, int]] = {}
     seen = 0
-    ticker = Ticker(f"listing {folder}", unit="photos")
+    progress = Progress(0, what=f"listing {folder}", unit="photos")
     for path in walk(folder):
         stem, extension = os.path.splitext(os.path.basename(path))
         extension = extension.lower()
         if extension not in EXTENSIONS:
             continue
         seen += 1
-        ticker.tick(seen)
+        progress.report(seen)
         for image in wanted.get(stem, ()):
             hint = hints(image)
             fits = bool(hint) and _ends_with(path, hint)
@@ -85,12 +85,11 @@ def read_sizes(
       Height and width of each photo (0 when unreadable), and whether it is readable.
     """
     sizes = np.zeros((len(paths), 2), np.int32)
-    ticker = Ticker("reading photos", len(paths), "photos")
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda path: _size(folder / path, decode), paths, chunksize=64)
-        for i, size in enumerate(results):
-            sizes[i] = size
-            ticker.tick(i + 1)
+    progress = Progress(len(paths), what="reading photos", unit="photos")
+    results = map_ordered(lambda path: _size(folder / path, decode), paths, ahead=256)
+    for i, size in enumerate(results):
+        sizes[i] = size
+        progress.report(i + 1)
     return sizes, (sizes > 0).all(1)
 
 

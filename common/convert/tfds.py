@@ -17,9 +17,10 @@ from PIL import Image
 from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, Columns, ImageTable
 from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_layout
-from common.convert.report import DROPPED, Report, Ticker
+from common.convert.report import DROPPED, Report
 from common.data.dataset import CROWD, DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
 from common.io.errors import UserError
+from common.io.progress import Progress
 
 _FLAGS = {
     "is_crowd": CROWD | GROUP_OF,
@@ -79,12 +80,12 @@ def read_tfds(
         examples = builder.as_dataset(
             split=split, decoders={"image": tfds.decode.SkipDecoding()}, shuffle_files=False
         )
-        ticker = Ticker(f"{name} {split}", info.num_examples, "photos")
+        progress = Progress(info.num_examples, what=f"{name} {split}", unit="photos")
         members = []
         for number, example in enumerate(examples.as_numpy_iterator()):
             index = state.add(example, split, number)
             members += [] if index is None else [index]
-            ticker.tick(number + 1)
+            progress.report(number + 1)
         splits[split] = np.array(members, np.int64)
         state.files.append(f"{builder.data_dir} {split}")
     boxes = state.columns.take()

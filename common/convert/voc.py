@@ -20,9 +20,10 @@ from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, 
 from common.convert.classes import read_class_list, read_hierarchy
 from common.convert.cleaning import check_pixel_corners
 from common.convert.photos import walk
-from common.convert.report import Report, Ticker
+from common.convert.report import Report
 from common.data.dataset import OCCLUDED, TRUNCATED
 from common.io.errors import UserError
+from common.io.progress import Progress
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _SPLIT_FILE = re.compile(r"(^|.*/)ImageSets/Main/[^/]+\.txt")
@@ -58,7 +59,7 @@ def read_voc(
     unique = len(set(stems)) == len(stems)
     images, files = ImageTable(), []
     rows, names, corners, flags, sizes = [], [], [], [], []
-    ticker = Ticker("reading XML", len(xml_paths), "files")
+    progress = Progress(len(xml_paths), what="reading XML", unit="files")
     for path, stem in zip(xml_paths, stems, strict=True):
         annotation = _parse(source / path)
         if annotation is None:
@@ -78,7 +79,7 @@ def read_voc(
                 | OCCLUDED * (_text(node, "occluded") == "1")
             )
         files.append(str(source / path))
-        ticker.tick(len(files))
+        progress.report(len(files))
     if not files:
         raise UserError(f"--source={source}: none of {len(xml_paths)} .xml files is Pascal VOC")
     labels, class_names = read_class_list(classes) if classes else (sorted(set(names)),) * 2

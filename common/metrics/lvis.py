@@ -21,9 +21,9 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from jaxtyping import Float, Int
 
-from common.convert.report import Ticker
 from common.data.dataset import ABSENT, NOT_EXHAUSTIVE, Dataset
 from common.io.errors import UserError
+from common.io.progress import Progress
 from common.masks import rle
 from common.metrics.coco import check_masks, pixel_boxes, require_sizes, truth_annotations
 from common.metrics.coverage import image_ranks, open_source, selected_chunks, split_images
@@ -99,7 +99,7 @@ def evaluate_lvis(
     found = _find(dataset, source, indices, verified, masks)
     ranks = image_ranks(dataset, images)
     precisions, recalls, classes = [], [], sorted(truth)
-    ticker = Ticker("LVIS AP", len(classes), "classes")
+    progress = Progress(len(classes), what="LVIS AP", unit="classes")
     order = np.argsort(found.classes, kind="stable")
     bounds = np.searchsorted(found.classes[order], np.arange(dataset.num_classes + 1))
     for number, label in enumerate(classes):
@@ -110,7 +110,7 @@ def evaluate_lvis(
         # One class, one limit of detections.
         precisions.append(evaluation["precision"][:, :, 0, :, 0])
         recalls.append(evaluation["recall"][:, 0, :, 0])
-        ticker.tick(number + 1)
+        progress.report(number + 1)
     precision, recall = np.stack(precisions, axis=2), np.stack(recalls, axis=1)
     result = _summary(precision, recall, np.array([frequency[label] for label in classes]))
     for place, label in enumerate(classes):

@@ -17,8 +17,7 @@ Shape legend: I images of a chunk, n its detections, m its ground-truth boxes, K
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from common.data.dataset import GROUP_OF, Dataset
 from common.io.errors import UserError
+from common.io.parallel import map_ordered
 from common.metrics.coverage import open_source, selected_chunks, split_images
 from common.metrics.matching import (
     ABSORBED,
@@ -149,24 +149,12 @@ def evaluate_openimages(
         )
 
     chunks = selected_chunks(source, dataset.class_labels, indices >= 0)
-    parts = list(parallel_map(score_chunk, chunks, num_threads))
+    parts = list(map_ordered(score_chunk, chunks, threads=num_threads, ahead=num_threads))
     aps = average_precisions(parts, counts, group_of_weight)
     result = {MEAN_AP.format(iou_threshold): float(np.mean(aps[present]))}
     for index in present:
         result[CLASS_AP.format(iou_threshold, dataset.class_labels[index])] = float(aps[index])
     return result
-
-
-def parallel_map(function: Callable, items: Iterable, num_threads: int) -> Iterator:
-    """Ordered map over threads that never holds more than `num_threads` + 1 items."""
-    with ThreadPoolExecutor(num_threads) as pool:
-        pending = []
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > num_threads:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
 
 
 def gather_truth(

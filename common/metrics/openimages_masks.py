@@ -25,7 +25,6 @@ detections, K classes, M boxes of the dataset.
 """
 
 import os
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -33,6 +32,8 @@ from jaxtyping import Bool, Float, Int
 
 from common.data.dataset import Dataset
 from common.io.errors import UserError
+from common.io.parallel import map_ordered
+from common.io.progress import Progress
 from common.masks import rle
 from common.masks.dataset_masks import MaskReader, same_shape
 from common.metrics.coverage import open_source, selected_chunks, split_images
@@ -54,7 +55,6 @@ from common.metrics.openimages import (
     count_truth,
     entries_of,
     gather_truth,
-    parallel_map,
 )
 from common.tables import Detections
 from common.tables.hierarchy import ancestors, repeat_with
@@ -62,7 +62,6 @@ from common.tables.ranges import rows_of
 
 MEAN_AP = "OpenImagesInstanceSegmentationChallenge_Precision/mAP@{:g}IOU"
 CLASS_AP = "OpenImagesInstanceSegmentationChallenge_PerformanceByCategory/AP@{:g}IOU/{}"
-_SAY_SECONDS = 20.0  # between lines of progress
 _IMAGES = 256  # without detections, looked at together
 
 
@@ -136,14 +135,20 @@ def evaluate_openimages_masks(
 
     chunks = selected_chunks(source, dataset.class_labels, indices >= 0, masks=True)
     parts, seen = [], np.zeros(len(indices), bool)
-    total, progress = int((indices >= 0).sum()), _Progress(say)
-    for entries, codes in parallel_map(score_chunk, chunks, num_threads):
+    progress = Progress(int((indices >= 0).sum()), what="scoring", say=say)
+    for entries, codes in map_ordered(score_chunk, chunks, threads=num_threads, ahead=num_threads):
         parts.append(entries)
         seen[codes] = True
-        progress(int(seen.sum()), total)
+        progress.report(int(seen.sum()))
     rest = indices[(indices >= 0) & ~seen]
     pieces = (rest[start : start + _IMAGES] for start in range(0, len(rest), _IMAGES))
-    for rows in parallel_map(lambda part: _filled_rows(reader, dataset, part), pieces, num_threads):
+    filled_rows = map_ordered(
+        lambda part: _filled_rows(reader, dataset, part),
+        pieces,
+        threads=num_threads,
+        ahead=num_threads,
+    )
+    for rows in filled_rows:
         filled[rows] = True
     counts = count_truth(dataset, indices[indices >= 0], relatives, group_of_weight, filled)
     present = np.flatnonzero(counts > 0)
@@ -371,19 +376,3 @@ def _filled_rows(
     _, rows = rows_of(dataset.box_offsets, images)
     rows = rows[reader.has_mask(rows)]
     return rows[[not reader.is_empty(row) for row in rows.tolist()]] if len(rows) else rows
-
-
-class _Progress:
-    """Says now and then how far it is."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last >= _SAY_SECONDS and done < total:
-            self._last = now
-            rate = done / (now - self._start)
-            left = (total - done) / rate
-            self._say(f"{done} of {total} images, {rate:.0f} images/s, {left:.0f} s left")

@@ -9,7 +9,7 @@ Shape legend: I images scored, K classes, S sizes, d detections above their scor
 """
 
 import dataclasses
-import time
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from common.io.parallel import map_ordered
+from common.io.progress import Progress
 from common.metrics import openimages
 from common.metrics.coverage import selected_chunks
 from common.report import errors, gains
 from common.report.scope import Scope
 from common.tables import Detections, DetectionsReader
 from common.tables.hierarchy import expand_detections
-
-PROGRESS_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +113,15 @@ def analyse(
 
     def chunks(step: str) -> Iterator[Detections]:
         stream = selected_chunks(reader, dataset.class_labels, selected)
-        return _with_progress(stream, reader.num_rows, f"{name}: {step}", say)
+        progress = Progress(reader.num_rows, what=f"{name}: {step}", unit="rows", say=say)
+        done = 0
+        for chunk in stream:
+            yield chunk
+            done += len(chunk)
+            progress.report(done)
 
-    parts = list(openimages.parallel_map(score_chunk, chunks("scoring"), num_threads))
+    in_threads = functools.partial(map_ordered, threads=num_threads, ahead=num_threads)
+    parts = list(in_threads(score_chunk, chunks("scoring")))
     entries = gains.concatenate([part for part, _ in parts])
     accounted = sum((count for _, count in parts), np.zeros(num_classes))
     curves = gains.curves(entries, scope.counts)
@@ -134,7 +140,7 @@ def analyse(
         truth = openimages.gather_truth(dataset, images, scope.parents, image_labels)
         return _judge(chunk, images, image_index, truth, num_classes)
 
-    judged = list(openimages.parallel_map(judge_chunk, chunks("judging"), num_threads))
+    judged = list(in_threads(judge_chunk, chunks("judging")))
     return _collect(
         judged,
         scope,
@@ -216,15 +222,3 @@ def _collect(parts: list, scope: Scope, **fields) -> TableReport:
         found_rows=np.sort(found_rows),
         **fields,
     )
-
-
-def _with_progress(
-    chunks: Iterator[Detections], num_rows: int, text: str, say: Callable[[str], None]
-) -> Iterator[Detections]:
-    last, done = time.monotonic(), 0
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk)
-        if time.monotonic() - last > PROGRESS_SECONDS:
-            last = time.monotonic()
-            say(f"{text}, {done:,} of {num_rows:,} rows")

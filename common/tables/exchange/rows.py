@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool
 
-from common.convert.report import Ticker
 from common.io.errors import UserError
+from common.io.progress import Progress
 from common.masks import rle
 from common.tables import Detections, DetectionsReader
 from common.tables.table import MAX_SCORE, rank_in_image
@@ -53,11 +53,12 @@ class Outgoing:
         Raises:
           UserError: a broken table, an unknown label, or a mask that is none.
         """
-        ticker = Ticker(os.path.basename(self.reader.path), self.reader.num_rows)
+        name = os.path.basename(self.reader.path)
+        progress = Progress(self.reader.num_rows, what=name, unit="rows")
         read = 0
         for chunk in self.reader.chunks(self.class_labels, masks=self.masks, rows=_CHUNK):
             read += len(chunk)
-            ticker.tick(read)
+            progress.report(read)
             if self.selected is not None:
                 chunk = chunk.take(self.selected[chunk.image_index])
             if self.masks:

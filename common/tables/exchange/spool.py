@@ -15,8 +15,8 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float32, Int
 
-from common.convert.report import Ticker
 from common.io.errors import UserError
+from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.tables.table import COORDINATE_SLACK, find_invalid
 
@@ -119,7 +119,7 @@ class Importer:
                 labels = np.array([*self._labels, ""], object)[:-1]
                 image_ids = list(self._images)
                 empty = np.ones(len(image_ids), bool)
-                ticker = Ticker("sorting", rows)
+                progress = Progress(rows, what="sorting", unit="rows")
                 done = 0
                 for bucket in buckets:
                     for code, found, masks in bucket.images():
@@ -133,7 +133,7 @@ class Importer:
                             *extra,
                         )
                         done += len(found)
-                        ticker.tick(done)
+                        progress.report(done)
                     bucket.remove()
                 none = np.zeros((0, 4), np.float32)
                 extra = ([], np.zeros((0, 2), np.int32)) if self._masks else ()
