@@ -1,25 +1,25 @@
-"""The mechanics of batches: numbered slots -> tf.data (loaded by several threads) -> NumPy.
+"""The engine under all batches: numbered slots -> examples, loaded in threads -> stacked arrays.
 
-A loader makes the example of a slot; which slot a number stands for is the caller's. So batches
+A loader writes the example of a slot; which slot a number stands for is the caller's. So batches
 resume at any number, and hosts share a global batch by taking other numbers.
+
+Threads suffice: Pillow releases the interpreter lock while it decodes and resizes. Each example is
+written right into its row of the batch's arrays, so nothing is copied when a batch is complete.
 """
 
-import atexit
-import os
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import tensorflow as tf
+from numpy.typing import DTypeLike
 
-from common.data.examples import PhotoErrors
+from common.data.photo_errors import PhotoErrors
 from common.io.errors import UserError
+from common.io.parallel import map_ordered
 
-# TensorFlow only reads here; left alone it would take the memory of the accelerators.
-for _kind in ("GPU", "TPU"):
-    tf.config.set_visible_devices([], _kind)
+Example = dict[str, np.ndarray]
+Fields = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # shape and type of each
 
 
 class Loader(Protocol):
@@ -27,32 +27,82 @@ class Loader(Protocol):
 
     Attributes:
       photo_errors: counts the unreadable photos that were left out.
-      dtypes: of the fields of an example.
     """
 
     photo_errors: PhotoErrors
-    dtypes: Mapping[str, Any]
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int | None, ...]]:
-        """Shape of each field; None where batches differ (the slots of one batch do not)."""
+    def fields(self, slot: Any) -> Fields:
+        """Shape and type of each field of an example; the same for all slots of a batch."""
 
-    def load(self, slot: Any) -> dict[str, np.ndarray]:
-        """The example of a slot."""
-
-    def empty(self, slot: Any | None) -> dict[str, np.ndarray]:
-        """An example of all padding, of the shapes that `load` returns for the slot (None: of one
-        that could not be told)."""
+    def load(self, slot: Any, example: Example) -> None:
+        """Writes the example of a slot into arrays of zeros."""
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Iterator over host-local batches; arrays are read-only.
+class _Batch:
+    """The arrays of a batch, made when the first of its examples is loaded."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.arrays: Example = {}
+        self._lock = threading.Lock()
+
+    def row(self, place: int, loader: Loader, slot: Any) -> Example:
+        """The arrays' views of one example."""
+        with self._lock:
+            if not self.arrays:
+                self.arrays = {
+                    name: np.zeros((self.size, *shape), dtype)
+                    for name, (shape, dtype) in loader.fields(slot).items()
+                }
+        return {name: array[place, ...] for name, array in self.arrays.items()}
+
+
+def stack_examples(
+    loader: Loader,
+    batches: Iterable[Sequence[Any]],
+    *,
+    slot: Callable[[Any], Any] = lambda item: item,
+    threads: int,
+    ahead: int,
+) -> Iterator[Example]:
+    """Yields the arrays of each batch, in order; they are read-only.
+
+    Args:
+      loader: makes the examples.
+      batches: the items of each batch, which lie ahead of the result by `ahead` items at most.
+      slot: what the loader is to make of an item; called in the threads.
+      threads: 0: twice as many as there are cores, at most 64.
+      ahead: number of examples that are loaded ahead.
+
+    Raises:
+      Exception: what `slot` or the loader raises, when the batch of that example comes.
+    """
+
+    def tasks() -> Iterator[tuple[_Batch, int, Any]]:
+        for items in batches:
+            batch = _Batch(len(items))
+            for place, item in enumerate(items):
+                yield batch, place, item
+
+    def load(task: tuple[_Batch, int, Any]) -> tuple[_Batch, int]:
+        batch, place, item = task
+        what = slot(item)
+        loader.load(what, batch.row(place, loader, what))
+        return batch, place
+
+    for batch, place in map_ordered(load, tasks(), threads=threads, ahead=ahead):
+        if place == batch.size - 1:
+            for array in batch.arrays.values():
+                array.flags.writeable = False
+            yield batch.arrays
+
+
+class Batches(Iterator[Example]):
+    """Iterator over the batches of this host; arrays are read-only.
 
     Attributes:
       num_batches: how many there are in all.
     """
-
-    _open: weakref.WeakSet["Batches"] = weakref.WeakSet()
 
     def __init__(
         self,
@@ -64,7 +114,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         num_threads: int,
         prefetch: int,
     ):
-        """Starts reading.
+        """Reads nothing before the first batch is asked for.
 
         Args:
           loader: makes the examples.
@@ -75,81 +125,23 @@ class Batches(Iterator[dict[str, np.ndarray]]):
           prefetch: batches made ahead.
         """
         self.num_batches = len(numbers) // batch_size
-        self._numbers = numbers
-        self._batch_size = batch_size
-        self._made = 0
-        self._slot = slot
-        self._loader = loader
-        self._errors: dict[int, Exception] = {}
-        # More threads than cores: they also wait for files and for the interpreter lock.
-        threads = num_threads or min(2 * (os.cpu_count() or 1), 64)
-        options = tf.data.Options()
-        options.deterministic = True
-        # Every number is given. The tuning thread would hold up the end of an iterator: up to a
-        # minute each.
-        options.autotune.enabled = False
-        options.threading.private_threadpool_size = threads + 1
-        self._iterator = (
-            tf.data.Dataset.range(numbers.start, numbers.stop)
-            .map(self._example, num_parallel_calls=threads)
-            .batch(batch_size, drop_remainder=True)
-            .prefetch(prefetch)
-            .with_options(options)
-            .as_numpy_iterator()
+        self._photo_errors = loader.photo_errors
+        starts = range(numbers.start, numbers.start + self.num_batches * batch_size, batch_size)
+        self._examples = stack_examples(
+            loader,
+            (range(start, start + batch_size) for start in starts),
+            slot=slot,
+            threads=num_threads,
+            ahead=(prefetch + 1) * batch_size,
         )
-        self._open.add(self)
-
-    def close(self) -> None:
-        """Stops reading ahead. After the last batch and at exit this happens by itself.
-
-        A thread of tf.data that waits for Python when the interpreter has gone never ends, and the
-        iterator, deleted so late, would wait for it.
-        """
-        self._iterator = iter(())
-
-    @classmethod
-    def close_all(cls) -> None:
-        for batches in list(cls._open):
-            batches.close()
 
     @property
     def skipped_images(self) -> int:
-        """Photos left out so far because they cannot be read (those of prefetched batches too)."""
-        return self._loader.photo_errors.skipped
+        """Photos left out so far because they cannot be read (those loaded ahead too)."""
+        return self._photo_errors.skipped
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator, None)
-        if batch is None:
-            self.close()
-            raise StopIteration
-        self._made += 1
-        end = self._numbers.start + self._made * self._batch_size
-        errors = [number for number in list(self._errors) if number < end]
-        if errors:
-            raise self._errors[min(errors)]
-        return batch
-
-    def _example(self, number: tf.Tensor) -> dict[str, tf.Tensor]:
-        # numpy_function costs the interpreter lock, but Pillow gives it back while it works.
-        dtypes, shapes = self._loader.dtypes, self._loader.shapes
-        values = tf.numpy_function(self._load, [number], list(dtypes.values()))
-        for name, value in zip(dtypes, values, strict=True):
-            value.set_shape(shapes[name])
-        return dict(zip(dtypes, values, strict=True))
-
-    def _load(self, number: np.int64) -> list[np.ndarray]:
-        slot = None
-        try:
-            slot = self._slot(int(number))
-            example = self._loader.load(slot)
-        except Exception as error:
-            # Raised by `__next__` when its batch comes: TensorFlow would print it and pass on text.
-            self._errors[int(number)] = error
-            example = self._loader.empty(slot)
-        return [example[name] for name in self._loader.dtypes]
-
-
-atexit.register(Batches.close_all)
+    def __next__(self) -> Example:
+        return next(self._examples)
 
 
 class StepMemo:
@@ -179,6 +171,11 @@ def generator(seed: int, stream: int, step: int, slot: int) -> np.random.Generat
 
 
 def local_batch(batch_size: int, process_index: int, process_count: int) -> int:
+    """Slots of this host in a batch of all hosts.
+
+    Raises:
+      UserError: the batch cannot be shared evenly.
+    """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size}: expected a positive multiple of {process_count}, "

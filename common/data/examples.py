@@ -10,27 +10,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
+from numpy.typing import DTypeLike
 
 from common.data import images
+from common.data.batches import Example, Fields
 from common.data.dataset import GROUP_OF, Dataset
+from common.data.photo_errors import PhotoErrors
 from common.data.proposals import TableBoxes
 from common.io.errors import UserError
-
-_MIN_TRIED = 100  # images before the share of unreadable ones is judged
-
-DTYPES = {
-    "image": np.uint8,
-    "image_size": np.float32,
-    "original_size": np.int32,
-    "gt_boxes": np.float32,
-    "gt_classes": np.int32,
-    "gt_group_of": np.bool_,
-    "gt_valid": np.bool_,
-    "image_index": np.int32,
-    "image_valid": np.bool_,
-    "drawn_class": np.int32,
-}
-PROPOSAL_DTYPES = {"proposals": np.float32, "proposal_valid": np.bool_}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,129 +90,104 @@ class Settings:
         )
 
 
-class PhotoErrors:
-    """What becomes of photos that cannot be read: `data.on_image_error`. Threads may share it.
-
-    Attributes:
-      skipped: how often one was left out.
-    """
-
-    def __init__(self, on_image_error: str):
-        self.skipped = 0
-        self._fatal = on_image_error == "fatal"
-        self._tried = 0
-        self._told: set[str] = set()
-        self._lock = threading.Lock()
-
-    def count(self) -> None:
-        """Counts a photo, readable or not."""
-        with self._lock:
-            self._tried += 1
-
-    def skip(self, path: str, error: UserError, what: str = "image") -> None:
-        """Counts an unreadable photo (or `what` belongs to it) and names it once.
-
-        Raises:
-          UserError: the config says 'fatal', or most photos so far cannot be read.
-        """
-        if self._fatal:
-            raise UserError(
-                f"{path}: cannot read the {what}: {error} "
-                "(data.on_image_error='skip' goes on without such images)"
-            ) from error
-        with self._lock:
-            self.skipped += 1
-            first = path not in self._told
-            self._told.add(path)
-            skipped, tried = self.skipped, self._tried
-        if first:
-            _tell(f"{path}: skipped, cannot read the {what}: {error}")
-        if tried >= _MIN_TRIED and skipped > tried // 2:
-            raise UserError(
-                f"{path}: cannot read the {what}: {error}; {skipped} of {tried} images could not "
-                "be read: is the dataset's image_root the folder of the photos?"
-            ) from error
-
-
 class ExampleLoader:
     """Makes examples of slots; threads may share it.
 
     Attributes:
-      dtypes: type of each field of an example.
       photo_errors: counts the unreadable photos that were left out.
       dropped_boxes: how many boxes did not fit into `max_boxes`.
     """
 
-    def __init__(self, dataset: Dataset, settings: Settings, proposals: TableBoxes | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        settings: Settings,
+        proposals: TableBoxes | None = None,
+        *,
+        ground_truth: bool = True,
+    ):
+        """`ground_truth`: whether examples have the fields of training."""
         self.photo_errors = PhotoErrors(settings.on_image_error)
         self.dropped_boxes = 0
         self._lock = threading.Lock()
         self._dataset = dataset
         self._settings = settings
         self._proposals = proposals
-        self.dtypes = DTYPES | (PROPOSAL_DTYPES if settings.max_proposals else {})
+        self._ground_truth = ground_truth
+        self._fields = self._all_fields()
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each field of an example."""
-        max_boxes, max_proposals = self._settings.max_boxes, self._settings.max_proposals
-        shapes = {name: () for name in DTYPES} | {
-            "image": (*self._settings.shape, 3),
-            "image_size": (2,),
-            "original_size": (2,),
-            "gt_boxes": (max_boxes, 4),
-            **{name: (max_boxes,) for name in ("gt_classes", "gt_group_of", "gt_valid")},
-            "proposals": (max_proposals, 4),
-            "proposal_valid": (max_proposals,),
+    def _all_fields(self) -> Fields:
+        boxes, proposals = self._settings.max_boxes, self._settings.max_proposals
+        fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+            "image": ((*self._settings.shape, 3), np.uint8),
+            "image_size": ((2,), np.float32),
+            "original_size": ((2,), np.int32),
+            "image_index": ((), np.int32),
+            "image_valid": ((), np.bool_),
         }
-        return {name: shapes[name] for name in self.dtypes}
+        if self._ground_truth:
+            fields |= {
+                "gt_boxes": ((boxes, 4), np.float32),
+                "gt_classes": ((boxes,), np.int32),
+                "gt_group_of": ((boxes,), np.bool_),
+                "gt_valid": ((boxes,), np.bool_),
+                "drawn_class": ((), np.int32),
+            }
+        if proposals:
+            fields |= {
+                "proposals": ((proposals, 4), np.float32),
+                "proposal_valid": ((proposals,), np.bool_),
+            }
+        return fields
 
-    def empty(self, slot: Slot | None = None) -> dict[str, np.ndarray]:
-        """An example of all padding; all slots have the same shapes."""
-        return {name: np.zeros(shape, self.dtypes[name]) for name, shape in self.shapes.items()}
+    def fields(self, slot: Slot) -> Fields:
+        """Shape and type of each field of an example."""
+        return self._fields
 
-    def load(self, slot: Slot) -> dict[str, np.ndarray]:
-        """The example of a slot; of all padding when the photo is broken and may be skipped.
+    def load(self, slot: Slot, example: Example) -> None:
+        """Writes the example of a slot; leaves it empty when the photo is broken and may be
+        skipped.
 
         Raises:
           UserError: the photo cannot be read and the config says 'fatal', or most cannot.
         """
-        example = self.empty()
         example["image_index"][()] = slot.index
-        example["drawn_class"][()] = slot.drawn_class
+        if self._ground_truth:
+            example["drawn_class"][()] = slot.drawn_class
         # Before anything is known of the photo, so that they depend on the slot alone.
         scale, top, left, coin = slot.rng.random(4)
-        if slot.index >= 0:
-            self.photo_errors.count()
-            low, high = self._settings.scale_jitter
-            try:
-                photo = self._open(slot.index)
-                geometry = images.fit(
-                    photo.size,
-                    self._settings.canvas,
-                    scale=low + (high - low) * scale,
-                    crop=(top, left),
-                    flip=self._settings.flip and coin < 0.5,
-                )
-                example["image"] = images.draw(photo, geometry, self._settings.shape)
-            except images.ImageError as error:
-                self.photo_errors.skip(self._dataset.image_file(slot.index), error)
-            else:
-                example["image_size"][:] = geometry.content
-                example["original_size"][:] = photo.size
-                example["image_valid"][()] = True
-                self._add_boxes(example, slot, geometry)
-                if self._proposals is not None:
-                    self._add_proposals(example, slot, geometry)
-        return example
+        if slot.index < 0:
+            return
+        self.photo_errors.count()
+        low, high = self._settings.scale_jitter
+        try:
+            photo = self._open(slot.index)
+            geometry = images.fit(
+                photo.size,
+                self._settings.canvas,
+                scale=low + (high - low) * scale,
+                crop=(top, left),
+                flip=self._settings.flip and coin < 0.5,
+            )
+            content = images.draw_content(photo, geometry)
+        except images.ImageError as error:
+            self.photo_errors.skip(self._dataset.image_file(slot.index), error)
+            return
+        height, width = geometry.content
+        example["image"][:height, :width] = content
+        example["image_size"][:] = geometry.content
+        example["original_size"][:] = photo.size
+        example["image_valid"][()] = True
+        if self._ground_truth:
+            self._add_boxes(example, slot, geometry)
+        if self._proposals is not None:
+            self._add_proposals(example, slot, geometry, self._proposals)
 
     def _open(self, index: int) -> images.Photo:
         data = images.read_file(self._dataset.image_file(index))
         return images.open_photo(data, tuple(self._dataset.image_sizes[index].tolist()))
 
-    def _add_boxes(
-        self, example: dict[str, np.ndarray], slot: Slot, geometry: images.Geometry
-    ) -> None:
+    def _add_boxes(self, example: Example, slot: Slot, geometry: images.Geometry) -> None:
         boxes, classes, flags = self._dataset.image_boxes(slot.index)
         boxes, keep = images.transform_boxes(boxes, geometry)
         group_of = flags & GROUP_OF > 0
@@ -241,10 +203,10 @@ class ExampleLoader:
         example["gt_valid"][:count] = True
 
     def _add_proposals(
-        self, example: dict[str, np.ndarray], slot: Slot, geometry: images.Geometry
+        self, example: Example, slot: Slot, geometry: images.Geometry, table: TableBoxes
     ) -> None:
         first = slot.first_proposal
-        boxes = self._proposals.image_boxes(slot.index)[first : first + len(example["proposals"])]
+        boxes = table.image_boxes(slot.index)[first : first + len(example["proposals"])]
         # In the order of the table, so that what becomes of them can be put beside its rows.
         boxes, keep = images.transform_boxes(boxes, geometry)
         example["proposals"][: len(boxes)] = boxes

@@ -15,6 +15,7 @@ import dataclasses
 import io
 import math
 import struct
+import threading
 import zlib
 from typing import Any
 
@@ -29,6 +30,8 @@ MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the
 
 _WORTH_PART = 0.6  # share of a photo above which all of it is decoded
 _PART_MARGIN = 16  # pixels around a part; the outermost ones lack their neighbours' colour
+
+_TENSORFLOW = threading.Lock()  # held while it is imported and told to leave the accelerators
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here instead, on the size that is decoded
 
@@ -173,8 +176,7 @@ def read_file(path: str) -> bytes:
         if "://" not in path:
             with open(path, "rb") as file:
                 return file.read()
-        import tensorflow as tf  # seconds to import, and only object stores need it
-
+        tf = _tensorflow()
         try:
             with tf.io.gfile.GFile(path, "rb") as file:
                 return file.read()
@@ -250,6 +252,20 @@ def decode(
         raise ImageError(_reason(error)) from error
 
 
+def _tensorflow() -> Any:
+    """TensorFlow, which takes seconds to import and is needed by few.
+
+    It only reads here; left alone it would take the memory of the accelerators.
+    """
+    with _TENSORFLOW:
+        import tensorflow as tf
+
+        for kind in ("GPU", "TPU"):
+            if tf.config.get_visible_devices(kind):
+                tf.config.set_visible_devices([], kind)
+        return tf
+
+
 def _decode_part(
     photo: Photo, wanted: tuple[int, int], spans: list[tuple[float, float]]
 ) -> Pixels | None:
@@ -260,8 +276,7 @@ def _decode_part(
     sequential = image.format == "JPEG" and "progressive" not in image.info
     if share > _WORTH_PART or not sequential or image.mode not in ("RGB", "L"):
         return None
-    import tensorflow as tf  # Pillow cannot decode parts
-
+    tf = _tensorflow()  # Pillow cannot decode parts
     sizes = zip(image.size, wanted, strict=True)
     reduction = min(max(1, side // max(least, 1)) for side, least in sizes)
     reduction = next(r for r in (8, 4, 2, 1) if r <= reduction)
@@ -330,8 +345,8 @@ def resample(
     return image if operation is None else image.transpose(operation)
 
 
-def draw(photo: Photo, geometry: Geometry, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes a photo and draws it on a canvas of height, width `shape`; padding is 0.
+def draw_content(photo: Photo, geometry: Geometry) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes a photo and draws what its canvas shows of it.
 
     Bilinear with antialiasing; greyscale becomes three equal channels, 16 bits lose their low byte,
     transparency is ignored.
@@ -344,8 +359,14 @@ def draw(photo: Photo, geometry: Geometry, shape: tuple[int, int]) -> UInt8[np.n
     image = resample(decode(photo, full), window, geometry.content)
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
+
+def draw(photo: Photo, geometry: Geometry, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """`draw_content` at the top left of a canvas of height, width `shape`; padding is 0."""
     canvas = np.zeros((*shape, 3), np.uint8)
-    canvas[: image.height, : image.width] = np.asarray(image)
+    content = draw_content(photo, geometry)
+    canvas[: content.shape[0], : content.shape[1]] = content
     return canvas
 
 

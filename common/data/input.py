@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: plan -> tf.data (read, decode, augment, pad) -> NumPy.
+"""Batches of photos for training and evaluation: plan -> read, decode, augment, pad.
 
 Every image of a step is a pure function of (seed, step, slot), so a resumed run gets the batches of
 an uninterrupted one and the slices of the hosts put together are the batch of a single host.
@@ -9,12 +9,13 @@ canvas padded up):
   image          uint8   (b, H, W, 3)  RGB, content top left, padding 0 (the model normalises)
   image_size     float32 (b, 2)        height, width of the content on the canvas
   original_size  int32   (b, 2)        height, width of the photo as displayed (after EXIF rotation)
+  image_index    int32   (b,)          row of the dataset, -1 in the padding of the last batch
+  image_valid    bool    (b,)          False: padding, or a photo that could not be read
+in training also
   gt_boxes       float32 (b, M, 4)     xmin, ymin, xmax, ymax in canvas pixels
   gt_classes     int32   (b, M)
   gt_group_of    bool    (b, M)
   gt_valid       bool    (b, M)        which boxes are real
-  image_index    int32   (b,)          row of the dataset, -1 in the padding of the last batch
-  image_valid    bool    (b,)          False: padding, or a photo that could not be read
   drawn_class    int32   (b,)          the class that the plan drew the image for, -1: none
 where data.max_proposals is given and positive, also
   proposals      float32 (b, P, 4)     boxes of a detections table in its order, canvas pixels
@@ -101,8 +102,8 @@ def eval_batches(
 
     Host p gets images [p b, (p + 1) b) of each global batch: every image is on exactly one host,
     all hosts make the same number of batches (`num_batches`), and what the last one lacks is
-    padded with image_index -1, image_valid False. The boxes are limited to max_boxes as in
-    training; metrics take the truth from the dataset instead.
+    padded with image_index -1, image_valid False. There are no ground-truth fields: metrics take
+    the truth from the dataset.
 
     Args and errors: as `train_batches`; batch_size counts the images of all hosts together.
     """
@@ -117,7 +118,8 @@ def eval_batches(
         return Slot(index, -1, generator(0, _EVAL, 0, position))
 
     num_batches = -(-len(images) // batch_size)
-    return PhotoBatches(dataset, settings, slot, range(num_batches * local), local)
+    numbers = range(num_batches * local)
+    return PhotoBatches(dataset, settings, slot, numbers, local, ground_truth=False)
 
 
 def proposal_batches(
@@ -145,7 +147,7 @@ def proposal_batches(
         return Slot(int(images[number]), -1, rng, int(first[number]))
 
     numbers = range(-(-len(images) // batch_size) * batch_size)
-    return PhotoBatches(dataset, settings, slot, numbers, batch_size, proposals)
+    return PhotoBatches(dataset, settings, slot, numbers, batch_size, proposals, ground_truth=False)
 
 
 def _unaugmented(data_config: Any) -> Settings:
@@ -163,10 +165,12 @@ class PhotoBatches(Batches):
         numbers: range,
         batch_size: int,
         proposals: TableBoxes | None = None,
+        *,
+        ground_truth: bool = True,
     ):
-        self._examples = ExampleLoader(dataset, settings, proposals)
+        self._loader = ExampleLoader(dataset, settings, proposals, ground_truth=ground_truth)
         super().__init__(
-            self._examples,
+            self._loader,
             slot,
             numbers,
             batch_size,
@@ -176,5 +180,5 @@ class PhotoBatches(Batches):
 
     @property
     def dropped_boxes(self) -> int:
-        """Boxes so far that did not fit into max_boxes (those of prefetched batches too)."""
-        return self._examples.dropped_boxes
+        """Boxes so far that did not fit into max_boxes (those loaded ahead too)."""
+        return self._loader.dropped_boxes

@@ -9,24 +9,22 @@ A batch is a dictionary (b: images of this host, S: image_size):
   image_valid  bool  (b,)          False: padding
 """
 
-import collections
-import concurrent.futures
+import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from common.data import images
+from common.data.batches import Batches, Example, Fields, generator, local_batch
 from common.data.labelled_images import LabelledImages
+from common.data.photo_errors import PhotoErrors
 from common.data.plan import UniformPlan
 from common.io.errors import UserError
 
 _TRAIN = 2  # stream of random numbers; 0 and 1 are those of `common.data.input`
 _TRIES = 10  # random crops until one fits into the photo
-
-Example = dict[str, np.ndarray]
 
 
 def train_batches(
@@ -38,7 +36,7 @@ def train_batches(
     num_steps: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Example]:
+) -> Batches:
     """Batches of the steps start_step ... start_step + num_steps - 1 from permutations of `source`.
 
     Args:
@@ -60,24 +58,20 @@ def train_batches(
     Raises:
       UserError: bad config; while iterating: a photo that cannot be read.
     """
-    _check(data_config, process_count)
+    _check(data_config)
+    local = local_batch(data_config.batch_size, process_index, process_count)
     plan = UniformPlan(np.arange(len(source)), seed, data_config.batch_size)
-    local = data_config.batch_size // process_count
     size = data_config.image_size
 
-    def load(number: int) -> Example:
+    def slot(number: int) -> _Slot:
         step, place = divmod(number, local)
         place += process_index * local
         index = int(plan.draw(np.array([step * data_config.batch_size + place]))[0])
-        key = np.array([seed % 2**64, _TRAIN], np.uint64)
-        counter = np.array([0, 0, place, step], np.uint64)
-        rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        return _example(
-            source, index, size, lambda shape: random_crop(shape, size, data_config, rng)
-        )
+        rng = generator(seed, _TRAIN, step, place)
+        return _Slot(index, lambda shape: random_crop(shape, size, data_config, rng))
 
     numbers = range(start_step * local, (start_step + num_steps) * local)
-    return _in_batches(load, numbers, local, data_config)
+    return _batches(source, slot, numbers, local, data_config)
 
 
 def eval_batches(
@@ -87,26 +81,25 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Example]:
+) -> Batches:
     """Each image once, in order: the middle of the photo, `eval_crop` of its short side.
 
     Host p gets images [p b, (p + 1) b) of each batch; the last one is padded.
     """
-    _check(data_config, process_count, batch_size)
-    local = batch_size // process_count
+    _check(data_config)
+    local = local_batch(batch_size, process_index, process_count)
     size = data_config.image_size
 
-    def load(number: int) -> Example:
+    def slot(number: int) -> _Slot:
         batch, place = divmod(number, local)
         index = batch * batch_size + process_index * local + place
-        if index >= len(source):
-            return _padding(size)
-        return _example(
-            source, index, size, lambda shape: centre_crop(shape, size, data_config.eval_crop)
+        return _Slot(
+            index if index < len(source) else -1,
+            lambda shape: centre_crop(shape, size, data_config.eval_crop),
         )
 
     numbers = range(-(-len(source) // batch_size) * local)
-    return _in_batches(load, numbers, local, data_config)
+    return _batches(source, slot, numbers, local, data_config)
 
 
 def random_crop(
@@ -151,60 +144,63 @@ def _crop(shape, window, size, *, flip) -> images.Geometry:
     return images.Geometry(full, offset, (size, size), flip)
 
 
-def _example(
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Image (-1: padding) and which part of a photo of given height, width is taken."""
+
+    index: int
+    place: Callable[[tuple[int, int]], images.Geometry]
+
+
+class _LabelledLoader:
+    """Makes examples of slots; every photo must be readable."""
+
+    def __init__(self, source: LabelledImages, size: int):
+        self.photo_errors = PhotoErrors("fatal")
+        self._source = source
+        self._fields = {
+            "image": ((size, size, 3), np.uint8),
+            "label": ((), np.int32),
+            "image_index": ((), np.int32),
+            "image_valid": ((), np.bool_),
+        }
+
+    def fields(self, slot: _Slot) -> Fields:
+        return self._fields
+
+    def load(self, slot: _Slot, example: Example) -> None:
+        example["image_index"][()] = slot.index
+        if slot.index < 0:
+            return
+        try:
+            data, example["label"][()] = self._source.read(slot.index)
+            photo = images.open_photo(data)
+            example["image"][:] = images.draw_content(photo, slot.place(photo.size))
+        except images.ImageError as error:
+            raise UserError(
+                f"{self._source.name(slot.index)}: cannot read the image: {error}"
+            ) from error
+        example["image_valid"][()] = True
+
+
+def _batches(
     source: LabelledImages,
-    index: int,
-    size: int,
-    place: Callable[[tuple[int, int]], images.Geometry],
-) -> Example:
-    try:
-        data, label = source.read(index)
-        photo = images.open_photo(data)
-        pixels = images.draw(photo, place(photo.size), (size, size))
-    except images.ImageError as error:
-        raise UserError(f"{source.name(index)}: cannot read the image: {error}") from error
-    return {
-        "image": pixels,
-        "label": np.int32(label),
-        "image_index": np.int32(index),
-        "image_valid": np.True_,
-    }
+    slot: Callable[[int], _Slot],
+    numbers: range,
+    batch_size: int,
+    config: Any,
+) -> Batches:
+    return Batches(
+        _LabelledLoader(source, config.image_size),
+        slot,
+        numbers,
+        batch_size,
+        num_threads=config.num_threads,
+        prefetch=config.prefetch,
+    )
 
 
-def _padding(size: int) -> Example:
-    return {
-        "image": np.zeros((size, size, 3), np.uint8),
-        "label": np.int32(0),
-        "image_index": np.int32(-1),
-        "image_valid": np.False_,
-    }
-
-
-def _in_batches(load: Callable[[int], Example], numbers: range, local: int, config: Any):
-    """Loads examples in threads, some batches ahead; order and content do not depend on them."""
-    threads = config.num_threads or min(2 * (os.cpu_count() or 1), 64)
-    ahead = (config.prefetch + 1) * local
-    pending: collections.deque[concurrent.futures.Future] = collections.deque()
-    # Pillow gives the interpreter lock back while it decodes and resizes.
-    pool = concurrent.futures.ThreadPoolExecutor(threads, "images")
-    try:
-        remaining = iter(numbers)
-        for _ in range(len(numbers) // local):
-            while len(pending) < ahead and (number := next(remaining, None)) is not None:
-                pending.append(pool.submit(load, number))
-            examples = [pending.popleft().result() for _ in range(local)]
-            yield {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _check(config: Any, process_count: int, batch_size: int | None = None) -> None:
-    batch_size = config.batch_size if batch_size is None else batch_size
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size}: expected a positive multiple of {process_count}, "
-            "the number of hosts"
-        )
+def _check(config: Any) -> None:
     requirements = {
         "image_size": (config.image_size >= 1, "at least 1"),
         "crop_area": (0 < config.crop_area[0] <= config.crop_area[1] <= 1, "0 < min <= max <= 1"),

@@ -8,19 +8,20 @@ the annotations say.
 Shape legend: B photos of a block, b of them in one batch, H, W padded canvas.
 """
 
-import collections
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64, UInt8
 
 from common.data import images
+from common.data.batches import Example, Fields, stack_examples
 from common.data.dataset import Dataset
-from common.data.examples import PhotoErrors
+from common.data.photo_errors import PhotoErrors
+from common.io.parallel import map_ordered
+from common.io.parallel import num_threads as thread_count
 
 _TOLERATED = 1.01  # a photo longer than its canvas by less than this is rather shrunk a little
 
@@ -99,37 +100,29 @@ def view_batches(
     Raises:
       UserError: a photo that cannot be read (unless `errors` skips it).
     """
-    threads = num_threads or min(2 * (os.cpu_count() or 1), 64)
-    block_size = sum(map(len, rows[0]))
-    pool = ThreadPoolExecutor(threads)
+    opened = map_ordered(lambda i: _open(dataset, int(i), errors), indices, threads=num_threads)
+    loader = _ViewLoader(dataset, errors)
 
-    def submit() -> Iterator[tuple[dict[str, Any], list[Future]]]:
-        opened = map_ahead(pool, lambda i: _open(dataset, int(i), errors), indices, 2 * threads)
-        for format_, block in _blocks(opened, long_ratios, block_size):
+    def batches() -> Iterator[tuple[dict[str, Any], list[_View]]]:
+        for format_, block in _blocks(opened, long_ratios, sum(map(len, rows[0]))):
             index = np.array([-1 if photo is None else photo.index for photo in block])
-            batches = [(scale, part) for scale, parts in enumerate(rows) for part in parts]
-            for scale, part in batches:
+            parts = [(scale, part) for scale, parts in enumerate(rows) for part in parts]
+            for number, (scale, part) in enumerate(parts, start=1):
                 canvas = canvases[scale][format_]
                 shape = images.canvas_shape(canvas, pad_multiple)
-                drawn = [
-                    pool.submit(_draw, dataset, block[row], canvas, shape, errors) for row in part
-                ]
-                last = part is batches[-1][1]
-                yield dict(image_index=index, last=last, scale=scale, rows=part), drawn
+                last = number == len(parts)
+                fields = dict(image_index=index, last=last, scale=scale, rows=part)
+                yield fields, [_View(block[row], canvas, shape) for row in part]
 
-    try:
-        waiting: collections.deque = collections.deque()
-        in_flight = 0
-        for fields, drawn in submit():
-            waiting.append((fields, drawn))
-            in_flight += len(drawn)
-            while in_flight - len(waiting[0][1]) >= 2 * threads:
-                in_flight -= len(waiting[0][1])
-                yield _batch(*waiting.popleft())
-        while waiting:
-            yield _batch(*waiting.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
+    described, drawn = itertools.tee(batches())
+    arrays = stack_examples(
+        loader,
+        (views for _, views in drawn),
+        threads=num_threads,
+        ahead=2 * thread_count(num_threads),
+    )
+    for (fields, _), batch in zip(described, arrays, strict=True):
+        yield ViewBatch(**fields, **batch)
 
 
 @dataclasses.dataclass
@@ -172,43 +165,43 @@ def _blocks(
         yield format_, block + [None] * (block_size - len(block))
 
 
-def _draw(
-    dataset: Dataset,
-    photo: _Photo | None,
-    canvas: tuple[int, int],
-    shape: tuple[int, int],
-    errors: PhotoErrors,
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Pixels, and height and width of the content: 0 for no photo."""
-    empty = np.zeros((*shape, 3), np.uint8), (0, 0)
-    if photo is None or photo.broken:
-        return empty
-    # Opened anew: the decoder's size reduction is a state of the handle.
-    opened = _opened(dataset, photo.index, photo.data)
-    geometry = images.fit(opened.size, canvas)
-    try:
-        return images.draw(opened, geometry, shape), geometry.content
-    except images.ImageError as error:
-        if not photo.broken:
-            photo.broken = True
-            errors.skip(dataset.image_file(photo.index), error)
-        return empty
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A photo (None: padding) at one size: its canvas, and the canvas padded."""
+
+    photo: _Photo | None
+    canvas: tuple[int, int]
+    shape: tuple[int, int]
 
 
-def _batch(fields: dict[str, Any], drawn: Sequence[Future]) -> ViewBatch:
-    pixels, sizes = zip(*(future.result() for future in drawn), strict=True)
-    size = np.array(sizes, np.float32)
-    return ViewBatch(**fields, image=np.stack(pixels), image_size=size, image_valid=size[:, 0] > 0)
+class _ViewLoader:
+    """Draws views."""
 
+    def __init__(self, dataset: Dataset, errors: PhotoErrors):
+        self.photo_errors = errors
+        self._dataset = dataset
 
-def map_ahead(
-    pool: ThreadPoolExecutor, function: Callable, items: Iterable, window: int
-) -> Iterator[Any]:
-    """Ordered map over a pool that runs at most `window` items ahead."""
-    pending: collections.deque = collections.deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > window:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    def fields(self, slot: _View) -> Fields:
+        return {
+            "image": ((*slot.shape, 3), np.uint8),
+            "image_size": ((2,), np.float32),
+            "image_valid": ((), np.bool_),
+        }
+
+    def load(self, slot: _View, example: Example) -> None:
+        photo = slot.photo
+        if photo is None or photo.broken:
+            return
+        # Opened anew: the decoder's size reduction is a state of the handle.
+        opened = _opened(self._dataset, photo.index, photo.data)
+        geometry = images.fit(opened.size, slot.canvas)
+        height, width = geometry.content
+        try:
+            example["image"][:height, :width] = images.draw_content(opened, geometry)
+        except images.ImageError as error:
+            if not photo.broken:
+                photo.broken = True
+                self.photo_errors.skip(self._dataset.image_file(photo.index), error)
+            return
+        example["image_size"][:] = geometry.content
+        example["image_valid"][()] = True

@@ -39,7 +39,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
-from common.data.examples import PhotoErrors
+from common.data.photo_errors import PhotoErrors
 from common.data.views import ViewBatch, format_canvases, view_batches
 from common.io.errors import UserError
 from common.io.progress import Progress

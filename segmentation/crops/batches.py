@@ -14,12 +14,9 @@ A batch is a dictionary (b: crops of this host; H, W: canvas of this batch):
   instance_index  int64   (b,)          row of `dataset.boxes`, -1 in the padding of the last batch
 """
 
-import collections
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,8 +25,8 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from common.data import images
 from common.data.batches import Batches, StepMemo, local_batch
 from common.data.dataset import Dataset
-from common.data.examples import PhotoErrors
-from common.data.views import map_ahead
+from common.data.photo_errors import PhotoErrors
+from common.io.parallel import map_ordered
 from segmentation.crops.examples import (
     CropLoader,
     CropSlot,
@@ -256,61 +253,40 @@ def box_batches(
     sizes = [CropSize.of(view.crop, "crop").middle for view in views]
     canvases = [read_canvases(view.canvases, "canvases") for view in views]
     image_index, boxes = np.asarray(image_index, np.int64), np.asarray(boxes, np.float32)
-    threads = num_threads or min(2 * (os.cpu_count() or 1), 64)
     errors = PhotoErrors(on_image_error)
-    pool = ThreadPoolExecutor(threads)
-
-    def blocks() -> Iterator[tuple[tuple[int, ...], list[_Box]]]:
-        waiting: dict[tuple[int, ...], list[_Box]] = {}
-        starts = np.flatnonzero(np.diff(image_index, prepend=-1))
-        photos = itertools.pairwise([*starts.tolist(), len(image_index)])
-        opened = map_ahead(
-            pool,
-            lambda p: _open(dataset, image_index, boxes, *p, sizes, canvases, errors),
-            photos,
-            threads,
-        )
-        for photo in opened:
-            for box in photo.boxes:
-                group = waiting.setdefault(box.canvases, [])
-                cuts = [pool.submit(_cut, photo.pixels, cut) for cut in box.cuts]
-                group.append(dataclasses.replace(box, cuts=cuts))
-                if len(group) == batch_size:
-                    yield box.canvases, waiting.pop(box.canvases)
-        for key, group in sorted(waiting.items()):
-            yield key, group
-
-    try:
-        ready: collections.deque = collections.deque()
-        for block in blocks():
-            ready.append(block)
-            if len(ready) > 1:  # one more is being cut while the caller works on this one
-                yield from _block_batches(*ready.popleft(), canvases, batch_size)
-        while ready:
-            yield from _block_batches(*ready.popleft(), canvases, batch_size)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    starts = np.flatnonzero(np.diff(image_index, prepend=-1))
+    photos = map_ordered(
+        lambda span: _cut_photo(dataset, image_index, boxes, *span, sizes, canvases, errors),
+        itertools.pairwise([*starts.tolist(), len(image_index)]),
+        threads=num_threads,
+    )
+    waiting: dict[tuple[int, ...], list[_Box]] = {}
+    for box in itertools.chain.from_iterable(photos):
+        group = waiting.setdefault(box.canvases, [])
+        group.append(box)
+        if len(group) == batch_size:
+            del waiting[box.canvases]
+            yield from _block_batches(box.canvases, group, canvases, batch_size)
+    for key, group in sorted(waiting.items()):
+        yield from _block_batches(key, group, canvases, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Box:
-    """A box of a photo: its canvas and its cut (later: the future pixels) in each view."""
+    """A box of a photo: its canvas and its crop in each view.
+
+    A crop is None where the photo cannot be read or the box has no area in it.
+    """
 
     row: int
     image_index: int
     window: np.ndarray
     photo_size: tuple[int, int]
     canvases: tuple[int, ...]
-    cuts: list[Any]
+    crops: Sequence[UInt8[np.ndarray, "h w 3"] | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class _OpenPhoto:
-    pixels: images.Pixels | None
-    boxes: list[_Box]
-
-
-def _open(
+def _cut_photo(
     dataset: Dataset,
     image_index: Int64[np.ndarray, " n"],
     boxes: Float32[np.ndarray, "n 4"],
@@ -319,39 +295,44 @@ def _open(
     sizes: Sequence[CropSize],
     canvases: Sequence[Int64[np.ndarray, "c 2"]],
     errors: PhotoErrors,
-) -> _OpenPhoto:
-    """Decodes the photo of boxes first ... last - 1 and finds their canvases."""
+) -> list[_Box]:
+    """Decodes the photo of boxes first ... last - 1 and cuts each of them in every view."""
     index = int(image_index[first])
     errors.count()
     try:
         photo = open_photo(dataset, index)
-        found = _find_cuts(photo.size, boxes[first:last], first, index, sizes, canvases)
-        cuts = [cut for box in found for cut in box.cuts if cut is not None]
-        if not cuts:
-            return _OpenPhoto(None, found)
-        full = np.max([cut.photo_size for cut in cuts], axis=0)
-        areas = np.array([cut.area for cut in cuts])
-        area = (*areas[:, :2].min(axis=0).tolist(), *areas[:, 2:].max(axis=0).tolist())
-        return _OpenPhoto(images.decode(photo, tuple(full.tolist()), area), found)
+        windows, chosen, cuts = _plan_cuts(photo.size, boxes[first:last], sizes, canvases)
+        crops = _cut(photo, cuts)
+        size = photo.size
     except images.ImageError as error:
         errors.skip(dataset.image_file(index), error)
-    size = tuple(dataset.image_sizes[index].tolist())
-    nothing = (0,) * len(sizes), [None] * len(sizes)
-    window = np.zeros(4, np.float32)
-    return _OpenPhoto(
-        None, [_Box(row, index, window, size, *nothing) for row in range(first, last)]
-    )
+        size = tuple(dataset.image_sizes[index].tolist())
+        windows = np.zeros((last - first, 4), np.float32)
+        chosen = np.zeros((len(sizes), last - first), np.int64)
+        crops = np.full(chosen.shape, None, object)
+    return [
+        _Box(
+            first + row,
+            index,
+            windows[row],
+            size,
+            tuple(chosen[:, row].tolist()),
+            list(crops[:, row]),
+        )
+        for row in range(last - first)
+    ]
 
 
-def _find_cuts(
+def _plan_cuts(
     photo_size: tuple[int, int],
     boxes: Float32[np.ndarray, "n 4"],
-    first: int,
-    index: int,
     sizes: Sequence[CropSize],
     canvases: Sequence[Int64[np.ndarray, "c 2"]],
-) -> list[_Box]:
-    """Boxes of a photo with their cuts; None for a box without area in it."""
+) -> tuple[Float32[np.ndarray, "n 4"], Int64[np.ndarray, "v n"], np.ndarray]:
+    """Windows of the boxes of a photo, number of the canvas and `Cut` in each of v views.
+
+    A box without area in the photo has a window of zeros and None for a cut.
+    """
     windows = clip_boxes(boxes, np.broadcast_to(photo_size, (len(boxes), 2)))
     real = (windows[:, 2:] > windows[:, :2]).all(axis=1)
     cuts = np.full((len(sizes), len(boxes)), None, object)
@@ -362,21 +343,21 @@ def _find_cuts(
         fitted = whole.on_canvas(allowed[chosen[view, real]])
         for place, row in enumerate(np.flatnonzero(real)):
             cuts[view, row] = Cut.of(fitted, place, photo_size)
-    return [
-        _Box(
-            first + row,
-            index,
-            np.where(real[row], windows[row], 0).astype(np.float32),
-            photo_size,
-            tuple(chosen[:, row].tolist()),
-            list(cuts[:, row]),
-        )
-        for row in range(len(boxes))
-    ]
+    return np.where(real[:, None], windows, 0).astype(np.float32), chosen, cuts
 
 
-def _cut(pixels: images.Pixels | None, cut: Cut | None) -> UInt8[np.ndarray, "h w 3"] | None:
-    return None if pixels is None or cut is None else cut.image(pixels)
+def _cut(photo: images.Photo, cuts: np.ndarray) -> np.ndarray:
+    """The crops of `Cut`s, from one decoding of the photo; None stays None."""
+    crops = np.full(cuts.shape, None, object)
+    real = [place for place in np.ndindex(cuts.shape) if cuts[place] is not None]
+    if real:
+        full = np.max([cuts[place].photo_size for place in real], axis=0)
+        areas = np.array([cuts[place].area for place in real])
+        area = (*areas[:, :2].min(axis=0).tolist(), *areas[:, 2:].max(axis=0).tolist())
+        pixels = images.decode(photo, tuple(full.tolist()), area)
+        for place in real:
+            crops[place] = cuts[place].image(pixels)
+    return crops
 
 
 def _block_batches(
@@ -393,7 +374,7 @@ def _block_batches(
         window[slot], photo_size[slot] = box.window, box.photo_size
     padding = [None] * (batch_size - len(group))
     for view, number in enumerate(key):
-        crops = [box.cuts[view].result() for box in group] + padding
+        crops = [box.crops[view] for box in group] + padding
         image, image_size = on_canvas(crops, tuple(canvases[view][number].tolist()))
         yield BoxBatch(
             view, rows, image_index, image, image_size, image_size[:, 0] > 0, window, photo_size

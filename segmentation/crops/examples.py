@@ -10,21 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from common.data import images
+from common.data.batches import Example, Fields
 from common.data.dataset import Dataset
-from common.data.examples import PhotoErrors
+from common.data.photo_errors import PhotoErrors
 from common.io.errors import UserError
 from common.masks.dataset_masks import MaskError, MaskReader
 from segmentation.crops.windows import Augmentation, CropSize, Cut, Windows, clip_boxes, windows_of
-
-DTYPES = {
-    "image": np.uint8,
-    "image_size": np.float32,
-    "image_valid": np.bool_,
-    "mask": np.uint8,
-    "mask_valid": np.bool_,
-    "classes": np.int32,
-    "instance_index": np.int64,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +76,7 @@ class CropLoader:
 
     Attributes:
       photo_errors: counts what was left out because a photo or mask could not be read.
-      dtypes: type of each field of an example.
     """
-
-    dtypes = DTYPES
 
     def __init__(self, dataset: Dataset, how: Augmentation | CropSize, on_image_error: str):
         """`how`: of slots with draws the augmentation, else the size of the crops."""
@@ -97,36 +85,29 @@ class CropLoader:
         self._how = how
         self._masks = MaskReader(dataset)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Shape of each field of an example; None: of the canvas."""
-        return {name: () for name in DTYPES} | {
-            "image": (None, None, 3),
-            "image_size": (2,),
-            "mask": (None, None),
-            "mask_valid": (None, None),
+    def fields(self, slot: CropSlot) -> Fields:
+        """Shape and type of each field of an example."""
+        return {
+            "image": ((*slot.canvas, 3), np.uint8),
+            "image_size": ((2,), np.float32),
+            "image_valid": ((), np.bool_),
+            "mask": (slot.canvas, np.uint8),
+            "mask_valid": (slot.canvas, np.bool_),
+            "classes": ((), np.int32),
+            "instance_index": ((), np.int64),
         }
 
-    def empty(self, slot: CropSlot | None) -> dict[str, np.ndarray]:
-        """An example of all padding."""
-        canvas = iter((slot.canvas if slot else (1, 1)) * 3)
-        shapes = {
-            name: tuple(next(canvas) if side is None else side for side in shape)
-            for name, shape in self.shapes.items()
-        }
-        return {name: np.zeros(shape, DTYPES[name]) for name, shape in shapes.items()}
-
-    def load(self, slot: CropSlot) -> dict[str, np.ndarray]:
-        """The example of a slot; without content when photo or mask are broken and may be skipped.
+    def load(self, slot: CropSlot, example: Example) -> None:
+        """Writes the example of a slot; without content when photo or mask are broken and may be
+        skipped.
 
         Raises:
           UserError: photo or mask cannot be read and the config says 'fatal', or most cannot.
         """
-        example = self.empty(slot)
         example["instance_index"][()] = slot.row
         example["classes"][()] = slot.class_
         if slot.row < 0:
-            return example
+            return
         self.photo_errors.count()
         try:
             photo = open_photo(self._dataset, slot.image)
@@ -146,7 +127,6 @@ class CropLoader:
             example["mask_valid"][:height, :width] = cut.inside()
             example["image_size"][:] = height, width
             example["image_valid"][()] = True
-        return example
 
     def _windows(self, slot: CropSlot, photo_size: tuple[int, int]) -> Windows:
         box, size = np.asarray(slot.box)[None], np.array(photo_size)[None]

@@ -150,7 +150,8 @@ def test_evaluation_covers_every_image_once_on_any_number_of_hosts(dataset, host
     for batch in (batch for part in collected for batch in part):
         np.testing.assert_array_equal(batch["image_valid"], batch["image_index"] >= 0)
         padding = ~batch["image_valid"]
-        assert not batch["image"][padding].any() and not batch["gt_valid"][padding].any()
+        assert not batch["image"][padding].any()
+        assert not {name for name in batch if name.startswith("gt_")}
         seen += batch["image_index"][batch["image_valid"]].tolist()
     assert sorted(seen) == sorted(dataset.split(split).tolist())
 
@@ -162,14 +163,20 @@ def test_evaluation_does_not_augment(dataset):
             np.testing.assert_allclose(size, np.maximum(1, original * ratio), atol=0.5001)
         sizes = dataset.image_sizes[batch["image_index"]]
         np.testing.assert_array_equal(batch["original_size"], sizes)
-    batch = next(inputs.eval_batches(dataset, "few", config(), batch_size=2))
+
+
+def test_boxes_of_training_lie_on_the_canvas_as_their_photo_does(dataset):
+    plan = make_plan(dataset, "few", "uniform", 0, 2)
+    plain = config(scale_jitter=(1.0, 1.0), flip=False)
+    batch = next(inputs.train_batches(dataset, plan, plain, seed=0, num_steps=1))
+    slot = batch["image_index"].tolist().index(7)
     boxes, classes, _ = dataset.image_boxes(7)
-    height, width = batch["image_size"][0]
+    height, width = batch["image_size"][slot]
     np.testing.assert_allclose(
-        batch["gt_boxes"][0, : len(boxes)], boxes * [width, height, width, height], rtol=1e-5
+        batch["gt_boxes"][slot, : len(boxes)], boxes * [width, height, width, height], rtol=1e-5
     )
-    assert batch["gt_valid"][0].sum() == len(boxes)
-    np.testing.assert_array_equal(batch["gt_classes"][0, : len(boxes)], classes)
+    assert batch["gt_valid"][slot].sum() == len(boxes)
+    np.testing.assert_array_equal(batch["gt_classes"][slot, : len(boxes)], classes)
 
 
 def test_half_of_the_training_images_are_mirrored(dataset):
@@ -208,13 +215,13 @@ def test_of_too_many_boxes_a_random_part_with_the_drawn_class_is_used(dataset, c
 
 def test_group_of_boxes_are_marked_or_dropped(dataset):
     (ordinary,) = train(dataset, "uniform", 21, num_steps=1)
-    assert ordinary["group_of"].any()
-    assert not (ordinary["group_of"] & ~ordinary["valid"]).any()
+    assert ordinary["gt_group_of"].any()
+    assert not (ordinary["gt_group_of"] & ~ordinary["gt_valid"]).any()
     (dropped,) = train(dataset, "uniform", 21, config(group_of="drop"), num_steps=1)
-    assert not dropped["group_of"].any()
+    assert not dropped["gt_group_of"].any()
     few = ordinary["image_index"] != CROWDED
-    remaining = ordinary["valid"] & ~ordinary["group_of"]
-    np.testing.assert_array_equal(dropped["valid"].sum(1)[few], remaining.sum(1)[few])
+    remaining = ordinary["gt_valid"] & ~ordinary["gt_group_of"]
+    np.testing.assert_array_equal(dropped["gt_valid"].sum(1)[few], remaining.sum(1)[few])
 
 
 def test_fatal_photo_is_named_with_the_reason(tmp_path):
@@ -226,6 +233,16 @@ def test_fatal_photo_is_named_with_the_reason(tmp_path):
             read += batch["image_index"].tolist()
     assert read == [0, 1, 2, 3]
     assert "\n" not in str(e.value)
+
+
+def test_an_error_comes_in_the_place_of_its_batch(tmp_path):
+    dataset = write_dataset(tmp_path, broken=(20,))
+    batches = inputs.eval_batches(dataset, "train", config(num_threads=8), batch_size=3)
+    read = []
+    with pytest.raises(UserError, match=r"photos/20\.jpg"):
+        for batch in batches:
+            read += batch["image_index"].tolist()
+    assert read == list(range(18))
 
 
 def test_skipped_photos_leave_marked_slots_and_are_told_once(tmp_path, capfd):
@@ -280,11 +297,11 @@ import sys
 from common.data import input as inputs
 from common.data.dataset import Dataset
 from common.data.plan import make_plan
-from tests.common.test_input import config
+from tests.common.data.test_input import config
 
 dataset = Dataset.open(sys.argv[1])
 plan = make_plan(dataset, "train", "uniform", 0, 2)
-batches = inputs.train_batches(dataset, plan, config(prefetch=10**5), seed=0, num_steps=10**6)
+batches = inputs.train_batches(dataset, plan, config(prefetch=50), seed=0, num_steps=10**6)
 next(batches)
 cycle = [batches]
 cycle.append(cycle)  # deleted by the garbage collector only, when the interpreter goes

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from common.data.dataset import Dataset, DatasetWriter
-from common.data.examples import PhotoErrors
+from common.data.photo_errors import PhotoErrors
 from common.data.views import choose_format, format_canvases, view_batches
 from common.io.errors import UserError
 
