@@ -32,6 +32,7 @@ from common.tables import DetectionsWriter
 from ensemble import inputs
 from ensemble.operators import AdjNms, Nms, Nmw, Operator, SoftNms, Voting, WeightedBoxesFusion
 from ensemble.operators.groups import Rows, apply_operator
+from scripts.bench import generated
 
 _IOU = 0.55
 _SIGMA = 0.1  # of soft-NMS, as in the table of the package's README
@@ -75,9 +76,8 @@ def draw_image(
 def write_tables(folder: Path) -> list[str]:
     """Returns the paths of the generated tables; prints the time taken by the writers alone."""
     rng = np.random.default_rng(0)
-    names = np.array([f"/m/{index:04d}" for index in range(flags.FLAGS.classes)])
-    popularity = np.cumsum(rng.permutation(1 / np.arange(1, flags.FLAGS.classes + 1)))
-    popularity /= popularity[-1]
+    names = np.array(generated.class_labels(flags.FLAGS.classes))
+    popularity = np.cumsum(generated.rank_frequencies(rng, flags.FLAGS.classes))
     paths = [folder / f"model{number}.parquet" for number in range(flags.FLAGS.models)]
     seconds = 0.0
     with contextlib.ExitStack() as stack:
@@ -88,7 +88,7 @@ def write_tables(folder: Path) -> list[str]:
             labels, scores, boxes = draw_image(rng, popularity)
             start = time.perf_counter()
             for table, *rows in zip(tables, names[labels], scores, boxes, strict=True):
-                table.add(f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}", *rows)
+                table.add(generated.image_id(number), *rows)
             seconds += time.perf_counter() - start
         start = time.perf_counter()
     print(f"writing the tables: {seconds + time.perf_counter() - start:.1f} s")

@@ -10,53 +10,53 @@ own. Prints rows per second, peak resident memory and the time of reading alone;
 when the larger set needs over 10 % more memory than the smaller.
 """
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.tables import DetectionsReader, DetectionsWriter
-
-_GROWTH = 1.1
-
-# Peak memory of the process that merges, without that of this one.
-_MERGE = """
-import json, resource, sys, time
-from common.io.memory import keep_freed_memory
-keep_freed_memory()
+from common.tables import DetectionsWriter
 from configs.ensemble import naive, voting
 from ensemble.inputs import aligned_chunks, open_tables
 from ensemble.merge import merge_tables
-config = {"naive": naive, "voting": voting}[sys.argv[1]].get_config()
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
-started = time.perf_counter()
-tables = open_tables(sys.argv[3:])
-opened = time.perf_counter()
-rows = sum(len(chunk) for chunk in aligned_chunks(tables, rows=config.chunk_rows))
-read, reading_peak = time.perf_counter(), peak()
-del tables
-merge_tables(sys.argv[3:], config, sys.argv[2])
-print(json.dumps(dict(rows=rows, opening=opened - started, reading=read - opened,
-    merging=time.perf_counter() - read, reading_peak=reading_peak, peak=peak())))
-"""
+from scripts.bench import generated
+from scripts.bench.timing import peak_mib, run_alone
+
+_GROWTH = 1.1
 
 
-def generate(path: Path, rng: np.random.Generator, shared: np.random.Generator) -> None:
-    """Writes one table; `shared` draws the objects, alike for all tables."""
-    images, boxes, classes = flags.FLAGS.images, flags.FLAGS.boxes, flags.FLAGS.classes
-    labels = np.array([f"/m/{number:03d}" for number in range(classes)], object)
+def measure(inputs: list[str], config: ConfigDict, output: str) -> dict[str, float]:
+    """Rows of the tables, seconds of opening, of reading and of merging them, and peaks in MiB."""
+    started = time.perf_counter()
+    tables = open_tables(inputs)
+    opened = time.perf_counter()
+    rows = sum(len(chunk) for chunk in aligned_chunks(tables, rows=config.chunk_rows))
+    read, reading_peak = time.perf_counter(), peak_mib()
+    del tables
+    merge_tables(inputs, config, output)
+    return {
+        "rows": rows,
+        "opening": opened - started,
+        "reading": read - opened,
+        "merging": time.perf_counter() - read,
+        "reading_peak": reading_peak,
+        "peak": peak_mib(),
+    }
+
+
+def generate(path: Path, images: int, table: int) -> None:
+    """Writes a table: objects of long-tailed classes, the same in all tables, 8 boxes at each."""
+    rng, shared = np.random.default_rng([1, table]), np.random.default_rng(0)
+    boxes, classes = flags.FLAGS.boxes, flags.FLAGS.classes
+    labels, objects = np.array(generated.class_labels(classes)), max(boxes // 8, 1)
     with DetectionsWriter(path, {"model": path.stem, "dataset": "generated"}) as writer:
-        for number in range(int(images[-1])):
-            objects = max(boxes // 8, 1)
+        for number in range(images):
             centre = shared.uniform(0.1, 0.9, (objects, 2))
             side = np.exp(shared.normal(-2.5, 0.7, (objects, 2)))
             label = np.minimum(shared.geometric(0.02, objects), classes) - 1
@@ -66,18 +66,6 @@ def generate(path: Path, rng: np.random.Generator, shared: np.random.Generator) 
             corners = np.clip(np.concatenate([middle - half, middle + half], axis=1), 0, 1)
             scores = rng.beta(0.3, 2.0, boxes).astype(np.float32)
             writer.add(f"image{number:07d}", labels[label[owner]], scores, corners)
-
-
-def cut(path: Path, source: Path, images: int) -> None:
-    """Writes the first images of a table as a table of its own."""
-    reader = DetectionsReader(source)
-    labels = [f"/m/{number:03d}" for number in range(flags.FLAGS.classes)]
-    names = np.array(labels, object)
-    with DetectionsWriter(path, reader.metadata) as writer:
-        for chunk in reader.chunks(labels, images=range(images)):
-            for rows in chunk.chunks(rows=1):
-                image = reader.image_ids[rows.image_index[0]]
-                writer.add(image, names[rows.label_index], rows.scores, rows.boxes)
 
 
 def define_flags() -> None:
@@ -95,37 +83,26 @@ def main() -> int:
     if sizes != sorted(sizes):
         raise UserError(f"--images={','.join(options.images)}: expected rising numbers")
     peaks = []
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        full = [Path(folder) / f"m{number:02d}.parquet" for number in range(options.tables)]
-        for number, path in enumerate(full):
-            if options.distinct and number >= options.distinct:
-                os.link(full[number % options.distinct], path)
-            else:
-                generate(path, np.random.default_rng([1, number]), np.random.default_rng(0))
-        print(f"generated in {time.perf_counter() - started:.0f} s", flush=True)
-        for size in sizes:
-            paths = full
-            if size < sizes[-1]:
-                paths = [Path(folder) / f"{size}-{path.name}" for path in full]
-                for path, source in zip(paths, full, strict=True):
-                    cut(path, source, size)
-            result = subprocess.run(
-                [sys.executable, "-c", _MERGE, options.operator, f"{folder}/out.parquet", *paths],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            found = json.loads(result.stdout.splitlines()[-1])
-            peaks.append(found["peak"])
-            print(
-                f"{options.tables} tables x {size} images x {options.boxes} boxes: "
-                f"{found['rows'] / found['merging']:.0f} rows/s merged (with reading and writing), "
-                f"{found['rows'] / found['reading']:.0f} rows/s read alone, "
-                f"opened in {found['opening']:.1f} s, peak {found['peak']:.0f} MiB "
-                f"(reading alone {found['reading_peak']:.0f} MiB)",
-                flush=True,
-            )
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / f"m{number:02d}.parquet" for number in range(options.tables)]
+            for number, path in enumerate(paths):
+                if options.distinct and number >= options.distinct:
+                    os.link(paths[number % options.distinct], path)
+                else:
+                    generate(path, size, number)
+            config = {"naive": naive, "voting": voting}[options.operator].get_config()
+            inputs = [str(path) for path in paths]
+            figures = run_alone(measure, inputs, config, f"{folder}/out.parquet")
+        peaks.append(figures["peak"])
+        print(
+            f"{options.tables} tables x {size} images x {options.boxes} boxes: "
+            f"{figures['rows'] / figures['merging']:.0f} rows/s merged (with reading and writing), "
+            f"{figures['rows'] / figures['reading']:.0f} rows/s read alone, "
+            f"opened in {figures['opening']:.1f} s, peak {figures['peak']:.0f} MiB "
+            f"(reading alone {figures['reading_peak']:.0f} MiB)",
+            flush=True,
+        )
     growth = peaks[-1] / peaks[0]
     print(f"peak memory with {sizes[-1] / sizes[0]:g} times the images: {growth:.3f} times")
     return int(growth > _GROWTH)

@@ -8,7 +8,6 @@ resident memory of the conversion against the limits of 10 minutes and 3 GiB, an
 opening the index against 1 s and 200 MiB. Takes about 1.6 GB of disk.
 """
 
-import json
 import resource
 import shutil
 import subprocess
@@ -21,27 +20,35 @@ import pyarrow as pa
 import pyarrow.csv
 from absl import flags
 
+from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
+from scripts.bench import generated
+from scripts.bench.timing import run_alone
 
 _CLASSES = 500
 _BROKEN = 1_000
 _BLOCK = 500_000
 
-# Runs in its own process, so that its memory is its own. Heap = what is resident and not a file.
-_OPEN = """
-import json, sys, time
-def anonymous():
-    lines = open('/proc/self/status').read().splitlines()
-    return next(int(l.split()[1]) / 1024 for l in lines if l.startswith('RssAnon'))
-from common.data.dataset import Dataset
-before, start = anonymous(), time.perf_counter()
-dataset = Dataset.open(sys.argv[1])
-opened = time.perf_counter() - start
-boxes = dataset.image_boxes(dataset.num_images // 2)
-print(json.dumps({'seconds': opened, 'heap_mib': anonymous() - before,
-                  'images': dataset.num_images, 'boxes': len(dataset.boxes)}))
-"""
+
+def open_dataset(directory: Path) -> dict[str, float]:
+    """Seconds and heap (resident memory that is no file's, MiB) of opening a dataset directory."""
+    before, start = _anonymous_mib(), time.perf_counter()
+    dataset = Dataset.open(directory)
+    seconds = time.perf_counter() - start
+    dataset.image_boxes(dataset.num_images // 2)
+    heap = _anonymous_mib() - before
+    return {
+        "seconds": seconds,
+        "heap": heap,
+        "images": dataset.num_images,
+        "boxes": len(dataset.boxes),
+    }
+
+
+def _anonymous_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def define_flags() -> None:
@@ -70,11 +77,8 @@ def main() -> None:
     print(f"conversion: {seconds:.0f} s = {seconds / 600:.2f}x of 10 minutes")
     print(f"peak resident memory: {peak:.2f} GiB = {peak / 3:.2f}x of 3 GiB")
 
-    result = subprocess.run(
-        [sys.executable, "-c", _OPEN, str(output)], check=True, capture_output=True, text=True
-    )
-    opened = json.loads(result.stdout)
-    print(f"open: {opened['seconds']:.3f} s of 1 s, heap {opened['heap_mib']:.1f} of 200 MiB")
+    opened = run_alone(open_dataset, output)
+    print(f"open: {opened['seconds']:.3f} s of 1 s, heap {opened['heap']:.1f} of 200 MiB")
     expected = (flags.FLAGS.num_images, flags.FLAGS.num_boxes - _BROKEN)
     if (opened["images"], opened["boxes"]) != expected:
         raise UserError(f"found {opened['images']}, {opened['boxes']}; expected {expected}")
@@ -97,10 +101,10 @@ def generate(folder: Path, num_images: int, num_boxes: int) -> None:
     far = rng.choice(num_boxes, num_boxes // 10, replace=False)
     image[far] = image[rng.permutation(far)]
     broken = rng.choice(num_boxes, _BROKEN, replace=False)
-    label_table, id_of = pa.array(labels), _image_ids(num_images)
+    label_table, id_of = pa.array(labels), pa.array(map(generated.image_id, range(num_images)))
     path = folder / "challenge-2019-train-detection-bbox.csv"
     names = ["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf"]
-    options = pyarrow.csv.WriteOptions(quoting_style="none")
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
     with open(path, "wb") as file:
         file.write((",".join(names) + "\n").encode())
         for start in range(0, num_boxes, _BLOCK):
@@ -119,10 +123,7 @@ def generate(folder: Path, num_images: int, num_boxes: int) -> None:
                 names,
             )
             table = table.set_column(6, "IsGroupOf", table["IsGroupOf"].cast(pa.int8()))
-            without_header = pyarrow.csv.WriteOptions(
-                include_header=False, quoting_style=options.quoting_style
-            )
-            pyarrow.csv.write_csv(table, file, without_header)
+            pyarrow.csv.write_csv(table, file, options)
     _generate_labels(folder, rng, id_of, label_table, num_images)
 
 
@@ -140,11 +141,6 @@ def _generate_labels(folder, rng, id_of, label_table, num_images: int) -> None:
     options = pyarrow.csv.WriteOptions(quoting_style="none")
     path = folder / "challenge-2019-train-detection-human-imagelabels.csv"
     pyarrow.csv.write_csv(table, path, options)
-
-
-def _image_ids(num_images: int) -> pa.Array:
-    """16 hexadecimal digits, as OpenImages has."""
-    return pa.array([f"{(i * 0x9E3779B97F4A7C15) % 2**64:016x}" for i in range(num_images)])
 
 
 if __name__ == "__main__":

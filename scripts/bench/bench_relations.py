@@ -6,7 +6,6 @@ Generates (once, 31 s) a dataset directory of 1.74 M images with 12.2 M boxes an
 labels of 500 classes: class frequencies like 1 / rank, few images with very many boxes.
 """
 
-import resource
 import time
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from common.data.dataset import Dataset, DatasetWriter
 from common.io.commands import run_main
 from ensemble.relations.mining import mine_relations
 from ensemble.relations.rules import RelationSettings, make_rules, rescore
+from scripts.bench import generated
+from scripts.bench.timing import peak_mib
 
 _BLOCK = 1 << 16  # images
 
@@ -32,15 +33,7 @@ def generate(directory: Path, num_images: int, num_classes: int) -> None:
     """Writes the dataset: boxes anywhere, classes at random, 100 of them parents of four others."""
     rng = np.random.default_rng(0)
     labels = [f"class{i}" for i in range(num_classes)]
-    parents = num_classes // 5
-    children = [labels[parents + i :: parents] for i in range(parents)]
-    hierarchy = {
-        "LabelName": "root",
-        "Subcategory": [
-            {"LabelName": labels[i], "Subcategory": [{"LabelName": c} for c in children[i]]}
-            for i in range(parents)
-        ],
-    }
+    hierarchy = generated.two_levels(labels, num_classes // 5)
     weights = rng.permutation(1 / (np.arange(num_classes) + 3.0))
     cumulative = np.cumsum(weights / weights.sum())
     with DatasetWriter(directory, "generated", labels, labels, hierarchy) as writer:
@@ -79,12 +72,12 @@ def main():
     if not directory.exists():
         generate(directory, flags.FLAGS.images, flags.FLAGS.classes)
     dataset = Dataset.open(directory)
-    before, start = _peak_mib(), time.perf_counter()
+    before, start = peak_mib(), time.perf_counter()
     relations = mine_relations(dataset, "train")
     seconds = time.perf_counter() - start
     print(
         f"mining {dataset.num_images:,} images, {len(dataset.boxes):,} boxes: {seconds:.1f} s, "
-        f"peak memory {_peak_mib():.0f} MiB (before {before:.0f} MiB)",
+        f"peak memory {peak_mib():.0f} MiB (before {before:.0f} MiB)",
         flush=True,
     )
     rules = make_rules(relations, RelationSettings(tau_p=0.8, tau_q=0.1))
@@ -101,10 +94,6 @@ def main():
         f"re-scoring {rows:,} rows with {len(rules.expected.classes)} + "
         f"{len(rules.outer.classes)} pairs: {seconds:.2f} s, {changed} scores changed"
     )
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ evaluator and says by how much that differs from the search's own figure.
 """
 
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +25,8 @@ from ensemble.inputs import aligned_chunks, open_tables
 from ensemble.operators.groups import Rows
 from ensemble.search import search_tables
 from ensemble.tree import binary_tree as trees
+from scripts.bench import generated
+from scripts.bench.timing import peak_mib
 
 BOXES, LABELS = 7, 12  # of an image: truth, and classes verified
 
@@ -33,51 +34,36 @@ BOXES, LABELS = 7, 12  # of an image: truth, and classes verified
 def generate(folder: Path, rng: np.random.Generator) -> list[str]:
     """Writes folder/set and the tables; returns their paths."""
     num_classes, num_tables = flags.FLAGS.classes, flags.FLAGS.tables
-    classes = [f"/m/{index:04d}" for index in range(num_classes)]
+    classes = generated.class_labels(num_classes)
+    names, frequencies = np.array(classes), generated.rank_frequencies(rng, num_classes)
     hierarchy = {"LabelName": "/m/root", "Subcategory": [{"LabelName": c} for c in classes]}
-    popularity = rng.permutation(1 / np.arange(1, num_classes + 1))
-    popularity /= popularity.sum()
     paths = [folder / f"model{place:02d}.parquet" for place in range(num_tables)]
     writers = [DetectionsWriter(path, {"model": path.stem}) for path in paths]
-    names = np.array(classes)
     with DatasetWriter(folder / "set", "bench", classes, classes, hierarchy, "") as dataset:
         for number in range(flags.FLAGS.images):
-            image_id = f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}"
-            corner = rng.random((BOXES, 2)) * 0.7
-            boxes = np.concatenate([corner, corner + rng.uniform(0.05, 0.3, (BOXES, 2))], axis=1)
-            labels = rng.choice(num_classes, BOXES, p=popularity)
+            image_id = generated.image_id(number)
+            boxes = generated.random_boxes(rng, BOXES)
+            labels = rng.choice(num_classes, BOXES, p=frequencies)
             group_of = np.where(rng.random(BOXES) < 0.1, GROUP_OF, 0)
-            extra = rng.choice(num_classes, LABELS - BOXES)
-            verified = np.unique([*labels, *extra])
-            dataset.add_image(
-                image_id,
-                "x.jpg",
-                (768, 1024),
-                boxes,
-                labels,
-                group_of,
-                verified,
-                np.isin(verified, labels).astype(int),
-            )
-            # What all models see alike: objects that are hard, and things taken for objects.
-            corner = rng.random((BOXES, 2)) * 0.7
-            things = np.concatenate([corner, corner + rng.uniform(0.05, 0.3, (BOXES, 2))], axis=1)
-            things = np.concatenate([boxes, things])
-            classes_of_things = np.concatenate([labels, rng.choice(verified, BOXES)])
+            verified = np.unique([*labels, *rng.choice(num_classes, LABELS - BOXES)])
+            known = (verified, np.isin(verified, labels).astype(int))
+            dataset.add_image(image_id, "x.jpg", (768, 1024), boxes, labels, group_of, *known)
+            # All models see the same: objects, some of them hard, and things taken for objects.
+            things = np.concatenate([boxes, generated.random_boxes(rng, BOXES)])
+            things_classes = np.concatenate([labels, rng.choice(verified, BOXES)])
             appeal = np.concatenate([rng.beta(3, 2, BOXES), rng.beta(1, 4, BOXES)])
             for place, writer in enumerate(writers):
                 weakness = place / num_tables
-                found = detect(rng, weakness, things, classes_of_things, appeal, num_classes)
-                writer.add(image_id, names[found[0]], found[1], found[2])
-        half = flags.FLAGS.images
-        dataset.add_split("val_a", np.arange(half))
+                columns = detect(rng, weakness, things, things_classes, appeal, num_classes)
+                writer.add(image_id, names[columns[0]], *columns[1:])
+        dataset.add_split("val_a", range(flags.FLAGS.images))
     for writer in writers:
         writer.close()
     return [str(path) for path in paths]
 
 
 def detect(rng, weakness, boxes, labels, appeal, num_classes):
-    """40 to 100 rows: what appeals is found, once or several times; the rest lies anywhere."""
+    """Labels, scores and boxes of 40 to 100 detections: half near things, half anywhere."""
     rows = rng.integers(40, 101)
     hits = rng.random(rows) < 0.5
     seen = appeal + rng.normal(0, 0.2 + 0.1 * weakness, len(boxes))
@@ -85,10 +71,8 @@ def detect(rng, weakness, boxes, labels, appeal, num_classes):
     sides = np.tile(boxes[target, 2:] - boxes[target, :2], 2)
     spread = 0.05 + 0.1 * weakness + 0.1 * rng.random((rows, 1))
     near = boxes[target] + rng.normal(0, 1, (rows, 4)) * spread * sides
-    corner = rng.random((rows, 2)) * 0.8
-    anywhere = np.concatenate([corner, corner + rng.uniform(0.05, 0.2, (rows, 2))], axis=1)
-    place = np.where(hits[:, None], near, anywhere).clip(0, 1)
-    place = np.concatenate([np.minimum(place[:, :2], place[:, 2:]), place[:, 2:]], axis=1)
+    anywhere = generated.random_boxes(rng, rows, largest=0.2)
+    place = generated.clip_boxes(np.where(hits[:, None], near, anywhere))
     judged = rng.random(rows) < flags.FLAGS.verified
     noise = np.where(judged, labels[target], rng.integers(0, num_classes, rows))
     scores = np.where(hits, seen[target] + rng.normal(0, 0.1, rows), rng.beta(1, 6, rows))
@@ -150,8 +134,8 @@ def main():
         def say(text: str) -> None:
             state = folder / "tree.search.json"
             if state.exists():
-                found = json.loads(state.read_text())["state"]
-                marks.append((found["stage"], found["tried"], found["seconds"]))
+                saved = json.loads(state.read_text())["state"]
+                marks.append((saved["stage"], saved["tried"], saved["seconds"]))
             print(text, flush=True)
 
         used = time.process_time()
@@ -170,8 +154,7 @@ def main():
         official = official_score(dataset, tree, inputs)
         difference = abs(official - notes["scores"]["tree"][0])
         print(f"mAP of the merged tables by the evaluator: {official:.6f}, differs {difference:g}")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"peak memory {peak:.2f} GiB")
+        print(f"peak memory {peak_mib() / 1024:.2f} GiB")
 
 
 if __name__ == "__main__":
