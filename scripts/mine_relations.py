@@ -16,9 +16,9 @@ from absl import flags
 from common.data.dataset import DEPICTION, GROUP_OF, Dataset
 from common.io.atomic import write_text
 from common.io.commands import run_main
+from common.report.plots import draw_matrix
 from ensemble.relations.mining import mine_relations
 from ensemble.relations.rules import RelationSettings
-from scripts.matrix_picture import draw_matrix
 
 _IGNORED = {"group_of": GROUP_OF, "depiction": DEPICTION}
 

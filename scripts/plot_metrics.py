@@ -7,7 +7,6 @@ Metrics are names in the runs' metrics.jsonl. Noisy ones are drawn with a runnin
 
 import json
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import numpy as np
 from absl import flags
@@ -15,9 +14,7 @@ from absl import flags
 from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
-
-WIDTH, HEIGHT, MARGIN = 420, 260, 46
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by everyone
+from common.report.plots import COLOURS, svg_text
 
 
 def read_curve(workdir: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -46,46 +43,20 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def panel(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, left: int) -> str:
-    """SVG elements of one diagram whose left edge is at `left`."""
-    steps = np.concatenate([s for s, _ in curves.values()])
-    values = np.concatenate([v for _, v in curves.values()])
-    # A single first spike would flatten everything else.
-    low, high = min(0.0, values.min()), np.quantile(values, 0.99) * 1.05 or 1.0
-    plot_width, plot_height = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
-
-    def place(step, value):
-        x = left + MARGIN + plot_width * step / max(steps.max(), 1)
-        y = MARGIN + plot_height * (1 - (np.clip(value, low, high) - low) / (high - low))
-        return x, y
-
-    parts = [f'<text x="{left + MARGIN}" y="22" font-weight="bold">{escape(title)}</text>']
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        value = low + share * (high - low)
-        x, y = place(0, value)
-        parts.append(f'<path d="M{x:.1f} {y:.1f}h{plot_width}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-        x, y = place(share * steps.max(), low)
-        parts.append(
-            f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">'
-            f"{share * steps.max():.0f}</text>"
-        )
-    for index, (name, (run_steps, run_values)) in enumerate(curves.items()):
+def draw_panel(axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str) -> None:
+    """Draws the curves of runs into matplotlib's axes, with a running mean over each."""
+    for index, (name, (steps, values)) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
-        window = max(len(run_values) // 20, 1)
-        smooth = running_mean(run_values, window)
-        for series, style in ((run_values, 'opacity="0.25"'), (smooth, "")):
-            points = " ".join(
-                "{:.1f},{:.1f}".format(*place(s, v)) for s, v in zip(run_steps, series, strict=True)
-            )
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" '
-                f'stroke-width="2" {style}/>'
-            )
-        x, y = left + WIDTH - MARGIN - 110, MARGIN + 14 + 16 * index
-        parts.append(f'<path d="M{x} {y - 4}h18" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
-    return "\n".join(parts)
+        axes.plot(steps, values, color=colour, alpha=0.25)
+        smooth = running_mean(values, max(len(values) // 20, 1))
+        axes.plot(steps, smooth, color=colour, label=name)
+    values = np.concatenate([values for _, values in curves.values()])
+    # A single first spike would flatten everything else.
+    axes.set_ylim(min(0.0, values.min()), np.quantile(values, 0.99) * 1.05 or 1.0)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def define_flags() -> None:
@@ -95,17 +66,16 @@ def define_flags() -> None:
 
 
 def main():
-    panels = []
-    for index, metric in enumerate(flags.FLAGS.metrics):
-        curves = {Path(w).name: read_curve(Path(w), metric) for w in flags.FLAGS.workdirs}
-        panels.append(panel(curves, metric.rsplit("/", 1)[-1], index * WIDTH))
-    body = "\n".join(panels)
-    write_text(
-        flags.FLAGS.output,
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}" '
-        f'font-family="sans-serif" font-size="11">\n<rect width="100%" height="100%" '
-        f'fill="white"/>\n{body}\n</svg>\n',
-    )
+    from matplotlib.figure import Figure
+
+    metrics = flags.FLAGS.metrics
+    workdirs = [Path(workdir) for workdir in flags.FLAGS.workdirs]
+    figure = Figure((4.4 * len(metrics), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        curves = {workdir.name: read_curve(workdir, metric) for workdir in workdirs}
+        draw_panel(axes, curves, metric.rsplit("/", 1)[-1])
+    write_text(flags.FLAGS.output, svg_text(figure))
     print(f"wrote {flags.FLAGS.output}")
 
 

@@ -50,10 +50,10 @@ def test_mines_and_draws(folder):
     assert rules.expected.counts.tolist() == [1, 1, 0]  # hat and guitar expect a person
     assert rules.outer.counts.tolist() == [1, 0, 0]
     picture = ET.parse(folder / "x.svg")
-    titles = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}title")]
-    assert len(titles) == 9
-    assert "Person (24) | Guitar & bow (12): 1.000" in titles
-    assert "Guitar & bow (12) | Person (24): unknown" in titles  # a guitar is never found absent
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    # Rows and columns are named; 3 of 9 pairs are known: nobody verified that a guitar is absent.
+    assert texts.count("Person (24)") == texts.count("Guitar & bow (12)") == 2
+    assert "100" in texts
 
 
 def test_user_errors_are_one_line(folder):

@@ -8,6 +8,9 @@ import pytest
 
 from common.io.errors import UserError
 from scripts import plot_metrics
+from tests.commands import run
+
+TEXT = "{http://www.w3.org/2000/svg}text"
 
 
 def write_run(workdir, values):
@@ -32,9 +35,15 @@ def test_running_mean_starts_with_what_there_is():
     np.testing.assert_allclose(plot_metrics.running_mean(np.array([2.0, 4, 6, 8]), 2), [2, 3, 5, 7])
 
 
-def test_panel_is_well_formed_and_names_the_runs():
-    curves = {"a<b": (np.arange(5.0), np.arange(5.0)), "c": (np.arange(5.0), np.ones(5))}
-    root = ElementTree.fromstring(f"<svg>{plot_metrics.panel(curves, 'loss', 0)}</svg>")
-    texts = [element.text for element in root.iter("text")]
-    assert {"loss", "a<b", "c"} <= set(texts)
-    assert len(list(root.iter("polyline"))) == 4
+def test_picture_has_a_panel_a_metric_and_names_the_runs(tmp_path):
+    for name in ("a<b", "c"):
+        write_run(tmp_path / name, [3.0, 2.0, 1.0])
+    run(
+        "scripts.plot_metrics",
+        f"--workdirs={tmp_path / 'a<b'},{tmp_path / 'c'}",
+        "--metrics=loss,other",
+        f"--output={tmp_path / 'x.svg'}",
+    )
+    texts = [element.text for element in ElementTree.parse(tmp_path / "x.svg").iter(TEXT)]
+    assert all(texts.count(name) == 2 for name in ("a<b", "c"))
+    assert {"loss", "other"} <= set(texts)
