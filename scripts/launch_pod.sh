@@ -72,7 +72,7 @@ case $action in
 [ -d $at/.git ] || git clone -q $(quoted "$repo") $at
 cd $at && git fetch -q origin $(quoted "$ref") && git checkout -q --detach FETCH_HEAD
 [ -x .venv/bin/python ] || $(quoted "$python") -m venv .venv
-.venv/bin/pip install -q -r requirements.txt 'jax[tpu]'
+.venv/bin/pip install -q -e '.[tpu]'
 git log -1 --format=%h"
     ;;
   train)

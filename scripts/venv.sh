@@ -1,10 +1,11 @@
-# Sourced by scripts/quickstart, scripts/test and .ci/run: one way to make the virtual environment.
+# Sourced by scripts/quickstart, scripts/mask_demo, scripts/test and .ci/run: one way to make the
+# virtual environment.
 # shellcheck shell=bash
 
-# make_venv DIRECTORY REQUIREMENTS: creates DIRECTORY if need be, installs REQUIREMENTS into it
-# unless the same file was installed there before, and activates it.
+# make_venv DIRECTORY EXTRAS: creates DIRECTORY if need be, installs the project into it with these
+# extras of pyproject.toml ("cpu,test") unless that was done before, and activates it.
 make_venv() {
-  local directory=$1 requirements=$2 python=${PYTHON:-python3} stamp
+  local directory=$1 extras=$2 python=${PYTHON:-python3} stamp
   if [[ ! -x $directory/bin/python ]]; then
     if ! command -v "$python" > /dev/null; then
       echo "error: $python not found; set PYTHON to a Python of version 3.11 or newer" >&2
@@ -22,10 +23,13 @@ make_venv() {
   fi
   # shellcheck disable=SC1091
   source "$directory/bin/activate"
-  stamp=$directory/.installed-$(basename "$requirements")
-  if ! cat requirements*.txt | cmp -s - "$stamp"; then
+  stamp=$directory/.installed-$extras
+  if ! cmp -s pyproject.toml "$stamp"; then
     # Compiling 30,000 files that are never imported would cost a minute.
-    python -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
-    cat requirements*.txt > "$stamp"
+    local install=(python -m pip install --quiet --disable-pip-version-check --no-compile)
+    "${install[@]}" -e ".[$extras]"
+    # The package index has no lvis that is content with opencv-python-headless.
+    if [[ ,$extras, == *,peers,* ]]; then "${install[@]}" --no-deps "lvis>=0.5.3,<1"; fi
+    cp pyproject.toml "$stamp"
   fi
 }
