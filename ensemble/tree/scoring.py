@@ -24,7 +24,8 @@ from common.data.dataset import Dataset
 from common.io.errors import UserError
 from common.metrics import matching, openimages
 from common.tables.hierarchy import ancestors
-from ensemble.inputs import Tables, aligned_chunks
+from ensemble.chunks import aligned_chunks
+from ensemble.inputs import Tables
 from ensemble.operators.groups import Rows, rank_rows
 from ensemble.tree import binary_tree as trees
 from ensemble.tree.join import NodeRows, leaf_rows
