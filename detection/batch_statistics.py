@@ -14,22 +14,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from common.data.dataset import GROUP_OF, Dataset
+from common.data.dataset import Dataset
 from common.data.input import train_batches
-from common.data.plan import make_plan
+from common.data.plan import train_plan
 from common.io.errors import UserError
 from common.io.progress import Progress
 from common.nn.layers.norm import Norm
 from common.training import distributed
 from common.training.distributed import DATA_AXIS
-from detection import setup
+from common.training.step import variable_shapes
+from detection.batch_fields import init_shapes, train_shapes
 from detection.models.faster_rcnn import FasterRCNN
+from detection.refine import open_proposals
+from detection.settings import RunSettings
 
 
 def recompute_batch_stats(
-    config: ConfigDict,
+    settings: RunSettings,
     model: FasterRCNN,
     variables: Mapping[str, Any],
     dataset: Dataset,
@@ -45,8 +47,8 @@ def recompute_batch_stats(
     of 'batch' norms is that within the parts.)
 
     Args:
-      config: of the run.
-      model: as `setup.build_model` makes it.
+      settings: of the run.
+      model: as `detection.models.faster_rcnn.build` makes it.
       variables: {'params', 'batch_stats'} in host memory.
       dataset: with the training split.
       mesh: all devices.
@@ -59,26 +61,18 @@ def recompute_batch_stats(
     Raises:
       UserError: no norm of the model is updated in training, or the batch size does not suit.
     """
-    momenta = norm_momenta(config, model)
+    momenta = norm_momenta(settings, model)
     if not momenta:
         raise UserError(
-            f"config.model.norm: found {config.model.norm!r}, whose statistics training does not "
+            f"config.model.norm: found {settings.model.norm!r}, whose statistics training does not "
             "change; expected 'batch' or 'sync' to recompute them"
         )
-    if config.data.batch_size % mesh.size:
+    if settings.data.batch_size % mesh.size:
         raise UserError(
-            f"config.data.batch_size: found {config.data.batch_size}, expected a multiple of the "
+            f"config.data.batch_size: found {settings.data.batch_size}, expected a multiple of the "
             f"{mesh.size} devices"
         )
-    plan = make_plan(
-        dataset,
-        config.data.train_split,
-        config.data.sampler,
-        config.seed,
-        config.data.batch_size,
-        ignore_flags=GROUP_OF if config.data.group_of == "drop" else 0,
-        positive_share=config.data.get("positive_share", 0.25),
-    )
+    plan = train_plan(dataset, settings.data, settings.seed)
     stats = flax.traverse_util.flatten_dict(dict(variables["batch_stats"]))
     # Starting at zero, a step leaves (1 - momentum) times the batch's own figures.
     start = {
@@ -90,8 +84,8 @@ def recompute_batch_stats(
         mesh,
     )
     measure = jax.jit(make_measure_step(model, mesh))
-    fields = setup.train_shapes(config, 1).keys()
-    progress = Progress(num_batches, config.data.batch_size, mesh.size)
+    fields = train_shapes(settings.data, 1)
+    progress = Progress(num_batches, settings.data.batch_size, mesh.size)
     sums = {path: np.zeros((2, *stats[(*path, "mean")].shape)) for path in momenta}
 
     def add(measured) -> None:
@@ -106,17 +100,17 @@ def recompute_batch_stats(
     batches = train_batches(
         dataset,
         plan,
-        config.data,
-        seed=config.seed,
+        settings.data,
+        seed=settings.seed,
         num_steps=num_batches,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        proposals=setup.open_proposals(config, dataset, say),
+        proposals=open_proposals(settings, dataset, say),
     )
     ahead = None
     for number, host_batch in enumerate(batches, start=1):
         batch = distributed.to_global({k: host_batch[k] for k in fields}, mesh)
-        measured = measure(fixed, jax.random.fold_in(jax.random.key(config.seed), number), batch)
+        measured = measure(fixed, jax.random.fold_in(jax.random.key(settings.seed), number), batch)
         if ahead is not None:
             add(ahead)
         ahead = measured
@@ -131,7 +125,7 @@ def recompute_batch_stats(
     return flax.traverse_util.unflatten_dict(stats)
 
 
-def norm_momenta(config: ConfigDict, model: FasterRCNN) -> dict[tuple[str, ...], float]:
+def norm_momenta(settings: RunSettings, model: FasterRCNN) -> dict[tuple[str, ...], float]:
     """Momentum of each norm whose running statistics training updates, by its path."""
     momenta = {}
 
@@ -142,7 +136,7 @@ def norm_momenta(config: ConfigDict, model: FasterRCNN) -> dict[tuple[str, ...],
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        setup.variable_shapes(config, model)
+        variable_shapes(model, init_shapes(settings.data))
     return momenta
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.io.atomic import write_json
@@ -20,51 +20,41 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics.coco import evaluate_coco
 from common.metrics.openimages import evaluate_openimages
-from common.training import command, distributed
-from common.training.checkpoint import Checkpoints
-from detection import setup
+from common.training import command, distributed, loop
+from common.training.distributed import DATA_AXIS
+from common.training.restore import restore_variables
+from common.training.step import variable_shapes
+from detection.batch_fields import init_shapes
 from detection.inference import predict_split
-from detection.models.faster_rcnn import FasterRCNN
+from detection.models.faster_rcnn import FasterRCNN, build
 from detection.refine import mean_overlaps, refine_table
-from detection.tta.test_time import detect_split, is_on
+from detection.settings import RunSettings, read_run
+from detection.tta.test_time import detect_split
 
-METRICS = ("openimages", "coco")
 
-
-def score(config: ConfigDict, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
+def score(settings: RunSettings, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
     """Official figures of a detections table, by the metric of the config."""
     overlaps = {}
-    if setup.refines(config):
-        overlaps = mean_overlaps(dataset, split, Path(config.evaluation.proposals), table)
-    return overlaps | _official(config, dataset, split, table)
+    if settings.model.refines:
+        overlaps = mean_overlaps(dataset, split, Path(settings.evaluation.proposals), table)
+    return overlaps | _official(settings, dataset, split, table)
 
 
-def _official(config: ConfigDict, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
-    if config.evaluation.metric == "coco":
+def _official(settings: RunSettings, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
+    if settings.evaluation.metric == "coco":
         return evaluate_coco(dataset, split, table)
-    expand = config.evaluation.expand_predictions
+    expand = settings.evaluation.expand_predictions
     return evaluate_openimages(dataset, split, table, expand_predictions=expand)
 
 
-def restore_variables(config: ConfigDict, model: FasterRCNN, workdir: str, mesh: Mesh, step=None):
-    """Parameters and statistics of a checkpoint (the newest by default), and its step."""
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
-    step = step or checkpoints.latest_step()
-    variables, _ = checkpoints.restore_params(
-        step, distributed.abstract(setup.variable_shapes(config, model), mesh)
-    )
-    checkpoints.close()
-    return variables, step
-
-
 def evaluate_variables(
-    config: ConfigDict,
+    settings: RunSettings,
     model: FasterRCNN,
     dataset: Dataset,
     mesh: Mesh,
     variables: dict,
     step: int,
-    folder: Path,
+    folder: epath.Path,
     *,
     split: str | None = None,
     test_time: bool = False,
@@ -75,33 +65,28 @@ def evaluate_variables(
     Every host detects its part; the first one scores. Per-class figures are in metrics.json only.
     `test_time` asks for the views of `config.test_time`, if there are any; training goes without.
     """
-    if config.evaluation.metric not in METRICS:
-        raise UserError(
-            f"config.evaluation.metric: found {config.evaluation.metric!r}, expected one of "
-            f"{', '.join(METRICS)}"
-        )
-    split = split or config.data.eval_split
-    test_time = test_time and is_on(config)
-    if test_time and config.test_time.merge == "tables":
+    split = split or settings.data.eval_split
+    test_time = test_time and settings.test_time.is_on
+    if test_time and settings.test_time.merge == "tables":
         raise UserError(
             "config.test_time.merge: found 'tables', expected 'union' or 'mean' to score; write "
             "the tables with detection.export, then ensemble.merge and scripts.score"
         )
-    if setup.refines(config) and not config.evaluation.proposals:
+    if settings.model.refines and not settings.evaluation.proposals:
         say("no config.evaluation.proposals, a detections table to refine: nothing to score")
         return {}
     name = f"{split}_test_time" if test_time else split
     table = folder / f"{name}.parquet"
-    common = (config, model, variables, dataset)
-    if setup.refines(config):
-        proposals = Path(config.evaluation.proposals)
+    common = (settings, model, variables, dataset)
+    if settings.model.refines:
+        proposals = Path(settings.evaluation.proposals)
         refine_table(*common, proposals, mesh, table, step=step, say=say)
     else:
         detect = detect_split if test_time else predict_split
         detect(*common, split, mesh, table, step=step, say=say)
     if not distributed.is_main_process():
         return {}
-    results = score(config, dataset, split, table)
+    results = score(settings, dataset, split, table)
     write_json(folder / f"{name}_metrics.json", results)
     summary = {k: v for k, v in results.items() if "PerformanceByCategory" not in k}
     for metric, value in summary.items():
@@ -115,24 +100,23 @@ def define_flags() -> None:
 
 
 def main():
-    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    distributed.initialize()
-    mesh = distributed.make_mesh()
-    dataset = command.open_dataset(config)
-    model = setup.build_model(config, dataset.num_classes)
-    variables, step = restore_variables(config, model, workdir, mesh, flags.FLAGS.step)
-    folder = Path(workdir) / "evaluation" / f"{step}"
+    settings = read_run(flags.FLAGS.config)
+    mesh, say = loop.start({})
+    dataset = command.open_dataset(settings.data.dir)
+    model = build(settings.model, dataset.num_classes, DATA_AXIS)
+    shapes = variable_shapes(model, init_shapes(settings.data))
+    variables, step = restore_variables(flags.FLAGS.workdir, shapes, mesh, flags.FLAGS.step)
     evaluate_variables(
-        config,
+        settings,
         model,
         dataset,
         mesh,
         variables,
         step,
-        folder,
+        epath.Path(flags.FLAGS.workdir) / "evaluation" / f"{step}",
         split=flags.FLAGS.split,
         test_time=True,
-        say=print if distributed.is_main_process() else lambda *_, **__: None,
+        say=say,
     )
 
 

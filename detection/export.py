@@ -15,16 +15,19 @@ a split, and writes the same rows with better boxes:
 output is a folder of one table a view.
 """
 
-from pathlib import Path
-
 from absl import flags
+from etils import epath
 
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.training import command, distributed
-from detection import setup
-from detection.evaluate import restore_variables
+from common.training import command, loop
+from common.training.distributed import DATA_AXIS
+from common.training.restore import restore_variables
+from common.training.step import variable_shapes
+from detection.batch_fields import init_shapes
+from detection.models.faster_rcnn import build
 from detection.refine import refine_table
+from detection.settings import RunSettings, read_run
 from detection.tta.test_time import detect_split
 
 
@@ -36,31 +39,39 @@ def define_flags() -> None:
 
 
 def main():
-    config, table = flags.FLAGS.config, flags.FLAGS.proposals
-    if setup.refines(config) and not table:
-        raise UserError(f"--proposals: missing, {config.name} refines the boxes of a table")
-    if table and not setup.refines(config):
-        raise UserError(
-            f"--proposals: {config.name} finds boxes by itself, expected a config with "
-            "model.box_head.kind 'regressor'"
-        )
-    if table and flags.FLAGS.split:
-        raise UserError("--split: found with --proposals, which says itself what images it covers")
-    distributed.initialize()
-    mesh = distributed.make_mesh()
-    dataset = command.open_dataset(config)
-    model = setup.build_model(config, dataset.num_classes)
-    variables, step = restore_variables(config, model, flags.FLAGS.workdir, mesh, flags.FLAGS.step)
-    output = Path(flags.FLAGS.output)
-    say = print if distributed.is_main_process() else lambda *_, **__: None
-    common = (config, model, variables, dataset)
+    settings, table, split = read_run(flags.FLAGS.config), flags.FLAGS.proposals, flags.FLAGS.split
+    check_flags(settings, table, split)
+    mesh, say = loop.start({})
+    dataset = command.open_dataset(settings.data.dir)
+    model = build(settings.model, dataset.num_classes, DATA_AXIS)
+    shapes = variable_shapes(model, init_shapes(settings.data))
+    variables, step = restore_variables(flags.FLAGS.workdir, shapes, mesh, flags.FLAGS.step)
+    output = epath.Path(flags.FLAGS.output)
+    common = (settings, model, variables, dataset)
     if table:
-        refine_table(*common, Path(table), mesh, output, step=step, say=say)
+        refine_table(*common, epath.Path(table), mesh, output, step=step, say=say)
         say(f"wrote {output}: the rows of {table}, step {step}", flush=True)
         return
-    split = flags.FLAGS.split or config.data.eval_split
+    split = split or settings.data.eval_split
     detect_split(*common, split, mesh, output, step=step, say=say)
     say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
+
+
+def check_flags(settings: RunSettings, table: str | None, split: str | None) -> None:
+    """Refiners need a table, detectors take none.
+
+    Raises:
+      UserError: otherwise, or a split beside the table.
+    """
+    if settings.model.refines and not table:
+        raise UserError(f"--proposals: missing, {settings.name} refines the boxes of a table")
+    if table and not settings.model.refines:
+        raise UserError(
+            f"--proposals: {settings.name} finds boxes by itself, expected a config with "
+            "model.box_head.kind 'regressor'"
+        )
+    if table and split:
+        raise UserError("--split: found with --proposals, which says itself what images it covers")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
-from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.data.input import eval_batches
@@ -20,9 +19,9 @@ from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
 from common.training.step import make_predict_step
+from detection.batch_fields import INFERENCE_FIELDS
 from detection.models.faster_rcnn import FasterRCNN
-
-INFERENCE_FIELDS = ("image", "image_size", "image_valid")
+from detection.settings import RunSettings
 
 
 @functools.cache
@@ -32,7 +31,7 @@ def compiled_predict_step(model: FasterRCNN, mesh: Mesh) -> Callable:
 
 
 def predict_split(
-    config: ConfigDict,
+    settings: RunSettings,
     model: FasterRCNN,
     variables: dict,
     dataset: Dataset,
@@ -46,7 +45,7 @@ def predict_split(
     """Detects in every image of a split and writes one table (a folder of shards with many hosts).
 
     Args:
-      config: of the run.
+      settings: of the run.
       model: detector.
       variables: {'params', 'batch_stats'} on the mesh.
       dataset: where the photos are listed.
@@ -56,11 +55,11 @@ def predict_split(
       step: of the checkpoint, for the table's metadata.
       say: where progress lines go.
     """
-    batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
+    batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
     predict = compiled_predict_step(model, mesh)
     labels = np.array(dataset.class_labels)
     indices = dataset.split(split)
-    metadata = table_metadata(config, dataset, split, step)
+    metadata = table_metadata(settings, dataset, split, step)
     num_batches = -(-len(indices) // batch_size)
     progress = Progress(num_batches, batch_size, mesh.size)
     writer = DetectionsWriter(
@@ -70,7 +69,7 @@ def predict_split(
         batches = eval_batches(
             dataset,
             split,
-            config.data,
+            settings.data,
             batch_size=batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -92,11 +91,13 @@ def predict_split(
     distributed.barrier("predict_split")
 
 
-def table_metadata(config: ConfigDict, dataset: Dataset, split: str, step: int) -> dict[str, Any]:
+def table_metadata(
+    settings: RunSettings, dataset: Dataset, split: str, step: int
+) -> dict[str, Any]:
     """What a detections table says of its origin."""
     return {
-        "model": config.name,
-        "config": config.to_dict(),
+        "model": settings.name,
+        "config": settings.to_dict(),
         "dataset": dataset.meta.get("name", str(dataset.directory)),
         "split": split,
         "step": step,

@@ -18,26 +18,29 @@ from absl import flags
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from common.data.labelled_batches import eval_batches, train_batches
 from common.data.labelled_images import LabelledImages, open_images
+from common.data.settings import LabelledDataSettings
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import command, distributed, loop
 from common.training.checkpoint import Checkpoints
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
+from common.training.restore import first_state
 from common.training.run_metrics import log_parameter_overview
 from common.training.step import (
     TrainState,
     init_state,
-    init_variables,
     jit_train_step,
     make_predict_step,
+    variable_shapes,
 )
 from common.training.workdir import prepare_workdir
 from detection.models.classifier import Classifier
+from detection.models.settings import ClassifierSettings
+from detection.settings import PretrainSettings, read_pretrain
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
@@ -52,18 +55,23 @@ MAY_DIFFER = (
 WEIGHTS = "backbone.safetensors"
 
 
-def pretrain(config: ConfigDict, workdir: str) -> float:
+def pretrain(settings: PretrainSettings, workdir: str) -> float:
     """Runs (or finishes) a training; returns the top-1 accuracy."""
 
     # ---------------------------------------------------------------- devices and work directory
-    mesh, say = loop.start(config, ("data.batch_size", "evaluation.batch_size"))
-    workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
+    mesh, say = loop.start(
+        {
+            "data.batch_size": settings.data.batch_size,
+            "evaluation.batch_size": settings.evaluation.batch_size,
+        }
+    )
+    workdir = prepare_workdir(workdir, settings.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
-    train_images, eval_images = open_splits(config)
-    batch_size = config.data.batch_size
+    train_images, eval_images = open_splits(settings.data)
+    batch_size = settings.data.batch_size
     steps_per_epoch = -(-len(train_images) // batch_size)
-    num_steps = total_steps(config.optimizer, steps_per_epoch)
+    num_steps = total_steps(settings.optimizer, steps_per_epoch)
     say(
         f"data: {len(train_images)} training and {len(eval_images)} validation images, "
         f"{len(train_images.class_names)} classes, {steps_per_epoch} steps an epoch",
@@ -71,26 +79,26 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     )
 
     # ---------------------------------------------------------------- model and optimiser
-    model = build_model(config, len(train_images.class_names))
+    model = build_model(settings.model, len(train_images.class_names))
     schedule = make_schedule(
-        config.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
+        settings.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
     )
-    shapes = jax.eval_shape(lambda: init_variables(model, config.seed, init_batch(config)))
-    tx = make_optimizer(config.optimizer, schedule, shapes["params"])
+    shapes = variable_shapes(model, init_batch(settings.data))
+    tx = make_optimizer(settings.optimizer, schedule, shapes["params"])
     log_parameter_overview(shapes["params"], say)
 
     # ---------------------------------------------------------------- state
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last)
-    init = functools.partial(init_state, model, tx, config.seed, init_batch(config))
-    state, start_step = loop.first_state(checkpoints, init, mesh, say)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=settings.checkpoint.keep_last)
+    init = functools.partial(init_state, model, tx, settings.seed, init_batch(settings.data))
+    state, start_step = first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
     step_fn = jit_train_step(model, tx, mesh)
     predict = jax.jit(make_predict_step(model, mesh))
     batches = train_batches(
         train_images,
-        config.data,
-        seed=config.seed,
+        settings.data,
+        seed=settings.seed,
         start_step=start_step,
         num_steps=num_steps - start_step,
         process_index=jax.process_index(),
@@ -98,13 +106,13 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
     )
 
     def evaluate(step):
-        top1 = top1_accuracy(training.state.variables, eval_images, config, predict, mesh)
+        top1 = top1_accuracy(training.state.variables, eval_images, settings, predict, mesh)
         say(f"top-1 {top1:.4f} on {len(eval_images)} images after step {step}", flush=True)
         training.log(step, {"evaluation/top1": top1})
         return top1
 
     with loop.Loop(
-        config,
+        settings,
         workdir,
         mesh,
         checkpoints,
@@ -112,11 +120,11 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
         start_step=start_step,
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
-        fields=init_batch(config),
+        fields=init_batch(settings.data),
         image_name=train_images.name,
         say=say,
     ) as training:
-        every = steps_per_epoch * config.evaluation.every_epochs
+        every = steps_per_epoch * settings.evaluation.every_epochs
         for step in training.run(step_fn, state, batches):
             if every and step % every == 0 and step != num_steps:
                 with training.pause():
@@ -124,18 +132,17 @@ def pretrain(config: ConfigDict, workdir: str) -> float:
         top1 = evaluate(num_steps)
     if distributed.is_main_process():
         path = workdir / WEIGHTS
-        write_backbone(path, training.state, config)
+        write_backbone(path, training.state, settings)
         say(f"wrote {path} (config.model.pretrained of a detector)", flush=True)
     return top1
 
 
-def open_splits(config: ConfigDict) -> tuple[LabelledImages, LabelledImages]:
+def open_splits(data: LabelledDataSettings) -> tuple[LabelledImages, LabelledImages]:
     """Training and validation images.
 
     Raises:
       UserError: they cannot be opened, or their classes differ.
     """
-    data = config.data
     train, evaluation = (
         open_images(data.dir, data.tfds, split) for split in (data.train_split, data.eval_split)
     )
@@ -148,9 +155,8 @@ def open_splits(config: ConfigDict) -> tuple[LabelledImages, LabelledImages]:
     return train, evaluation
 
 
-def build_model(config: ConfigDict, num_classes: int) -> Classifier:
+def build_model(model: ClassifierSettings, num_classes: int) -> Classifier:
     """The classifier as it runs on each device of the mesh."""
-    model = config.model
     return Classifier(
         num_classes,
         model.backbone,
@@ -164,9 +170,9 @@ def build_model(config: ConfigDict, num_classes: int) -> Classifier:
     )
 
 
-def init_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def init_batch(data: LabelledDataSettings) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch that parameters can be made with."""
-    size = max(config.data.image_size, 64)  # below, NASNet's last cells would have no pixel
+    size = max(data.image_size, 64)  # below, NASNet's last cells would have no pixel
     return {
         "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -175,13 +181,17 @@ def init_batch(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def top1_accuracy(
-    variables: dict, images: LabelledImages, config: ConfigDict, predict: Callable, mesh: Mesh
+    variables: dict,
+    images: LabelledImages,
+    settings: PretrainSettings,
+    predict: Callable,
+    mesh: Mesh,
 ) -> float:
     """Share of `images` whose highest logit is that of their class; collective."""
     batches = eval_batches(
         images,
-        config.data,
-        batch_size=config.evaluation.batch_size,
+        settings.data,
+        batch_size=settings.evaluation.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -192,18 +202,18 @@ def top1_accuracy(
     return int(correct) / len(images)
 
 
-def write_backbone(path: epath.Path, state: TrainState, config: ConfigDict) -> None:
+def write_backbone(path: epath.Path, state: TrainState, settings: PretrainSettings) -> None:
     """The trunk's weights as `scripts.convert_weights` writes them."""
     trunk = {"params": state.params["backbone"]}
     if "backbone" in state.batch_stats:  # group norm has none
         trunk["batch_stats"] = state.batch_stats["backbone"]
     flat = traverse_util.flatten_dict(distributed.to_host(trunk), sep="/")
     weights = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-    save_backbone_weights(path, weights, config.model.backbone, f"{config.name} (pretrain)")
+    save_backbone_weights(path, weights, settings.model.backbone, f"{settings.name} (pretrain)")
 
 
 def main():
-    pretrain(flags.FLAGS.config, flags.FLAGS.workdir)
+    pretrain(read_pretrain(flags.FLAGS.config), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

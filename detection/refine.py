@@ -16,19 +16,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32
-from ml_collections import ConfigDict
 
 from common.data.dataset import GROUP_OF, Dataset
 from common.data.input import proposal_batches
 from common.data.proposals import TableBoxes
+from common.io.errors import UserError
 from common.io.progress import Progress
+from common.metrics.coverage import split_images
 from common.metrics.openimages import best_overlaps
 from common.tables import DetectionsReader, DetectionsWriter
 from common.training import distributed
-from detection.inference import INFERENCE_FIELDS, compiled_predict_step
+from detection.batch_fields import REFINER_FIELDS
+from detection.inference import compiled_predict_step
 from detection.models.box_refiner import BoxRefiner
+from detection.settings import RunSettings
 
-REFINER_FIELDS = (*INFERENCE_FIELDS, "proposals", "proposal_valid")
 _MATCH_IOU = 0.5  # a box with less has no object to be moved onto
 _CHUNK = 4096  # images scored at a time
 
@@ -36,8 +38,48 @@ _CHUNK = 4096  # images scored at a time
 Rows = tuple[Float32[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]
 
 
+def open_proposals(
+    settings: RunSettings, dataset: Dataset, say: Callable = print
+) -> TableBoxes | None:
+    """The table of `config.data.proposals` that a refiner trains on; None for detectors.
+
+    None too for a refiner that trains on jittered ground truth alone.
+
+    Raises:
+      UserError: no table given, or none of the training photos, or the table of
+        `config.evaluation.proposals` lacks images.
+    """
+    if not settings.model.refines:
+        return None
+    data = settings.data
+    if settings.evaluation.proposals:  # rather now than after the training
+        scored = DetectionsReader(settings.evaluation.proposals)
+        split_images(dataset, data.eval_split, scored, allow_partial=False)
+    if not data.proposals:
+        if settings.model.truth_jitter.copies:
+            return None
+        raise UserError(
+            "config.data.proposals: empty, expected a detections table of the training photos "
+            "(or --config.model.truth_jitter.copies=N to train on jittered ground truth)"
+        )
+    boxes = TableBoxes(DetectionsReader(data.proposals), dataset)
+    images = dataset.split(data.train_split)
+    covered = boxes.num_covered(images)
+    say(
+        f"proposals: {data.proposals}, {boxes.counts.sum()} boxes; covers {covered} of "
+        f"{len(images)} training images",
+        flush=True,
+    )
+    if not covered:
+        raise UserError(
+            f"{data.proposals}: covers no image of split {data.train_split!r} of "
+            f"{dataset.directory}"
+        )
+    return boxes
+
+
 def refine_table(
-    config: ConfigDict,
+    settings: RunSettings,
     model: BoxRefiner,
     variables: dict,
     dataset: Dataset,
@@ -54,7 +96,7 @@ def refine_table(
     whose box has no area, or whose photo cannot be read (data.on_image_error 'skip'), keeps it.
 
     Args:
-      config: of the run.
+      settings: of the run.
       model: refiner.
       variables: {'params', 'batch_stats'} on the mesh.
       dataset: with the table's images; the labels need not be its own.
@@ -72,15 +114,15 @@ def refine_table(
     local_mesh = distributed.make_mesh(own)
     if len(own) < mesh.size:
         variables = distributed.to_local(variables, local_mesh)
-    batch_size = -(-config.evaluation.batch_size // mesh.size) * len(own)
+    batch_size = -(-settings.evaluation.batch_size // mesh.size) * len(own)
 
     reader = DetectionsReader(table)
     num_images = len(reader.image_ids)
     places = range(process * num_images // processes, (process + 1) * num_images // processes)
     boxes = TableBoxes(reader, dataset, places)
     refinement = {
-        "model": config.name,
-        "config": config.to_dict(),
+        "model": settings.name,
+        "config": settings.to_dict(),
         "step": step,
         "dataset": dataset.meta.get("name", str(dataset.directory)),
     }
@@ -92,9 +134,9 @@ def refine_table(
         process_count=processes,
         masks=reader.has_masks,
     ) as writer:
-        batches = proposal_batches(dataset, boxes, places, config.data, batch_size=batch_size)
+        batches = proposal_batches(dataset, boxes, places, settings.data, batch_size=batch_size)
         progress = Progress(batches.num_batches, batch_size * processes, mesh.size)
-        _, _, sizes = boxes.pieces(places, config.data.max_proposals)
+        _, _, sizes = boxes.pieces(places, settings.data.max_proposals)
         sizes = np.pad(sizes, (0, -len(sizes) % batch_size)).reshape(-1, batch_size)
         predict = compiled_predict_step(model, local_mesh)
 

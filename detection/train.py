@@ -10,21 +10,25 @@ import functools
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
-from common.data.dataset import GROUP_OF
 from common.data.input import train_batches
-from common.data.plan import make_plan
+from common.data.plan import train_plan
 from common.io.commands import run_main
 from common.nn.weights.backbone_weights import load_backbone_weights
 from common.training import command, distributed, loop
 from common.training.checkpoint import Checkpoints
+from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
+from common.training.restore import first_state
 from common.training.run_metrics import log_parameter_overview
-from common.training.step import TrainState, init_state, jit_train_step
+from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
 from common.training.workdir import prepare_workdir
-from detection import setup
+from detection.batch_fields import init_shapes, train_shapes
 from detection.evaluate import evaluate_variables
+from detection.models.faster_rcnn import build
+from detection.models.two_stage import frozen_pattern
+from detection.refine import open_proposals
+from detection.settings import RunSettings, read_run
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
@@ -43,63 +47,55 @@ MAY_DIFFER = (
 )
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+def train(settings: RunSettings, workdir: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the metrics of the last evaluation."""
 
     # ---------------------------------------------------------------- devices and work directory
-    mesh, say = loop.start(config)
-    workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
+    mesh, say = loop.start({"data.batch_size": settings.data.batch_size})
+    workdir = prepare_workdir(workdir, settings.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
-    dataset = command.open_dataset(config)
-    batch_size = config.data.batch_size
-    plan = make_plan(
-        dataset,
-        config.data.train_split,
-        config.data.sampler,
-        config.seed,
-        batch_size,
-        ignore_flags=GROUP_OF if config.data.group_of == "drop" else 0,
-        positive_share=config.data.get("positive_share", 0.25),
-    )
+    dataset = command.open_dataset(settings.data.dir)
+    batch_size = settings.data.batch_size
+    plan = train_plan(dataset, settings.data, settings.seed)
     steps_per_epoch = plan.steps_per_epoch
-    num_steps = total_steps(config.optimizer, steps_per_epoch)
+    num_steps = total_steps(settings.optimizer, steps_per_epoch)
     say(
-        f"data: {dataset.directory}, {len(dataset.split(config.data.train_split))} training "
+        f"data: {dataset.directory}, {len(dataset.split(settings.data.train_split))} training "
         f"images, {dataset.num_classes} classes, {steps_per_epoch} steps an epoch",
         flush=True,
     )
-    proposals = setup.open_proposals(config, dataset, say)  # None: the model makes its own
+    proposals = open_proposals(settings, dataset, say)  # None: the model makes its own
 
     # ---------------------------------------------------------------- model and optimiser
-    model = setup.build_model(config, dataset.num_classes)
+    model = build(settings.model, dataset.num_classes, DATA_AXIS)
     schedule = make_schedule(
-        config.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
+        settings.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
     )
-    shapes = setup.variable_shapes(config, model)
-    frozen = setup.frozen_pattern(config)
-    tx = make_optimizer(config.optimizer, schedule, shapes["params"], frozen)
+    shapes = variable_shapes(model, init_shapes(settings.data))
+    frozen = frozen_pattern(settings.model)
+    tx = make_optimizer(settings.optimizer, schedule, shapes["params"], frozen)
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     # ---------------------------------------------------------------- state
     # In this order: the work directory's newest checkpoint, a pretrained backbone, random values.
     checkpoints = Checkpoints(
         workdir / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_every_steps=steps_per_epoch if config.checkpoint.keep_epochs else None,
+        keep_last=settings.checkpoint.keep_last,
+        keep_every_steps=steps_per_epoch if settings.checkpoint.keep_epochs else None,
     )
-    init = functools.partial(init_state, model, tx, config.seed, setup.init_batch(config))
-    state, start_step = loop.first_state(checkpoints, init, mesh, say)
-    if not start_step and config.model.pretrained:
-        state = with_pretrained_backbone(state, config.model.pretrained, mesh, say)
+    init = functools.partial(init_state, model, tx, settings.seed, init_shapes(settings.data))
+    state, start_step = first_state(checkpoints, init, mesh, say)
+    if not start_step and settings.model.pretrained:
+        state = with_pretrained_backbone(state, settings.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
     step_fn = jit_train_step(model, tx, mesh)
     batches = train_batches(
         dataset,
         plan,
-        config.data,
-        seed=config.seed,
+        settings.data,
+        seed=settings.seed,
         start_step=start_step,
         num_steps=num_steps - start_step,
         process_index=jax.process_index(),
@@ -109,7 +105,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
     def evaluate(step):
         results = evaluate_variables(
-            config,
+            settings,
             model,
             dataset,
             mesh,
@@ -122,7 +118,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         return results
 
     with loop.Loop(
-        config,
+        settings,
         workdir,
         mesh,
         checkpoints,
@@ -130,11 +126,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         start_step=start_step,
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
-        fields=setup.train_shapes(config, 1),
+        fields=train_shapes(settings.data, 1),
         image_name=dataset.image_id,
         say=say,
     ) as training:
-        every = steps_per_epoch * config.evaluation.every_epochs
+        every = steps_per_epoch * settings.evaluation.every_epochs
         for step in training.run(step_fn, state, batches):
             if every and step % every == 0 and step != num_steps:
                 with training.pause():
@@ -173,7 +169,7 @@ def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainSt
 
 
 def main():
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
+    train(read_run(flags.FLAGS.config), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

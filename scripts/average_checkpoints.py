@@ -27,6 +27,7 @@ from common.io.errors import UserError
 from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.checkpoint_items import describe, flatten, to_nested_dict
+from common.training.step import variable_shapes
 
 
 def define_flags() -> None:
@@ -111,14 +112,17 @@ def with_recomputed_statistics(
       UserError: the config is of another model, or one of `recompute_batch_stats`.
     """
     # TensorFlow, which feeds the batches, takes seconds to import: the plain mean goes without.
-    from detection import setup
+    from detection.batch_fields import init_shapes
     from detection.batch_statistics import recompute_batch_stats
+    from detection.models.faster_rcnn import build
+    from detection.settings import read_run
 
-    dataset = command.open_dataset(config)
-    model = setup.build_model(config, dataset.num_classes)
-    _refuse_other_model(setup.variable_shapes(config, model), variables)
+    settings = read_run(config)
+    dataset = command.open_dataset(settings.data.dir)
+    model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
+    _refuse_other_model(variable_shapes(model, init_shapes(settings.data)), variables)
     batch_stats = recompute_batch_stats(
-        config, model, variables, dataset, distributed.make_mesh(), num_batches
+        settings, model, variables, dataset, distributed.make_mesh(), num_batches
     )
     return {**variables, "batch_stats": batch_stats}
 

@@ -16,7 +16,9 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
 import dataclasses
 import time
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -24,11 +26,14 @@ from ml_collections import ConfigDict, config_flags
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.settings import read_settings
 from common.training import distributed
-from common.training.optimizer import make_optimizer, make_schedule, total_steps
+from common.training.optimizer import OptimizerSettings, make_optimizer, make_schedule, total_steps
 from common.training.pod import flops, topologies
-from common.training.step import init_state, jit_train_step
-from detection import setup as detection_setup
+from common.training.step import init_state, jit_train_step, variable_shapes
+from detection import batch_fields
+from detection.models import faster_rcnn, two_stage
+from detection.settings import read_run
 from segmentation import setup as segmentation_setup
 
 OPENIMAGES = 1_743_042  # training photos
@@ -37,30 +42,60 @@ OPENIMAGES = 1_743_042  # training photos
 UTILISATION = 0.25
 
 
+class Program(NamedTuple):
+    """What a product trains: its model, the batches that the model reads, and how it learns."""
+
+    model: nn.Module
+    init_batch: dict[str, jax.ShapeDtypeStruct]
+    batch: dict[str, jax.ShapeDtypeStruct]
+    frozen_pattern: str
+    optimizer: OptimizerSettings
+
+
+def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
+    """The program of a config of detection or segmentation, by its `task`.
+
+    Raises:
+      UserError: another task, or a field that is out of range.
+    """
+    if config.task == "segmentation":
+        return Program(
+            segmentation_setup.build_model(config, num_classes),
+            segmentation_setup.init_batch(config),
+            segmentation_setup.train_shapes(config, batch_size),
+            segmentation_setup.frozen_pattern(config),
+            read_settings(OptimizerSettings, config.optimizer, "config.optimizer"),
+        )
+    settings = read_run(config)
+    return Program(
+        faster_rcnn.build(settings.model, num_classes, distributed.DATA_AXIS),
+        batch_fields.init_shapes(settings.data),
+        batch_fields.train_shapes(settings.data, batch_size),
+        two_stage.frozen_pattern(settings.model),
+        settings.optimizer,
+    )
+
+
 def compile_train_step(
     config: ConfigDict, slice_name: str, num_classes: int, images_per_device: int
 ) -> dict:
     """Compiles the step and returns the report as plain values (bytes, seconds, counts)."""
-    setup = segmentation_setup if "crop" in config.data else detection_setup
     slice_, devices = topologies.slice_devices(slice_name)
     mesh = distributed.make_mesh(devices)
     batch_size = images_per_device * mesh.size
-    model = setup.build_model(config, num_classes)
-    shapes = setup.variable_shapes(config, model)
     steps_per_epoch = OPENIMAGES // batch_size
-    schedule = make_schedule(
-        config.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
-    )
-    tx = make_optimizer(config.optimizer, schedule, shapes["params"], setup.frozen_pattern(config))
-    state = jax.eval_shape(lambda: init_state(model, tx, config.seed, setup.init_batch(config)))
-    batch = setup.train_shapes(config, batch_size)
+    model, init_batch, batch, frozen, optimizer = program(config, num_classes, batch_size)
+    shapes = variable_shapes(model, init_batch)
+    schedule = make_schedule(optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+    tx = make_optimizer(optimizer, schedule, shapes["params"], frozen)
+    state = jax.eval_shape(lambda: init_state(model, tx, config.seed, init_batch))
     step = jit_train_step(model, tx, mesh)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
     traffic = topologies.traffic(compiled)
     step_flops = flops.count(step, state, batch)
-    steps = total_steps(config.optimizer, steps_per_epoch)
+    steps = total_steps(optimizer, steps_per_epoch)
     return {
         "config": config.name,
         "slice": slice_name,

@@ -115,8 +115,8 @@ def define_flags() -> None:
 
 def main():
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    mesh, say = loop.start(config, ())
-    dataset = command.open_dataset(config)
+    mesh, say = loop.start({})
+    dataset = command.open_dataset(config.data.dir)
     model = setup.build_model(config, dataset.num_classes)
     variables, step = setup.restore_variables(config, model, workdir, mesh, flags.FLAGS.step)
     folder = epath.Path(workdir) / "evaluation" / f"{step}"

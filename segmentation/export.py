@@ -331,9 +331,9 @@ def main():
     config = values.config
     if bool(values.workdir) == bool(values.voters):
         raise UserError("--workdir, --voters: expected one of them")
-    _, say = loop.start(config, ())
+    _, say = loop.start({})
     mesh = distributed.make_mesh(jax.local_devices())
-    dataset = command.open_dataset(config)
+    dataset = command.open_dataset(config.data.dir)
     if values.voters:
         networks, voters = open_voters(config, values.voters, dataset, mesh)
     else:

@@ -8,6 +8,7 @@ uninterrupted run bit for bit. On a pod, start it on every host.
 """
 
 import functools
+import types
 from collections.abc import Iterator
 
 import jax
@@ -17,10 +18,19 @@ from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
+from common.io.settings import read_settings
 from common.training import command, loop
 from common.training.checkpoint import Checkpoints
-from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
+from common.training.optimizer import (
+    OptimizerSettings,
+    make_optimizer,
+    make_schedule,
+    total_steps,
+    trained_mask,
+)
+from common.training.restore import first_state
 from common.training.run_metrics import log_parameter_overview
+from common.training.settings import CheckpointSettings, LogSettings
 from common.training.step import init_state, jit_train_step
 from common.training.workdir import prepare_workdir
 from segmentation import setup
@@ -46,14 +56,18 @@ MAY_DIFFER = (
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the figures of the last evaluation."""
 
+    optimizer = read_settings(OptimizerSettings, config.optimizer, "config.optimizer")
+    checkpoint = read_settings(CheckpointSettings, config.checkpoint, "config.checkpoint")
+    log = read_settings(LogSettings, config.log, "config.log")
+
     # ---------------------------------------------------------------- devices and work directory
-    mesh, say = loop.start(config)
-    workdir = prepare_workdir(workdir, config, may_differ=MAY_DIFFER)
+    mesh, say = loop.start({"data.batch_size": config.data.batch_size})
+    workdir = prepare_workdir(workdir, config.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
-    dataset = command.open_dataset(config)
+    dataset = command.open_dataset(config.data.dir)
     plan = make_plan(dataset, config.data, config.seed)
-    num_steps = total_steps(config.optimizer, plan.steps_per_epoch)
+    num_steps = total_steps(optimizer, plan.steps_per_epoch)
     say(
         f"data: {dataset.directory}, {plan.num_instances} instances with masks in "
         f"{config.data.train_split}, {dataset.num_classes} classes, {plan.steps_per_epoch} steps "
@@ -64,19 +78,19 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     # ---------------------------------------------------------------- model and optimiser
     model = setup.build_model(config, dataset.num_classes)
     schedule = make_schedule(
-        config.optimizer, batch_size=config.data.batch_size, steps_per_epoch=plan.steps_per_epoch
+        optimizer, batch_size=config.data.batch_size, steps_per_epoch=plan.steps_per_epoch
     )
 
     shapes = setup.variable_shapes(config, model)
     frozen = setup.frozen_pattern(config)
-    tx = make_optimizer(config.optimizer, schedule, shapes["params"], frozen)
+    tx = make_optimizer(optimizer, schedule, shapes["params"], frozen)
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     # ---------------------------------------------------------------- state
     # In this order: the work directory's newest checkpoint, pretrained weights, random values.
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last)
     init = functools.partial(init_state, model, tx, config.seed, setup.init_batch(config))
-    state, start_step = loop.first_state(checkpoints, init, mesh, say)
+    state, start_step = first_state(checkpoints, init, mesh, say)
     if not start_step and config.model.pretrained:
         state = with_pretrained(state, config.model.pretrained, mesh, say)
 
@@ -107,7 +121,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         return results
 
     with loop.Loop(
-        config,
+        types.SimpleNamespace(name=config.name, data=config.data, checkpoint=checkpoint, log=log),
         workdir,
         mesh,
         checkpoints,

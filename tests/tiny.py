@@ -8,6 +8,8 @@ from PIL import Image
 
 from common.data.dataset import DatasetWriter
 from configs.detection import r50, r50_refine
+from detection import batch_fields
+from detection.settings import RunSettings, read_run
 
 COLOURS = ((200, 40, 40), (40, 160, 60), (50, 70, 220))
 
@@ -69,3 +71,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.batch_size = 4
     config.log.every_steps = 1
     return config
+
+
+def settings(arg: str | None = None) -> RunSettings:
+    """`get_config` as the commands read it."""
+    return read_run(get_config(arg))
+
+
+def init_shapes() -> dict:
+    """A batch of one image, from whose shapes parameters are made."""
+    return batch_fields.init_shapes(settings().data)

@@ -10,6 +10,7 @@ P pairs (class, image containing it).
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import NamedTuple, Protocol
@@ -17,10 +18,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float64, Int32, Int64, UInt64
 
-from common.data.dataset import Dataset
+from common.data.dataset import GROUP_OF, Dataset
+from common.data.settings import DataSettings, Sampler
 from common.io.errors import UserError
 
-SAMPLERS = ("uniform", "class_aware", "full_class_batch", "expert")
+SAMPLERS = typing.get_args(Sampler)
 
 _ROUNDS = 48  # of the swap-or-not shuffle
 _MAX_SIZE = 1 << 32  # of a permutation
@@ -98,6 +100,23 @@ def make_plan(
             "mixes in images without: use sampler 'class_aware'"
         )
     return ExpertPlan(by_class, UniformPlan(background, seed, batch_size), share)
+
+
+def train_plan(dataset: Dataset, settings: DataSettings, seed: int) -> Plan:
+    """The plan of a training: which image is in which slot of which step.
+
+    Raises:
+      UserError: as `make_plan`.
+    """
+    return make_plan(
+        dataset,
+        settings.train_split,
+        settings.sampler,
+        seed,
+        settings.batch_size,
+        ignore_flags=GROUP_OF if settings.group_of == "drop" else 0,
+        positive_share=settings.positive_share,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

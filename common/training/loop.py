@@ -24,13 +24,11 @@ from common.training.step import TrainState
 from common.training.watchdog import StallWatchdog, check_finite
 
 
-def start(
-    config: ConfigDict, batch_sizes: Sequence[str] = ("data.batch_size",)
-) -> tuple[Mesh, Callable[..., None]]:
+def start(batch_sizes: Mapping[str, int]) -> tuple[Mesh, Callable[..., None]]:
     """Joins the other processes; returns the mesh and a `print` that only one of them does.
 
     Raises:
-      UserError: one of the config fields `batch_sizes` is no multiple of the devices.
+      UserError: one of `batch_sizes`, by field of the config, is no multiple of the devices.
     """
     distributed.initialize()
     mesh = distributed.make_mesh()
@@ -40,28 +38,12 @@ def start(
         f"{jax.process_count()} processes",
         flush=True,
     )
-    for field in batch_sizes:
-        size = config
-        for name in field.split("."):
-            size = size[name]
+    for field, size in batch_sizes.items():
         if size % mesh.size:
             raise UserError(
                 f"config.{field}: found {size}, expected a multiple of the {mesh.size} devices"
             )
     return mesh, say
-
-
-def first_state(
-    checkpoints: Checkpoints, init: Callable[[], TrainState], mesh: Mesh, say: Callable
-) -> tuple[TrainState, int]:
-    """The newest checkpoint's state and its step, else that of `init` and 0; on all devices."""
-    step = checkpoints.latest_step() or 0
-    if not step:
-        return jax.jit(init, out_shardings=distributed.replicated(mesh))(), 0
-    abstract = distributed.abstract(jax.eval_shape(init), mesh)
-    state, _ = checkpoints.restore(step, abstract)
-    say(f"resuming at step {step}", flush=True)
-    return state, step
 
 
 class Loop:
@@ -194,10 +176,7 @@ class Loop:
         self._metrics.write(step, figures)
 
     def _checkpoint_due(self, step: int) -> bool:
-        settings = self._config.checkpoint
-        by_steps = settings.every_steps and step % settings.every_steps == 0
-        by_epochs = settings.get("keep_epochs") and step % self._steps_per_epoch == 0
-        return bool(by_steps or by_epochs or step == self._last)
+        return self._config.checkpoint.is_due(step, self._steps_per_epoch, self._last)
 
     def _check(self, metrics, step: int, image_index: np.ndarray) -> dict[str, float]:
         """Fetches the metrics of a step; stops the run when one is not finite."""

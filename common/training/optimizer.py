@@ -16,57 +16,100 @@ the batch size: the detector's 0.004 N for N accelerators with 2 images each is 
 and 80 accelerators (paper section 8.4).
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from common.io.errors import UserError
+from common.io.settings import check
 
 
-def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-    """Number of steps of the whole run: `config.num_steps` when there and positive, else those of
-    `config.num_epochs`, which may be a fraction."""
-    if steps := config.get("num_steps"):
-        if steps < 0:
-            raise UserError(f"config.optimizer.num_steps: found {steps}, expected 0 or more")
-        return steps
-    return max(round(config.num_epochs * steps_per_epoch), 1)
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """`config.optimizer`.
+
+    Attributes:
+      learning_rate: the highest rate, whatever the batch size; or 0 and
+      learning_rate_per_image: the highest rate divided by the images of a batch.
+      warmup_start: absolute rate of step 0 (or the highest rate where that is lower).
+      warmup_epochs: from `warmup_start` to the highest rate, in a straight line; or, when positive,
+      warmup_steps: the same in steps.
+      num_epochs: of the whole run, which may be a fraction; or, when positive,
+      num_steps: the same in steps.
+      decay: how the rate falls: 'step' by `decay_factor` at each of `decay_epochs`, 'cosine' half a
+        cosine to 0, or 'poly' with the `power` of the share of steps that is left.
+      momentum, weight_decay: see the head of the module.
+      clip_norm: of the gradient of all trained parameters together; 0: not clipped.
+    """
+
+    learning_rate: float
+    learning_rate_per_image: float
+    warmup_start: float
+    warmup_epochs: float
+    warmup_steps: int
+    num_epochs: float
+    num_steps: int
+    decay: Literal["step", "cosine", "poly"]
+    decay_epochs: tuple[float, ...]
+    decay_factor: float
+    power: float
+    momentum: float
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self):
+        rates = self.learning_rate, self.learning_rate_per_image
+        check(
+            sorted(rate > 0 for rate in rates) == [False, True] and min(rates) == 0,
+            "learning_rate_per_image",
+            self.learning_rate_per_image,
+            f"one of it and learning_rate ({self.learning_rate}) above 0 and the other one 0",
+        )
+        for name in ("warmup_start", "warmup_epochs", "warmup_steps", "num_steps", "momentum"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("weight_decay", "clip_norm"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("decay_factor", "power"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        if not self.num_steps:
+            check(self.num_epochs > 0, "num_epochs", self.num_epochs, "more than 0")
+        epochs = self.decay_epochs
+        ascending = list(epochs) == sorted(set(epochs)) and min(epochs, default=1) > 0
+        check(ascending, "decay_epochs", epochs, "ascending positive epochs")
 
 
-def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up, then drops by `decay_factor` at the given epochs, half a cosine to 0, or a
-    power of the share of steps that is left.
+def total_steps(settings: OptimizerSettings, steps_per_epoch: int) -> int:
+    """Number of steps of the whole run."""
+    return settings.num_steps or max(round(settings.num_epochs * steps_per_epoch), 1)
+
+
+def make_schedule(
+    settings: OptimizerSettings, *, batch_size: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate as a function of the step.
 
     Args:
-      config: learning_rate_per_image or learning_rate, the other one 0; warmup_start, the absolute
-        rate of step 0 (or the peak where that is lower); warmup_epochs, or warmup_steps when
-        positive; decay, 'step' (also where the field is missing), 'cosine' or 'poly'; decay_epochs,
-        ascending, and decay_factor of 'step'; power of 'poly'; num_epochs, or num_steps when there
-        and positive.
-      batch_size: images of one global step, which multiply learning_rate_per_image.
+      settings: of the run.
+      batch_size: images of one global step.
       steps_per_epoch: of the training split.
 
     Returns:
       step (counted from 0, also inside `jit`) -> learning rate, float32.
-
-    Raises:
-      UserError: a field has a value that makes no schedule.
     """
-    _check_schedule(config)
-    peak = config.learning_rate or config.learning_rate_per_image * batch_size
-    decay = config.get("decay", "step")
-    start = min(config.warmup_start, peak)
-    warmup_steps = config.get("warmup_steps") or round(config.warmup_epochs * steps_per_epoch)
-    last = total_steps(config, steps_per_epoch)
+    peak = settings.learning_rate or settings.learning_rate_per_image * batch_size
+    decay = settings.decay
+    start = min(settings.warmup_start, peak)
+    warmup_steps = settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
+    last = total_steps(settings, steps_per_epoch)
     if decay == "step":
-        boundaries = np.array([round(e * steps_per_epoch) for e in config.decay_epochs], np.int32)
-        factors = config.decay_factor ** np.arange(len(boundaries) + 1, dtype=np.float64)
+        boundaries = np.array([round(e * steps_per_epoch) for e in settings.decay_epochs], np.int32)
+        factors = settings.decay_factor ** np.arange(len(boundaries) + 1, dtype=np.float64)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.int32)
@@ -74,7 +117,7 @@ def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) 
         warm = start + (peak - start) * share if warmup_steps else peak
         if decay == "poly":  # of all steps, warm-up included
             left = 1 - jnp.clip(step.astype(jnp.float32) / last, 0.0, 1.0)
-            return jnp.float32(warm) * left**config.power
+            return jnp.float32(warm) * left**settings.power
         if decay == "cosine":
             left = (step - warmup_steps) / max(last - warmup_steps, 1)
             return jnp.float32(warm) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0)))
@@ -85,12 +128,15 @@ def make_schedule(config: ConfigDict, *, batch_size: int, steps_per_epoch: int) 
 
 
 def make_optimizer(
-    config: ConfigDict, schedule: optax.Schedule, params: Any, frozen_pattern: str | None = None
+    settings: OptimizerSettings,
+    schedule: optax.Schedule,
+    params: Any,
+    frozen_pattern: str | None = None,
 ) -> optax.GradientTransformation:
     """The update of the module's head.
 
     Args:
-      config: momentum, weight_decay, clip_norm (0 or None: off).
+      settings: of the run.
       schedule: step -> learning rate.
       params: tree of parameters, or of their shapes.
       frozen_pattern: regular expression for the whole '/'-joined path of parameters that are not
@@ -100,18 +146,15 @@ def make_optimizer(
       a transformation whose state is a step count and one momentum buffer per trained parameter.
 
     Raises:
-      UserError: a negative coefficient, or nothing left to train.
+      UserError: nothing is left to train.
     """
-    for name in ("momentum", "weight_decay", "clip_norm"):
-        if (config[name] or 0) < 0:
-            raise UserError(f"config.optimizer.{name}: found {config[name]}, expected 0 or more")
     trained = trained_mask(params, frozen_pattern)
     if not any(jax.tree.leaves(trained)):
         raise UserError(f"model: all parameters are frozen (pattern {frozen_pattern!r})")
     steps = [
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay, mask=is_kernel_mask),
-        optax.trace(decay=config.momentum, nesterov=False),
+        optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
+        optax.add_decayed_weights(settings.weight_decay, mask=is_kernel_mask),
+        optax.trace(decay=settings.momentum, nesterov=False),
         optax.scale_by_learning_rate(schedule),
     ]
     return optax.partition(
@@ -137,30 +180,3 @@ def _map_with_path(function: Callable[[str], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: function(jax.tree_util.keystr(path, simple=True, separator="/")), tree
     )
-
-
-def _check_schedule(config: ConfigDict) -> None:
-    decay = config.get("decay", "step")
-    if decay not in ("step", "cosine", "poly"):
-        raise UserError(
-            f"config.optimizer.decay: found {decay!r}, expected 'step', 'cosine' or 'poly'"
-        )
-    rates = config.learning_rate, config.learning_rate_per_image
-    if sorted(rate > 0 for rate in rates) != [False, True] or min(rates) < 0:
-        raise UserError(
-            f"config.optimizer.learning_rate_per_image: found {rates[1]} beside learning_rate "
-            f"{rates[0]}, expected one of them above 0 and the other one 0"
-        )
-    positive = ["num_epochs"] if not config.get("num_steps") else []
-    positive += {"step": ["decay_factor"], "cosine": [], "poly": ["power"]}[decay]
-    for name in positive:
-        if not config[name] > 0:
-            raise UserError(f"config.optimizer.{name}: found {config[name]}, expected more than 0")
-    for name in ("warmup_start", "warmup_epochs"):
-        if config[name] < 0:
-            raise UserError(f"config.optimizer.{name}: found {config[name]}, expected 0 or more")
-    epochs = list(config.decay_epochs) if decay == "step" else []
-    if epochs != sorted(set(epochs)) or any(epoch <= 0 for epoch in epochs):
-        raise UserError(
-            f"config.optimizer.decay_epochs: found {epochs}, expected ascending positive epochs"
-        )

@@ -70,6 +70,11 @@ def init_variables(model: nn.Module, seed: int, batch: Mapping[str, jax.ShapeDty
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
+def variable_shapes(model: nn.Module, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
+    """Shapes of {'params', 'batch_stats'}; only the shapes of `batch` matter."""
+    return jax.eval_shape(lambda: init_variables(model, 0, batch))
+
+
 def make_train_step(
     model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:

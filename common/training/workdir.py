@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from common.io.atomic import write_text
 from common.io.errors import UserError
@@ -20,7 +19,7 @@ _MAX_NAMED = 5  # differing fields spelled out in an error
 
 
 def prepare_workdir(
-    workdir: str | os.PathLike, config: ConfigDict, may_differ: Sequence[str] = ()
+    workdir: str | os.PathLike, config: Mapping[str, Any], may_differ: Sequence[str] = ()
 ) -> epath.Path:
     """Creates the work directory, or makes sure that an existing one is of the same config.
 
@@ -28,7 +27,7 @@ def prepare_workdir(
 
     Args:
       workdir: local folder or `gs://` prefix.
-      config: of this run.
+      config: of this run, as nested dictionaries.
       may_differ: fields, or prefixes of fields, that may change between starts of one run, such as
         'num_epochs' or 'log'; `config.json` then takes the new values.
 
@@ -98,9 +97,9 @@ def _lines_up_to(text: str, last_step: int):
             yield line
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as JSON gives it back: tuples as lists, other objects by name."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
+    return json.loads(json.dumps(config, default=str))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

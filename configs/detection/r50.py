@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     epochs = int(arg or 13)
     decay = {13: (9, 11), 26: (18, 22)}.get(epochs, (round(0.7 * epochs), round(0.85 * epochs)))
     config = ml_collections.ConfigDict()
+    config.task = "detection"
     config.name = "r50"
     config.seed = 0
 
@@ -37,6 +38,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         flip=True,
         scale_jitter=(1.0, 1.0),  # shrinks or enlarges the photo before it is fitted
         group_of="ordinary",  # ordinary | drop: what a group-of box is in training
+        proposals="",  # of a refiner: detections table of the training photos
+        max_proposals=0,  # of a refiner: boxes of a photo at a time; training takes the best
         on_image_error="fatal",  # fatal | skip
         num_threads=0,  # of decoding; 0: twice the cores
         prefetch=2,  # batches
@@ -77,7 +80,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             test_proposals=dict(pre_nms=1000, post_nms=1000, nms_iou=0.7),
         ),
         box_head=dict(
-            kind="two_fc",  # two_fc | decoupling
+            kind="two_fc",  # two_fc | decoupling | regressor (no classes: refines a table's boxes)
             width=1024,
             class_agnostic=False,  # one box a region instead of one a class
             pool_size=7,
@@ -95,6 +98,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 target_gradient=False,  # box loss moves the shift through its target too
             ),
             margin=dict(class_margin=0.2, box_margin=0.2, clip=True),
+        ),
+        truth_jitter=dict(  # of a refiner
+            copies=0,  # moved copies of each ground-truth box beside the table's boxes
+            shift=0.1,  # standard deviations: of the centre, in sides of the box
+            scale=0.2,  # of the logarithm of each side's factor
         ),
         stages=dict(  # one entry a stage; several make a cascade
             iou=(0.5,),
@@ -127,8 +135,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         warmup_epochs=1.0,
         warmup_steps=0,  # when positive, instead of warmup_epochs
         num_epochs=float(epochs),  # fractions are fine
-        decay_epochs=decay,
+        num_steps=0,  # when positive, instead of num_epochs
+        decay="step",  # step | cosine | poly
+        decay_epochs=decay,  # of step
         decay_factor=0.1,
+        power=0.9,  # of poly
         momentum=0.9,
         weight_decay=1e-4,
         clip_norm=35.0,  # 0: off
@@ -144,6 +155,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         every_epochs=0,  # 0: only at the end, 1: after each epoch
         metric="openimages",  # openimages | coco
         expand_predictions=True,  # copy detections to parent classes first (paper section 1)
+        proposals="",  # of a refiner: table of the evaluation split to refine and score
     )
     config.test_time = dict(  # of detection.export and detection.evaluate, see detection.tta
         scales=(),  # short sides, such as (600, 800, 1000, 1333, 1666, 2000); (): one view

@@ -21,27 +21,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
     config = r50_cascade.get_config(arg)
     config.name = "r50_refine"
-    config.data.proposals = ""  # detections table of the training photos; labels do not matter
-    config.data.max_proposals = 300  # of a photo at a time; training takes the best
+    config.data.max_proposals = 300
     config.data.group_of = "drop"
-    config.evaluation.proposals = ""  # table of the evaluation split to refine and score
-    config.model.box_head = dict(
-        kind="regressor",  # no classes, one box a region
-        width=1024,
-        pool_size=7,
-        aligned=True,
-        # Only regions of IoU >= that of the stage have something to learn from.
-        sample=dict(num_samples=256, positive_fraction=1.0),
-        loss=dict(beta=1.0, normaliser="positive", target_gradient=False),
-    )
-    config.model.truth_jitter = dict(
-        copies=0,  # moved copies of each ground-truth box beside the table's boxes
-        shift=0.1,  # standard deviations: of the centre, in sides of the box
-        scale=0.2,  # of the logarithm of each side's factor
-    )
-    config.model.loss_weights = dict(box_regression=1.0)
+    config.model.box_head.kind = "regressor"
+    # Only regions of IoU >= that of the stage have something to learn from.
+    config.model.box_head.sample = dict(num_samples=256, positive_fraction=1.0)
+    config.model.box_head.loss.normaliser = "positive"
     config.optimizer.learning_rate_per_image = 0.001  # the loss is a mean over positives alone
-    for unused in ("anchors", "rpn", "detections", "drop_background_rois", "low_weight"):
-        del config.model[unused]
-    del config.test_time
     return config

@@ -18,6 +18,7 @@ import ml_collections
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: the backbone, "resnet50" (default) or another of `common.nn.backbones`."""
     config = ml_collections.ConfigDict()
+    config.task = "classification"
     config.name = f"pretrain_{arg or 'resnet50'}"
     config.seed = 0
 
@@ -53,15 +54,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         warmup_epochs=5.0,
         warmup_steps=0,  # when positive, instead of warmup_epochs
         num_epochs=90.0,
-        decay="cosine",  # cosine | step
+        num_steps=0,  # when positive, instead of num_epochs
+        decay="cosine",  # step | cosine | poly
         decay_epochs=(30, 60, 80),  # of step
         decay_factor=0.1,
+        power=0.9,  # of poly
         momentum=0.9,
         weight_decay=1e-4,
         clip_norm=0.0,  # 0: off
     )
 
-    config.checkpoint = dict(every_steps=2000, keep_last=2)
+    config.checkpoint = dict(every_steps=2000, keep_last=2, keep_epochs=False)
     config.evaluation = dict(batch_size=256, every_epochs=5)  # 0: only at the end
     config.log = dict(every_steps=50, stall_seconds=1800)
     return config

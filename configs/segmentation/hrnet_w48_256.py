@@ -18,6 +18,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg not in (None, "", "flip"):
         raise ValueError(f"config argument {arg!r}, expected flip")
     config = ml_collections.ConfigDict()
+    config.task = "segmentation"
     config.name = "hrnet_w48_256"
     config.seed = 0
 
@@ -62,15 +63,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         warmup_start=0.0,
         warmup_epochs=0.0,
         warmup_steps=0,
-        num_steps=200_000,
-        decay="poly",
-        power=0.9,
+        num_epochs=0.0,
+        num_steps=200_000,  # when 0, num_epochs instead
+        decay="poly",  # step | cosine | poly
+        decay_epochs=(),  # of step
+        decay_factor=0.1,
+        power=0.9,  # of poly
         momentum=0.9,
         weight_decay=5e-4,
         clip_norm=0.0,  # 0: off
     )
 
-    config.checkpoint = dict(every_steps=2000, keep_last=2)
+    config.checkpoint = dict(every_steps=2000, keep_last=2, keep_epochs=False)
     config.evaluation = dict(batch_size=64, every_steps=0)  # 0: only at the end
     config.test = dict(  # of segmentation.evaluate and segmentation.export
         short=256,

@@ -21,22 +21,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from common.geometry import boxes as box_ops
-from common.io.errors import UserError
 from detection.models import second_stage
 from detection.models.rpn import Proposals
 from detection.models.two_stage import TwoStage
 
 
 class BoxRefiner(TwoStage):
-    """The refiner. Fields mirror `config.model` of configs/detection/r50_refine.py."""
-
-    def setup(self):
-        super().setup()
-        if self.settings.split_after:
-            raise UserError(
-                f"config.model.split_after: found {self.settings.split_after!r}, expected '': "
-                "box_head.kind 'regressor' has no classes to decouple"
-            )
+    """The refiner. Its settings are those of configs/detection/r50_refine.py."""
 
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
         """{'losses': terms that are summed, 'monitor': figures that are only logged}.
@@ -51,7 +42,7 @@ class BoxRefiner(TwoStage):
             batch["gt_boxes"],
             batch["gt_valid"],
             batch["image_size"],
-            **s.truth_jitter,
+            **vars(s.truth_jitter),
         )
         proposals = Proposals(
             jnp.concatenate([boxes, jittered.boxes], axis=1),
@@ -65,9 +56,9 @@ class BoxRefiner(TwoStage):
             proposals,
             batch,
             self.stages,
-            [dict(s.loss_weights)],
-            sample=dict(s.box_head.sample, ignore_ioa=s.ignore_ioa),
-            loss=s.box_head.loss,
+            [vars(s.loss_weights)],
+            sample=dict(vars(s.box_head.sample), ignore_ioa=s.ignore_ioa),
+            loss=vars(s.box_head.loss),
             margin={},
             axis_name=self.axis_name,
         )

@@ -21,7 +21,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jaxtyping import Array, Bool, Float
 
 from common.geometry.nms import multiclass_nms
@@ -29,11 +28,12 @@ from detection.assign import anchors as anchor_ops
 from detection.models import rpn as rpn_ops
 from detection.models import second_stage
 from detection.models.box_refiner import BoxRefiner
+from detection.models.settings import ModelSettings
 from detection.models.two_stage import TwoStage
 
 
 class FasterRCNN(TwoStage):
-    """The detector. Fields mirror `config.model`; `build` makes one from a config."""
+    """The detector. `build` makes one of the settings of a run."""
 
     def setup(self):
         super().setup()
@@ -70,14 +70,15 @@ class FasterRCNN(TwoStage):
             batch,
             ignore_ioa=s.ignore_ioa,
             axis_name=axis_name,
-            **s.rpn.loss,
+            **vars(s.rpn.loss),
         )
-        terms = {name: s.loss_weights[name] * value for name, value in terms.items()}
+        weights = vars(s.loss_weights)
+        terms = {name: weights[name] * value for name, value in terms.items()}
         proposals = rpn_ops.propose(
             *jax.lax.stop_gradient((logits, deltas)),
             anchors,
             batch["image_size"],
-            **s.rpn.train_proposals,
+            **vars(s.rpn.train_proposals),
         )
         box_terms, monitor = second_stage.stage_losses(
             self.heads(),
@@ -87,9 +88,9 @@ class FasterRCNN(TwoStage):
             batch,
             self.stages,
             self._branch_weights(),
-            sample=dict(s.box_head.sample, ignore_ioa=s.ignore_ioa),
-            loss=s.box_head.loss,
-            margin=s.box_head.margin,
+            sample=dict(vars(s.box_head.sample), ignore_ioa=s.ignore_ioa),
+            loss=vars(s.box_head.loss),
+            margin=vars(s.box_head.margin),
             axis_name=axis_name,
         )
         monitor["proposal_recall"] = rpn_ops.recall(
@@ -105,12 +106,12 @@ class FasterRCNN(TwoStage):
         """Weights of the box heads' losses by name, for each branch."""
         s = self.settings
         if not s.split_after:
-            return [dict(s.loss_weights)]
+            return [vars(s.loss_weights)]
 
         def lowered(of_class):
             return {
                 name: weight * (s.low_weight if name.endswith("class") == of_class else 1.0)
-                for name, weight in s.loss_weights.items()
+                for name, weight in vars(s.loss_weights).items()
             }
 
         return [lowered(of_class=False), lowered(of_class=True)]
@@ -127,7 +128,7 @@ class FasterRCNN(TwoStage):
             valid &= scores.argmax(axis=-1) != 0
 
         def select(boxes, scores, valid):
-            return multiclass_nms(boxes, scores, valid, **s.detections)
+            return multiclass_nms(boxes, scores, valid, **vars(s.detections))
 
         return jax.vmap(select)(boxes, scores[..., 1:], valid)
 
@@ -167,7 +168,7 @@ class FasterRCNN(TwoStage):
             deltas,
             self.anchors(pyramids[-1]),
             batch["image_size"],
-            **self.settings.rpn.test_proposals,
+            **vars(self.settings.rpn.test_proposals),
         )
 
     def _score(
@@ -186,15 +187,15 @@ class FasterRCNN(TwoStage):
 
 
 def build(
-    model_config: ml_collections.ConfigDict, num_classes: int, axis_name: str | None = None
+    settings: ModelSettings, num_classes: int, axis_name: str | None = None
 ) -> FasterRCNN | BoxRefiner:
-    """Makes the model of a config: the detector, or the refiner for heads that only regress.
+    """Makes the model of a run: the detector, or the refiner for heads that only regress.
 
     Args:
-      model_config: `config.model`.
+      settings: `config.model` as read.
       num_classes: K, from the dataset directory.
       axis_name: device axis over which losses are counted and synchronised batch norm averages;
         None when the model sees the whole batch.
     """
-    model = BoxRefiner if model_config.box_head.kind == "regressor" else FasterRCNN
-    return model(num_classes, ml_collections.FrozenConfigDict(model_config), axis_name)
+    model = BoxRefiner if settings.refines else FasterRCNN
+    return model(num_classes, settings, axis_name)

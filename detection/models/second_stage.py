@@ -25,14 +25,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from common.geometry import boxes as box_ops
-from common.io.errors import UserError
 from detection.assign import matching
 from detection.models import box_head
 from detection.models.box_head import HeadOutput, Pool, RoITargets
 from detection.models.decoupling_head import margin_losses
 from detection.models.rpn import Proposals
-
-AVERAGES = ("probability", "logit")
+from detection.models.settings import StageSettings
 
 Head = Callable[..., HeadOutput]  # of Pool, boxes, train and, optionally, num_boxes
 
@@ -54,23 +52,10 @@ class Stage:
     score_weight: float
 
 
-def read_stages(settings: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """The stages of `config.model.stages`.
-
-    Raises:
-      UserError: lists of different lengths, or an unknown average.
-    """
-    fields = ("iou", "stds", "loss_weights", "score_weights")
-    lengths = {name: len(settings[name]) for name in fields}
-    if len(set(lengths.values())) != 1:
-        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise UserError(f"config.model.stages: found {found} entries, expected as many in each")
-    if settings["average"] not in AVERAGES:
-        raise UserError(
-            f"config.model.stages.average: found {settings['average']!r}, expected one of "
-            f"{', '.join(AVERAGES)}"
-        )
-    return tuple(Stage(*values) for values in zip(*(settings[f] for f in fields), strict=True))
+def read_stages(settings: StageSettings) -> tuple[Stage, ...]:
+    """The stages of `config.model.stages`, whose lists have one entry a stage."""
+    lists = (settings.iou, settings.stds, settings.loss_weights, settings.score_weights)
+    return tuple(Stage(*values) for values in zip(*lists, strict=True))
 
 
 def stage_losses(

@@ -17,12 +17,10 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jaxtyping import Array
 
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
-from common.io.errors import UserError
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.layers.canvas import normalise
 from detection.models import second_stage
@@ -30,11 +28,8 @@ from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
 from detection.models.fpn import FPN
 from detection.models.nas_fpn import NASFPN
+from detection.models.settings import ModelSettings
 
-NECKS = ("fpn", "nas_fpn")
-FPN_NORMS = ("none", "batch", "sync", "group")  # "frozen" needs trained statistics
-HEADS = ("two_fc", "decoupling", "regressor")
-SPLITS = ("", "c2", "c3")
 MAX_ROI_STRIDE = 32  # coarser levels serve the proposal network only
 
 
@@ -42,12 +37,11 @@ class TwoStage(nn.Module):
     """Backbone, pyramids and heads by `config.model`; subclasses say where regions come from."""
 
     num_classes: int
-    settings: ml_collections.FrozenConfigDict
+    settings: ModelSettings
     axis_name: str | None = None
 
     def setup(self):
         s = self.settings
-        _check_choices(s)
         dtype = jnp.dtype(s.dtype)
         fields = dict(
             norm=s.norm,
@@ -56,7 +50,7 @@ class TwoStage(nn.Module):
             axis_name=self.axis_name,
             dtype=dtype,
             drop_path_rate=s.drop_path_rate,
-            deform=tuple(s.deform),
+            deform=s.deform,
         )
         # The last branch serves boxes and proposals, the first one classes.
         self.branches = ("_class", "_box") if s.split_after else ("",)
@@ -78,7 +72,7 @@ class TwoStage(nn.Module):
         s = self.settings
         if s.neck == "fpn":
             return FPN(s.fpn_channels, s.fpn_norm, axis_name=self.axis_name, dtype=dtype)
-        return NASFPN(s.fpn_channels, axis_name=self.axis_name, dtype=dtype, **s.nas_fpn)
+        return NASFPN(s.fpn_channels, axis_name=self.axis_name, dtype=dtype, **vars(s.nas_fpn))
 
     def _make_head(self, dtype: jnp.dtype) -> nn.Module:
         h = self.settings.box_head
@@ -91,7 +85,7 @@ class TwoStage(nn.Module):
             dtype=dtype,
         )
         if h.kind == "decoupling":
-            return DecouplingHead(**fields, **h.offsets)
+            return DecouplingHead(**fields, **vars(h.offsets))
         return TwoFCHead(**fields)
 
     def _head_names(self, branch: str) -> list[str]:
@@ -169,13 +163,9 @@ class TwoStage(nn.Module):
         return self.losses(batch) if train else self.detect(batch)
 
 
-def _check_choices(settings: ml_collections.FrozenConfigDict) -> None:
-    for name, found, choices in (
-        ("neck", settings.neck, NECKS),
-        ("fpn_norm", settings.fpn_norm, FPN_NORMS),
-        ("box_head.kind", settings.box_head.kind, HEADS),
-        ("split_after", settings.split_after, SPLITS),
-    ):
-        if found not in choices:
-            expected = ", ".join(map(repr, choices))
-            raise UserError(f"config.model.{name}: found {found!r}, expected one of {expected}")
+def frozen_pattern(settings: ModelSettings) -> str:
+    """Regular expression of the paths of parameters that are not trained."""
+    backbone = make_backbone(
+        settings.backbone, norm=settings.norm, frozen_stages=settings.frozen_stages
+    )
+    return f"backbone(?:_class|_box)?/(?:{backbone.frozen_pattern()})"

@@ -26,7 +26,6 @@ other. There are 2 * len(long_ratios) compiled programs a scale. Where the canva
 
 import collections
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,82 +35,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
 from common.data.views import ViewBatch, format_canvases, view_batches
-from common.io.errors import UserError
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
-from detection.inference import INFERENCE_FIELDS, add_rows, predict_split, table_metadata
+from detection.batch_fields import INFERENCE_FIELDS
+from detection.inference import add_rows, predict_split, table_metadata
 from detection.models.faster_rcnn import FasterRCNN
+from detection.settings import RunSettings
 from detection.tta import view_steps
+from detection.tta.settings import ViewSettings
 
-MERGES = ("union", "tables", "mean")
 _SECONDS = 20.0  # between progress lines
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Checked fields of `config.test_time`; the module's text says what they mean."""
-
-    scales: tuple[int, ...]
-    long_ratios: tuple[float, ...]
-    max_long: int
-    flip: bool
-    merge: str
-
-    @classmethod
-    def of(cls, config: ConfigDict) -> "Settings":
-        """Reads `config.test_time`.
-
-        Raises:
-          UserError: a field is out of range.
-        """
-        fields = config.test_time
-        scales, ratios = tuple(fields.scales), tuple(fields.long_ratios)
-        requirements = {
-            "scales": (
-                all(scale >= 1 for scale in scales) and len(set(scales)) == len(scales),
-                "short sides in pixels, none twice",
-            ),
-            "long_ratios": (
-                ratios and ratios[0] >= 1 and list(ratios) == sorted(set(ratios)),
-                "ascending numbers from 1 on",
-            ),
-            "max_long": (
-                fields.max_long >= max(scales, default=1),
-                "pixels, at least the largest scale",
-            ),
-            "merge": (fields.merge in MERGES, f"one of {', '.join(MERGES)}"),
-        }
-        for name, (holds, expected) in requirements.items():
-            if not holds:
-                raise UserError(
-                    f"config.test_time.{name}: found {fields[name]!r}, expected {expected}"
-                )
-        return cls(scales, ratios, int(fields.max_long), bool(fields.flip), fields.merge)
-
-    @property
-    def views(self) -> list[tuple[int, bool]]:
-        """(place in `scales`, mirrored?) of each view."""
-        mirrored = (False, True) if self.flip else (False,)
-        return [(place, flip) for place in range(len(self.scales)) for flip in mirrored]
-
-    def view_name(self, view: tuple[int, bool]) -> str:
-        """Such as `scale0800_flip`."""
-        return f"scale{self.scales[view[0]]:04d}" + "_flip" * view[1]
-
-
-def is_on(config: ConfigDict) -> bool:
-    """Whether the config asks for several views."""
-    return bool(config.get("test_time", {}).get("scales", ()))
-
-
 def detect_split(
-    config: ConfigDict,
+    settings: RunSettings,
     model: FasterRCNN,
     variables: dict,
     dataset: Dataset,
@@ -126,16 +68,13 @@ def detect_split(
 
     Args and output as `detection.inference.predict_split`; with merge 'tables', `output` is a
     folder of tables `scale0800.parquet`, `scale0800_flip.parquet` and so on.
-
-    Raises:
-      UserError: a field of `config.test_time` is out of range.
     """
-    detect = predict_views if is_on(config) else predict_split
-    detect(config, model, variables, dataset, split, mesh, output, step=step, say=say)
+    detect = predict_views if settings.test_time.is_on else predict_split
+    detect(settings, model, variables, dataset, split, mesh, output, step=step, say=say)
 
 
 def predict_views(
-    config: ConfigDict,
+    settings: RunSettings,
     model: FasterRCNN,
     variables: dict,
     dataset: Dataset,
@@ -147,30 +86,28 @@ def predict_views(
     say: Callable = print,
 ) -> None:
     """`detect_split` with several views."""
-    settings = Settings.of(config)
+    views = settings.test_time
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     local_mesh = distributed.make_mesh(own)
     if len(own) < mesh.size:
         variables = distributed.to_local(variables, local_mesh)
-    canvases = [
-        format_canvases(scale, settings.long_ratios, settings.max_long) for scale in settings.scales
-    ]
-    per_device = -(-config.evaluation.batch_size // mesh.size)
-    room = per_device * np.prod(config.data.canvas)
+    canvases = [format_canvases(scale, views.long_ratios, views.max_long) for scale in views.scales]
+    per_device = -(-settings.evaluation.batch_size // mesh.size)
+    room = per_device * np.prod(settings.data.canvas)
     rows = [
         batch_rows(per_device, len(own), int(room // np.prod(formats[-1]))) for formats in canvases
     ]
     indices = dataset.split(split)
     share = indices[jax.process_index() :: jax.process_count()]
-    errors = PhotoErrors(config.data.on_image_error)
+    errors = PhotoErrors(settings.data.on_image_error)
     labels = np.array(dataset.class_labels)
-    engine = _Engine(model, variables, local_mesh, settings, rows)
+    engine = _Engine(model, variables, local_mesh, views, rows)
 
     progress = Progress(len(share), jax.process_count(), mesh.size)
     said = float("-inf")
     done = content = area = 0
-    names = ", ".join(map(settings.view_name, settings.views))
-    say(f"detect {split}: {len(indices)} photos, {len(settings.views)} views: {names}", flush=True)
+    names = ", ".join(map(views.view_name, views.views))
+    say(f"detect {split}: {len(indices)} photos, {len(views.views)} views: {names}", flush=True)
 
     def report() -> None:
         padding = {"padding %": 100 * (1 - content / max(area, 1))}
@@ -179,7 +116,7 @@ def predict_views(
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(writer)
-            for writer in _writers(output, table_metadata(config, dataset, split, step), settings)
+            for writer in _writers(output, table_metadata(settings, dataset, split, step), views)
         ]
         waiting: collections.deque = collections.deque()
 
@@ -198,11 +135,11 @@ def predict_views(
             dataset,
             share,
             canvases,
-            settings.long_ratios,
+            views.long_ratios,
             rows,
             errors,
-            pad_multiple=config.data.pad_multiple,
-            num_threads=config.data.num_threads,
+            pad_multiple=settings.data.pad_multiple,
+            num_threads=settings.data.num_threads,
         )
         readable = None
         for batch in progress.timed(batches):
@@ -239,7 +176,9 @@ def batch_rows(per_device: int, num_devices: int, limit: int) -> list[np.ndarray
     return [places[:, part].ravel() for part in range(parts)]
 
 
-def _writers(output: Path, metadata: dict[str, Any], settings: Settings) -> list[DetectionsWriter]:
+def _writers(
+    output: Path, metadata: dict[str, Any], settings: ViewSettings
+) -> list[DetectionsWriter]:
     """The writer of the table, or those of the views."""
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     if settings.merge != "tables":
@@ -259,7 +198,7 @@ class _Engine:
         model: FasterRCNN,
         variables: dict,
         mesh: Mesh,
-        settings: Settings,
+        settings: ViewSettings,
         rows: Sequence[Sequence[np.ndarray]],
     ):
         self._model, self._variables, self._mesh = model, variables, mesh

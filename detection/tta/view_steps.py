@@ -203,9 +203,9 @@ def average_step(model: FasterRCNN, mesh: Mesh) -> Callable:
     settings = model.settings
 
     def select(boxes, scores, valid):
-        if settings.get("drop_background_rois", False):
+        if settings.drop_background_rois:
             valid &= scores.argmax(axis=-1) != 0
-        return multiclass_nms(boxes, scores[:, 1:], valid, **settings.detections)
+        return multiclass_nms(boxes, scores[:, 1:], valid, **vars(settings.detections))
 
     def average(total, valid, num_views):
         mean = jax.tree.map(lambda x: x / num_views, total)

@@ -96,8 +96,9 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
     """Like `torch_calls`."""
     import jax
 
+    from common.io.settings import read_settings
     from common.training import distributed
-    from common.training.optimizer import make_optimizer
+    from common.training.optimizer import OptimizerSettings, make_optimizer
     from common.training.step import init_state, make_train_step
     from configs.segmentation import hrnet_w48_112
     from segmentation import setup
@@ -116,7 +117,8 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
         mask_valid=np.ones(data["mask"].shape, bool),
     )
     shapes = setup.variable_shapes(config, model)
-    tx = make_optimizer(config.optimizer, lambda step: LEARNING_RATE, shapes["params"])
+    optimizer = read_settings(OptimizerSettings, config.optimizer, "config.optimizer")
+    tx = make_optimizer(optimizer, lambda step: LEARNING_RATE, shapes["params"])
     replicated = distributed.replicated(mesh)
     state = jax.jit(
         lambda: init_state(model, tx, 0, setup.init_batch(config)), out_shardings=replicated

@@ -113,11 +113,13 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
     from common.training import distributed
     from common.training.optimizer import make_optimizer
     from common.training.step import init_state, init_variables, make_predict_step, make_train_step
-    from detection import setup
+    from detection.models.faster_rcnn import build
+    from detection.models.two_stage import frozen_pattern
+    from detection.settings import read_run
 
-    config = our_config(head)
+    settings = read_run(our_config(head))
     mesh = distributed.make_mesh(jax.devices()[:1])
-    model = setup.build_model(config, classes)
+    model = build(settings.model, classes, distributed.DATA_AXIS)
     batch_size, size = data["image"].shape[:2]
     batch = dict(
         data,
@@ -136,7 +138,7 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
 
     params = path_aware_map(prepared, variables["params"])
     tx = make_optimizer(
-        config.optimizer, lambda step: LEARNING_RATE, params, setup.frozen_pattern(config)
+        settings.optimizer, lambda step: LEARNING_RATE, params, frozen_pattern(settings.model)
     )
     state = jax.jit(lambda: init_state(model, tx, 0, batch))()
     state = state.replace(params=params)

@@ -1,6 +1,7 @@
 """The refiner moves the boxes of a table and leaves all else of it as it was."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -12,9 +13,12 @@ from common.data.proposals import TableBoxes
 from common.io.errors import UserError
 from common.tables import DetectionsReader, DetectionsWriter, read_detections
 from common.training import distributed
-from detection import setup
+from common.training.step import variable_shapes
+from detection.batch_fields import init_shapes
 from detection.models.box_refiner import jitter
-from detection.refine import mean_overlaps, refine_table
+from detection.models.faster_rcnn import build
+from detection.refine import mean_overlaps, open_proposals, refine_table
+from detection.settings import read_run
 from tests import tiny
 from tests.commands import ROOT, run
 
@@ -51,11 +55,12 @@ def table(dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def refiner(dataset):
-    """Config, model, mesh, and variables with regressors of constant deltas."""
+    """Settings, model, mesh, and variables with regressors of constant deltas."""
     config = tiny.get_config("refine")
     config.evaluation.batch_size = 2
-    model = setup.build_model(config, dataset.num_classes)
-    shapes = setup.variable_shapes(config, model)
+    settings = read_run(config)
+    model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
+    shapes = variable_shapes(model, init_shapes(settings.data))
 
     def with_deltas(deltas):
         variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -63,13 +68,13 @@ def refiner(dataset):
             variables["params"][name]["regressor"]["bias"][:] = deltas
         return variables
 
-    return config, model, distributed.make_mesh(jax.devices()[:1]), with_deltas
+    return settings, model, distributed.make_mesh(jax.devices()[:1]), with_deltas
 
 
 def refined(refiner, dataset, table, deltas, output):
-    config, model, mesh, with_deltas = refiner
+    settings, model, mesh, with_deltas = refiner
     refine_table(
-        config,
+        settings,
         model,
         with_deltas(deltas),
         dataset,
@@ -214,15 +219,28 @@ def test_training_on_a_table_brings_its_boxes_closer_to_the_truth(dataset, tmp_p
 def test_what_is_missing_is_said_before_training(dataset, table, tmp_path):
     config = tiny.get_config("refine")
     with pytest.raises(UserError, match="config.data.proposals: empty, expected a detections tab"):
-        setup.open_proposals(config, dataset)
+        open_proposals(read_run(config), dataset)
     config.data.proposals = config.evaluation.proposals = str(table)
     with pytest.raises(UserError, match="covers 1 of the 3 images of split 'validation'"):
-        setup.open_proposals(config, dataset)
+        open_proposals(read_run(config), dataset)
     config.evaluation.proposals = ""
-    assert isinstance(setup.open_proposals(config, dataset, lambda *_, **__: None), TableBoxes)
-    config.model.split_after = "c3"
-    with pytest.raises(UserError, match="split_after: found 'c3', expected ''"):
-        setup.variable_shapes(config, setup.build_model(config, 3))
+    opened = open_proposals(read_run(config), dataset, lambda *_, **__: None)
+    assert isinstance(opened, TableBoxes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.split_after", "c3", "config.model.split_after: found 'c3', expected ''"),
+        ("data.max_proposals", 0, "config.data.max_proposals: found 0, expected at least 1"),
+        ("test_time.scales", (600,), "config.test_time.scales: found (600,), expected ()"),
+    ],
+)
+def test_what_a_refiner_cannot_do_is_refused(field, value, message):
+    config = tiny.get_config("refine")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_run(config)
 
 
 def test_a_table_of_other_images_is_refused(dataset, tmp_path):

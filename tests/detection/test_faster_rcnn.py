@@ -1,5 +1,7 @@
 """The detector learns, ignores padding, and gives the same gradient on any number of devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -8,7 +10,6 @@ from jax.sharding import AxisType, Mesh
 
 from common.training.step import init_state, init_variables, make_predict_step, make_train_step
 from detection.models.faster_rcnn import build
-from detection.setup import batch_shapes
 from tests import tiny
 
 
@@ -35,11 +36,11 @@ def make_batch(num_images: int = 4) -> dict[str, np.ndarray]:
 
 
 def make_state(model, tx):
-    return init_state(model, tx, 0, batch_shapes((64, 64), 32, 8, 1))
+    return init_state(model, tx, 0, tiny.init_shapes())
 
 
 def make_variables(model):
-    return jax.jit(lambda: init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1)))()
+    return jax.jit(lambda: init_variables(model, 0, tiny.init_shapes()))()
 
 
 def mesh_of(count):
@@ -48,7 +49,7 @@ def mesh_of(count):
 
 @pytest.fixture(scope="module")
 def config():
-    return tiny.get_config()
+    return tiny.settings()
 
 
 @pytest.mark.slow
@@ -120,11 +121,10 @@ def test_image_without_objects_gives_finite_losses_and_gradients(config):
 def test_four_devices_compute_what_one_computes(config, norm):
     if jax.device_count() < 4:
         pytest.skip(f"needs 4 devices, this process has {jax.device_count()}")
-    config = config.copy_and_resolve_references()
-    config.model.norm = norm
+    settings = dataclasses.replace(config.model, norm=norm)
     batch, results = make_batch(4), []
     for count in (1, 4):
-        model = build(config.model, 3, "data")
+        model = build(settings, 3, "data")
         tx = optax.sgd(0.1)
         state = jax.jit(lambda model=model, tx=tx: make_state(model, tx))()
         step = jax.jit(make_train_step(model, tx, mesh_of(count)))
@@ -137,9 +137,7 @@ def test_four_devices_compute_what_one_computes(config, norm):
 
 
 def test_detections_stay_inside_the_content_and_experts_drop_background_regions(config):
-    config = config.copy_and_resolve_references()
-    config.model.drop_background_rois = True
-    model = build(config.model, 3, "data")
+    model = build(dataclasses.replace(config.model, drop_background_rois=True), 3, "data")
     variables = make_variables(model)
     batch = make_batch(2)
     batch["image_size"][:] = [40, 50]

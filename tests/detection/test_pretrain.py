@@ -6,19 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
 
 from common.data.labelled_batches import eval_batches, random_crop, train_batches
 from common.data.labelled_images import open_class_folder, open_tfds
+from common.data.settings import LabelledDataSettings
 from common.io.errors import UserError
+from common.io.settings import read_settings
 from common.nn.backbones import make_backbone
 from common.nn.weights.backbone_weights import load_backbone_weights
-from common.training.optimizer import make_schedule
-from common.training.step import init_variables
+from common.training.optimizer import OptimizerSettings, make_schedule
+from common.training.step import variable_shapes
 from configs.pretrain import resnet50
 from detection.pretrain import build_model, init_batch
+from detection.settings import read_pretrain
 from tests.commands import ROOT, refusal, run
 
 COLOURS = {"blue": (40, 60, 220), "green": (40, 180, 60), "red": (210, 40, 40)}
@@ -40,10 +42,10 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def data_config(**changes) -> ConfigDict:
+def data_config(**changes) -> LabelledDataSettings:
     config = resnet50.get_config().data
     config.update(batch_size=4, image_size=32, num_threads=2, **changes)
-    return config
+    return read_settings(LabelledDataSettings, config)
 
 
 def test_class_folder_is_read_in_alphabetical_order(photos):
@@ -126,12 +128,14 @@ def test_crops_have_the_areas_and_aspects_asked_for():
 
 def test_cosine_ends_at_zero_and_other_shapes_are_refused():
     config = resnet50.get_config().optimizer
-    schedule = make_schedule(config, batch_size=256, steps_per_epoch=10)
+    schedule = make_schedule(
+        read_settings(OptimizerSettings, config), batch_size=256, steps_per_epoch=10
+    )
     rates = [float(schedule(step)) for step in (0, 25, 50, 475, 900)]
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
     config.decay = "linear"
     with pytest.raises(UserError, match="config.optimizer.decay: found 'linear'"):
-        make_schedule(config, batch_size=256, steps_per_epoch=10)
+        read_settings(OptimizerSettings, config, "config.optimizer")
 
 
 def test_tfds_without_such_a_set_is_one_line(tmp_path):
@@ -141,9 +145,9 @@ def test_tfds_without_such_a_set_is_one_line(tmp_path):
 
 def test_hrnet_is_classified_by_all_its_taps():
     """With the last one alone, parts of its last exchange would not be trained."""
-    config = resnet50.get_config("hrnet_w18")
-    model = build_model(config, 3).clone(axis_name=None)
-    shapes = jax.eval_shape(lambda: init_variables(model, 0, init_batch(config)))
+    settings = read_pretrain(resnet50.get_config("hrnet_w18"))
+    model = build_model(settings.model, 3).clone(axis_name=None)
+    shapes = variable_shapes(model, init_batch(settings.data))
     assert shapes["params"]["head"]["kernel"].shape == (18 + 36 + 72 + 144, 3)
 
 

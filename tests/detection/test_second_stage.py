@@ -7,18 +7,21 @@ import pytest
 
 from common.geometry import boxes as box_ops
 from common.io.errors import UserError
+from common.io.settings import read_settings
 from configs.detection import r50
 from detection.models import second_stage
 from detection.models.box_head import HeadOutput
 from detection.models.rpn import Proposals
+from detection.models.settings import StageSettings
 
 STDS = (0.1, 0.1, 0.2, 0.2)
 SIZE = np.full((1, 2), 100.0, np.float32)
 
 
 def settings(**fields):
-    plain = dict(r50.get_config().model.stages)
-    return {**plain, **fields}
+    config = r50.get_config().model.stages
+    config.update(fields)
+    return read_settings(StageSettings, config, "config.model.stages")
 
 
 def head_that(probabilities, move):
@@ -163,7 +166,9 @@ def test_losses_are_weighted_by_stage_and_by_name():
 
 
 def test_stages_that_do_not_fit_together_are_named():
-    with pytest.raises(UserError, match=r"config.model.stages: found iou 3, stds 1"):
-        second_stage.read_stages(settings(iou=(0.5, 0.6, 0.7)))
-    with pytest.raises(UserError, match="average: found 'max', expected one of probability"):
-        second_stage.read_stages(settings(average="max"))
+    with pytest.raises(UserError, match=r"config.model.stages.iou: found .*'iou': 3, 'stds': 1"):
+        settings(iou=(0.5, 0.6, 0.7))
+    with pytest.raises(UserError, match="average: found 'max', expected one of 'probability'"):
+        settings(average="max")
+    with pytest.raises(UserError, match="box_stage: found 1, expected one of the 1 stages"):
+        settings(box_stage=1)

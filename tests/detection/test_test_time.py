@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 from PIL import Image
 
 from common.data.dataset import Dataset, DatasetWriter
@@ -13,6 +13,8 @@ from common.io.errors import UserError
 from common.tables import read_detections
 from common.training import distributed
 from detection.evaluate import evaluate_variables
+from detection.models.settings import ModelSettings
+from detection.settings import read_run
 from detection.tta import test_time
 from tests import tiny
 
@@ -27,7 +29,7 @@ class BrightArea(nn.Module):
     which the dark dot in the photo's top left corner tells.
     """
 
-    settings: FrozenConfigDict
+    settings: ModelSettings
 
     def _area(self, batch):
         bright = batch["image"][..., 0] > 200
@@ -96,10 +98,11 @@ def make_config(**test_time_fields) -> ConfigDict:
 
 
 def detect(config, dataset, output, mesh=None, split="all"):
-    model = BrightArea(FrozenConfigDict(config.model))
+    settings = read_run(config)
+    model = BrightArea(settings.model)
     mesh = mesh or distributed.make_mesh(jax.devices()[:2])
     test_time.detect_split(
-        config, model, {}, dataset, split, mesh, output, step=1, say=lambda *_, **__: None
+        settings, model, {}, dataset, split, mesh, output, step=1, say=lambda *_, **__: None
     )
 
 
@@ -192,7 +195,7 @@ def test_fields_out_of_range_are_named(dataset, tmp_path, field, value):
 def test_tables_of_views_cannot_be_scored_before_they_are_merged(tmp_path):
     with pytest.raises(UserError, match="expected 'union' or 'mean' to score"):
         evaluate_variables(
-            make_config(merge="tables"),
+            read_run(make_config(merge="tables")),
             None,
             None,
             None,

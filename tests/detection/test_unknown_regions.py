@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common.geometry import boxes as box_ops
+from common.io.settings import read_settings
 from common.training.step import init_variables
 from configs.detection import r50
 from detection.assign.anchors import grid_anchors
@@ -15,7 +16,8 @@ from detection.models import second_stage
 from detection.models.box_head import HeadOutput
 from detection.models.faster_rcnn import build
 from detection.models.rpn import Proposals, rpn_losses
-from detection.setup import batch_shapes
+from detection.models.settings import StageSettings
+from detection.settings import read_run
 from tests import tiny
 from tests.detection.test_faster_rcnn import make_batch
 
@@ -98,7 +100,8 @@ def stage_gradients(batch):
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 48, (1, 60, 2))
     boxes = np.concatenate([corner, corner + 12], -1).astype(np.float32)
-    settings = dict(r50.get_config().model.stages) | dict(
+    config = r50.get_config().model.stages
+    config.update(
         iou=(0.5, 0.5, 0.5), stds=(STDS,) * 3, loss_weights=(1.0,) * 3, score_weights=(1.0,) * 3
     )
 
@@ -109,7 +112,7 @@ def stage_gradients(batch):
             jax.random.split(jax.random.key(0), 1),
             Proposals(boxes, np.ones((1, 60), bool)),
             batch,
-            second_stage.read_stages(settings),
+            second_stage.read_stages(read_settings(StageSettings, config)),
             [{}],
             sample=dict(num_samples=70, positive_fraction=0.25, ignore_ioa=0.5),
             loss=dict(beta=1.0, normaliser="sampled"),
@@ -147,8 +150,8 @@ def test_unknown_classes_are_left_out_of_the_softmax():
 def test_rows_of_an_unknown_class_get_no_gradient(kind):
     config = tiny.get_config()
     config.model.box_head.kind = kind
-    model = build(config.model, 3)
-    variables = jax.jit(lambda: init_variables(model, 0, batch_shapes((64, 64), 32, 8, 1)))()
+    model = build(read_run(config).model, 3)
+    variables = jax.jit(lambda: init_variables(model, 0, tiny.init_shapes()))()
     batch = make_batch(2)
     batch["gt_valid"] &= batch["gt_classes"] != 2
 

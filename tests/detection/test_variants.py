@@ -8,10 +8,12 @@ import pytest
 
 from common.io.errors import UserError
 from common.nn.backbones import make_backbone
-from common.training.step import init_variables
+from common.training.distributed import DATA_AXIS
+from common.training.step import init_variables, variable_shapes
 from configs.detection import winners
-from detection import setup
+from detection.batch_fields import init_shapes
 from detection.models.faster_rcnn import build
+from detection.settings import RunSettings, read_run
 from tests import tiny
 from tests.detection.test_faster_rcnn import make_batch
 
@@ -32,17 +34,17 @@ VARIANTS = {
 }
 
 
-def variant(**fields):
+def variant(**fields) -> RunSettings:
     config = tiny.get_config()
     config.model.update(fields)
-    return config
+    return read_run(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
     model = build(variant(**VARIANTS[name]).model, 3)
-    variables = jax.jit(lambda: init_variables(model, 0, setup.batch_shapes((64, 64), 32, 8, 1)))()
+    variables = jax.jit(lambda: init_variables(model, 0, tiny.init_shapes()))()
     batch = make_batch(2)
 
     @jax.jit
@@ -72,8 +74,7 @@ def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
 
 def test_cascade_on_a_decoupled_backbone_has_a_loss_of_each_branch_and_stage():
     model = build(variant(split_after="c3", stages=TWO_STAGES).model, 3)
-    batch = setup.batch_shapes((64, 64), 32, 8, 1)
-    shapes = jax.eval_shape(lambda: init_variables(model, 0, batch))
+    shapes = variable_shapes(model, tiny.init_shapes())
     assert {"backbone", "backbone_class", "backbone_box", "neck_class", "neck_box"} < set(
         shapes["params"]
     )
@@ -104,15 +105,16 @@ def test_every_config_builds_a_model_of_500_classes(path):
     if path.stem == "__init__":
         pytest.skip("no config")
     module = __import__(f"configs.detection.{path.stem}", fromlist=["get_config"])
-    config = module.get_config()
-    shapes = setup.variable_shapes(config, setup.build_model(config, 500))
-    if setup.refines(config):
+    settings = read_run(module.get_config())
+    model = build(settings.model, 500, DATA_AXIS)
+    shapes = variable_shapes(model, init_shapes(settings.data))
+    if settings.model.refines:
         assert "rpn_head" not in shapes["params"]
         assert set(shapes["params"]["box_head3"]) == {"fc1", "fc2", "regressor"}
         return
     assert shapes["params"]["rpn_head"]["objectness"]["kernel"].shape[-1] == len(
-        config.model.anchors.scales
-    ) * len(config.model.anchors.ratios)
+        settings.model.anchors.scales
+    ) * len(settings.model.anchors.ratios)
 
 
 def test_the_winning_ensemble_has_28_models():
@@ -137,6 +139,5 @@ def test_the_winning_ensemble_has_28_models():
     ],
 )
 def test_unknown_choices_are_named(fields, message):
-    config = variant(**fields)
     with pytest.raises(UserError, match=message):
-        setup.variable_shapes(config, setup.build_model(config, 3))
+        variant(**fields)

@@ -18,6 +18,7 @@ from common.nn.layers.norm import Norm
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
 from detection.batch_statistics import recompute_batch_stats
+from detection.settings import read_run
 from scripts.average_checkpoints import average_checkpoints, parse_numbers, steps_of_epochs
 from tests import tiny
 
@@ -160,7 +161,7 @@ def test_recomputed_statistics_are_those_of_the_batches(tmp_path):
     gain = np.float32([1, 2, 3])
     variables = {"params": {name: ones for name in old} | {"gain": gain}, "batch_stats": old}
     found = recompute_batch_stats(
-        config,
+        read_run(config),
         model,
         variables,
         dataset,
@@ -190,5 +191,5 @@ def test_recomputing_needs_norms_that_are_trained():
     config.model.norm = "frozen"
     with pytest.raises(UserError, match=r"config\.model\.norm: found 'frozen'"):
         recompute_batch_stats(
-            config, ThreeNorms(("frozen",) * 3), {}, None, distributed.make_mesh(), 3
+            read_run(config), ThreeNorms(("frozen",) * 3), {}, None, distributed.make_mesh(), 3
         )

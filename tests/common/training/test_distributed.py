@@ -97,7 +97,7 @@ from ml_collections import ConfigDict
 workdir = sys.argv[1]
 process, count = jax.process_index(), jax.process_count()
 mesh = distributed.make_mesh()
-prepare_workdir(workdir, ConfigDict({"seed": 0}))
+prepare_workdir(workdir, {"seed": 0})
 distributed.barrier("work directory")
 replicated, sharded = distributed.replicated(mesh), distributed.batch_sharded(mesh)
 rows = 8 // count

@@ -1,21 +1,18 @@
 import json
 
 import pytest
-from ml_collections import ConfigDict
 
 from common.io.errors import UserError
 from common.training.workdir import MetricsLog, prepare_workdir, read_config
 
 
 def config(backbone="resnet18", canvas=(512, 512), epochs=13):
-    return ConfigDict(
-        {
-            "model": {"backbone": backbone},
-            "data": {"canvas": canvas},
-            "optimizer": {"num_epochs": epochs},
-            "log": {"every_steps": 10},
-        }
-    )
+    return {
+        "model": {"backbone": backbone},
+        "data": {"canvas": canvas},
+        "optimizer": {"num_epochs": epochs},
+        "log": {"every_steps": 10},
+    }
 
 
 def test_config_is_written_once_and_accepted_again(tmp_path):
@@ -45,7 +42,7 @@ def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
 def test_a_field_that_only_one_side_has_is_named(tmp_path):
     prepare_workdir(tmp_path, config())
     other = config()
-    other.model.remat = True
+    other["model"]["remat"] = True
     with pytest.raises(UserError, match="config.model.remat: work directory has nothing"):
         prepare_workdir(tmp_path, other)
 
@@ -53,7 +50,7 @@ def test_a_field_that_only_one_side_has_is_named(tmp_path):
 def test_listed_fields_may_change_and_the_new_values_are_recorded(tmp_path):
     prepare_workdir(tmp_path, config())
     longer = config(epochs=26)
-    longer.log.every_steps = 1
+    longer["log"]["every_steps"] = 1
     prepare_workdir(tmp_path, longer, may_differ=("optimizer.num_epochs", "log"))
     assert read_config(tmp_path)["optimizer"]["num_epochs"] == 26
     with pytest.raises(UserError, match="num_epochs"):  # a prefix means whole names

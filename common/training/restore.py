@@ -1,0 +1,46 @@
+"""States and variables of a model on all devices, out of the checkpoints of a work directory."""
+
+import os
+from collections.abc import Callable
+
+from etils import epath
+from jax import eval_shape, jit
+from jax.sharding import Mesh
+
+from common.training import distributed
+from common.training.checkpoint import Checkpoints
+from common.training.step import TrainState
+
+
+def first_state(
+    checkpoints: Checkpoints, init: Callable[[], TrainState], mesh: Mesh, say: Callable
+) -> tuple[TrainState, int]:
+    """The newest checkpoint's state and its step, else that of `init` and 0; on all devices."""
+    step = checkpoints.latest_step() or 0
+    if not step:
+        return jit(init, out_shardings=distributed.replicated(mesh))(), 0
+    abstract = distributed.abstract(eval_shape(init), mesh)
+    state, _ = checkpoints.restore(step, abstract)
+    say(f"resuming at step {step}", flush=True)
+    return state, step
+
+
+def restore_variables(
+    workdir: str | os.PathLike, shapes: dict, mesh: Mesh, step: int | None = None
+) -> tuple[dict, int]:
+    """Parameters and statistics of a checkpoint on all devices, and its step.
+
+    Args:
+      workdir: of the run, local or gs://.
+      shapes: of {'params', 'batch_stats'}, see `common.training.step.variable_shapes`.
+      mesh: all devices.
+      step: None means the newest.
+
+    Raises:
+      UserError: no such checkpoint, or one of another model.
+    """
+    checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints")
+    step = checkpoints.latest_step() if step is None else step
+    variables, _ = checkpoints.restore_params(step, distributed.abstract(shapes, mesh))
+    checkpoints.close()
+    return variables, step

@@ -1,0 +1,208 @@
+"""`config.model` of detectors and refiners, read and checked once.
+
+Every class here mirrors a table of fields of configs/detection/base.py, where each field is
+explained. Instances are hashable, so that Linen modules can hold them.
+"""
+
+import dataclasses
+from typing import Literal
+
+from common.io.settings import check
+from common.nn.backbones import BACKBONES
+from common.nn.layers.norm import NORM_KINDS
+
+
+@dataclasses.dataclass(frozen=True)
+class NASFPNSettings:
+    repeats: int
+    min_level: int
+    norm: str
+
+    def __post_init__(self):
+        check(self.norm in NORM_KINDS, "norm", self.norm, f"one of {', '.join(NORM_KINDS)}")
+        check(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorSettings:
+    scales: tuple[float, ...]
+    ratios: tuple[float, ...]
+    ratio_convention: Literal["h/w", "w/h"]
+    centre: float
+
+    def __post_init__(self):
+        for name, values in (("scales", self.scales), ("ratios", self.ratios)):
+            check(bool(values) and min(values) > 0, name, values, "positive numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class RPNLossSettings:
+    positive_iou: float
+    negative_iou: float
+    best_match_iou: float
+    num_samples: int
+    positive_fraction: float
+    beta: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ProposalSettings:
+    pre_nms: int
+    post_nms: int
+    nms_iou: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RPNSettings:
+    loss: RPNLossSettings
+    train_proposals: ProposalSettings
+    test_proposals: ProposalSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class OffsetSettings:
+    offset_width: int
+    gamma: float
+    offset_init: Literal["small", "zero", "release"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoISampleSettings:
+    num_samples: int
+    positive_fraction: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxLossSettings:
+    beta: float
+    normaliser: Literal["sampled", "positive"]
+    target_gradient: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MarginSettings:
+    class_margin: float
+    box_margin: float
+    clip: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxHeadSettings:
+    kind: Literal["two_fc", "decoupling", "regressor"]
+    width: int
+    class_agnostic: bool
+    pool_size: int
+    aligned: bool
+    sample_mode: Literal["centre", "edge"]
+    offsets: OffsetSettings
+    sample: RoISampleSettings
+    loss: BoxLossSettings
+    margin: MarginSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSettings:
+    """Lists with one entry a stage; `detection.models.second_stage.read_stages` turns them."""
+
+    iou: tuple[float, ...]
+    stds: tuple[tuple[float, float, float, float], ...]
+    loss_weights: tuple[float, ...]
+    score_weights: tuple[float, ...]
+    average: Literal["probability", "logit"]
+    box_stage: int
+
+    def __post_init__(self):
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("iou", "stds", "loss_weights", "score_weights")
+        }
+        expected = "as many entries in iou, stds, loss_weights and score_weights"
+        check(len(set(lengths.values())) == 1, "iou", lengths, expected)
+        inside = -len(self.iou) <= self.box_stage < len(self.iou)
+        check(inside, "box_stage", self.box_stage, f"one of the {len(self.iou)} stages")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    rpn_class: float
+    rpn_box: float
+    box_class: float
+    box_regression: float
+    sibling_box_class: float
+    sibling_box_regression: float
+    margin_class: float
+    margin_box: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionSettings:
+    score_threshold: float
+    iou_threshold: float
+    max_candidates: int
+    max_detections: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthJitterSettings:
+    copies: int
+    shift: float
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    backbone: str
+    pretrained: str
+    norm: str
+    frozen_stages: int
+    deform: tuple[int, int, int]
+    split_after: Literal["", "c2", "c3"]
+    low_weight: float
+    drop_path_rate: float
+    remat: bool
+    dtype: Literal["bfloat16", "float32"]
+    neck: Literal["fpn", "nas_fpn"]
+    fpn_channels: int
+    # "frozen" is not among them: it needs trained statistics, which pyramids do not bring along.
+    fpn_norm: Literal["none", "batch", "sync", "group"]
+    nas_fpn: NASFPNSettings
+    anchors: AnchorSettings
+    ignore_ioa: float
+    rpn: RPNSettings
+    box_head: BoxHeadSettings
+    truth_jitter: TruthJitterSettings
+    stages: StageSettings
+    loss_weights: LossWeights
+    drop_background_rois: bool
+    detections: DetectionSettings
+
+    def __post_init__(self):
+        check(self.backbone in BACKBONES, "backbone", self.backbone, f"one of {BACKBONES}")
+        check(self.norm in NORM_KINDS, "norm", self.norm, f"one of {', '.join(NORM_KINDS)}")
+        check(
+            not (self.refines and self.split_after),
+            "split_after",
+            self.split_after,
+            "'': box_head.kind 'regressor' has no classes to decouple",
+        )
+
+    @property
+    def refines(self) -> bool:
+        """Whether the model moves the boxes of a table instead of finding objects."""
+        return self.box_head.kind == "regressor"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierSettings:
+    """`config.model` of configs/pretrain: a backbone trained as image classifier."""
+
+    backbone: str
+    norm: Literal["batch", "sync", "group"]
+    remat: bool
+    drop_path_rate: float
+    dropout_rate: float
+    label_smoothing: float
+    dtype: Literal["bfloat16", "float32"]
+
+    def __post_init__(self):
+        check(self.backbone in BACKBONES, "backbone", self.backbone, f"one of {BACKBONES}")

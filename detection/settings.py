@@ -1,0 +1,113 @@
+"""The config of a run, read and checked once where a command starts.
+
+`read_run` makes a `RunSettings` of the --config of detectors and refiners, `read_pretrain` a
+`PretrainSettings` of that of detection.pretrain. Each class mirrors one table of fields of
+configs/detection/base.py or configs/pretrain/resnet50.py.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from common.data.settings import DataSettings, LabelledDataSettings
+from common.io.settings import check, read_settings
+from common.training.optimizer import OptimizerSettings
+from common.training.settings import CheckpointSettings, LogSettings
+from detection.models.settings import ClassifierSettings, ModelSettings
+from detection.tta.settings import ViewSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How a detector is scored.
+
+    Attributes:
+      batch_size: images of all devices together; rounded up to a multiple of the devices.
+      every_epochs: of a training; 0: only at the end.
+      metric: official metric of the figures.
+      expand_predictions: copies detections to parent classes first (paper section 1).
+      proposals: of a refiner: the detections table that is refined and scored.
+    """
+
+    batch_size: int
+    every_epochs: int
+    metric: Literal["openimages", "coco"]
+    expand_predictions: bool
+    proposals: str
+
+    def __post_init__(self):
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check(self.every_epochs >= 0, "every_epochs", self.every_epochs, "0 (at the end) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Everything that a run of a detector, or of a refiner of boxes, depends on beside its data."""
+
+    task: Literal["detection"]
+    name: str
+    seed: int
+    data: DataSettings
+    model: ModelSettings
+    optimizer: OptimizerSettings
+    checkpoint: CheckpointSettings
+    evaluation: EvaluationSettings
+    test_time: ViewSettings
+    log: LogSettings
+
+    def __post_init__(self):
+        if self.model.refines:
+            size, scales = self.data.max_proposals, self.test_time.scales
+            expected = "at least 1: box_head.kind 'regressor' refines the boxes of a table"
+            check(size >= 1, "data.max_proposals", size, expected)
+            check(not scales, "test_time.scales", scales, "(): a refiner has one view")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested dictionaries, for config.json and the metadata of tables."""
+        return dataclasses.asdict(self)
+
+
+def read_run(config: ConfigDict) -> RunSettings:
+    """The settings of a detector's run.
+
+    Raises:
+      UserError: a field that is missing, unknown, of the wrong type or out of range, by its name.
+    """
+    return read_settings(RunSettings, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainEvaluationSettings:
+    """When top-1 accuracy is measured: see `EvaluationSettings`."""
+
+    batch_size: int
+    every_epochs: int
+
+    def __post_init__(self):
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check(self.every_epochs >= 0, "every_epochs", self.every_epochs, "0 (at the end) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainSettings:
+    """Everything that the training of a classifier depends on beside its photos."""
+
+    task: Literal["classification"]
+    name: str
+    seed: int
+    data: LabelledDataSettings
+    model: ClassifierSettings
+    optimizer: OptimizerSettings
+    checkpoint: CheckpointSettings
+    evaluation: PretrainEvaluationSettings
+    log: LogSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested dictionaries, for config.json."""
+        return dataclasses.asdict(self)
+
+
+def read_pretrain(config: ConfigDict) -> PretrainSettings:
+    """The settings of a classifier's run; errors as `read_run`."""
+    return read_settings(PretrainSettings, config)
