@@ -6,8 +6,7 @@
 Chunks of whole images of all tables go through these steps; memory depends on the chunk, not on
 the number of images or tables:
 
-1. labels of another vocabulary are mapped, classes outside an expert's list dropped;
-2. scores are multiplied by the weights of model and class (`ensemble.class_weights`);
+1. and 2. rows are prepared: mapped labels, experts, weights (`ensemble.preparation`);
 3. the operator, or a searched tree, makes one list of each (image, class);
 4. detections are copied to parent classes, when the config says so;
 5. relations between classes, then the factors of rare and common classes, change the scores;
@@ -25,37 +24,34 @@ Shape legend: T tables, K classes, n rows of a chunk.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 from ml_collections import config_flags
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.parallel import prefetch
+from common.io.progress import Progress
 from common.tables import DetectionsWriter
-from common.tables.class_mapping import read_class_mapping
-from common.tables.hierarchy import ancestors, repeat_with
 from common.tables.table import COORDINATE_SLACK, MAX_SCORE
 from common.training import distributed
 from ensemble import rescoring
-from ensemble.class_weights import class_weights, kept_classes, parse_pairs
-from ensemble.inputs import Chunk, Tables, aligned_chunks, open_tables, parse_inputs
+from ensemble.chunks import Chunk, aligned_chunks
+from ensemble.inputs import Tables, parse_inputs
 from ensemble.operators import Operator, make_operator
 from ensemble.operators.groups import Rows, apply_operator
+from ensemble.preparation import Preparation, open_prepared
 from ensemble.relations import rules
 from ensemble.tree import binary_tree as tree_lib
 
-EXPANSIONS = ("none", "before", "after")
 _KNEE = 1.25  # largest score that is written as it is
-_SECONDS = 10.0  # between progress lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +61,9 @@ class Plan:
     Attributes:
       names: of the tables.
       num_classes: K.
-      kept: classes that each table contributes.
-      weights: of each table's detections of each class.
-      min_score: weighted scores below it are dropped.
+      preparation: what is done to the rows before the operator.
       operator: of the groups, when there is no tree.
       tree: searched ensemble, or None.
-      expansion: when detections are copied to parent classes, of EXPANSIONS.
-      parents: row c marks the ancestors of class c; None without expansion.
       rules: relations between classes, or None.
       rescoring: factors of rare and common classes, or None.
       max_detections: of an image; 0: no limit.
@@ -80,13 +72,9 @@ class Plan:
 
     names: Sequence[str]
     num_classes: int
-    kept: Bool[np.ndarray, "T K"]
-    weights: Float32[np.ndarray, "T K"]
-    min_score: float
+    preparation: Preparation
     operator: Operator | None
     tree: tree_lib.Tree | None
-    expansion: str
-    parents: Bool[np.ndarray, "K K"] | None
     rules: rules.Rules | None
     rescoring: rescoring.Rescoring | None
     max_detections: int
@@ -141,13 +129,8 @@ def merge_tables(
         if path.resolve() == Path(output).resolve():
             raise UserError(f"--output={output}: is one of the inputs, expected another name")
     dataset = Dataset.open(config["dataset"]) if config["dataset"] else None
-    tables = open_tables(
-        inputs,
-        labels=dataset.class_labels if dataset else None,
-        coverage=config["coverage"],
-        mappings=read_mappings(config["mappings"]),
-    )
-    plan = make_plan(config, tables, dataset)
+    tables, preparation = open_prepared(inputs, config, dataset)
+    plan = make_plan(config, tables, preparation)
     say(
         f"{len(tables.tables)} tables ({', '.join(tables.names)}), {len(tables.image_ids)} images, "
         f"{len(tables.labels)} classes, {tables.num_rows} detections",
@@ -157,9 +140,9 @@ def merge_tables(
     images = range(
         total * process_index // process_count, total * (process_index + 1) // process_count
     )
-    counts = {"images": len(images), "read": 0, "written": 0}
+    counts = {"rows in": 0, "rows out": 0}
     labels = np.array(tables.labels, object)
-    progress = _Progress(images, say)
+    progress = Progress(len(images), what="images", say=say)
     with DetectionsWriter(
         output,
         _metadata(config, tables, plan),
@@ -168,39 +151,23 @@ def merge_tables(
         masks=plan.masks,
     ) as writer:
         chunks = aligned_chunks(tables, rows=config["chunk_rows"], images=images, masks=plan.masks)
-        for chunk in _ahead(chunks):
+        for chunk in prefetch(chunks):
             merged = merge_chunk(plan, chunk)
             _write(writer, tables.image_ids, labels, chunk, merged)
-            counts["read"] += len(chunk)
-            counts["written"] += len(merged.scores)
-            progress.report(chunk.stop, counts)
-        progress.report(images.stop, counts, last=True)
-    return counts
+            counts["rows in"] += len(chunk)
+            counts["rows out"] += len(merged.scores)
+            progress.report(chunk.stop - images.start, counts)
+        progress.report(len(images), counts, last=True)
+    return {"images": len(images), "read": counts["rows in"], "written": counts["rows out"]}
 
 
-def make_plan(config: Mapping[str, Any], tables: Tables, dataset: Dataset | None) -> Plan:
+def make_plan(config: Mapping[str, Any], tables: Tables, preparation: Preparation) -> Plan:
     """Reads the files that the config names and checks its fields.
 
     Raises:
       UserError: names the field or file.
     """
-    expansion = config["expansion"]
-    if expansion not in EXPANSIONS:
-        raise UserError(
-            f"config.expansion: found {expansion!r}, expected one of {', '.join(EXPANSIONS)}"
-        )
-    if expansion != "none":
-        if dataset is None:
-            raise UserError(
-                "config.expansion: needs the hierarchy, set --config.dataset=DIR (a dataset "
-                "directory written by scripts.prepare_data)"
-            )
-        if tables.expanded:
-            raise UserError(
-                f"config.expansion: {tables.tables[0].reader.path} is expanded to parent classes "
-                "already, expected 'none'"
-            )
-    for name, low in (("max_detections", 0), ("chunk_rows", 1), ("min_score", 0.0)):
+    for name, low in (("max_detections", 0), ("chunk_rows", 1)):
         if not config[name] >= low:
             raise UserError(f"config.{name}: found {config[name]}, expected {low} or more")
     tree = None
@@ -220,13 +187,9 @@ def make_plan(config: Mapping[str, Any], tables: Tables, dataset: Dataset | None
     return Plan(
         names=tables.names,
         num_classes=len(tables.labels),
-        kept=kept_classes(tables.names, tables.labels, config["experts"]),
-        weights=class_weights(tables.names, tables.labels, config["weights"]),
-        min_score=float(config["min_score"]),
+        preparation=preparation,
         operator=None if tree else make_operator(config["operator"], num_tables),
         tree=tree,
-        expansion=expansion,
-        parents=None if expansion == "none" else ancestors(dataset.hierarchy, tables.labels),
         rules=rules.load_rules(relations_file, tables.labels, settings) if relations_file else None,
         rescoring=rescoring.Rescoring(
             rescoring.read_groups(factors["groups"], tables.labels),
@@ -242,20 +205,10 @@ def make_plan(config: Mapping[str, Any], tables: Tables, dataset: Dataset | None
 
 def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
     """Steps 1 to 6 for the rows of whole images."""
-    source = np.flatnonzero(plan.kept[chunk.models, chunk.labels])
-    labels = chunk.labels[source]
-    if plan.expansion == "before":
-        copies, labels = repeat_with(labels, plan.parents)
-        source = source[copies]
-    models = chunk.models[source]
-    weights = plan.weights[models, labels]
-    scores = chunk.scores[source] * weights
-    used = (weights > 0) & (scores >= plan.min_score)
-    if not used.all():
-        source, labels, models, scores = source[used], labels[used], models[used], scores[used]
-    # Images count from the start of the chunk: keys stay small.
-    groups = (chunk.images[source] - chunk.first).astype(np.int64) * plan.num_classes + labels
-    rows = Rows(groups, scores, chunk.boxes[source], models)
+    source, images, labels, models, scores, boxes = plan.preparation.apply(chunk)
+    # Images count from the start of the chunk, which keeps the keys small.
+    groups = (images - chunk.first).astype(np.int64) * plan.num_classes + labels
+    rows = Rows(groups, scores, boxes, models)
     if plan.tree is not None:
         by_model = {name: rows.take(models == place) for place, name in enumerate(plan.names)}
         fused, source = tree_lib.apply(plan.tree, by_model), None
@@ -265,8 +218,8 @@ def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
     images = fused.group // plan.num_classes
     labels = fused.group % plan.num_classes
     scores, boxes = fused.scores, fused.boxes
-    if plan.expansion == "after":
-        copies, labels = repeat_with(labels, plan.parents)
+    if (expanded := plan.preparation.expand_merged(labels)) is not None:
+        copies, labels = expanded
         images, scores, boxes = images[copies], scores[copies], boxes[copies]
         source = None if source is None else source[copies]
     if plan.rules is not None:
@@ -324,21 +277,6 @@ def _write(
         start = stop
 
 
-def read_mappings(config: Any) -> dict[str, Mapping[str, Sequence[str]]]:
-    """Class mappings by model from `name=FILE:SOURCE_COLUMN:TARGET_COLUMN[:RULE]` pairs."""
-    mappings = {}
-    for name, text in parse_pairs(config, "config.mappings").items():
-        parts = text.split(":")
-        if len(parts) not in (3, 4):
-            raise UserError(
-                f"config.mappings: {name} has {text!r}, expected FILE:SOURCE_COLUMN:TARGET_COLUMN "
-                "and for several targets :all or :first"
-            )
-        mapping = read_class_mapping(*parts[:3], rule=parts[3] if len(parts) > 3 else "error")
-        mappings[name] = mapping.targets
-    return mappings
-
-
 def _metadata(config: Mapping[str, Any], tables: Tables, plan: Plan) -> dict[str, Any]:
     """What the output says of itself; the same in all processes."""
     keys = ("model", "dataset", "split", "step")
@@ -352,7 +290,7 @@ def _metadata(config: Mapping[str, Any], tables: Tables, plan: Plan) -> dict[str
         values = [entry.get(key) for entry in inputs]
         if values[0] is not None and all(value == values[0] for value in values):
             metadata[key] = values[0]
-    expanded = tables.expanded or plan.expansion != "none"
+    expanded = tables.expanded or plan.preparation.expansion != "none"
     return {**metadata, "inputs": inputs, "expanded": expanded}
 
 
@@ -360,44 +298,6 @@ def _plain(config: Any) -> Any:
     if hasattr(config, "to_dict"):
         return config.to_dict()
     return {name: _plain(v) if isinstance(v, Mapping) else v for name, v in config.items()}
-
-
-def _ahead(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The same chunks; the next one is read while the caller works on one."""
-    iterator = iter(chunks)
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(next, iterator, None)
-        while (chunk := pending.result()) is not None:
-            pending = pool.submit(next, iterator, None)
-            yield chunk
-
-
-class _Progress:
-    """Lines such as `images 1200/41620  rows in 600000, out 240000  images/s 310  left 0:02:10`."""
-
-    def __init__(self, images: range, say: Callable):
-        self._images, self._say = images, say
-        self._start = self._last = time.monotonic()
-
-    def report(self, stop: int, counts: Mapping[str, int], last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and (now - self._last < _SECONDS or stop == self._images.stop):
-            return
-        self._last = now
-        done, total = stop - self._images.start, len(self._images)
-        rate = done / max(now - self._start, 1e-9)
-        left = "" if last else f"  left {_clock((total - done) / max(rate, 1e-9))}"
-        self._say(
-            f"images {done}/{total}  rows in {counts['read']}, out {counts['written']}  "
-            f"images/s {rate:.0f}{left}",
-            flush=True,
-        )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def define_flags() -> None:

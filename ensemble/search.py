@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,9 +26,10 @@ from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
 from ensemble import draw_tree
-from ensemble.inputs import Tables, open_tables
+from ensemble.inputs import Tables
 from ensemble.operators import make_operator
 from ensemble.operators.groups import apply_operator
+from ensemble.preparation import Preparation, open_prepared
 from ensemble.tree import binary_tree as trees
 from ensemble.tree.evolution import MOVES, Space, Stage, State, search
 from ensemble.tree.join import ELEMENTS, NMS_TYPES
@@ -50,7 +52,8 @@ def search_tables(
 
     Args:
       inputs: tables, as `path` or `name=path`.
-      config: its section `search`; see configs/ensemble/auto.py.
+      config: such as configs/ensemble/auto.py; the rows are prepared as `ensemble.merge` does, the
+        section `search` says what is tried.
       dataset: truth.
       split: what the tree is tuned on.
       report_split: what is reported beside; None for nothing.
@@ -63,18 +66,20 @@ def search_tables(
     options = config.search
     stages, space, equal = parse_options(options)
     state_path = output.with_name(f"{output.stem}.search.json")
-    tables = open_tables(inputs, labels=dataset.class_labels)
+    check_scored(config, dataset)
+    tables, preparation = open_prepared(inputs, config, dataset)
     if len(tables.names) < 2:
         raise UserError(f"--inputs: {len(tables.names)} table, expected two or more to ensemble")
     splits = [split] if report_split is None else [split, report_split]
-    identity = _identity(tables, options, dataset, splits)
+    identity = _identity(tables, preparation, options, dataset, splits)
     state = load_state(state_path, identity)
     scorers = build_scorers(
         dataset,
         splits,
         tables,
+        preparation,
         **options.metric,
-        num_shards=options.threads,
+        threads=options.threads,
         cache_bytes=int(options.cache_gigabytes * 2**30 / len(splits)),
         say=say,
     )
@@ -139,6 +144,23 @@ def search_tables(
     say(comparison(splits, rows))
     say(f"wrote {output} and {picture}")
     return best
+
+
+def check_scored(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+    """Refuses what `ensemble.merge` would do after the tree, which the search does not score."""
+    for field, found, expected in (
+        ("relations.file", config.relations.file, ""),
+        ("rescoring.groups", config.rescoring.groups, ""),
+        ("max_detections", config.max_detections, 0),
+        ("masks", config.masks, False),
+    ):
+        if found != expected:
+            raise UserError(
+                f"config.{field}: found {found!r}, expected {expected!r}: a search scores all "
+                "boxes that a tree makes (ensemble.merge can apply it afterwards)"
+            )
+    if config.dataset and Path(config.dataset).resolve() != dataset.directory.resolve():
+        raise UserError(f"config.dataset: found {config.dataset!r}, expected that of --dataset")
 
 
 def parse_options(options: Mapping[str, Any]) -> tuple[list[Stage], Space, trees.Operators]:
@@ -255,7 +277,9 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State | None:
     return state
 
 
-def _identity(tables: Tables, options, dataset: Dataset, splits: list[str]) -> dict[str, Any]:
+def _identity(
+    tables: Tables, preparation: Preparation, options, dataset: Dataset, splits: list[str]
+) -> dict[str, Any]:
     """What decides about the result: a state with another identity is refused."""
     searched = options.to_dict()
     for name in ("threads", "cache_gigabytes", "save_seconds", "log_seconds", "naive"):
@@ -266,8 +290,17 @@ def _identity(tables: Tables, options, dataset: Dataset, splits: list[str]) -> d
         "images": images,
         "dataset": [dataset.meta["name"], dataset.num_images, len(dataset.boxes)],
         "splits": splits[:1],
+        "preparation": _digest(tables, preparation),
         "settings": json.loads(json.dumps(searched)),
     }
+
+
+def _digest(tables: Tables, preparation: Preparation) -> str:
+    """Hash of all that decides which rows enter the trees, with which scores."""
+    content = hashlib.sha256(f"{preparation.expansion} {preparation.min_score}".encode())
+    for array in (preparation.kept, preparation.weights, *(t.label_codes for t in tables.tables)):
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()[:16]
 
 
 def comparison(splits: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:

@@ -1,6 +1,7 @@
 """Maps over threads that keep the order of their items and hold a bounded number of them."""
 
 import collections
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,17 @@ def map_ordered(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def prefetch(items: Iterable[Item], ahead: int = 1) -> Iterator[Item]:
+    """Yields the items, which are drawn in a thread of their own, `ahead` of the caller."""
+    iterator, end = iter(items), object()
+    for item in map_ordered(
+        lambda _: next(iterator, end), itertools.repeat(None), threads=1, ahead=ahead
+    ):
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
 
 
 def behind(items: Iterable[Item], count: int = 1) -> Iterator[Item]:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from ensemble.operators import kernels
 from ensemble.operators.groups import rank_rows
@@ -53,10 +53,10 @@ class NodeRows(NamedTuple):
       moved: the box is no longer that of `source`.
     """
 
-    group: Int64[np.ndarray, " n"]
+    group: Int[np.ndarray, " n"]
     scores: Float32[np.ndarray, " n"]
     columns: Float32[np.ndarray, "4 n"]
-    source: Int64[np.ndarray, " n"]
+    source: Int[np.ndarray, " n"]
     moved: Bool[np.ndarray, " n"]
 
     @property
@@ -65,18 +65,18 @@ class NodeRows(NamedTuple):
 
 
 def leaf_rows(
-    group: Int64[np.ndarray, " n"],
+    group: Int[np.ndarray, " n"],
     scores: Float32[np.ndarray, " n"],
     boxes: Float32[np.ndarray, "n 4"],
-    source: Int64[np.ndarray, " n"],
+    source: Int[np.ndarray, " n"],
 ) -> NodeRows:
     """Sorts the rows of one table; equal scores of a group keep their order."""
     order = rank_rows(group, scores)
     return NodeRows(
-        group=np.asarray(group, np.int64)[order],
+        group=group[order],
         scores=np.asarray(scores, np.float32)[order],
         columns=np.ascontiguousarray(np.asarray(boxes, np.float32)[order].T),
-        source=np.asarray(source, np.int64)[order],
+        source=source[order],
         moved=np.zeros(len(order), bool),
     )
 
@@ -191,7 +191,7 @@ def _decay(rows: NodeRows, sigma: float) -> NodeRows:
     return _take(rows._replace(scores=scores), rank_rows(rows.group, scores))
 
 
-def _runs(group: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+def _runs(group: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
     """First row and number of rows of each group."""
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     return starts, np.diff(starts, append=len(group))

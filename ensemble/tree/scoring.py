@@ -1,34 +1,40 @@
 """OpenImages mAP of many candidate ensembles of the same tables, exactly as the metric has it.
 
-What does not change from candidate to candidate is done once: reading the tables, dropping
-detections of classes that the metric does not judge in their image (an image and class is a group
-of its own for every operator, so they touch nothing else), and the overlaps of every input
-detection with the truth. A candidate's row that kept its box looks its match up; only fused boxes
-are compared anew. Ranking, matching and AP are those of `common.metrics.openimages`.
+What does not change from candidate to candidate is done once: reading and preparing the tables,
+dropping detections that the metric does not judge (an image and class is a group of its own for
+every operator, so they touch nothing else), and the overlaps of every input detection with the
+truth. A candidate's row that kept its box looks its match up; only fused boxes are compared anew.
+Ranking, matching and AP are those of `common.metrics.openimages`.
 
-The images are cut into shards that threads work on side by side.
+The images are cut into shards of bounded size, which threads score one after another: what a
+candidate needs beside the tables' rows is bounded by the shards that are worked on.
 
-Shape legend: I images of a shard, K classes, n rows, E judged (image, class) groups of a shard,
-s single and g group-of boxes of the truth.
+Shape legend: I images of a shard, K classes, n rows, c copies of rows, G groups (image and class)
+whose rows can count, E judged groups.
 """
 
-import collections
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import cachetools
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Int32
 
 from common.data.dataset import Dataset
 from common.io.errors import UserError
+from common.io.parallel import map_ordered, prefetch
+from common.io.progress import Progress
 from common.metrics import matching, openimages
 from common.tables.hierarchy import ancestors
-from ensemble.inputs import Tables, aligned_chunks
+from ensemble.chunks import aligned_chunks
+from ensemble.inputs import Tables
 from ensemble.operators.groups import Rows, rank_rows
+from ensemble.preparation import Preparation
 from ensemble.tree import binary_tree as trees
 from ensemble.tree.join import NodeRows, leaf_rows
 
+SHARD_ROWS = 1 << 19
 _NONE, _NO_AREA = -1, -2
 
 
@@ -42,43 +48,99 @@ class Score(NamedTuple):
 class Shard:
     """Truth of some images, the detections of all models there, and their overlaps with it."""
 
-    def __init__(self, truth: openimages.Truth, num_classes: int, options: Mapping[str, float]):
+    def __init__(
+        self,
+        truth: openimages.Truth,
+        preparation: Preparation,
+        num_classes: int,
+        options: Mapping[str, float],
+    ):
         self._options = options
-        evaluated = truth.evaluated.ravel()
-        # Judged groups are numbered densely, in order of image and class.
-        keys = np.flatnonzero(evaluated)
-        self._number = np.where(evaluated, np.cumsum(evaluated) - 1, -1).astype(np.int32)
-        self._num_groups = len(keys)
-        self._classes = (keys % num_classes).astype(np.int16)
         self._num_classes = num_classes
+        judged, counting = truth.evaluated, truth.evaluated
+        after = preparation.expansion == "after"
+        if after:  # a merged detection is judged in its class and in the parents of that
+            parents = preparation.parents.astype(np.float32)
+            counting = judged | (judged.astype(np.float32) @ parents.T > 0)
+        # Groups are numbered densely, in order of image and class.
+        self._number = _numbered(counting)
+        judged_number = _numbered(judged)
+        self._num_judged = int(judged.sum())
+        self._classes = (np.flatnonzero(judged) % num_classes).astype(np.int16)
+        self._copies = None
+        if after:
+            images, labels = np.nonzero(counting)
+            rows, copies = preparation.expand_merged(labels)
+            targets = judged_number[images[rows] * num_classes + copies]
+            rows, targets = rows[targets >= 0], targets[targets >= 0]
+            counts = np.bincount(rows, minlength=len(labels))
+            self._copies = np.cumsum(counts) - counts, counts, targets
+        numbers = judged_number[truth.keys]
         single = ~truth.group_of
-        numbers = self._number[truth.keys]
         self._single = truth.boxes[single], numbers[single]
         self._group_of = truth.boxes[~single], numbers[~single]
-        self._parts: dict[str, list[tuple[np.ndarray, ...]]] = collections.defaultdict(list)
-        self.leaves: dict[str, NodeRows] = {}
+        self._parts: list[tuple[np.ndarray, ...]] = []
+        self.leaves: list[NodeRows] = []
 
-    def add(self, model: str, images: np.ndarray, labels: np.ndarray, *arrays: np.ndarray) -> None:
-        """Takes rows (image of the shard, class, score, box) of a model; keeps the judged ones."""
+    def add(
+        self,
+        models: Int[np.ndarray, " n"],
+        images: Int[np.ndarray, " n"],
+        labels: Int[np.ndarray, " n"],
+        scores: Float[np.ndarray, " n"],
+        boxes: Float[np.ndarray, "n 4"],
+    ) -> None:
+        """Takes prepared rows; `images` count within the shard. Rows that never count are left."""
         group = self._number[images.astype(np.int64) * self._num_classes + labels]
-        judged = group >= 0
-        self._parts[model].append((group[judged], *(array[judged] for array in arrays)))
+        kept = group >= 0
+        self._parts.append(tuple(array[kept] for array in (models, group, scores, boxes)))
 
-    def close(self, models: Sequence[str]) -> None:
+    def close(self, num_models: int) -> None:
         """Sorts what was added and computes the overlaps with the truth."""
-        first = 0
-        matches = []
-        for model in models:
-            group, scores, boxes = (
-                np.concatenate(arrays) for arrays in zip(*self._parts.pop(model), strict=True)
-            )
-            rows = leaf_rows(group, scores, boxes, np.arange(len(group), dtype=np.int32))
+        models, group, scores, boxes = (
+            np.concatenate(arrays) for arrays in zip(*self._parts, strict=True)
+        )
+        self._parts.clear()
+        first, matches, copies = 0, [], []
+        for model in range(num_models):
+            own = np.flatnonzero(models == model)
             # Numbers of the sorted rows, so that a leaf's lookups are contiguous.
-            source = np.arange(first, first + len(group), dtype=np.int32)
-            self.leaves[model] = rows._replace(source=source)
-            matches.append(self._match(rows.group, rows.columns))
-            first += len(group)
+            source = np.arange(first, first + len(own), dtype=np.int32)
+            rows = leaf_rows(group[own], scores[own], boxes[own], source)._replace(source=source)
+            self.leaves.append(rows)
+            first += len(own)
+            if self._copies is None:
+                matches.append(self._match(rows.group, rows.columns))
+            else:
+                row, _, judged = self._judged_copies(rows.group)
+                matches.append(self._match(judged, rows.columns[:, row]))
+                copies.append(np.bincount(row, minlength=len(own)))
         self._matches = np.concatenate(matches, axis=1)
+        if copies:  # column of `_matches` with the first copy of each row
+            self._first_copy = np.cumsum(np.concatenate([[0], *copies]))[:-1].astype(np.int32)
+
+    def _judged_copies(
+        self, group: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
+        """Row of each judged copy, its number among the row's copies, and its judged group."""
+        starts, counts, targets = self._copies
+        repeats = counts[group]
+        row = np.repeat(np.arange(len(group)), repeats)
+        number = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        return row, number, targets[starts[group[row]] + number]
+
+    def _copied_to_parents(self, rows: NodeRows) -> NodeRows:
+        """Judged copies of a candidate's rows; `source` is then the column of `_matches`."""
+        row, number, group = self._judged_copies(rows.group)
+        order = rank_rows(group, rows.scores[row])
+        row, number, group = row[order], number[order], group[order]
+        return NodeRows(
+            group=group,
+            scores=rows.scores[row],
+            columns=rows.columns[:, row],
+            source=self._first_copy[rows.source[row]] + number,
+            moved=rows.moved[row],
+        )
 
     def _match(
         self, group: Int[np.ndarray, " n"], columns: Float[np.ndarray, "4 n"]
@@ -93,13 +155,15 @@ class Shard:
             (found[1], self._group_of, False),
         ):
             overlap, best = matching.best_overlaps(
-                boxes, group, truth, numbers, self._num_groups, union=union
+                boxes, group, truth, numbers, self._num_judged, union=union
             )
             row[solid] = np.where(overlap >= self._options["iou_threshold"], best, _NONE)
         return found
 
     def entries(self, rows: NodeRows) -> openimages.Entries:
         """Outcomes of a candidate's rows, as `openimages.match_chunk` would have them."""
+        if self._copies is not None:
+            rows = self._copied_to_parents(rows)
         single, inside = self._matches[:, rows.source]
         fused = np.flatnonzero(rows.moved)
         if len(fused):
@@ -147,19 +211,21 @@ class Scorer:
         counts: Float[np.ndarray, " K"],
         models: Sequence[str],
         group_of_weight: float,
+        *,
+        threads: int,
         cache_bytes: int,
     ):
         self._shards, self._counts = shards, counts
-        self._group_of_weight = group_of_weight
+        self._group_of_weight, self._threads = group_of_weight, threads
         self.models = tuple(models)
-        self._caches = [_Cache(cache_bytes // len(shards)) for _ in shards]
-        self._pool = ThreadPoolExecutor(len(shards)) if len(shards) > 1 else None
+        size = cache_bytes // len(shards)
+        self._caches = [cachetools.LRUCache(size, lambda rows: rows.nbytes) for _ in shards]
         self.num_joins = 0
 
     @property
     def num_rows(self) -> int:
         """Judged detections of all models."""
-        return sum(len(rows.scores) for shard in self._shards for rows in shard.leaves.values())
+        return sum(len(rows.scores) for shard in self._shards for rows in shard.leaves)
 
     def score(self, tree: trees.Tree) -> Score:
         """mAP of what `tree.apply` would make of the tables."""
@@ -173,7 +239,7 @@ class Scorer:
         """mAP of a function of the rows of all models, such as a flat NMS."""
 
         def evaluate(index: int) -> openimages.Entries:
-            leaves = [self._shards[index].leaves[model] for model in self.models]
+            leaves = self._shards[index].leaves
             sizes = [len(leaf.scores) for leaf in leaves]
             rows, source = apply(
                 Rows(
@@ -197,8 +263,7 @@ class Scorer:
         return self._score(evaluate)
 
     def _score(self, evaluate: Callable[[int], openimages.Entries]) -> Score:
-        indices = range(len(self._shards))
-        parts = list(self._pool.map(evaluate, indices) if self._pool else map(evaluate, indices))
+        parts = list(map_ordered(evaluate, range(len(self._shards)), threads=self._threads))
         aps = openimages.average_precisions(parts, self._counts, self._group_of_weight)
         return Score(float(np.mean(aps[self._counts > 0])), aps)
 
@@ -206,46 +271,36 @@ class Scorer:
         self, index: int, tree: trees.Tree, node: trees.Leaf | trees.Node, keep: bool = True
     ) -> NodeRows:
         if isinstance(node, trees.Leaf):
-            return self._shards[index].leaves[node.model]
+            return self._shards[index].leaves[self.models.index(node.model)]
         cache, key = self._caches[index], (tree.iou_threshold, tree.sigma, tree.min_score, node)
         if (rows := cache.get(key)) is None:
             left, right = (self._rows(index, tree, child) for child in (node.left, node.right))
             rows = trees.join_children(tree, node.operators, left, right)
             self.num_joins += index == 0
             if keep:
-                cache.put(key, rows)
+                with contextlib.suppress(ValueError):  # larger than the whole cache
+                    cache[key] = rows
         return rows
 
 
-class _Cache:
-    """Rows of subtrees, the least recently used thrown out beyond a number of bytes."""
-
-    def __init__(self, limit: int):
-        self._limit, self._size = limit, 0
-        self._rows: collections.OrderedDict[tuple, NodeRows] = collections.OrderedDict()
-
-    def get(self, key: tuple) -> NodeRows | None:
-        if key in self._rows:
-            self._rows.move_to_end(key)
-        return self._rows.get(key)
-
-    def put(self, key: tuple, rows: NodeRows) -> None:
-        self._rows[key] = rows
-        self._size += rows.nbytes
-        while self._size > self._limit:
-            self._size -= self._rows.popitem(last=False)[1].nbytes
+def _numbered(chosen: Bool[np.ndarray, "I K"]) -> Int32[np.ndarray, " I*K"]:
+    """Number of each chosen pair of image and class in their order, -1 for the others."""
+    flat = chosen.ravel()
+    return np.where(flat, np.cumsum(flat) - 1, -1).astype(np.int32)
 
 
 def build_scorers(
     dataset: Dataset,
     splits: Sequence[str],
     tables: Tables,
+    preparation: Preparation,
     *,
     iou_threshold: float = 0.5,
     group_of_weight: float = 1.0,
     image_labels: bool = True,
-    num_shards: int = 2,
+    threads: int = 2,
     cache_bytes: int = 1 << 31,
+    shard_rows: int | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Scorer]:
     """Reads the tables once and prepares scoring on each split.
@@ -254,11 +309,14 @@ def build_scorers(
       dataset: holds the truth; the tables must be opened with `labels=dataset.class_labels`.
       splits: of the dataset, without common images.
       tables: cover all images of the splits; others are left out.
+      preparation: of the tables' rows; with expansion "after", what a candidate makes of them is
+        copied to parent classes before it is scored, as `ensemble.merge` does.
       iou_threshold: of the metric.
       group_of_weight: of the metric.
       image_labels: of the metric.
-      num_shards: threads to score with.
+      threads: shards to score side by side.
       cache_bytes: for joined subtrees, of each split.
+      shard_rows: rows of all tables in a shard, about; SHARD_ROWS unless given.
       say: where notes go.
 
     Raises:
@@ -268,11 +326,12 @@ def build_scorers(
     if list(tables.labels) != list(dataset.class_labels):
         raise ValueError("open the tables with labels=dataset.class_labels")
     indices = dataset.find_images(tables.image_ids)
-    owner = np.full(len(indices), -1)
+    owner = np.full(len(indices), -1)  # shard of each image
+    place = np.zeros(len(indices), np.int64)  # number of the image within its shard
     options = {"iou_threshold": iou_threshold, "group_of_weight": group_of_weight}
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
+    shard_images = max((shard_rows or SHARD_ROWS) * len(indices) // tables.num_rows, 1)
     shards: list[Shard] = []
-    place = np.zeros(len(indices), np.int64)  # image within its shard
     scorers = []
     for split in splits:
         wanted = dataset.split(split)
@@ -281,34 +340,59 @@ def build_scorers(
         counts = openimages.count_truth(dataset, indices[inside], parents, group_of_weight)
         if not counts.any():
             raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
-        parts = [part for part in np.array_split(inside, num_shards) if len(part)]
+        # As many shards for each thread.
+        number = -(-len(inside) // shard_images // threads) * threads
+        parts = [part for part in np.array_split(inside, number) if len(part)]
         for part in parts:
             owner[part], place[part] = len(shards), np.arange(len(part))
             truth = openimages.gather_truth(dataset, indices[part], parents, image_labels)
-            shards.append(Shard(truth, dataset.num_classes, options))
+            shards.append(Shard(truth, preparation, dataset.num_classes, options))
         scorers.append(
-            Scorer(shards[-len(parts) :], counts, tables.names, group_of_weight, cache_bytes)
+            Scorer(
+                shards[-len(parts) :],
+                counts,
+                tables.names,
+                group_of_weight,
+                threads=threads,
+                cache_bytes=cache_bytes,
+            )
         )
-    read = 0
-    for chunk in aligned_chunks(tables):
-        owners = owner[chunk.images]
-        for number, shard in enumerate(shards):
-            for model, name in enumerate(tables.names):
-                rows = np.flatnonzero((owners == number) & (chunk.models == model))
-                shard.add(
-                    name,
-                    place[chunk.images[rows]],
-                    chunk.labels[rows],
-                    chunk.scores[rows],
-                    chunk.boxes[rows],
-                )
-        read += len(chunk)
-        say(f"read {read} of {tables.num_rows} detections")
-    for shard in shards:
-        shard.close(tables.names)
+    _read_rows(shards, owner, place, tables, preparation, say)
     for split, scorer in zip(splits, scorers, strict=True):
         say(f"{split}: {scorer.num_rows} detections are of classes judged in their image")
     return scorers
+
+
+def _read_rows(
+    shards: Sequence[Shard],
+    owner: Int[np.ndarray, " images"],
+    place: Int[np.ndarray, " images"],
+    tables: Tables,
+    preparation: Preparation,
+    say: Callable[[str], None],
+) -> None:
+    """Gives every shard the rows of its images, and closes it when the last one was read."""
+    last = [int(np.flatnonzero(owner == number)[-1]) for number in range(len(shards))]
+    progress = Progress(len(tables.image_ids), what="reading", say=say)
+    waiting = set(range(len(shards)))
+    for chunk in prefetch(aligned_chunks(tables)):
+        rows = preparation.apply(chunk)
+        owners = owner[rows.images]
+        for number in np.unique(owner[chunk.first : chunk.stop]):
+            if number < 0:
+                continue
+            own = np.flatnonzero(owners == number)
+            shards[number].add(
+                rows.models[own],
+                place[rows.images[own]],
+                rows.labels[own],
+                rows.scores[own],
+                rows.boxes[own],
+            )
+        for number in [number for number in waiting if last[number] < chunk.stop]:
+            shards[number].close(len(tables.names))
+            waiting.remove(number)
+        progress.report(chunk.stop)
 
 
 def _check_cover(dataset, split, wanted, found, owner) -> None:

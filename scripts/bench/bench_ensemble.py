@@ -30,6 +30,7 @@ from absl import flags
 from common.io.commands import run_main
 from common.tables import DetectionsWriter
 from ensemble import inputs
+from ensemble.chunks import aligned_chunks
 from ensemble.operators import AdjNms, Nms, Nmw, Operator, SoftNms, Voting, WeightedBoxesFusion
 from ensemble.operators.groups import Rows, apply_operator
 from scripts.bench import generated
@@ -226,7 +227,7 @@ def main() -> int:
         paths = write_tables(Path(folder))
         start = time.perf_counter()
         tables = inputs.open_tables(paths)
-        chunks = inputs.aligned_chunks(tables)
+        chunks = aligned_chunks(tables)
         while (chunk := next(chunks, None)) is not None:
             reading += time.perf_counter() - start
             groups = chunk.groups(classes)

@@ -23,7 +23,8 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.tables import DetectionsWriter
 from configs.ensemble import naive, voting
-from ensemble.inputs import aligned_chunks, open_tables
+from ensemble.chunks import aligned_chunks
+from ensemble.inputs import open_tables
 from ensemble.merge import merge_tables
 from scripts.bench import generated
 from scripts.bench.timing import peak_mib, run_alone

@@ -21,7 +21,8 @@ from common.io.commands import run_main
 from common.metrics.openimages import MEAN_AP, evaluate_openimages
 from common.tables import Detections, DetectionsWriter
 from configs.ensemble import auto
-from ensemble.inputs import aligned_chunks, open_tables
+from ensemble.chunks import aligned_chunks
+from ensemble.inputs import open_tables
 from ensemble.operators.groups import Rows
 from ensemble.search import search_tables
 from ensemble.tree import binary_tree as trees

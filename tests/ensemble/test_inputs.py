@@ -7,7 +7,8 @@ import pytest
 
 from common.io.errors import UserError
 from common.tables import DetectionsWriter, writer
-from ensemble.inputs import aligned_chunks, open_tables, parse_inputs
+from ensemble.chunks import aligned_chunks
+from ensemble.inputs import open_tables, parse_inputs
 from tests.ensemble.tables import LABELS, draw_images, write
 
 BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
@@ -52,7 +53,7 @@ def expected(seeds, names):
 
 @pytest.mark.parametrize("rows", [1, 50, 1 << 19])
 def test_chunks_hold_whole_images_of_all_tables(folder, monkeypatch, rows):
-    monkeypatch.setattr("ensemble.inputs._MIN_ROWS", 1)
+    monkeypatch.setattr("ensemble.chunks._MIN_ROWS", 1)
     tables = open_tables([str(folder / n) for n in ("a.parquet", "b.parquet", "shards")])
     assert tables.names == ["a", "b", "shards"] and tables.labels == sorted(LABELS)
     found, images = read_all(tables, rows=rows)
@@ -61,7 +62,7 @@ def test_chunks_hold_whole_images_of_all_tables(folder, monkeypatch, rows):
 
 
 def test_ranges_of_images_cut_the_work_into_parts_for_hosts(folder, monkeypatch):
-    monkeypatch.setattr("ensemble.inputs._MIN_ROWS", 1)
+    monkeypatch.setattr("ensemble.chunks._MIN_ROWS", 1)
     tables = open_tables([str(folder / "a.parquet"), f"second={folder / 'c.parquet'}"])
     assert tables.names == ["a", "second"]
     parts = [range(0, 13), range(13, 13), range(13, 40)]

@@ -162,7 +162,7 @@ def test_reweighted_voting_with_an_expert(folder, tmp_path):
 
 
 def test_neither_chunks_nor_processes_change_the_result(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ensemble.inputs._MIN_ROWS", 1)
+    monkeypatch.setattr("ensemble.chunks._MIN_ROWS", 1)
     merge_tables(inputs(folder), naive.get_config(), tmp_path / "m.parquet", **QUIET)
     expected = rows_of(tmp_path / "m.parquet")
     config = changed(naive.get_config(), chunk_rows=20)

@@ -11,10 +11,11 @@ from common.io.errors import UserError
 from common.metrics import matching, openimages
 from common.tables import Detections, DetectionsWriter, read_detections
 from configs.ensemble import auto
-from ensemble import draw_tree, inputs, search
+from ensemble import draw_tree, search
 from ensemble.merge import merge_tables
 from ensemble.operators import Voting
 from ensemble.operators.groups import Rows, apply_operator
+from ensemble.preparation import open_prepared
 from ensemble.tree import binary_tree as trees
 from ensemble.tree import evolution, scoring
 from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree
@@ -84,9 +85,9 @@ def paths(folder):
 
 def open_all(folder, splits=("tune",), **options):
     dataset = Dataset.open(folder / "set")
-    tables = inputs.open_tables(paths(folder), labels=dataset.class_labels)
+    tables, preparation = open_prepared(paths(folder), auto.get_config(), dataset)
     options = {"say": lambda text: None, **options}
-    return dataset, scoring.build_scorers(dataset, splits, tables, **options)
+    return dataset, scoring.build_scorers(dataset, splits, tables, preparation, **options)
 
 
 def all_rows(folder):
@@ -135,12 +136,12 @@ ROOTS = [
 
 
 @pytest.mark.parametrize("root", ROOTS)
-@pytest.mark.parametrize("num_shards", [1, 3])
-def test_scores_are_exactly_those_of_the_evaluator(folder, root, num_shards):
+@pytest.mark.parametrize("shard_rows", [1 << 19, 60])
+def test_scores_are_exactly_those_of_the_evaluator(folder, root, shard_rows):
     """For the rows that `tree.apply` makes: mAP and every AP, on both splits."""
     for metric in ({}, {"image_labels": False, "iou_threshold": 0.3, "group_of_weight": 0.0}):
         dataset, scorers = open_all(
-            folder, ("tune", "report"), num_shards=num_shards, cache_bytes=100, **metric
+            folder, ("tune", "report"), shard_rows=shard_rows, cache_bytes=100, **metric
         )
         tree = Tree(root, tuple(MODELS))
         given, like = all_rows(folder)
@@ -203,11 +204,11 @@ def test_refuses_splits_that_do_not_fit(folder, tmp_path):
         with DetectionsWriter(tmp_path / f"{model}.parquet", {}) as writer:
             writer.add("i00", ["/m/a"], np.ones(1), np.array([[0, 0, 1, 1]]))
     dataset = Dataset.open(folder / "set")
-    tables = inputs.open_tables(
-        [str(tmp_path / f"{model}.parquet") for model in ("one", "two")], labels=LABELS
+    tables, preparation = open_prepared(
+        [str(tmp_path / f"{model}.parquet") for model in ("one", "two")], auto.get_config(), dataset
     )
     with pytest.raises(UserError, match="cover 1 of the 40 images of split 'tune', 'i.*' is miss"):
-        scoring.build_scorers(dataset, ["tune"], tables)
+        scoring.build_scorers(dataset, ["tune"], tables, preparation)
 
 
 def small_config(arg=None, **trees_of_stages):
@@ -266,6 +267,84 @@ def test_search_beats_its_start_and_reports_both_splits(folder, tmp_path):
     ]
     picture = (tmp_path / "tree.svg").read_text()
     assert all(model in picture for model in MODELS) and f"{100 * final[0]:.2f}" in picture
+
+
+def prepared_inputs(folder, tmp_path, option):
+    """Inputs and config fields that prepare the rows before the tree."""
+    tables = paths(folder)
+    if option == "weights":
+        name = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@0.5IOU/{}"
+        (tmp_path / "two.json").write_text(json.dumps({name.format("/m/a"): 0.9}))
+        (tmp_path / "one.json").write_text(json.dumps({name.format("/m/a"): 0.2}))
+        metrics = f"one={tmp_path / 'one.json'},two={tmp_path / 'two.json'}"
+        return tables, {"weights.metrics": metrics, "weights.models": "three=0.4"}
+    if option == "experts":
+        (tmp_path / "expert.csv").write_text("/m/b\n/m/d\n")
+        return tables, {"experts": f"two={tmp_path / 'expert.csv'}"}
+    if option == "mappings":  # /m/a there is /m/a and /m/c here, /m/d is nothing
+        (tmp_path / "map.csv").write_text("there,here\nx,/m/a\nx,/m/c\ny,/m/b\nz,/m/c\n")
+        names = {"/m/a": "x", "/m/b": "y", "/m/c": "z", "/m/d": "w"}
+        found = read_detections(tables[2], LABELS)
+        with DetectionsWriter(tmp_path / "three.parquet", {}) as writer:
+            for image, image_id in enumerate(found.image_ids):
+                rows = found.image_index == image
+                labels = [names[LABELS[c]] for c in found.label_index[rows]]
+                writer.add(image_id, labels, found.scores[rows], found.boxes[rows])
+        mapping = f"three={tmp_path / 'map.csv'}:there:here:all"
+        return [*tables[:2], str(tmp_path / "three.parquet")], {"mappings": mapping}
+    if option == "coverage":
+        found = read_detections(tables[2], LABELS)
+        with DetectionsWriter(tmp_path / "three.parquet", {}) as writer:
+            for image in range(0, len(found.image_ids), 2):
+                rows = found.image_index == image
+                labels = [LABELS[c] for c in found.label_index[rows]]
+                writer.add(found.image_ids[image], labels, found.scores[rows], found.boxes[rows])
+        return [*tables[:2], str(tmp_path / "three.parquet")], {"coverage": "union"}
+    return tables, {"expansion": option, "min_score": 0.2, "dataset": str(folder / "set")}
+
+
+@pytest.mark.parametrize(
+    "option", ["weights", "experts", "mappings", "coverage", "before", "after"]
+)
+def test_the_merged_tables_score_what_the_search_reported(folder, tmp_path, monkeypatch, option):
+    """Rows are prepared alike: a tree is tuned on the scores that it is used on."""
+    monkeypatch.setattr(scoring, "SHARD_ROWS", 60)
+    tables, fields = prepared_inputs(folder, tmp_path, option)
+    config = small_config(topology=2, operators=4, joint=0)
+    config.update_from_flattened_dict(fields)
+    dataset = Dataset.open(folder / "set")
+    quiet = dict(say=lambda *_, **__: None)
+    search.search_tables(tables, config, dataset, "tune", "report", tmp_path / "tree.json", **quiet)
+    config.tree = str(tmp_path / "tree.json")
+    merge_tables(tables, config, tmp_path / "merged.parquet", **quiet)
+    reported = trees.read_notes(tmp_path / "tree.json")["scores"]["tree"]
+    for split, value in zip(("tune", "report"), reported, strict=True):
+        official = openimages.evaluate_openimages(
+            dataset, split, tmp_path / "merged.parquet", say=lambda text: None
+        )
+        assert value == official[openimages.MEAN_AP.format(0.5)]
+    # The preparation matters: unprepared rows of the same tree score otherwise.
+    if option not in ("mappings", "coverage"):
+        plain = small_config()
+        plain.tree = config.tree
+        merge_tables(tables, plain, tmp_path / "plain.parquet", **quiet)
+        plain = openimages.evaluate_openimages(dataset, "tune", tmp_path / "plain.parquet")
+        assert reported[0] != plain[openimages.MEAN_AP.format(0.5)]
+    config.weights.models = "one=0.5"
+    with pytest.raises(UserError, match="belongs to a search with other preparation"):
+        search.search_tables(
+            tables, config, dataset, "tune", "report", tmp_path / "tree.json", **quiet
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("relations.file", "x.npz"), ("max_detections", 300), ("masks", True)]
+)
+def test_what_merging_does_after_the_tree_is_refused(folder, tmp_path, field, value):
+    config = small_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f"config.{field}: found {value!r}, expected "):
+        run(folder, tmp_path / "tree.json", config)
 
 
 class _Killed(Exception):

@@ -1,0 +1,154 @@
+"""What becomes of the rows of the tables before an operator or a searched tree sees them.
+
+`ensemble.merge` and `ensemble.search` both open and prepare their tables here, so that a tree is
+tuned on the very scores that it is used on:
+
+1. labels of another vocabulary are mapped, images of different coverage brought together;
+2. classes outside an expert's list are dropped;
+3. with expansion "before", detections are copied to their parent classes;
+4. scores are multiplied by the weights of model and class; those below `min_score` are dropped.
+
+Shape legend: T tables, K classes, n rows of a chunk, m prepared rows.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int64
+
+from common.data.dataset import Dataset
+from common.io.errors import UserError
+from common.tables.class_mapping import read_class_mapping
+from common.tables.hierarchy import ancestors, repeat_with
+from ensemble.chunks import Chunk
+from ensemble.class_weights import class_weights, kept_classes, parse_pairs
+from ensemble.inputs import Tables, open_tables
+
+EXPANSIONS = ("none", "before", "after")
+
+
+class PreparedRows(NamedTuple):
+    """Rows of a chunk that enter the ensemble, sorted by table, then image.
+
+    Attributes:
+      source: row of the chunk that each comes from.
+      images: image index.
+      labels: class index, of a parent class for a copy.
+      models: place of the table among the inputs.
+      scores: weighted.
+      boxes: normalised.
+    """
+
+    source: Int64[np.ndarray, " m"]
+    images: Int[np.ndarray, " m"]
+    labels: Int[np.ndarray, " m"]
+    models: Int[np.ndarray, " m"]
+    scores: Float32[np.ndarray, " m"]
+    boxes: Float32[np.ndarray, "m 4"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """The steps before the operator.
+
+    Attributes:
+      kept: classes that each table contributes.
+      weights: of each table's detections of each class, at most 1.
+      min_score: weighted scores below it are dropped.
+      expansion: when detections are copied to parent classes, one of EXPANSIONS.
+      parents: row c marks the ancestors of class c; None without expansion.
+    """
+
+    kept: Bool[np.ndarray, "T K"]
+    weights: Float32[np.ndarray, "T K"]
+    min_score: float = 0.0
+    expansion: str = "none"
+    parents: Bool[np.ndarray, "K K"] | None = None
+
+    def apply(self, chunk: Chunk) -> PreparedRows:
+        """Steps 2 to 4 for the rows of whole images."""
+        source = np.flatnonzero(self.kept[chunk.models, chunk.labels])
+        labels = chunk.labels[source]
+        if self.expansion == "before":
+            copies, labels = repeat_with(labels, self.parents)
+            source = source[copies]
+        models = chunk.models[source]
+        weights = self.weights[models, labels]
+        scores = chunk.scores[source] * weights
+        used = (weights > 0) & (scores >= self.min_score)
+        if not used.all():
+            source, labels, models, scores = source[used], labels[used], models[used], scores[used]
+        return PreparedRows(
+            source, chunk.images[source], labels, models, scores, chunk.boxes[source]
+        )
+
+    def expand_merged(
+        self, labels: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]] | None:
+        """Rows and classes of the copies of merged detections; None unless expansion is "after"."""
+        return repeat_with(labels, self.parents) if self.expansion == "after" else None
+
+
+def open_prepared(
+    inputs: Sequence[str], config: Mapping[str, Any], dataset: Dataset | None
+) -> tuple[Tables, Preparation]:
+    """Opens the tables of an ensemble and reads what the config says of their preparation.
+
+    Args:
+      inputs: paths or `name=path`.
+      config: such as `configs.ensemble.naive.get_config()`; read here: coverage, mappings, experts,
+        weights, min_score, expansion.
+      dataset: gives the order of the classes and the hierarchy; None takes the tables' labels.
+
+    Raises:
+      UserError: names the table, field or file.
+    """
+    tables = open_tables(
+        inputs,
+        labels=dataset.class_labels if dataset else None,
+        coverage=config["coverage"],
+        mappings=read_mappings(config["mappings"]),
+    )
+    expansion, parents = config["expansion"], None
+    if expansion not in EXPANSIONS:
+        raise UserError(
+            f"config.expansion: found {expansion!r}, expected one of {', '.join(EXPANSIONS)}"
+        )
+    if expansion != "none":
+        if dataset is None:
+            raise UserError(
+                "config.expansion: needs the hierarchy, set --config.dataset=DIR (a dataset "
+                "directory written by scripts.prepare_data)"
+            )
+        if tables.expanded:
+            raise UserError(
+                f"config.expansion: {tables.tables[0].reader.path} is expanded to parent classes "
+                "already, expected 'none'"
+            )
+        parents = ancestors(dataset.hierarchy, tables.labels)
+    if not config["min_score"] >= 0:
+        raise UserError(f"config.min_score: found {config['min_score']}, expected 0 or more")
+    return tables, Preparation(
+        kept=kept_classes(tables.names, tables.labels, config["experts"]),
+        weights=class_weights(tables.names, tables.labels, config["weights"]),
+        min_score=float(config["min_score"]),
+        expansion=expansion,
+        parents=parents,
+    )
+
+
+def read_mappings(config: Any) -> dict[str, Mapping[str, Sequence[str]]]:
+    """Class mappings by model from `name=FILE:SOURCE_COLUMN:TARGET_COLUMN[:RULE]` pairs."""
+    mappings = {}
+    for name, text in parse_pairs(config, "config.mappings").items():
+        parts = text.split(":")
+        if len(parts) not in (3, 4):
+            raise UserError(
+                f"config.mappings: {name} has {text!r}, expected FILE:SOURCE_COLUMN:TARGET_COLUMN "
+                "and for several targets :all or :first"
+            )
+        mapping = read_class_mapping(*parts[:3], rule=parts[3] if len(parts) > 3 else "error")
+        mappings[name] = mapping.targets
+    return mappings
