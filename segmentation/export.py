@@ -13,20 +13,22 @@ With several hosts each writes the shard of its part of the photos into the fold
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.parallel import map_ordered
 from common.io.progress import Progress
 from common.masks import rle
 from common.tables import DetectionsReader, DetectionsWriter
@@ -35,11 +37,12 @@ from common.training import command, distributed, loop
 from common.training.workdir import read_config
 from segmentation import setup, vote
 from segmentation.crops.batches import BoxBatch, View, box_batches
-from segmentation.inference import PROBABILITY_ONE, Voter, vote_step
+from segmentation.inference import Voter, vote_step
 from segmentation.models.segmenter import Segmenter
-from segmentation.paste import paste, pixel_window
+from segmentation.paste import CropMaps, paste, pixel_window
 
 _CHUNK_ROWS = 1 << 17  # of the table in memory at once, with their masks
+PASTING_THREADS = 4  # NumPy lets them run side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +195,8 @@ def add_masks(
     )
     # A step is a box here, a part of all of them where there are several processes.
     total = -(-reader.num_rows // jax.process_count())
-    progress = Progress(total, 1, 1)
-    done = said = 0
+    progress = Progress(total, what="segment", unit="boxes", say=say)
+    done = 0
     with writer:
         written = own.start
         for chunk in reader.chunks(dataset.class_labels, images=own, rows=_CHUNK_ROWS):
@@ -208,18 +211,18 @@ def add_masks(
                 on_image_error=config.data.on_image_error,
                 num_threads=config.data.num_threads,
             )
-            for block, found in ahead(panel, batches, chunk.label_index):
-                rows = block[0].rows
-                real = rows >= 0
-                masks[rows[real]] = block_masks(block, found, panel.weights, rule, threshold)
-                sizes[rows[real]] = np.maximum(block[0].photo_size[real], 1)
-                done += int(real.sum())
-                progress.step_done(done)
-                if done - said >= max(total // 20, 1) or done == total:
-                    said = done
-                    rate = progress.rates(done).get("images_per_second")
-                    speed = f", {rate:.1f} boxes/s" if rate else ""
-                    say(f"segment: {done}/{total} boxes{speed}", flush=True)
+            pasted = map_ordered(
+                functools.partial(
+                    block_masks, weights=panel.weights, rule=rule, threshold=threshold
+                ),
+                started_blocks(panel, batches, chunk.label_index),
+                threads=PASTING_THREADS,
+                ahead=PASTING_THREADS,
+            )
+            for rows, block_counts, photo_sizes in pasted:
+                masks[rows], sizes[rows] = block_counts, photo_sizes
+                done += len(rows)
+                progress.report(done, last=done == total)
             last = int(chunk.image_index[-1]) + 1
             write_rows(writer, chunk, range(written, last), masks, sizes)
             written = last
@@ -249,14 +252,10 @@ def _part(count: int, index: int, parts: int) -> range:
     return range(count * index // parts, count * (index + 1) // parts)
 
 
-def ahead(
-    panel: Panel, batches: Iterator[BoxBatch], labels: np.ndarray
-) -> Iterator[tuple[list[BoxBatch], list[np.ndarray]]]:
-    """Yields (batches of a block, one a view; probabilities (b, V, H, W) of each).
-
-    The devices already work on the next block then.
-    """
-    before = None
+def started_blocks(
+    panel: Panel, batches: Iterator[BoxBatch], labels: Int[np.ndarray, " n"]
+) -> Iterator[tuple[list[BoxBatch], list[jax.Array]]]:
+    """Yields the batches of a block, one a view, and the maps (b, V, Y, X) that devices make."""
     block: list[BoxBatch] = []
     started: list[jax.Array] = []
     for batch in batches:
@@ -266,39 +265,41 @@ def ahead(
         block.append(batch)
         started.append(panel.start(batch, classes.astype(np.int32)))
         if len(block) == len(panel.views):
-            if before is not None:
-                yield before[0], distributed.to_host(before[1])
-            before = block, started
+            yield block, started
             block, started = [], []
-    if before is not None:
-        yield before[0], distributed.to_host(before[1])
 
 
 def block_masks(
-    block: list[BoxBatch], found: list[np.ndarray], weights: list[int], rule: str, threshold: float
-) -> list[bytes]:
-    """Run lengths of the mask of each real box of a block, in the order of its slots.
+    started: tuple[list[BoxBatch], list[jax.Array]],
+    weights: Sequence[int],
+    rule: str,
+    threshold: float,
+) -> tuple[Int64[np.ndarray, " n"], list[bytes], Int[np.ndarray, "n 2"]]:
+    """Row, run lengths of the mask, and photo size of each of the n real boxes of a block.
 
-    Empty where a box has no area inside its photo, or the photo could not be read.
+    The masks of boxes without area inside their photo, and of unreadable photos, are empty.
+
+    Args:
+      started: batches and maps of the block, from `started_blocks`.
+      weights, rule, threshold: of `vote.combine`.
     """
+    block, maps = started[0], distributed.to_host(started[1])
     first = block[0]
+    slots = np.flatnonzero(first.rows >= 0)
     pixels = pixel_window(first.window, first.photo_size)
-    masks, corners, sizes = [], [], []
-    for slot in np.flatnonzero(first.rows >= 0):
-        sizes.append(np.maximum(first.photo_size[slot], 1))  # 0: never read, and so unknown
+    masks = []
+    for slot in slots:
         if not all(batch.image_valid[slot] for batch in block):
             masks.append(np.zeros((1, 1), bool))
-            corners.append((0, 0))
+            pixels[slot] = 0
             continue
-        maps = []
-        for batch, values in zip(block, found, strict=True):
-            height, width = batch.image_size[slot].astype(int)
-            content = values[slot, :, :height, :width]
-            maps.append(paste(content, batch.window[slot], pixels[slot]))
-        maps = np.concatenate(maps) * np.float32(1 / PROBABILITY_ONE)
-        masks.append(vote.combine(maps, rule, threshold, weights))
-        corners.append(pixels[slot, :2])
-    return rle.encode_windows(masks, corners, sizes)
+        crops = [
+            CropMaps(values[slot], tuple(batch.image_size[slot].astype(int)), batch.window[slot])
+            for batch, values in zip(block, maps, strict=True)
+        ]
+        masks.append(paste(crops, pixels[slot], rule, threshold, weights))
+    photo_sizes = np.maximum(first.photo_size[slots], 1)  # unreadable ones may have size 0
+    return first.rows[slots], rle.encode_windows(masks, pixels[slots, :2], photo_sizes), photo_sizes
 
 
 def write_rows(

@@ -1,13 +1,28 @@
-"""From the canvas of a crop to the pixels of the photo.
+"""From the probability maps of a box's crops to its mask in the pixels of the photo.
 
-A pixel of the photo belongs to a box when its centre lies inside. It takes the value that the
-bilinear interpolation of the crop has there; the crop's content covers the box exactly.
+A pixel of the photo belongs to a box when its centre lies inside. There it takes the value of the
+bilinear interpolation of each voter's map, whose content covers the box exactly, and
+`segmentation.vote` makes foreground or background of these values.
 
-Shapes: h w content of a crop, H W pixels of the photo that belong to the box.
+Only pixels near an outline, or where voters disagree, have to be interpolated: where the four map
+cells around a pixel are above the threshold in all maps, so is all that lies between them. The
+masks are those of interpolating every pixel, bit for bit.
+
+Shapes: V voters of a view, Y X canvas, h w content of a crop, H W pixels of the photo that belong
+to the box, n of them.
 """
 
+import dataclasses
+import math
+from collections.abc import Sequence
+
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Float32, Int, UInt8, UInt16
+
+from segmentation import vote
+from segmentation.inference import PROBABILITY_ONE
+
+_ABOVE, _BELOW = 1, 2  # bits: surely on that side of the threshold
 
 
 def pixel_window(
@@ -30,35 +45,117 @@ def pixel_window(
     return np.concatenate([low, np.clip(high, low + 1, np.maximum(limits, 1))], 1).astype(np.int64)
 
 
+@dataclasses.dataclass(frozen=True)
+class CropMaps:
+    """The probability maps that voters made of one crop of a box.
+
+    Attributes:
+      values: PROBABILITY_ONE is 1; the content is at the top left of the canvas.
+      content: height and width of the content.
+      window: what the content shows: xmin, ymin, xmax, ymax in pixels of the photo, continuous.
+    """
+
+    values: UInt16[np.ndarray, "V Y X"]
+    content: tuple[int, int]
+    window: Float[np.ndarray, " 4"]
+
+
 def paste(
-    content: Shaped[np.ndarray, "*V h w"],
-    window: Float[np.ndarray, " 4"],
+    crops: Sequence[CropMaps],
     pixels: Int[np.ndarray, " 4"],
-) -> Float[np.ndarray, "*V H W"]:
-    """Values of a crop at the pixels of the photo, float32.
+    rule: str,
+    threshold: float,
+    weights: Sequence[int] | None = None,
+) -> Bool[np.ndarray, "H W"]:
+    """The mask of a box in its pixels of the photo, in Fortran order.
 
     Args:
-      content: of the crop, without the padding of its canvas; several maps at once are fine.
-      window: box that the content shows, xmin, ymin, xmax, ymax in pixels of the photo.
-      pixels: of the photo, from `pixel_window`.
+      crops: of the box, one a view.
+      pixels: top, left, bottom, right from `pixel_window`.
+      rule, threshold, weights: of `vote.combine`, whose maps are those of all crops in turn.
     """
-    xmin, ymin, xmax, ymax = (float(value) for value in window)
-    top, left, bottom, right = (int(value) for value in pixels)
-    first, second, share = _taps(top, bottom, ymin, ymax, content.shape[-2])
-    rows = _mix(content, first, second, share[:, None], axis=-2)
-    first, second, share = _taps(left, right, xmin, xmax, content.shape[-1])
-    return _mix(rows, first, second, share, axis=-1)
+    top, left, bottom, right = (int(side) for side in pixels)
+    grids = [PixelGrid.of(crop, range(top, bottom), range(left, right)) for crop in crops]
+    sides = grids[0].sides(threshold)
+    for grid in grids[1:]:
+        sides &= grid.sides(threshold)
+    mask = sides == _ABOVE
+    unsure = np.flatnonzero(sides == 0)
+    if len(unsure):
+        columns, rows = np.divmod(unsure, bottom - top)
+        values = np.concatenate([grid.interpolate(rows, columns) for grid in grids])
+        values *= np.float32(1 / PROBABILITY_ONE)
+        mask.reshape(-1)[unsure] = vote.combine(values, rule, threshold, weights)
+    return mask.T
 
 
-def _taps(start, stop, low, high, cells):
-    """The two cells around each pixel centre and the weight of the second."""
-    centres = (np.arange(start, stop) + 0.5 - low) * (cells / max(high - low, 1e-9)) - 0.5
-    centres = np.clip(centres, 0, cells - 1)
-    first = centres.astype(np.int64)
-    return first, np.minimum(first + 1, cells - 1), (centres - first).astype(np.float32)
+@dataclasses.dataclass(frozen=True)
+class _Taps:
+    """The two map cells around each pixel centre along one side, and the weight of the second."""
+
+    first: Int[np.ndarray, " n"]
+    second: Int[np.ndarray, " n"]
+    share: Float32[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, pixels: range, low: float, high: float, cells: int) -> "_Taps":
+        """Taps of pixels of the photo in a map whose `cells` cover low ... high."""
+        centres = np.arange(pixels.start, pixels.stop) + 0.5
+        centres = (centres - low) * (cells / max(high - low, 1e-9)) - 0.5
+        centres = np.clip(centres, 0, cells - 1)
+        first = centres.astype(np.int64)
+        share = (centres - first).astype(np.float32)
+        return cls(first, np.minimum(first + 1, cells - 1), share)
 
 
-def _mix(values, first, second, share, axis):
-    low = np.take(values, first, axis).astype(np.float32, copy=False)
-    high = np.take(values, second, axis).astype(np.float32, copy=False)
-    return low + (high - low) * share
+@dataclasses.dataclass(frozen=True)
+class PixelGrid:
+    """Where the pixels of a box lie in the maps of one crop.
+
+    Attributes:
+      maps: of the crop.
+      rows: taps of the H rows of pixels.
+      columns: taps of the W columns.
+    """
+
+    maps: CropMaps
+    rows: _Taps
+    columns: _Taps
+
+    @classmethod
+    def of(cls, maps: CropMaps, rows: range, columns: range) -> "PixelGrid":
+        """The grid of these rows and columns of the photo."""
+        xmin, ymin, xmax, ymax = (float(side) for side in maps.window)
+        height, width = maps.content
+        return cls(maps, _Taps.of(rows, ymin, ymax, height), _Taps.of(columns, xmin, xmax, width))
+
+    def sides(self, threshold: float) -> UInt8[np.ndarray, "W H"]:
+        """_ABOVE where no value of any map between a pixel's four cells can be at the threshold or
+        below, _BELOW where none can exceed it, 0 where only interpolating tells."""
+        height, width = self.maps.content
+        values = self.maps.values[:, :height, :width]
+        # Rounding in `interpolate` is far less than the step of 1 / PROBABILITY_ONE left free here.
+        at = threshold * PROBABILITY_ONE
+        cells = (values.min(0) > math.floor(at) + 1).view(np.uint8)  # _ABOVE
+        cells |= _BELOW * (values.max(0) < math.ceil(at) - 1).view(np.uint8)
+        cells[:-1] &= cells[1:]
+        cells[:, :-1] &= cells[:, 1:]
+        return cells.take(self.rows.first, 0).T.copy().take(self.columns.first, 0)
+
+    def interpolate(
+        self, rows: Int[np.ndarray, " n"], columns: Int[np.ndarray, " n"]
+    ) -> Float32[np.ndarray, "V n"]:
+        """Bilinear interpolation of the maps at pixels of the box, in units of PROBABILITY_ONE."""
+        maps, y, x = self.maps.values, self.rows, self.columns
+        flat, stride = maps.reshape(len(maps), -1), maps.shape[2]
+        upper, lower = (y.first * stride).take(rows), (y.second * stride).take(rows)
+        weight_y, weight_x = y.share.take(rows), x.share.take(columns)
+
+        def column(taps: Int[np.ndarray, " w"]) -> Float32[np.ndarray, "V n"]:
+            place = taps.take(columns)
+            above = flat.take(upper + place, 1).astype(np.float32)
+            below = flat.take(lower + place, 1).astype(np.float32)
+            return above + (below - above) * weight_y
+
+        first, second = column(x.first), column(x.second)
+        return first + (second - first) * weight_x

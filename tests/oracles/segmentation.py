@@ -53,6 +53,29 @@ def paste(values: np.ndarray, window, photo_size) -> np.ndarray:
     return out
 
 
+def paste_float32(maps: np.ndarray, content: tuple[int, int], window, pixels) -> np.ndarray:
+    """Probabilities (V, H, W) at all pixels top, left, bottom, right, rows first, in float32.
+
+    `maps` (V, Y, X) are whole numbers, 65535 is 1; the content is at their top left.
+    """
+    top, left, bottom, right = (int(side) for side in pixels)
+    xmin, ymin, xmax, ymax = (float(side) for side in window)
+    values = maps[:, : content[0], : content[1]].astype(np.float32)
+    for axis, start, stop, low, high in (
+        (1, top, bottom, ymin, ymax),
+        (2, left, right, xmin, xmax),
+    ):
+        cells = values.shape[axis]
+        places = (np.arange(start, stop) + 0.5 - low) * (cells / max(high - low, 1e-9)) - 0.5
+        places = np.clip(places, 0, cells - 1)
+        first = places.astype(int)
+        share = (places - first).astype(np.float32).reshape((-1, 1) if axis == 1 else -1)
+        before = np.take(values, first, axis)
+        after = np.take(values, np.minimum(first + 1, cells - 1), axis)
+        values = before + (after - before) * share
+    return values * np.float32(1 / 65535)
+
+
 def majority(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     """Pixel by pixel: most voters win, a draw goes to the mean."""
     voters, height, width = probabilities.shape

@@ -3,8 +3,19 @@ import pytest
 
 from common.io.errors import UserError
 from segmentation import vote
-from segmentation.paste import paste, pixel_window
+from segmentation.inference import PROBABILITY_ONE
+from segmentation.paste import CropMaps, PixelGrid, paste, pixel_window
 from tests.oracles import segmentation as oracle
+
+
+def interpolated(values, window, pixels) -> np.ndarray:
+    """Values of maps (V, h, w) at all pixels of a box, (V, H, W)."""
+    top, left, bottom, right = pixels.tolist()
+    maps = CropMaps(values, values.shape[1:], window)
+    grid = PixelGrid.of(maps, range(top, bottom), range(left, right))
+    rows, columns = np.mgrid[: bottom - top, : right - left]
+    found = grid.interpolate(rows.reshape(-1), columns.reshape(-1))
+    return found.reshape(-1, *rows.shape)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -21,7 +32,7 @@ def test_pasting_equals_the_twin(seed):
     values = rng.random((3, *rng.integers(1, 30, 2)))
     expected = np.stack([oracle.paste(v, window, tuple(photo)) for v in values])
     top, left, bottom, right = pixels = pixel_window(window[None], photo[None])[0]
-    found = paste(values, window, pixels)
+    found = interpolated(values, window, pixels)
     inside = ~np.isnan(expected[0])
     rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
     assert (top, bottom) == (rows[0], rows[-1] + 1)
@@ -33,7 +44,44 @@ def test_boxes_without_a_pixel_centre_get_the_pixel_they_lie_in():
     windows = np.array([[3.6, 2.6, 4.4, 2.9], [9.8, 0.0, 10.0, 5.0], [0, 0, 0.1, 0.1]], np.float32)
     found = pixel_window(windows, np.array([[5, 10]] * 3))
     assert found.tolist() == [[2, 4, 3, 5], [0, 9, 5, 10], [0, 0, 1, 1]]
-    assert paste(np.full((4, 4), 0.7), windows[0], found[0]) == pytest.approx(0.7)
+    assert interpolated(np.full((1, 4, 4), 0.7), windows[0], found[0]) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noise", "threshold"])
+@pytest.mark.parametrize(("rule", "voters"), [("mean", (1,)), ("mean", (1, 1)), ("hard", (3, 1))])
+def test_masks_are_those_of_interpolating_every_pixel(rule, voters, kind):
+    """Bit for bit, whatever the voters say, with views of different sizes."""
+    rng = np.random.default_rng(len(voters))
+    weights = [2, 1] if rule == "mean" and len(voters) > 1 else None
+    filled = 0
+    for number in range(60):
+        photo = rng.integers(3, 90, 2)
+        window = np.sort(rng.uniform(0, 1, (2, 2)), axis=0).reshape(4) * photo[[1, 0, 1, 0]]
+        window = window.astype(np.float32)
+        pixels = pixel_window(window[None], photo[None])[0]
+        threshold = (0.5, 0.3, 0.0, 0.99)[number % 4]
+        at = round(threshold * PROBABILITY_ONE)
+        crops = []
+        for view in voters:
+            content = tuple(rng.integers(1, 50, 2).tolist())
+            y, x = (np.linspace(-1, 1, side) for side in content)
+            radii = rng.uniform(0.6, 0.8, (view, 1, 1))
+            values = 1 / (1 + np.exp(-9 * (radii - np.hypot(y[:, None], x))))
+            if kind == "noise":
+                values = rng.random(values.shape)
+            values = np.round(values * PROBABILITY_ONE)
+            if kind == "threshold":
+                values = np.clip(at + rng.integers(-3, 4, values.shape), 0, PROBABILITY_ONE)
+            canvas = np.pad(values, ((0, 0), (0, 3), (0, 5)), constant_values=PROBABILITY_ONE)
+            crops.append(CropMaps(canvas.astype(np.uint16), content, window))
+        found = paste(crops, pixels, rule, threshold, weights)
+        maps = np.concatenate(
+            [oracle.paste_float32(c.values, c.content, c.window, pixels) for c in crops]
+        )
+        expected = vote.combine(maps, rule, threshold, weights)
+        np.testing.assert_array_equal(found, expected)
+        filled += 0 < found.mean() < 1
+    assert filled > 20
 
 
 @pytest.mark.parametrize("voters", [1, 2, 3, 4])

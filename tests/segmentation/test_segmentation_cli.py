@@ -76,7 +76,7 @@ def test_export_adds_masks_to_the_rows_of_a_table(dataset, common, finished, tmp
         devices=2,
     )
     before, after = read_detections(boxes), read_detections(output, masks=True)
-    assert f"{len(before)}/{len(before)} boxes" in text
+    assert f"segment {len(before)}/{len(before)}" in text
     assert list(after.image_ids) == list(before.image_ids)
     for name in ("image_index", "scores", "boxes"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))

@@ -1,0 +1,155 @@
+"""Speed of export's last step: from probability maps to run lengths, beside the plain way.
+
+    python -m scripts.bench.bench_paste [--boxes=192] [--repeats=5]
+
+Random boxes of photos of 768x1024, small (an area of 6 % of the photo) and large (36 %), each with
+a blob whose outline the voters see a little differently. One voter looks at crops of 256, four in
+three views (256 and its mirrored crop, 112, 250) vote on each pixel. The plain way interpolates
+every pixel of every map, in one thread, as `tests.oracles` writes it. Checks that the masks are
+equal. The hours are those of 10 million boxes, 100 each on the challenge's 99,999 photos.
+"""
+
+import functools
+
+import jax
+import numpy as np
+from absl import flags
+
+from common.io.commands import run_main
+from common.io.memory import keep_freed_memory
+from common.io.parallel import map_ordered
+from common.masks import rle
+from configs.segmentation import hrnet_w48_112, hrnet_w48_200_300, hrnet_w48_256
+from scripts.bench.timing import time_in_turns
+from segmentation import vote
+from segmentation.crops.batches import BoxBatch
+from segmentation.crops.windows import (
+    CropSize,
+    choose_canvas,
+    clip_boxes,
+    read_canvases,
+    windows_of,
+)
+from segmentation.export import PASTING_THREADS, block_masks
+from segmentation.inference import PROBABILITY_ONE
+from segmentation.paste import pixel_window
+
+PHOTO = (768, 1024)
+_THRESHOLD = 0.5
+_BLOCK = 32  # boxes
+# Config and voters of each view.
+VIEWS = {
+    "one voter": [(hrnet_w48_256, 1)],
+    "four voters, three views": [(hrnet_w48_256, 2), (hrnet_w48_112, 1), (hrnet_w48_200_300, 1)],
+}
+
+Block = tuple[list[BoxBatch], list[jax.Array]]
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("boxes", 192, "Boxes at a time.")
+    flags.DEFINE_integer("repeats", 5, "Repeats.")
+
+
+def main():
+    keep_freed_memory()
+    number = flags.FLAGS.boxes
+    for size, sides in (("small", (0.1, 0.4)), ("large", (0.4, 0.8))):
+        for name, views in VIEWS.items():
+            blocks = random_blocks(np.random.default_rng(0), number, sides, views)
+            rule = "mean" if len(views) == 1 else "hard"
+            weights = [1] * sum(voters for _, voters in views)
+            ours = functools.partial(block_masks, weights=weights, rule=rule, threshold=_THRESHOLD)
+            calls = [
+                lambda ours=ours, blocks=blocks: [
+                    counts
+                    for _, found, _ in map_ordered(
+                        ours, blocks, threads=PASTING_THREADS, ahead=PASTING_THREADS
+                    )
+                    for counts in found
+                ],
+                lambda ours=ours, blocks=blocks: [c for b in blocks for c in ours(b)[1]],
+                lambda rule=rule, blocks=blocks: [c for b in blocks for c in plain(b, rule)],
+            ]
+            assert calls[0]() == calls[1]() == calls[2]()
+            threads, one, every = (
+                1e3 * t.min() / number for t in time_in_turns(calls, flags.FLAGS.repeats)
+            )
+            print(
+                f"{size} boxes, {name}: {threads:.2f} ms a box ({threads * 1e7 / 3.6e6:.1f} h), in "
+                f"one thread {one:.2f} ms ({one * 1e7 / 3.6e6:.1f} h), every pixel in one thread "
+                f"{every:.2f} ms ({every * 1e7 / 3.6e6:.1f} h)",
+                flush=True,
+            )
+
+
+def random_blocks(
+    rng: np.random.Generator, number: int, sides: tuple[float, float], views: list
+) -> list[Block]:
+    """Blocks of random boxes with sides of this range of the photo's, and their maps."""
+    shares = rng.uniform(*sides, (number, 2))
+    corners = rng.random((number, 2)) * (1 - shares)
+    boxes = np.concatenate([corners, corners + shares], axis=1)
+    shapes = rng.normal(0, 0.1, (number, 6))  # of the outline, by angular frequency
+    return [
+        random_block(rng, boxes[first : first + _BLOCK], shapes[first : first + _BLOCK], views)
+        for first in range(0, number, _BLOCK)
+    ]
+
+
+def random_block(rng, boxes: np.ndarray, shapes: np.ndarray, views: list) -> Block:
+    photo_sizes = np.tile(np.int32(PHOTO), (len(boxes), 1))
+    pixels = clip_boxes(boxes, photo_sizes)
+    batches, maps = [], []
+    for number, (module, voters) in enumerate(views):
+        test = module.get_config().test
+        canvases = read_canvases(test.canvases)
+        windows = windows_of(pixels, CropSize.of(test, "config.test"))
+        canvas = canvases.max(axis=0)
+        content = windows.on_canvas(canvases[choose_canvas(windows.content, canvases)]).content
+        values = np.zeros((len(boxes), voters, *canvas), np.uint16)
+        for box, (height, width) in enumerate(content.tolist()):
+            y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
+            angle, radius = np.arctan2(y, x), np.hypot(y, x)
+            for voter in range(voters):
+                shape = shapes[box] + rng.normal(0, 0.02, 6)
+                outline = 0.8 + sum(s * np.cos(k * angle + k) for k, s in enumerate(shape, 1))
+                probability = 1 / (1 + np.exp(-12 * (outline - radius)))
+                values[box, voter, :height, :width] = np.round(probability * PROBABILITY_ONE)
+        batches.append(
+            BoxBatch(
+                view=number,
+                rows=np.arange(len(boxes)),
+                image_index=np.zeros(len(boxes), np.int64),
+                image=np.zeros((len(boxes), 1, 1, 3), np.uint8),
+                image_size=content.astype(np.float32),
+                image_valid=np.ones(len(boxes), bool),
+                window=pixels.astype(np.float32),
+                photo_size=photo_sizes,
+            )
+        )
+        maps.append(jax.numpy.asarray(values))
+    return batches, maps
+
+
+def plain(block: Block, rule: str) -> list[bytes]:
+    """Interpolates every pixel of every map."""
+    from tests.oracles import segmentation as oracle
+
+    batches, maps = block
+    pixels = pixel_window(batches[0].window, batches[0].photo_size)
+    masks = []
+    for slot in range(len(pixels)):
+        values = [
+            oracle.paste_float32(
+                np.asarray(m)[slot], b.image_size[slot].astype(int), b.window[slot], pixels[slot]
+            )
+            for b, m in zip(batches, maps, strict=True)
+        ]
+        masks.append(vote.combine(np.concatenate(values), rule, _THRESHOLD))
+    return rle.encode_windows(masks, pixels[:, :2], batches[0].photo_size)
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_main(main)
