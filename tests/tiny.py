@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from common.data.dataset import DatasetWriter
-from configs.detection import r50, r50_refine
+from configs.detection import base, r50_refine
 from detection import batch_fields
 from detection.settings import RunSettings, read_run
 
@@ -50,7 +50,7 @@ def write_dataset(directory: Path, num_images: int = 12, size: int = 64, seed: i
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """ResNet-10 on 64x64 canvases; `arg` is the number of epochs (default 3), or "refine"."""
     refine = arg == "refine"
-    config = r50_refine.get_config() if refine else r50.get_config()
+    config = r50_refine.get_config() if refine else base.get_config()
     config.name = "tiny_refine" if refine else "tiny"
     config.data.update(sampler="uniform", batch_size=4, canvas=(64, 64), max_boxes=8)
     config.model.update(backbone="resnet10", norm="group", frozen_stages=0, dtype="float32")

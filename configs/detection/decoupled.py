@@ -13,12 +13,17 @@ The branches part after stride 8; --config.model.split_after=c2 parts them befor
 
 import ml_collections
 
-from configs.detection import se154_dcn_dh
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = se154_dcn_dh.get_config(arg)
+    config = base.get_config(arg)
     config.name = "decoupled"
+    config.model.backbone = "senet154"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
+    config.model.box_head.kind = "decoupling"
     config.model.split_after = "c3"
     return config

@@ -13,17 +13,17 @@ Other members: --config.model.backbone=efficientnet_b0 to efficientnet_b7.
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = base.get_config(arg)
     config.name = "efficientnet"
     config.model.backbone = "efficientnet_b4"
     config.model.drop_path_rate = 0.2
     config.model.fpn_norm = "sync"  # its taps have no activation and are large
     config.model.remat = True
-    config.model.anchors.update(r50.EIGHTEEN_ANCHORS)
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     config.model.box_head.kind = "decoupling"
     return config

@@ -14,15 +14,15 @@ The paper lowers the "depth multiplier" of NASNet without saying to what: see
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = base.get_config(arg)
     config.name = "nasnet"
     config.model.backbone = "nasnet_reduced"
     config.model.remat = True
-    config.model.anchors.update(r50.EIGHTEEN_ANCHORS)
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     config.model.box_head.kind = "decoupling"
     return config

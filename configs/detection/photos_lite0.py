@@ -11,12 +11,12 @@ For a thousand or so photos with OpenImages labels; the README has measured resu
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: the sampler, "class_aware" (default) or "uniform"."""
-    config = r50.get_config()
+    config = base.get_config()
     config.name = "photos_lite0"
     config.data.sampler = arg or "class_aware"
     config.data.batch_size = 8

@@ -14,12 +14,12 @@ Hardware: two CPU cores. The README has the time and the metric as measured.
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     del arg
-    config = r50.get_config()
+    config = base.get_config()
     config.name = "quickstart"
     config.data.sampler = "uniform"
     config.data.batch_size = 4

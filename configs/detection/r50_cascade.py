@@ -11,19 +11,12 @@ Paper:    the cascade of r50_cascade4.py is 0.7 mAP better (section 5.6).
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = base.get_config(arg)
     config.name = "r50_cascade"
-    config.model.stages = dict(
-        iou=(0.5, 0.6, 0.7),
-        stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067)),
-        loss_weights=(1.0, 0.5, 0.25),
-        score_weights=(1.0, 1.0, 1.0),
-        average="probability",
-        box_stage=-1,
-    )
+    config.model.stages = base.THREE_STAGES
     return config

@@ -13,24 +13,12 @@ The paper gives one list of stage weights without saying of what: it serves loss
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = base.get_config(arg)
     config.name = "r50_cascade4"
-    config.model.stages = dict(
-        iou=(0.5, 0.5, 0.6, 0.7),
-        stds=(
-            (0.1, 0.1, 0.2, 0.2),
-            (0.1, 0.1, 0.2, 0.2),
-            (0.05, 0.05, 0.1, 0.1),
-            (0.033, 0.033, 0.067, 0.067),
-        ),
-        loss_weights=(0.75, 1.0, 0.25, 0.25),
-        score_weights=(0.75, 1.0, 0.25, 0.25),
-        average="probability",
-        box_stage=-1,
-    )
+    config.model.stages = base.FOUR_STAGES
     return config

@@ -1,4 +1,4 @@
-"""Faster R-CNN with Decoupling Head, ResNet-50 with FPN: tables 1 and 2.
+"""Faster R-CNN with Decoupling Head, ResNet-50 with FPN: table 2.
 
     python -m detection.train --config=configs/detection/r50_dh.py --config.data.dir=DIR
         --config.model.pretrained=FILE --workdir=WORK
@@ -12,12 +12,12 @@ Paper:    validation mAP@0.5 68.18, public leaderboard 52.55 (55.88 with multi-s
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = base.get_config(arg)
     config.name = "r50_dh"
     config.model.box_head.kind = "decoupling"
     return config

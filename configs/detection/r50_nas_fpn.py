@@ -11,14 +11,14 @@ Paper:    one of models 1 to 16, public leaderboard between 58.596 and 60.5.
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = base.get_config(arg)
     config.name = "r50_nas_fpn"
     config.model.neck = "nas_fpn"
-    config.model.anchors.update(r50.EIGHTEEN_ANCHORS)
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     config.model.box_head.kind = "decoupling"
     return config

@@ -14,15 +14,16 @@ Paper:    "refined detection", the boxes that its segmentation track starts from
 
 import ml_collections
 
-from configs.detection import r50_cascade
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50_cascade.get_config(arg)
+    config = base.get_config(arg)
     config.name = "r50_refine"
     config.data.max_proposals = 300
     config.data.group_of = "drop"
+    config.model.stages = base.THREE_STAGES
     config.model.box_head.kind = "regressor"
     # Only regions of IoU >= that of the stage have something to learn from.
     config.model.box_head.sample = dict(num_samples=256, positive_fraction=1.0)

@@ -12,12 +12,15 @@ Paper:    validation mAP@0.5 71.13, public leaderboard 57.771 (multi-scale test,
 
 import ml_collections
 
-from configs.detection import x101_dcn
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = x101_dcn.get_config(arg)
+    config = base.get_config(arg)
     config.name = "se154_dcn"
     config.model.backbone = "senet154"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     return config

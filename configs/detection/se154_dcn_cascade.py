@@ -11,12 +11,16 @@ Paper:    part of the four-model ensemble, public leaderboard 57.994.
 
 import ml_collections
 
-from configs.detection import r50_cascade4, se154_dcn
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = se154_dcn.get_config(arg)
+    config = base.get_config(arg)
     config.name = "se154_dcn_cascade"
-    config.model.stages = r50_cascade4.get_config().model.stages
+    config.model.backbone = "senet154"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
+    config.model.stages = base.FOUR_STAGES
     return config

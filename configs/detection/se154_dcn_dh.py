@@ -12,12 +12,16 @@ Paper:    validation mAP@0.5 72.19, public leaderboard 60.5 (multi-scale test, a
 
 import ml_collections
 
-from configs.detection import se154_dcn
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = se154_dcn.get_config(arg)
+    config = base.get_config(arg)
     config.name = "se154_dcn_dh"
+    config.model.backbone = "senet154"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     config.model.box_head.kind = "decoupling"
     return config

@@ -12,15 +12,15 @@ Paper:    validation mAP@0.5 68.7, public leaderboard 55.046 (multi-scale test, 
 
 import ml_collections
 
-from configs.detection import r50
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = r50.get_config(arg)
+    config = base.get_config(arg)
     config.name = "x101_dcn"
     config.model.backbone = "resnext101_64x4d"
     config.model.deform = (1, 1, 1)
     config.model.remat = True
-    config.model.anchors.update(r50.EIGHTEEN_ANCHORS)
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     return config

@@ -12,12 +12,16 @@ Paper:    validation mAP@0.5 71.71, public leaderboard 58.596 (multi-scale test,
 
 import ml_collections
 
-from configs.detection import x101_dcn
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = x101_dcn.get_config(arg)
+    config = base.get_config(arg)
     config.name = "x101_dcn_dh"
+    config.model.backbone = "resnext101_64x4d"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     config.model.box_head.kind = "decoupling"
     return config

@@ -11,12 +11,15 @@ Paper:    part of the four-model ensemble, public leaderboard 57.994.
 
 import ml_collections
 
-from configs.detection import x101_dcn
+from configs.detection import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
-    config = x101_dcn.get_config(arg)
+    config = base.get_config(arg)
     config.name = "x152_dcn"
     config.model.backbone = "resnext152_32x8d"
+    config.model.deform = (1, 1, 1)
+    config.model.remat = True
+    config.model.anchors.update(base.EIGHTEEN_ANCHORS)
     return config

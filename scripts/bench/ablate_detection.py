@@ -32,7 +32,7 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics.openimages import MEAN_AP
 from common.training import command
-from configs.detection import r50_cascade, r50_cascade4
+from configs.detection import base
 
 
 def plain(config: ConfigDict) -> None:
@@ -50,12 +50,12 @@ def without_margin(config: ConfigDict) -> None:
 
 def three_stages(config: ConfigDict) -> None:
     plain(config)
-    config.model.stages = r50_cascade.get_config().model.stages
+    config.model.stages = base.THREE_STAGES
 
 
 def four_stages(config: ConfigDict) -> None:
     plain(config)
-    config.model.stages = r50_cascade4.get_config().model.stages
+    config.model.stages = base.FOUR_STAGES
 
 
 VARIANTS = {

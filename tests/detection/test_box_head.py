@@ -7,7 +7,7 @@ import pytest
 
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
-from configs.detection import r50
+from configs.detection import base
 from detection.models import second_stage
 from detection.models.box_head import RegressorHead, RoITargets, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
@@ -41,7 +41,7 @@ def targets_of(num_positives):
 @pytest.mark.parametrize("kind", HEADS)
 def test_boxes_of_background_change_no_loss_and_no_gradient(kind, normaliser):
     head, targets = HEADS[kind], targets_of([2, 1])
-    model = r50.get_config().model
+    model = base.get_config().model
     stage = second_stage.read_stages(model.stages)[0]
     loss = dict(model.box_head.loss) | {"normaliser": normaliser}
     params = jax.jit(lambda key: head.init(key, pool, targets.boxes, True))(jax.random.key(1))

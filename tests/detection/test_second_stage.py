@@ -8,7 +8,7 @@ import pytest
 from common.geometry import boxes as box_ops
 from common.io.errors import UserError
 from common.io.settings import read_settings
-from configs.detection import r50
+from configs.detection import base
 from detection.models import second_stage
 from detection.models.box_head import HeadOutput
 from detection.models.rpn import Proposals
@@ -19,7 +19,7 @@ SIZE = np.full((1, 2), 100.0, np.float32)
 
 
 def settings(**fields):
-    config = r50.get_config().model.stages
+    config = base.get_config().model.stages
     config.update(fields)
     return read_settings(StageSettings, config, "config.model.stages")
 

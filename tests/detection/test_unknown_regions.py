@@ -8,7 +8,7 @@ import pytest
 from common.geometry import boxes as box_ops
 from common.io.settings import read_settings
 from common.training.step import init_variables
-from configs.detection import r50
+from configs.detection import base
 from detection.assign.anchors import grid_anchors
 from detection.losses.classification import mask_unknown
 from detection.losses.elementwise import softmax_cross_entropy
@@ -100,7 +100,7 @@ def stage_gradients(batch):
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 48, (1, 60, 2))
     boxes = np.concatenate([corner, corner + 12], -1).astype(np.float32)
-    config = r50.get_config().model.stages
+    config = base.get_config().model.stages
     config.update(
         iou=(0.5, 0.5, 0.5), stds=(STDS,) * 3, loss_weights=(1.0,) * 3, score_weights=(1.0,) * 3
     )

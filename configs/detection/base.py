@@ -1,0 +1,185 @@
+"""Every field of a detector's run, with the values of the paper's baseline.
+
+The other files of this folder are this one and a flat list of changes; `detection.settings` reads
+and checks the fields. Alone it is the run of r50.py.
+"""
+
+import ml_collections
+
+EIGHTEEN_ANCHORS = dict(  # section 5.5; `config.model.anchors` of the models of tables 2 to 4
+    scales=(8.0, 11.0, 14.0), ratios=(0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+)
+ONE_STAGE = dict(  # one entry a stage; several make a cascade
+    iou=(0.5,),
+    stds=((0.1, 0.1, 0.2, 0.2),),
+    loss_weights=(1.0,),
+    score_weights=(1.0,),
+    average="probability",  # probability | logit
+    box_stage=-1,  # whose boxes are the result
+)
+THREE_STAGES = dict(  # the standard cascade
+    iou=(0.5, 0.6, 0.7),
+    stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067)),
+    loss_weights=(1.0, 0.5, 0.25),
+    score_weights=(1.0, 1.0, 1.0),
+    average="probability",
+    box_stage=-1,
+)
+FOUR_STAGES = dict(  # section 5.6; its one list of weights serves losses and scores
+    iou=(0.5, 0.5, 0.6, 0.7),
+    stds=(
+        (0.1, 0.1, 0.2, 0.2),
+        (0.1, 0.1, 0.2, 0.2),
+        (0.05, 0.05, 0.1, 0.1),
+        (0.033, 0.033, 0.067, 0.067),
+    ),
+    loss_weights=(0.75, 1.0, 0.25, 0.25),
+    score_weights=(0.75, 1.0, 0.25, 0.25),
+    average="probability",
+    box_stage=-1,
+)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: number of epochs, "13" (default) or "26"."""
+    epochs = int(arg or 13)
+    decay = {13: (9, 11), 26: (18, 22)}.get(epochs, (round(0.7 * epochs), round(0.85 * epochs)))
+    config = ml_collections.ConfigDict()
+    config.task = "detection"
+    config.name = "r50"
+    config.seed = 0
+
+    config.data = dict(
+        dir="",  # dataset directory written by scripts.prepare_data
+        train_split="train",
+        eval_split="validation",
+        sampler="class_aware",  # uniform | class_aware | full_class_batch | expert
+        positive_share=0.25,  # sampler expert: of images with boxes, the rest has none
+        batch_size=64,  # images of all devices together
+        canvas=(800, 1333),  # height, width; photos are fitted into it and padded
+        pad_multiple=32,
+        max_boxes=100,  # ground-truth boxes of a photo; the rest is a random subset
+        flip=True,
+        scale_jitter=(1.0, 1.0),  # shrinks or enlarges the photo before it is fitted
+        group_of="ordinary",  # ordinary | drop: what a group-of box is in training
+        proposals="",  # of a refiner: detections table of the training photos
+        max_proposals=0,  # of a refiner: boxes of a photo at a time; training takes the best
+        on_image_error="fatal",  # fatal | skip
+        num_threads=0,  # of decoding; 0: twice the cores
+        prefetch=2,  # batches
+    )
+
+    config.model = dict(
+        backbone="resnet50",
+        pretrained="",  # file written by scripts.convert_weights; empty: random weights
+        norm="frozen",  # frozen | batch (per device) | sync | group
+        frozen_stages=1,  # the stem and this many stages are not trained
+        deform=(0, 0, 0),  # version of the deformable convolutions in c3, c4, c5; 0: ordinary ones
+        split_after="",  # c2 | c3: two branches from there, one for classes and one for boxes
+        low_weight=0.25,  # of box losses in the class branch and of class losses in the box branch
+        drop_path_rate=0.0,  # stochastic depth of the last block (EfficientNet)
+        remat=False,  # recompute backbone activations in the backward pass
+        dtype="bfloat16",  # of matmuls and convolutions; parameters and losses are float32
+        neck="fpn",  # fpn | nas_fpn
+        fpn_channels=256,
+        fpn_norm="none",  # none | batch | sync | group: for backbones with large taps
+        nas_fpn=dict(repeats=7, min_level=3, norm="sync"),
+        anchors=dict(
+            scales=(8.0,),  # in strides
+            ratios=(0.5, 1.0, 2.0),
+            ratio_convention="h/w",  # what `ratios` are
+            centre=0.5,  # of a cell; 0 puts anchors on cell corners (torchvision)
+        ),
+        ignore_ioa=0.5,  # of a box inside an ignore region; above, it is never background
+        rpn=dict(
+            loss=dict(
+                positive_iou=0.7,
+                negative_iou=0.3,
+                best_match_iou=0.3,
+                num_samples=256,
+                positive_fraction=0.5,
+                beta=1.0 / 9.0,
+            ),
+            train_proposals=dict(pre_nms=2000, post_nms=2000, nms_iou=0.7),
+            test_proposals=dict(pre_nms=1000, post_nms=1000, nms_iou=0.7),
+        ),
+        box_head=dict(
+            kind="two_fc",  # two_fc | decoupling | regressor (no classes: refines a table's boxes)
+            width=1024,
+            class_agnostic=False,  # one box a region instead of one a class
+            pool_size=7,
+            aligned=True,  # half-pixel RoIAlign
+            sample_mode="centre",  # centre | edge (the authors' code): where shifted bins are read
+            offsets=dict(  # of the Decoupling Head
+                offset_width=256,
+                gamma=0.1,  # unit of the shifts, in region sizes
+                offset_init="small",  # small | zero | release
+            ),
+            sample=dict(num_samples=512, positive_fraction=0.25),
+            loss=dict(
+                beta=1.0,
+                normaliser="sampled",  # sampled | positive
+                target_gradient=False,  # box loss moves the shift through its target too
+            ),
+            margin=dict(class_margin=0.2, box_margin=0.2, clip=True),
+        ),
+        truth_jitter=dict(  # of a refiner
+            copies=0,  # moved copies of each ground-truth box beside the table's boxes
+            shift=0.1,  # standard deviations: of the centre, in sides of the box
+            scale=0.2,  # of the logarithm of each side's factor
+        ),
+        stages=ONE_STAGE,
+        loss_weights=dict(
+            rpn_class=1.0,
+            rpn_box=1.0,
+            box_class=1.0,
+            box_regression=1.0,
+            sibling_box_class=1.0,
+            sibling_box_regression=1.0,
+            margin_class=1.0,
+            margin_box=1.0,
+        ),
+        drop_background_rois=False,  # experts: no detection where background scores highest
+        detections=dict(
+            score_threshold=0.001, iou_threshold=0.5, max_candidates=4096, max_detections=300
+        ),
+    )
+
+    config.optimizer = dict(
+        learning_rate=0.0,  # whatever the batch size; one of these two rates is above 0
+        learning_rate_per_image=0.002,  # 0.004 N for N accelerators with 2 images each
+        warmup_start=0.001,
+        warmup_epochs=1.0,
+        warmup_steps=0,  # when positive, instead of warmup_epochs
+        num_epochs=float(epochs),  # fractions are fine
+        num_steps=0,  # when positive, instead of num_epochs
+        decay="step",  # step | cosine | poly
+        decay_epochs=decay,  # of step
+        decay_factor=0.1,
+        power=0.9,  # of poly
+        momentum=0.9,
+        weight_decay=1e-4,
+        clip_norm=35.0,  # 0: off
+    )
+
+    config.checkpoint = dict(
+        every_steps=2000,
+        keep_last=2,
+        keep_epochs=True,  # epoch ends stay on disk for scripts.average_checkpoints
+    )
+    config.evaluation = dict(
+        batch_size=32,
+        every_epochs=0,  # 0: only at the end, 1: after each epoch
+        metric="openimages",  # openimages | coco
+        expand_predictions=True,  # copy detections to parent classes first (paper section 1)
+        proposals="",  # of a refiner: table of the evaluation split to refine and score
+    )
+    config.test_time = dict(  # of detection.export and detection.evaluate, see detection.tta
+        scales=(),  # short sides, such as (600, 800, 1000, 1333, 1666, 2000); (): one view
+        long_ratios=(1.0, 1.34, 1.67),  # of canvases; longer photos are shrunk to the last one
+        max_long=3333,
+        flip=True,
+        merge="union",  # union | tables | mean
+    )
+    config.log = dict(every_steps=50, stall_seconds=1800)
+    return config
