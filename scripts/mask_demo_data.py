@@ -53,16 +53,16 @@ def read_photo(wheel_path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def annotations(masks: np.ndarray, image_id: int, first_id: int) -> list[dict]:
     """COCO annotations of a tile's instances."""
-    found = []
+    objects: list[dict] = []
     for number in np.unique(masks[masks > 0]):
         mask = masks == number
         if mask.sum() < MIN_PIXELS:
             continue
         counts = rle.encode([mask])
         xmin, ymin, xmax, ymax = rle.tight_boxes(counts, np.array([mask.shape]))[0].tolist()
-        found.append(
+        objects.append(
             {
-                "id": first_id + len(found),
+                "id": first_id + len(objects),
                 "image_id": image_id,
                 "category_id": 1,
                 "iscrowd": 0,
@@ -71,7 +71,7 @@ def annotations(masks: np.ndarray, image_id: int, first_id: int) -> list[dict]:
                 "segmentation": {"size": list(mask.shape), "counts": counts[0].decode()},
             }
         )
-    return found
+    return objects
 
 
 def build(wheel: Path, output: Path) -> None:

@@ -75,10 +75,10 @@ def read_voc(text: bytes, source: str) -> list[Box]:
                 f"{source}: object {row} is a {name!r}, expected one of {', '.join(CLASSES)}"
             )
         try:
-            corners = [float(item.find("bndbox").findtext(key)) for key in CORNERS]
-        except (AttributeError, TypeError, ValueError) as error:
+            xmin, ymin, xmax, ymax = (float(item.findtext(f"bndbox/{key}", "")) for key in CORNERS)
+        except ValueError as error:
             raise UserError(f"{source}: object {row} has no bndbox with four corners") from error
-        boxes.append(Box(name, *corners))
+        boxes.append(Box(name, xmin, ymin, xmax, ymax))
     return boxes
 
 
