@@ -2,8 +2,7 @@
 
 import os
 import sys
-
-import pytest
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
@@ -12,11 +11,18 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 sys.modules["triton"] = None
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Commands that tests start inherit this: what one of them compiled the next ones read."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a developer's own outlives the session
-            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-        yield
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all_pods",
+        action="store_true",
+        help="compile every configuration for the TPU slices, minutes each, not only the quickest",
+    )
+
+
+def pytest_configure(config):
+    """All workers and the commands that they start share what one of them compiled."""
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a developer's own outlives the session
+        folder = tempfile.TemporaryDirectory(prefix="compiled-programs-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
