@@ -15,6 +15,7 @@ Shape legend: n rows, K classes.
 
 import dataclasses
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,11 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Float32, Int, Int8
 
-from common.convert.json_stream import stream_json
 from common.data.dataset import Dataset
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.json_stream import stream_lists
 from common.metrics import coco, lvis, openimages
 from common.tables import Detections, read_detections
 from common.tables.table import rank_in_image
@@ -120,14 +121,12 @@ def _counted_groups(dataset: Dataset) -> dict[str, int]:
 
 
 def _listed_groups(path: Path) -> dict[str, int]:
-    categories: dict[str, Any] = {}
-    plain: dict[str, Any] = {}
-    for key, value in stream_json(path):
-        if key == "categories" and isinstance(value, dict):
-            categories[str(value.get("name"))] = value.get("frequency")
-        elif isinstance(value, str):
-            plain[key] = value
-    return _from_letters(categories or plain, path)
+    categories = [c for _, c in stream_lists(path, ("categories",), optional=("categories",))]
+    if categories:
+        listed = {str(c.get("name")): c.get("frequency") for c in categories if isinstance(c, dict)}
+    else:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    return _from_letters(listed, path)
 
 
 def _from_letters(found: Mapping[str, Any], path: str | os.PathLike) -> dict[str, int]:

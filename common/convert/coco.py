@@ -14,12 +14,9 @@ COCO 2014 release.
 """
 
 import glob
-import json
 import re
-from array import array
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,10 +30,9 @@ from common.convert.annotations import (
     ImageTable,
 )
 from common.convert.classes import read_hierarchy
-from common.convert.cleaning import check_class_ids, check_pixel_xywh
-from common.convert.json_stream import stream_json
+from common.convert.cleaning import check_class_ids
+from common.convert.coco_file import CocoFile
 from common.convert.report import DROPPED, Report
-from common.data.dataset import ABSENT, CROWD, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.io.errors import UserError
 
 _PREFIX = re.compile(
@@ -44,7 +40,6 @@ _PREFIX = re.compile(
 )
 # Other files that the official archives put beside the instances.
 _OTHER = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
-_FREQUENCIES = ("r", "c", "f")
 
 
 def read_coco(
@@ -82,12 +77,12 @@ def read_coco(
     spool = spool_folder / "masks.spool"
     with open(spool, "wb") as masks:
         for number, (split, path) in enumerate(paths.items()):
-            content = _File(path, masks, lvis=name == "lvis")
+            content = CocoFile(path, masks, lvis=name == "lvis")
             frequencies |= content.frequencies
             _merge_categories(categories, content.categories, path, files[0])
             places = _add_images(content, images, image_id)
-            splits[split] = places[places >= 0]
-            _add_boxes(content, places, images, categories, columns, number, report)
+            splits[split] = places
+            _add_boxes(content, places, categories, columns, number, report)
             _add_labels(content, places, categories, labels, number)
     class_labels, names = _labels(categories)
     boxes = columns.take()
@@ -115,118 +110,6 @@ def read_coco(
         mask_spool=spool if has_masks else None,
         extra=extra,
     )
-
-
-_CONFIDENCES = {"neg_category_ids": ABSENT, "not_exhaustive_category_ids": NOT_EXHAUSTIVE}
-
-
-class _File:
-    """One file in compact form: columns of numbers instead of 30 million dictionaries."""
-
-    def __init__(self, path: Path, masks, lvis: bool):
-        self.path = path
-        self._lvis = lvis
-        self.categories: dict[int, str] = {}
-        self.frequencies: dict[int, str] = {}
-        self.image_index: dict[Any, int] = {}  # id in the file -> order of first mention
-        self.image_files: dict[int, str] = {}  # only of images that are listed
-        self.image_sizes: dict[int, tuple[int, int]] = {}
-        self.image, self.category = array("i"), array("q")
-        self.xywh, self.flags, self.row = array("f"), array("B"), array("q")
-        self.area = array("d")
-        # Image-level labels: image, category id, confidence.
-        self.labels = (array("i"), array("q"), array("B"))
-        self.mask_start, self.mask_length = array("q"), array("i")
-        self._masks = masks
-        readers = {
-            "images": self._read_image,
-            "annotations": self._read_annotation,
-            "categories": self._read_category,
-        }
-        keys = []
-        counts: Counter[str] = Counter()
-        for key, value in stream_json(path):
-            if key not in counts:
-                keys.append(key)
-            counts[key] += 1
-            if key in readers and value is not None:
-                if not isinstance(value, dict):
-                    raise UserError(f"{path}: {key} number {counts[key]} is no object")
-                try:
-                    readers[key](value)
-                except KeyError as error:
-                    raise UserError(
-                        f"{path}: {key} number {counts[key]} has no field {error}; found "
-                        f"{', '.join(list(value)[:12])}"
-                    ) from error
-                except (TypeError, ValueError, OverflowError) as error:
-                    raise UserError(
-                        f"{path}: {key} number {counts[key]} has a wrong value ({error}): "
-                        f"{json.dumps(value)[:150]}"
-                    ) from error
-        for key in ("images", "categories"):
-            if key not in keys:
-                raise UserError(f"{path}: no {key!r}; found {', '.join(keys[:8]) or 'nothing'}")
-
-    def _index(self, raw_id: Any) -> int:
-        return self.image_index.setdefault(raw_id, len(self.image_index))
-
-    def _read_category(self, value: dict[str, Any]) -> None:
-        number = _integer(value["id"])
-        self.categories[number] = str(value["name"])
-        if self._lvis:
-            frequency = value["frequency"]
-            if frequency not in _FREQUENCIES:
-                raise ValueError(f"frequency {frequency!r}, expected 'r', 'c' or 'f'")
-            self.frequencies[number] = frequency
-
-    def _read_image(self, value: dict[str, Any]) -> None:
-        index = self._index(value["id"])
-        if index in self.image_files:
-            raise UserError(f"{self.path}: image id {value['id']!r} is given twice")
-        if self._lvis and value.get("coco_url"):
-            file = "/".join(str(value["coco_url"]).split("/")[-2:])
-        else:
-            # LVIS-like files have only the address of the photo.
-            file = value.get("file_name") or value["coco_url"]
-        self.image_files[index] = str(file)
-        self.image_sizes[index] = (_integer(value["height"]), _integer(value["width"]))
-        if self._lvis:
-            # Lists are missing in files of test sets.
-            for key, confidence in _CONFIDENCES.items():
-                for category in value.get(key) or ():
-                    for column, item in zip(
-                        self.labels, (index, _integer(category), confidence), strict=True
-                    ):
-                        column.append(item)
-
-    def _read_annotation(self, value: dict[str, Any]) -> None:
-        box = value["bbox"]
-        if not isinstance(box, list) or len(box) != 4:
-            raise ValueError(f"bbox {box!r}, expected [x, y, width, height]")
-        self.image.append(self._index(value["image_id"]))
-        self.category.append(_integer(value["category_id"]))
-        self.xywh.extend(float("nan") if x is None else x for x in box)
-        self.flags.append(
-            (CROWD | GROUP_OF) * (value.get("iscrowd") == 1)
-            | DEPICTION * (value.get("isfake") == 1)
-        )
-        area = value.get("area")
-        self.area.append(float("nan") if area is None else area)
-        row = value.get("id")
-        self.row.append(row if isinstance(row, int) else len(self.row) + 1)
-        mask = value.get("segmentation")
-        text = json.dumps(mask, separators=(",", ":")).encode() if mask else b""
-        self.mask_start.append(self._masks.tell() if text else 0)
-        self.mask_length.append(len(text))
-        self._masks.write(text)
-
-
-def _integer(value: Any) -> int:
-    """An id or a size; 3.0 counts, 3.5 and texts do not."""
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{value!r} is no whole number")
-    return int(value)
 
 
 def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
@@ -271,12 +154,10 @@ def _merge_categories(known: dict[int, str], found: dict[int, str], path: Path, 
         )
 
 
-def _add_images(content: _File, images: ImageTable, image_id: str) -> np.ndarray:
-    """Index in the image table for each image of the file, -1 = not listed under `images`."""
-    places = np.full(len(content.image_index), -1, np.int64)
+def _add_images(content: CocoFile, images: ImageTable, image_id: str) -> np.ndarray:
+    """Index in the image table for each image of the file."""
+    places = np.zeros(len(content.image_index), np.int64)
     for raw_id, index in content.image_index.items():
-        if index not in content.image_files:
-            continue
         file = content.image_files[index]
         place = images.add(str(raw_id) if image_id == "id" else Path(file).stem)
         if images.files.setdefault(place, file) != file:
@@ -285,56 +166,40 @@ def _add_images(content: _File, images: ImageTable, image_id: str) -> np.ndarray
                 "another file; ids must be unique over the files (--image_id=file_stem takes the "
                 "file names instead)"
             )
-        height, width = content.image_sizes[index]
-        if height <= 0 or width <= 0:
-            raise UserError(
-                f"{content.path}: image id {raw_id!r} has width {width} and height {height}; boxes "
-                "in pixels mean nothing without them"
-            )
-        images.sizes[place] = (height, width)
+        images.sizes[place] = content.image_sizes[index]
         places[index] = place
     return places
 
 
 def _add_boxes(
-    content: _File,
+    content: CocoFile,
     places: np.ndarray,
-    images: ImageTable,
     categories: dict[int, str],
     columns: Columns,
     number: int,
     report: Report,
 ) -> None:
-    image = places[np.frombuffer(content.image, np.int32)]
-    row = np.frombuffer(content.row, np.int64)
+    image, row = content.images(), np.frombuffer(content.row, np.int64)
     report.add("unknown image", DROPPED, str(content.path), row[image < 0])
     keep = image >= 0
-    image = image[keep]
-    category = np.frombuffer(content.category, np.int64)[keep]
-    used, inverse = np.unique(category, return_inverse=True)
+    used, inverse = np.unique(np.frombuffer(content.category, np.int64)[keep], return_inverse=True)
     check_class_ids(set(used.tolist()), set(categories), str(content.path))
     order = {category_id: i for i, category_id in enumerate(categories)}
-    class_ = np.array([order.get(i, -1) for i in used.tolist()], np.int32)[inverse]
-    sizes = np.zeros((len(images), 2), np.float32)
-    for i in np.unique(image):
-        sizes[i] = images.sizes[int(i)]
-    area = np.frombuffer(content.area, np.float64)[keep]
-    box = np.frombuffer(content.xywh, np.float32).reshape(-1, 4)[keep]
-    check_pixel_xywh(box, sizes[image], str(content.path))
-    box[:, 2:] += box[:, :2]
-    box /= sizes[image][:, [1, 0, 1, 0]]
     columns.append(
-        **{"class": class_, "image": image, "box": box, "row": row[keep]},
-        area=area / sizes[image].astype(np.float64).prod(1),
+        **{"class": np.array([order.get(i, -1) for i in used.tolist()], np.int32)[inverse]},
+        image=places[image[keep]],
+        box=content.boxes()[keep],
+        row=row[keep],
+        area=content.areas()[keep],
         flags=np.frombuffer(content.flags, np.uint8)[keep],
-        file=np.full(len(image), number, np.int32),
+        file=np.full(int(keep.sum()), number, np.int32),
         mask_start=np.frombuffer(content.mask_start, np.int64)[keep],
         mask_length=np.frombuffer(content.mask_length, np.int32)[keep],
     )
 
 
 def _add_labels(
-    content: _File, places: np.ndarray, categories: dict[int, str], labels: Columns, number: int
+    content: CocoFile, places: np.ndarray, categories: dict[int, str], labels: Columns, number: int
 ) -> None:
     image, category, confidence = content.labels
     if not image:
@@ -342,12 +207,11 @@ def _add_labels(
     order = {category_id: i for i, category_id in enumerate(categories)}
     indices = np.frombuffer(image, np.int32)
     names = [raw if isinstance(raw, int) else i for raw, i in content.image_index.items()]
-    image = places[indices]
     labels.append(
-        **{"class": [order.get(i, -1) for i in category], "image": image},
+        **{"class": [order.get(i, -1) for i in category], "image": places[indices]},
         row=np.array(names, np.int64)[indices],
         confidence=np.frombuffer(confidence, np.uint8),
-        file=np.full(len(image), number, np.int32),
+        file=np.full(len(indices), number, np.int32),
     )
 
 

@@ -1,6 +1,5 @@
 """What a conversion dropped or repaired, by reason, with the first examples."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,30 +83,3 @@ class Report:
                 f"  (first: {first['file']}, row {first['row']})"
             )
         return "\n".join(lines)
-
-
-class Ticker:
-    """Prints how far long work is, at most every few seconds.
-
-    Args:
-      what: begins the line.
-      total: 0 when unknown.
-      unit: of the counted things.
-    """
-
-    def __init__(self, what: str, total: int = 0, unit: str = "rows", seconds: float = 3.0):
-        self._what, self._total, self._unit, self._seconds = what, total, unit, seconds
-        self._start = self._last = time.monotonic()
-
-    def tick(self, done: int, fraction: float | None = None) -> None:
-        now = time.monotonic()
-        if now - self._last < self._seconds:
-            return
-        self._last = now
-        if fraction is None and self._total:
-            fraction = done / self._total
-        text = f"{self._what}: {done:,} {self._unit}"
-        if fraction:
-            left = (now - self._start) * (1 - fraction) / fraction
-            text += f", {100 * fraction:.0f} %, {left:.0f} s left"
-        print(text, flush=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.convert.json_stream import stream_json
 from common.data.dataset import Dataset
 from common.io.errors import UserError
+from common.io.json_stream import stream_lists
 
 IMAGE_IDS = ("id", "file_stem")
 
@@ -100,9 +100,7 @@ def read_annotations(path: Path, image_id: str = "id") -> tuple[Images, Categori
     numbers: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] = {}
     categories: dict[str, int] = {}
-    for key, value in stream_json(path):
-        if value is None or key not in ("images", "categories"):
-            continue
+    for key, value in stream_lists(path, ("categories", "images"), optional=("categories",)):
         try:
             if key == "categories":
                 _add(categories, str(value["name"]), _whole(value["id"]), path, "category")

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.convert.json_stream import stream_json_list
 from common.io.errors import UserError
+from common.io.json_stream import stream_list
 from common.masks import rle
 from common.tables import Detections
 from common.tables.exchange import text
@@ -133,7 +133,7 @@ def read_results(
     sizes = np.array([images.sizes.get(i, (0, 0)) for i in image_ids], np.int64).reshape(-1, 2)
     pending: list[tuple] = []
     number = 0
-    for number, result in enumerate(stream_json_list(path), start=1):
+    for number, result in enumerate(stream_list(path), start=1):
         try:
             image = image_codes.get(result["image_id"], -1)
             label = label_codes.get(result["category_id"], -1)

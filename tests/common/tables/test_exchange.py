@@ -354,7 +354,7 @@ SEGMENT = {"size": [3, 2], "counts": ONES.decode()}
         ({"image_id": 8}, "row 2: image_id 8 is not in set"),
         ({"category_id": 1}, "row 2: category_id 1 is not in set"),
         ({"score": None}, "row 2: .*score"),
-        ({"score": float("nan")}, "row 2: score nan"),
+        ({"score": float("nan")}, "no valid JSON near .*NaN"),
         ({"score": 50}, "row 2: score 50"),
         ({"bbox": [0, 0, 4]}, r"row 2: bbox \[0, 0, 4\], expected"),
         ({"bbox": [0, 0, -4, 5]}, r"row 2: bbox \[.*-4.0.*expected x, y, width"),

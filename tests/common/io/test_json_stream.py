@@ -1,0 +1,87 @@
+"""Streamed lists hold what json.load finds, whatever the chunk size, and broken files say where."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.io import json_stream
+from common.io.errors import UserError
+
+_NUMBER = st.integers(1 - 2**63, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+_TEXT = st.text(st.characters(codec="utf-8"))
+_VALUE = st.recursive(
+    st.none() | st.booleans() | _NUMBER | _TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(_TEXT, inner),
+    max_leaves=8,
+)
+
+
+def _exact(value):
+    """Text that tells 1 from 1.0 and -0.0 from 0.0."""
+    return json.dumps(value)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(_VALUE, max_size=5),
+    st.lists(_VALUE, max_size=5),
+    st.integers(1, 40),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+)
+def test_equals_json_load(tmp_path_factory, first, second, chunk, indent, ascii_only):
+    path = tmp_path_factory.mktemp("j") / "x.json"
+    document = {"info": {"a": [1]}, "a": first, "other": [[2]], "b": second}
+    path.write_text(json.dumps(document, indent=indent, ensure_ascii=ascii_only), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "_CHUNK", chunk)
+        found = list(json_stream.stream_lists(path, ("b", "a")))
+    assert _exact(found) == _exact([("b", v) for v in second] + [("a", v) for v in first])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cut off"),
+        ('{"images": [{"id": 1}, {"id"', "ends at byte 28, it is cut off"),
+        ('{"images": [{"id": 1}', "cut off"),
+        ('{"images": [{"id": 1} {"id": 2}]}', "byte 23 .*',' or '\\]'"),
+        ('{"images": [\n{"id": 1x}]}', "byte 22 .*invalid char"),
+        ('{"images": [NaN]}', "byte 13 "),
+        ('{"images": [123456789012345678901234567890]}', "integer overflow"),
+        ("[1, 2]", "an object"),
+        ("<html>", "byte 1 "),
+        ('{"images": {"1": 2}}', "expected a list under 'images'"),
+        ('{"pictures": [], "info": {"a": 1}}', "no 'images'; found pictures, info"),
+    ],
+)
+def test_broken_files_say_where(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=f"x.json: .*{message}") as error:
+        list(json_stream.stream_lists(tmp_path / "x.json", ("images",)))
+    assert "\n" not in str(error.value)
+
+
+def test_place_of_an_error_behind_the_first_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "_CHUNK", 64)
+    text = json.dumps([{"name": "ä" * 10}] * 40, ensure_ascii=False)
+    broken = text.encode()[:700] + b"]" + text.encode()[700:]
+    (tmp_path / "x.json").write_bytes(broken)
+    with pytest.raises(UserError, match="byte 70[0-3] "):
+        list(json_stream.stream_list(tmp_path / "x.json"))
+
+
+def test_lists_may_be_empty_null_or_missing_where_that_is_allowed(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": [], "b": null, "c": [1]}')
+    found = list(json_stream.stream_lists(path, ("a", "b", "c", "d"), optional=("d",)))
+    assert found == [("c", 1)]
+
+
+def test_compressed_files_and_byte_order_marks(tmp_path):
+    with gzip.open(tmp_path / "x.json.gz", "wt", encoding="utf-8-sig") as file:
+        file.write("[1, 2.5]")
+    assert list(json_stream.stream_list(tmp_path / "x.json.gz")) == [1, 2.5]
