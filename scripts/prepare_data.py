@@ -38,6 +38,12 @@ def define_flags() -> None:
         "image_pattern", "", "Path of a photo below --images, such as 'train/{id}.jpg': no listing."
     )
     flags.DEFINE_string("splits", None, 'JSON {"name": [ids]} that adds or replaces splits.')
+    flags.DEFINE_list(
+        "ignore",
+        [],
+        "Files in COCO form whose boxes on the same photos become ignore boxes, in which nothing "
+        "is background: such as those of COCO on the photos of LVIS.",
+    )
     flags.DEFINE_bool("strict", False, "Refuse input with rows to drop or repair.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing dataset directory.")
     flags.DEFINE_bool(
@@ -81,6 +87,7 @@ def main(format_name: str) -> None:
         read_sizes=flags.FLAGS.read_sizes,
         check_photos=flags.FLAGS.check_photos,
         overwrite=flags.FLAGS.overwrite,
+        ignore=flags.FLAGS.ignore,
     )
     # Beside the output: spooled masks and photos move there without a copy.
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.absolute().parent) as spool:

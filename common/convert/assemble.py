@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.convert.annotations import Annotations
 from common.convert.cleaning import clean_boxes, clean_labels
+from common.convert.ignore import read_ignore_boxes
 from common.convert.photos import find_photos, read_sizes
 from common.convert.report import DROPPED, REPAIRED, Report
 from common.data.dataset import DatasetWriter
@@ -34,6 +36,7 @@ class Options:
       read_sizes: read photo sizes from headers; None = for up to 200,000 photos.
       check_photos: decode every photo once.
       overwrite: replace an existing dataset.
+      ignore: files in COCO form whose boxes on the same photos become ignore boxes.
     """
 
     output: Path
@@ -43,6 +46,7 @@ class Options:
     read_sizes: bool | None = None
     check_photos: bool = False
     overwrite: bool = False
+    ignore: Sequence[str] = ()
 
 
 def write_dataset(annotations: Annotations, options: Options, report: Report) -> None:
@@ -64,6 +68,10 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
     place[kept] = np.arange(len(kept))
     boxes, box_counts = _by_image(boxes, place, len(kept))
     labels, label_counts = _by_image(labels, place, len(kept))
+    ignore = None
+    if options.ignore:
+        table = read_ignore_boxes(options.ignore, annotations.images, sizes)
+        ignore = _by_image(table, place, len(kept))
     writer = DatasetWriter(
         options.output,
         annotations.name,
@@ -74,6 +82,7 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
         source=annotations.source,
         has_masks=annotations.mask_spool is not None,
         has_areas="area" in boxes,
+        has_ignore=ignore is not None,
         overwrite=options.overwrite,
         extra=annotations.extra,
     )
@@ -86,6 +95,7 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
             sizes[kept],
             (boxes, box_counts),
             (labels, label_counts),
+            ignore,
             annotations.mask_spool,
         )
         for name, indices in splits.items():
@@ -266,19 +276,22 @@ def _by_image(
     return {name: table.pop(name)[order] for name in list(table) if name not in dropped}, counts
 
 
-def _write_blocks(writer, ids, paths, sizes, box_rows, label_rows, mask_spool) -> None:
+def _write_blocks(writer, ids, paths, sizes, box_rows, label_rows, ignore_rows, mask_spool) -> None:
     boxes, box_counts = box_rows
     labels, label_counts = label_rows
+    ignore, ignore_counts = ignore_rows or ({"box": np.zeros((0, 4), np.float32)}, 0 * box_counts)
     box_offsets = np.concatenate([[0], np.cumsum(box_counts)])
     label_offsets = np.concatenate([[0], np.cumsum(label_counts)])
+    ignore_offsets = np.concatenate([[0], np.cumsum(ignore_counts)])
     spool = np.zeros(0, np.uint8)
     if mask_spool is not None and mask_spool.stat().st_size:
         spool = np.memmap(mask_spool, np.uint8, "r")
     progress = Progress(len(ids), what="writing")
     for start in range(0, len(ids), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        box_slice = slice(box_offsets[start], box_offsets[min(start + _BLOCK, len(ids))])
-        label_slice = slice(label_offsets[start], label_offsets[min(start + _BLOCK, len(ids))])
+        stop = min(start + _BLOCK, len(ids))
+        rows = slice(start, stop)
+        box_slice = slice(box_offsets[start], box_offsets[stop])
+        label_slice = slice(label_offsets[start], label_offsets[stop])
         lengths, texts = None, b""
         if mask_spool is not None:
             lengths = boxes["mask_length"][box_slice]
@@ -299,8 +312,10 @@ def _write_blocks(writer, ids, paths, sizes, box_rows, label_rows, mask_spool) -
             lengths,
             texts,
             boxes["area"][box_slice] if "area" in boxes else None,
+            ignore_counts[rows],
+            ignore["box"][ignore_offsets[start] : ignore_offsets[stop]],
         )
-        progress.report(min(start + _BLOCK, len(ids)))
+        progress.report(stop)
 
 
 def _overview(annotations, writer, splits, place, boxes, report) -> str:

@@ -90,3 +90,48 @@ def test_categories_need_a_frequency(tmp_path, category, message):
     source = write(tmp_path / "lvis_val.json", categories=[category])
     with pytest.raises(UserError, match=message):
         prepare("lvis", source=source, output=tmp_path / "d")
+
+
+def _coco_file(path, images, annotations):
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_boxes_of_coco_become_ignore_boxes(tmp_path, capsys):
+    """Crowds and objects alike, by file name before id; foreign photos are counted."""
+    source = write(tmp_path / "lvis_v1_val.json")
+    images = [
+        {"id": 42, "file_name": "000000000043.jpg", "height": 9, "width": 9},
+        {"id": 7, "file_name": "000000000042.jpg", "height": 200, "width": 400},
+        {"id": 8, "file_name": "000000000008.jpg", "height": 200, "width": 400},
+    ]
+    annotations = [
+        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [40, 20, 200, 100], "iscrowd": 1},
+        {"id": 2, "image_id": 8, "category_id": 1, "bbox": [0, 0, 1, 1]},
+        {"id": 3, "image_id": 7, "category_id": 1, "bbox": [0, 0, 400, 20]},
+        {"id": 4, "image_id": 7, "category_id": 1, "bbox": [0, 0, 0, 20]},
+    ]
+    other = _coco_file(tmp_path / "instances.json", images, annotations)
+    dataset = prepare("lvis", source=source, ignore=[str(other)], output=tmp_path / "d")
+    image, empty = dataset.find_images(["42", "43"])
+    expected = np.float32([[0.1, 0.1, 0.6, 0.6], [0, 0, 1, 0.1]])
+    np.testing.assert_allclose(dataset.image_ignore_boxes(image), expected, rtol=1e-6)
+    assert len(dataset.image_ignore_boxes(empty)) == 0
+    assert len(dataset.boxes) == 1
+    printed = capsys.readouterr().out
+    assert "2 ignore boxes on 2 of 2 images; 1 of its images are not in the set" in printed
+
+
+def test_ignore_files_of_other_photos_are_refused(tmp_path):
+    source = write(tmp_path / "lvis_v1_val.json")
+    stranger = {"id": 5, "file_name": "z.jpg", "height": 9, "width": 9}
+    other = _coco_file(tmp_path / "other.json", [stranger], [])
+    with pytest.raises(UserError, match="other.json: none of its 1 images is in the set"):
+        prepare("lvis", source=source, ignore=[str(other)], output=tmp_path / "d")
+    # Another data set may number its photos alike.
+    namesake = {"id": 42, "file_name": "z.jpg", "height": 200, "width": 100}
+    other = _coco_file(tmp_path / "other.json", [namesake], [])
+    with pytest.raises(UserError, match="another shape than the photos of the set"):
+        prepare("lvis", source=source, ignore=[str(other)], output=tmp_path / "d")
+    assert not (tmp_path / "d").exists()
