@@ -91,12 +91,15 @@ def read_classifier(
 ) -> Float[np.ndarray, "K F"]:
     """Class weight vectors of a trained model, without bias and without background.
 
+    Of a Decoupling Head the decoupled class branch is taken, which inference uses: the classifier
+    of the sibling head, which only trains beside it, does not count unless `name` names it.
+
     Args:
       path: work directory of a run, or a `.safetensors` file with paths such as
         params/box_head/classifier/kernel.
       num_classes: K; the kernel must have K + 1 columns, background first.
       step: checkpoint of the work directory, default the newest.
-      name: end of the kernel's path, for models with several classifiers.
+      name: end of the kernel's path, for models with several classifiers (cascades).
 
     Raises:
       UserError: nothing readable there, no such kernel, several, or one of another shape.
@@ -117,10 +120,13 @@ def read_classifier(
                 ".safetensors file"
             ) from error
     found = [key for key in flat if key == name or key.endswith("/" + name)]
+    if "sibling/" not in name:
+        found = [key for key in found if "/sibling/" not in key]
     if len(found) != 1:
         options = found or [key for key, value in flat.items() if np.ndim(value) == 2]
         raise UserError(
-            f"{path}: {len(found)} arrays are called {name}, expected one; there are "
+            f"{path}: {len(found)} arrays are called {name}, expected one (choose by "
+            "--classifier); there are "
             f"{', '.join(options[:8]) or 'no matrices'}"
         )
     kernel = np.asarray(flat[found[0]])

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,6 +16,7 @@ from common.tables import Detections
 from common.tables.hierarchy import restrict, siblings
 from common.training.checkpoint import Checkpoints
 from detection.experts import selection
+from detection.models.decoupling_head import DecouplingHead
 
 LABELS = ["bear", "brown bear", "cat", "torch", "flashlight", "mammal", "house"]
 BEAR, BROWN, CAT, TORCH, FLASHLIGHT, MAMMAL, HOUSE = range(7)
@@ -147,6 +150,24 @@ def test_cosine_is_that_of_the_weights_without_background(tmp_path):
         selection.read_classifier(file, 3, name="head")
     with pytest.raises(UserError, match="nothing.safetensors: no readable weights"):
         selection.read_classifier(tmp_path / "nothing.safetensors", 3)
+
+
+@pytest.mark.parametrize("name", [selection.CLASSIFIER, "sibling/classifier/kernel"])
+def test_a_decoupling_head_gives_the_classifier_of_its_class_branch(tmp_path, name):
+    """Its sibling head only trains beside it; it can be asked for by name."""
+    head = DecouplingHead(num_classes=3, width=4)
+    boxes = jnp.zeros((1, 2, 4))
+    params = head.init(
+        jax.random.key(0), lambda rois, offsets=None: jnp.ones((2, 7, 7, 3)), boxes, True
+    )
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(
+        1, {"params": {"box_head": params["params"]}, "batch_stats": {}}, {}, wait=True
+    )
+    checkpoints.close()
+    weights = selection.read_classifier(tmp_path, 3, name=name)
+    scope = params["params"]["sibling"] if "sibling" in name else params["params"]
+    np.testing.assert_array_equal(weights, scope["classifier"]["kernel"][:, 1:].T)
 
 
 def confusable(dataset, **pairs):
