@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float32, Int, Int64
 
 from common.data.dataset import Dataset
 from common.io.errors import UserError
-from common.tables.class_mapping import read_class_mapping
+from common.tables.class_mapping import find_class_mapping
 from common.tables.hierarchy import ancestors, repeat_with
 from ensemble.chunks import Chunk
 from ensemble.class_weights import class_weights, kept_classes, parse_pairs
@@ -140,15 +140,6 @@ def open_prepared(
 
 
 def read_mappings(config: Any) -> dict[str, Mapping[str, Sequence[str]]]:
-    """Class mappings by model from `name=FILE:SOURCE_COLUMN:TARGET_COLUMN[:RULE]` pairs."""
-    mappings = {}
-    for name, text in parse_pairs(config, "config.mappings").items():
-        parts = text.split(":")
-        if len(parts) not in (3, 4):
-            raise UserError(
-                f"config.mappings: {name} has {text!r}, expected FILE:SOURCE_COLUMN:TARGET_COLUMN "
-                "and for several targets :all or :first"
-            )
-        mapping = read_class_mapping(*parts[:3], rule=parts[3] if len(parts) > 3 else "error")
-        mappings[name] = mapping.targets
-    return mappings
+    """Class mappings by model from `name=MAP` pairs (`class_mapping.find_class_mapping`)."""
+    pairs = parse_pairs(config, "config.mappings")
+    return {name: find_class_mapping(text).targets for name, text in pairs.items()}

@@ -1,8 +1,10 @@
 """Renames the labels of a detections table into another vocabulary.
 
     python -m scripts.map_detections --detections=coco_model.parquet \\
-        --mapping=openimages_coco_objects365.csv --source=coco_name --target=oid_mid \\
-        --dataset=DIR --output=expert.parquet
+        --mapping=coco_to_openimages --dataset=DIR --output=expert.parquet
+
+Maps between COCO, LVIS, Objects365 and OpenImages are shipped (common/tables/class_maps). Those of
+one's own are CSV files, a column for each vocabulary: --mapping=FILE:SOURCE_COLUMN:TARGET_COLUMN.
 
 So a model trained on COCO or Objects365 becomes an expert for the classes that it shares with
 OpenImages. Rows of other classes are left out; the output's metadata list under `classes` what the
@@ -17,14 +19,17 @@ from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.tables import DetectionsReader, DetectionsWriter
-from common.tables.class_mapping import RULES, map_detections, read_class_mapping
+from common.tables.class_mapping import RULES, find_class_mapping, map_detections
 
 
 def define_flags() -> None:
     flags.DEFINE_string("detections", None, "Table to read.", required=True)
-    flags.DEFINE_string("mapping", None, "CSV file, one column a vocabulary.", required=True)
-    flags.DEFINE_string("source", None, "Column with the table's labels.", required=True)
-    flags.DEFINE_string("target", None, "Column with the new labels.", required=True)
+    flags.DEFINE_string(
+        "mapping",
+        None,
+        "Shipped map such as coco_to_openimages, or FILE.csv:SOURCE_COLUMN:TARGET_COLUMN.",
+        required=True,
+    )
     flags.DEFINE_enum("rule", "error", RULES, "For a label with several targets.")
     flags.DEFINE_multi_string(
         "where", [], "COLUMN=VALUE: only rows of the mapping with this value, repeatable."
@@ -41,16 +46,14 @@ def main():
         if "=" not in text:
             raise UserError(f"--where={text}: expected COLUMN=VALUE")
     where = dict(text.split("=", 1) for text in args.where)
-    mapping = read_class_mapping(
-        args.mapping, args.source, args.target, rule=args.rule, where=where
-    )
+    mapping = find_class_mapping(args.mapping, rule=args.rule, where=where)
     targets = mapping.target_labels
     if args.dataset:
         known = set(Dataset.open(args.dataset).class_labels)
         unknown = [label for label in targets if label not in known]
         if unknown:
             raise UserError(
-                f"{args.mapping}: {args.target} {unknown[0]!r} is no class of {args.dataset} "
+                f"{args.mapping}: target {unknown[0]!r} is no class of {args.dataset} "
                 f"({len(unknown)} such targets)"
             )
     reader = DetectionsReader(args.detections)
@@ -60,7 +63,7 @@ def main():
             "a table that is not: expand after renaming"
         )
     metadata = {**reader.metadata, "expanded": False, "classes": sorted(targets)}
-    metadata["mapping"] = {"from": args.source, "to": args.target, "where": where}
+    metadata["mapping"] = {"map": args.mapping, "where": where}
     counts: dict[str, int] = {}
     labels, written = np.array(targets), 0
     with DetectionsWriter(args.output, metadata, masks=reader.has_masks) as writer:
@@ -78,8 +81,8 @@ def main():
             written += len(mapped)
         if counts and not any(label in mapping.targets for label in counts):
             raise UserError(
-                f"{args.detections}: none of its labels ({', '.join(list(counts)[:3])}...) is in "
-                f"column {args.source} of {args.mapping} "
+                f"{args.detections}: none of its labels ({', '.join(list(counts)[:3])}...) is a "
+                f"source label of {args.mapping} "
                 f"({', '.join(list(mapping.targets)[:3])}...)"
             )
         none = np.zeros((0, 4), np.float32)

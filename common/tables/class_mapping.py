@@ -7,12 +7,15 @@
 Any two columns make a mapping; a row that is empty in one of them says nothing about it. Several
 source labels may mean one target label. Where one source label has several target labels, a rule
 decides: 'error' refuses, 'first' takes the first row, 'all' takes each.
+
+Maps between COCO, LVIS, Objects365 and OpenImages are shipped by name (class_maps/README.md).
 """
 
 import csv
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +23,8 @@ from common.io.errors import UserError
 from common.tables import Detections
 
 RULES = ("error", "first", "all")
+SHIPPED = Path(__file__).parent / "class_maps"
+VOCABULARIES = ("coco", "lvis", "objects365", "openimages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,37 @@ class ClassMapping:
         counts = np.array([len(group) for group in groups], np.int64)
         indices = np.array([index for group in groups for index in group], np.int64)
         return np.cumsum(counts) - counts, counts, indices
+
+
+def find_class_mapping(
+    text: str, *, rule: str = "error", where: Mapping[str, str] | None = None
+) -> ClassMapping:
+    """Reads a class map that a user names.
+
+    Args:
+      text: name of a shipped map, SOURCE_to_TARGET of two of VOCABULARIES such as
+        coco_to_openimages, or FILE:SOURCE_COLUMN:TARGET_COLUMN; either may end with :RULE.
+      rule: where the text has none.
+      where: as in `read_class_mapping`.
+
+    Raises:
+      UserError: no such map, or as `read_class_mapping`.
+    """
+    body, _, last = text.rpartition(":")
+    if body and last in RULES:
+        text, rule = body, last
+    if text.count(":") >= 2:
+        return read_class_mapping(*text.rsplit(":", 2), rule=rule, where=where)
+    source, _, target = text.partition("_to_")
+    if source == target or not {source, target} <= set(VOCABULARIES):
+        raise UserError(
+            f"class map {text!r}: expected FILE:SOURCE_COLUMN:TARGET_COLUMN or "
+            f"SOURCE_to_TARGET of two of {', '.join(VOCABULARIES)}"
+        )
+    # The table of a vocabulary has columns of those behind it.
+    table = next(name for name in ("objects365", "lvis", "coco") if name in (source, target))
+    path = SHIPPED / f"{table}.csv"
+    return read_class_mapping(path, source, target, rule=rule, where=where)
 
 
 def read_class_mapping(

@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "naive"
     config.dataset = ""  # dataset directory: order of the classes, hierarchy; not needed otherwise
     config.coverage = "same"  # same | union | intersection: when tables cover different images
-    config.mappings = ""  # name=FILE:COLUMN THERE:COLUMN HERE,...: tables of another vocabulary
+    config.mappings = ""  # name=coco_to_openimages,...: tables of another vocabulary
     config.experts = ""  # name=file,...: models that contribute only the classes listed there
     config.masks = False  # keep the masks (of fused boxes: of the best box)
     config.min_score = 0.0  # weighted scores below are dropped before the operator

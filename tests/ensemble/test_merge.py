@@ -302,7 +302,7 @@ def test_scores_stay_within_what_tables_hold_and_keep_their_order():
         ({"expansion": "twice"}, "config.expansion: found 'twice', expected one of none, before"),
         ({"max_detections": -1}, "config.max_detections: found -1, expected 0 or more"),
         ({"tree": "none.json"}, "none.json: cannot read the tree"),
-        ({"mappings": "a=x.csv"}, "config.mappings: a has 'x.csv', expected FILE:SOURCE_COLUMN"),
+        ({"mappings": "a=x.csv"}, "class map 'x.csv': expected FILE:SOURCE_COLUMN"),
         ({"rescoring__groups": "none.json"}, "none.json: cannot read it"),
         ({"weights__models": "z=1"}, "config.weights.models: no input is called 'z'"),
     ],

@@ -13,10 +13,10 @@ from common.tables import DetectionsWriter, read_detections
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, *args):
+def run(folder, *args, mapping="{}/mapping.csv:coco:mid"):
     command = [
         sys.executable, "-m", "scripts.map_detections", f"--detections={folder / 'x.parquet'}",
-        f"--mapping={folder / 'mapping.csv'}", "--source=coco", "--target=mid",
+        f"--mapping={mapping.format(folder)}",
         f"--dataset={folder / 'set'}", f"--output={folder / 'y.parquet'}", *args,
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -53,6 +53,14 @@ def test_a_table_of_another_vocabulary_is_refused(folder):
     (folder / "mapping.csv").write_text("mid,coco\n/m/c,bus\n")
     result = run(folder)
     assert result.returncode == 1
-    assert "none of its labels (kite, car...) is in column coco" in result.stderr
+    assert "none of its labels (kite, car...) is a source label of" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (folder / "y.parquet").exists()
+
+
+def test_shipped_maps_have_names(folder):
+    """The set of this test has made-up labels, none of them an MID of OpenImages."""
+    result = run(folder, mapping="coco_to_openimages")
+    assert "coco_to_openimages: target '/m/0cmf2' is no class of" in result.stderr
+    result = run(folder, mapping="coco_to_pascal")
+    assert "of two of coco, lvis, objects365, openimages" in result.stderr

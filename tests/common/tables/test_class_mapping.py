@@ -1,11 +1,18 @@
 """Class mappings: columns by header, one label to several by rule, detections renamed."""
 
+import csv
+
 import numpy as np
 import pytest
 
 from common.io.errors import UserError
 from common.tables import Detections
-from common.tables.class_mapping import map_detections, read_class_mapping
+from common.tables.class_mapping import (
+    SHIPPED,
+    find_class_mapping,
+    map_detections,
+    read_class_mapping,
+)
 
 TABLE = """\ufeffmid,coco_name,note,objects365
 /m/car,car,sure,Car
@@ -79,3 +86,33 @@ def test_detections_are_renamed_in_order(path):
     assert mapped.image_index.tolist() == [0, 0, 0, 1, 1, 1, 1]
     np.testing.assert_array_equal(mapped.boxes, detections.boxes[[0, 0, 0, 2, 3, 3, 3]])
     assert len(map_detections(detections.take(slice(1, 2)), mapping, labels)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "example"),
+    [
+        ("coco_to_openimages", 72, ("mouse", "/m/020lf")),
+        ("objects365_to_openimages", 202, ("Mouse", "/m/020lf")),
+        ("objects365_to_coco", 76, ("Dinning Table", "dining table")),
+        ("lvis_to_coco", 80, ("ant", None)),
+        ("lvis_to_openimages", 271, ("airplane", "/m/0cmf2")),
+        ("openimages_to_coco", 72, ("/m/0k4j", "car")),
+    ],
+)
+def test_shipped_maps(name, classes, example):
+    """Every MID is one of the 500, and no class has two meanings."""
+    targets = find_class_mapping(name).targets
+    assert len(targets) == classes
+    assert targets.get(example[0]) == (None if example[1] is None else [example[1]])
+    with open(SHIPPED / "openimages.csv", encoding="utf-8") as file:
+        mids = [row["openimages"] for row in csv.DictReader(file)]
+    assert len(set(mids)) == len(mids) == 500
+    if name.endswith("openimages"):
+        assert {label for group in targets.values() for label in group} <= set(mids)
+
+
+def test_rows_of_shipped_tables_are_unique():
+    for path in SHIPPED.glob("*.csv"):
+        with open(path, encoding="utf-8") as file:
+            labels = [row[path.stem] for row in csv.DictReader(file)]
+        assert len(set(labels)) == len(labels), path
