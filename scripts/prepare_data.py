@@ -17,8 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
+from common.convert import openimages
 from common.convert.assemble import Options, write_dataset
 from common.convert.report import Report
+from common.convert.split import KINDS, parse_shares
 from common.data.dataset import check_output
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -38,6 +40,19 @@ def define_flags() -> None:
         "image_pattern", "", "Path of a photo below --images, such as 'train/{id}.jpg': no listing."
     )
     flags.DEFINE_string("splits", None, 'JSON {"name": [ids]} that adds or replaces splits.')
+    flags.DEFINE_enum(
+        "split",
+        None,
+        KINDS,
+        "Divide the images anew: at random, or so that each class divides like the shares. The "
+        "paper's AutoEnsemble pools OpenImages V5 and divides it 80/10/10 with equal classes: "
+        "--boxes=v5 --split=stratified.",
+    )
+    flags.DEFINE_list(
+        "shares", ["train=0.8", "validation=0.1", "test=0.1"], "NAME=SHARE of --split's results."
+    )
+    flags.DEFINE_list("pool", [], "Splits that --split divides (default: all); others stay.")
+    flags.DEFINE_integer("split_seed", 0, "The same gives the same splits.")
     flags.DEFINE_list(
         "ignore",
         [],
@@ -57,6 +72,13 @@ def define_flags() -> None:
         "detection",
         ["detection", "segmentation"],
         "openimages: which of the challenge's files.",
+    )
+    flags.DEFINE_enum(
+        "boxes",
+        "auto",
+        ["auto", *openimages.EDITIONS],
+        "openimages: boxes and image labels of the challenge or of V5 (train, validation and test; "
+        "V4 to V7 alike). auto = the challenge's, if they are there.",
     )
     flags.DEFINE_string("masks", None, "openimages: folder of the mask PNGs (default: source).")
     flags.DEFINE_enum(
@@ -87,6 +109,10 @@ def main(format_name: str) -> None:
         read_sizes=flags.FLAGS.read_sizes,
         check_photos=flags.FLAGS.check_photos,
         overwrite=flags.FLAGS.overwrite,
+        split=flags.FLAGS.split or "",
+        shares=parse_shares(flags.FLAGS.shares),
+        seed=flags.FLAGS.split_seed,
+        pool=flags.FLAGS.pool,
         ignore=flags.FLAGS.ignore,
     )
     # Beside the output: spooled masks and photos move there without a copy.
@@ -101,13 +127,12 @@ def _read(format_name: str, report: Report, spool: Path):
     if classes is not None and format_name not in ("openimages", "voc"):
         raise UserError(f"--classes: {format_name} brings its own class list")
     if format_name == "openimages":
-        from common.convert.openimages import read_openimages
-
-        return read_openimages(
+        return openimages.read_openimages(
             Path(flags.FLAGS.source),
             report,
             spool,
             task=flags.FLAGS.task,
+            edition=flags.FLAGS.boxes,
             classes=classes,
             hierarchy=hierarchy,
             mask_folder=_path(flags.FLAGS.masks),

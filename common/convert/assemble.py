@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from common.convert.cleaning import clean_boxes, clean_labels
 from common.convert.ignore import read_ignore_boxes
 from common.convert.photos import find_photos, read_sizes
 from common.convert.report import DROPPED, REPAIRED, Report
+from common.convert.split import random_split, stratified_split
 from common.data.dataset import DatasetWriter
 from common.io.errors import UserError
 from common.io.progress import Progress
@@ -36,6 +37,10 @@ class Options:
       read_sizes: read photo sizes from headers; None = for up to 200,000 photos.
       check_photos: decode every photo once.
       overwrite: replace an existing dataset.
+      split: 'random' or 'stratified' divides the images of `pool` anew ('' = do not).
+      shares: split name -> share of the images.
+      seed: of the division.
+      pool: splits to divide, () = all; others stay as they are.
       ignore: files in COCO form whose boxes on the same photos become ignore boxes.
     """
 
@@ -46,6 +51,10 @@ class Options:
     read_sizes: bool | None = None
     check_photos: bool = False
     overwrite: bool = False
+    split: str = ""
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    pool: Sequence[str] = ()
     ignore: Sequence[str] = ()
 
 
@@ -68,6 +77,8 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
     place[kept] = np.arange(len(kept))
     boxes, box_counts = _by_image(boxes, place, len(kept))
     labels, label_counts = _by_image(labels, place, len(kept))
+    if options.split:
+        splits = _divided(splits, options, kept, place, (boxes["class"], box_counts), annotations)
     ignore = None
     if options.ignore:
         table = read_ignore_boxes(options.ignore, annotations.images, sizes)
@@ -143,6 +154,44 @@ def _splits(
         )
         splits[name] = np.array(unique, np.int64)
     return splits, set(range(first_new, len(images)))
+
+
+def _divided(
+    splits: dict[str, np.ndarray],
+    options: Options,
+    kept: np.ndarray,
+    place: np.ndarray,
+    box_rows: tuple[np.ndarray, np.ndarray],
+    annotations: Annotations,
+) -> dict[str, np.ndarray]:
+    """Splits in which those of the pool are divided anew, by the classes of the boxes."""
+    pool = options.pool or list(splits)
+    others = {name: images for name, images in splits.items() if name not in pool}
+    if not set(pool) <= set(splits) or set(others) & set(options.shares):
+        raise UserError(
+            f"--pool={','.join(pool)} --shares={','.join(options.shares)}: the splits are "
+            f"{', '.join(splits)}; expected to pool some of them, and new names unlike the others"
+        )
+    members = np.unique(np.concatenate([place[splits[name]] for name in pool]))
+    members = members[members >= 0]
+    shares = np.array(list(options.shares.values()))
+    if options.split == "random":
+        number = random_split(len(members), shares, options.seed)
+    else:
+        position = np.full(len(kept), -1, np.int64)
+        position[members] = np.arange(len(members))
+        classes, counts = box_rows
+        image = np.repeat(position, counts)
+        number = stratified_split(
+            image[image >= 0],
+            classes[image >= 0],
+            len(members),
+            len(annotations.class_labels),
+            shares,
+            options.seed,
+        )
+    images = kept[members]
+    return others | {name: images[number == i] for i, name in enumerate(options.shares)}
 
 
 def _read_splits(path: Path) -> dict[str, list[str | int]]:

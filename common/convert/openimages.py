@@ -22,6 +22,7 @@ from common.convert.report import DROPPED, Report
 from common.data.dataset import DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
 from common.io.errors import UserError
 
+EDITIONS = ("challenge", "v5")
 SPLITS = ("train", "validation", "test")
 _COORDINATES = ("XMin", "YMin", "XMax", "YMax")
 _FLAGS = {
@@ -35,11 +36,12 @@ _CSV = r"\.csv(\.gz|\.bz2)?"
 # Role -> regular expressions of file names, the first that matches any file wins.
 _PATTERNS = {
     "detection": {
-        "boxes": (r".*-detection-bbox" + _CSV, r".*-annotations-bbox" + _CSV),
-        "labels": (
-            r".*-detection-human-imagelabels" + _CSV,
-            r".*-human-imagelabels-boxable" + _CSV,
-            r".*-human-imagelabels" + _CSV,
+        "challenge boxes": (r".*-detection-bbox" + _CSV,),
+        "challenge labels": (r".*-detection-human-imagelabels" + _CSV,),
+        "v5 boxes": (r".*-annotations-bbox" + _CSV,),
+        "v5 labels": (
+            r".*(?<!detection)-human-imagelabels-boxable" + _CSV,
+            r".*(?<!detection)-human-imagelabels" + _CSV,
         ),
         "classes": (
             r".*classes-description-500\.csv",
@@ -49,8 +51,8 @@ _PATTERNS = {
         "hierarchy": (r".*label500-hierarchy\.json", r".*bbox_labels_.*hierarchy\.json"),
     },
     "segmentation": {
-        "boxes": (r".*-segmentation-bbox" + _CSV,),
-        "labels": (r".*-segmentation-labels" + _CSV,),
+        "challenge boxes": (r".*-segmentation-bbox" + _CSV,),
+        "challenge labels": (r".*-segmentation-labels" + _CSV,),
         "classes": (r".*classes-description-segmentable\.csv",),
         "hierarchy": (r".*segmentable-hierarchy\.json",),
     },
@@ -73,6 +75,7 @@ def read_openimages(
     spool_folder: Path,
     *,
     task: str = "detection",
+    edition: str = "auto",
     classes: Path | None = None,
     hierarchy: Path | None = None,
     mask_folder: Path | None = None,
@@ -84,6 +87,8 @@ def read_openimages(
       report: gets the rows that mean nothing.
       spool_folder: for temporary files.
       task: 'detection' (500 or 600 classes) or 'segmentation' (the 300 segmentable classes).
+      edition: 'challenge' or 'v5', whose box and image-label files to read; 'auto' = the
+        challenge's if they are there.
       classes: class list instead of the one found.
       hierarchy: hierarchy instead of the one found.
       mask_folder: where the mask PNGs lie; by default below `source`.
@@ -91,7 +96,7 @@ def read_openimages(
     Raises:
       UserError: a file is missing, found twice or broken.
     """
-    found = _find_sources(source, task, classes, hierarchy)
+    found = _find_sources(source, task, edition, classes, hierarchy)
     class_labels, class_names = read_class_list(found.classes)
     tree = read_hierarchy(found.hierarchy, class_labels) if found.hierarchy else None
     images, files = Images(), []
@@ -134,7 +139,7 @@ def read_openimages(
 
 
 def _find_sources(
-    source: Path, task: str, classes: Path | None, hierarchy: Path | None
+    source: Path, task: str, edition: str, classes: Path | None, hierarchy: Path | None
 ) -> _Sources:
     if not source.is_dir():
         raise UserError(f"--source={source}: no such folder")
@@ -163,21 +168,35 @@ def _find_sources(
             )
         return source / matches[0] if matches else None
 
-    boxes = by_split("box", patterns["boxes"])
-    if not boxes:
+    there = {
+        name: boxes
+        for name in EDITIONS
+        if (boxes := by_split("box", patterns.get(f"{name} boxes", ())))
+    }
+    chosen = next(iter(there), None) if edition == "auto" else edition
+    for other in there.keys() - {chosen}:
+        print(
+            f"{source}: reads the box files of the {chosen}; those of {other} "
+            f"({', '.join(there[other])}) lie beside and are not read (--boxes={other} reads them)",
+            flush=True,
+        )
+    if chosen not in there:
         expected = " or ".join(
             f"challenge-2019-{split}-{task}-bbox.csv" for split in ("train", "validation")
         )
         raise UserError(
-            f"{source}: no box file; expected names such as {expected}"
+            f"{source}: no box file of --boxes={edition}; expected names such as {expected}"
             + (" or train-annotations-bbox.csv" if task == "detection" else "")
         )
+    labels = patterns.get(f"{chosen} labels", ())
+    if edition == "auto":
+        labels += patterns.get("v5 labels", ())
     classes = classes or single("classes")
     if classes is None:
         raise UserError(f"{source}: no class list found; give one by --classes=FILE")
     return _Sources(
-        boxes=boxes,
-        labels=by_split("image-label", patterns["labels"]),
+        boxes=there[chosen],
+        labels=by_split("image-label", labels),
         masks=by_split("mask", _MASK_FILES),
         classes=classes,
         hierarchy=hierarchy or single("hierarchy"),

@@ -291,3 +291,57 @@ def test_hierarchy_of_other_classes_is_refused(tmp_path):
         prepare(
             "openimages", source=source, output=tmp_path / "d", hierarchy=tmp_path / "tree.json"
         )
+
+
+def _with_v5_beside(folder):
+    """Challenge files of training and validation, V5 files of training, validation and test."""
+    source = openimages_source(folder, ["x,/m/a,0,1,0,1,0"], labels=["x,/m/b,0"])
+    for split, image in (("train", "x"), ("validation", "y"), ("test", "z")):
+        rows = [HEADER, f"{image},/m/a,0,1,0,1,0", f"{image},/m/c,0,0.5,0,1,0"]
+        (source / f"{split}-annotations-bbox.csv").write_text("\n".join(rows) + "\n")
+        labels = ["ImageID,LabelName,Confidence", f"{image},/m/c,1"]
+        name = f"{split}-annotations-human-imagelabels-boxable.csv"
+        (source / name).write_text("\n".join(labels) + "\n")
+    return source
+
+
+def test_v5_files_beside_those_of_the_challenge_are_a_choice(tmp_path, capsys):
+    source = _with_v5_beside(tmp_path / "s")
+    dataset = prepare("openimages", source=source, output=tmp_path / "d")
+    assert dataset.splits == ["train"] and len(dataset.boxes) == 1
+    assert dataset.image_labels(0)[0].tolist() == [1]
+    printed = capsys.readouterr().out
+    assert "those of v5 (train, validation, test) lie beside and are not read" in printed
+    dataset = prepare("openimages", source=source, output=tmp_path / "e", boxes="v5")
+    assert dataset.splits == ["test", "train", "validation"] and len(dataset.boxes) == 6
+    assert dataset.image_labels(0)[0].tolist() == [2]
+    assert "those of challenge (train) lie beside" in capsys.readouterr().out
+    (tmp_path / "s" / "challenge-2019-train-detection-bbox.csv").unlink()
+    with pytest.raises(UserError, match="no box file of --boxes=challenge"):
+        prepare("openimages", source=source, output=tmp_path / "f", boxes="challenge")
+
+
+def test_splits_are_pooled_and_divided_anew(tmp_path):
+    source = _with_v5_beside(tmp_path / "s")
+    rows = [HEADER, *(f"t{i:03},/m/{'a' if i % 10 else 'c'},0,1,0,1,0" for i in range(200))]
+    (source / "train-annotations-bbox.csv").write_text("\n".join(rows) + "\n")
+    options = dict(source=source, boxes="v5", split="stratified")
+    dataset = prepare("openimages", output=tmp_path / "d", **options)
+    parts = {name: dataset.split(name) for name in dataset.splits}
+    for name, images in (("train", 162), ("validation", 20), ("test", 20)):
+        assert abs(len(parts[name]) - images) <= 2, name
+    everything = np.sort(np.concatenate(list(parts.values())))
+    assert everything.tolist() == list(range(dataset.num_images))
+    for name, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
+        classes = np.concatenate([dataset.image_boxes(i)[1] for i in parts[name]])
+        assert abs(int((classes == 2).sum()) - 22 * share) <= 1.5, name
+    # Training and validation alone, under names of one's own.
+    options |= dict(split="random", pool=["train", "validation"], shares=["a=0.5", "b=0.5"])
+    dataset = prepare("openimages", output=tmp_path / "e", **options)
+    assert {name: len(dataset.split(name)) for name in dataset.splits} == {
+        "a": 101,
+        "b": 101,
+        "test": 1,
+    }
+    with pytest.raises(UserError, match="--pool=dev .*the splits are train, validation, test"):
+        prepare("openimages", output=tmp_path / "f", **options | dict(pool=["dev"]))
