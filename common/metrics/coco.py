@@ -9,7 +9,7 @@ Shape legend: n rows of one chunk.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from jaxtyping import Float, Int
 
 from common.data.dataset import GROUP_OF, Dataset
 from common.io.errors import UserError
-from common.masks import rle
-from common.metrics.coverage import image_ranks, open_source, selected_chunks, split_images
+from common.metrics.coverage import checked_masks, image_ranks, open_split, selected_chunks
 from common.tables import Detections
 
 # In the order of the official summary.
@@ -59,38 +58,26 @@ def evaluate_coco(
         no image in common, no ground truth, an image of unknown size, or (for masks) a dataset
         without masks or masks of another size than the photo.
     """
-    source = open_source(detections)
-    indices, notes = split_images(dataset, split, source, allow_partial)
-    for line in notes:
-        say(line)
+    source, indices, name = open_split(dataset, split, detections, allow_partial, say)
     images = indices[indices >= 0]
     require_sizes(dataset, images, "COCO AP")
     ranks = image_ranks(dataset, images)
-    truth = COCO(_truth(dataset, ranks, masks))
-    if not truth.dataset["annotations"]:
+    ground_truth = _ground_truth(dataset, ranks, masks)
+    if not ground_truth["annotations"]:
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
     rows: list[dict[str, Any]] = []
     for chunk in selected_chunks(source, dataset.class_labels, indices >= 0, masks=masks):
         owner = indices[chunk.image_index]
         sizes = np.asarray(dataset.image_sizes[owner])
-        columns = [c.tolist() for c in (owner, chunk.label_index, chunk.scores)]
         if masks:
-            check_masks(chunk, sizes, getattr(source, "path", "detections"))
-            pairs = zip(chunk.mask_sizes.tolist(), chunk.masks, strict=True)
-            columns.append([{"size": size, "counts": counts} for size, counts in pairs])
+            shapes, mask_sizes = check_masks(chunk, sizes, name)
         else:
-            columns.append(pixel_boxes(chunk.boxes, sizes).tolist())
-        shape = "segmentation" if masks else "bbox"
-        rows += [
-            {"image_id": ranks[image], "category_id": label, "score": score, shape: value}
-            for image, label, score, value in zip(*columns, strict=True)
-        ]
-    # loadRes of some versions cannot take an empty list.
-    found = truth.loadRes(rows) if rows else COCO({**truth.dataset, "annotations": []})
-    kind = "segm" if masks else "bbox"
-    evaluation = COCOeval_faster(truth, found, iouType=kind, print_function=_quiet)
-    # Classes without truth have no AP, and pairs of image and class are what costs time.
-    evaluation.params.catIds = sorted({row["category_id"] for row in truth.dataset["annotations"]})
+            shapes, mask_sizes = pixel_boxes(chunk.boxes, sizes), None
+        image_ids = [ranks[image] for image in owner.tolist()]
+        rows += result_rows(image_ids, chunk.label_index, chunk.scores, shapes, mask_sizes)
+    evaluation = make_evaluation(ground_truth, rows, masks)
+    # Classes without ground truth have no AP, and pairs of image and class are what costs time.
+    evaluation.params.catIds = sorted({row["category_id"] for row in ground_truth["annotations"]})
     evaluation.run()
     result = dict(zip(NAMES, map(float, evaluation.stats[: len(NAMES)]), strict=True))
     # IoU threshold, recall, class, all sizes, 100 detections.
@@ -103,8 +90,37 @@ def evaluate_coco(
     return result
 
 
-def _quiet(*_: Any) -> None:
-    """Takes the library's log lines."""
+def result_rows(
+    image_ids: Sequence[int],
+    classes: Int[np.ndarray, " n"],
+    scores: Float[np.ndarray, " n"],
+    shapes: np.ndarray,
+    mask_sizes: Int[np.ndarray, "n 2"] | None,
+) -> list[dict[str, Any]]:
+    """Detections as COCO results.
+
+    `shapes` are boxes (n, 4), x, y, width and height in pixels, or with `mask_sizes` run lengths.
+    """
+    kind, values = "bbox", shapes.tolist()
+    if mask_sizes is not None:
+        pairs = zip(mask_sizes.tolist(), values, strict=True)
+        kind, values = "segmentation", [{"size": size, "counts": counts} for size, counts in pairs]
+    columns = (image_ids, classes.tolist(), scores.tolist(), values)
+    return [
+        {"image_id": image, "category_id": label, "score": score, kind: value}
+        for image, label, score, value in zip(*columns, strict=True)
+    ]
+
+
+def make_evaluation(
+    ground_truth: dict[str, Any], results: list[dict[str, Any]], masks: bool, **options: Any
+) -> COCOeval_faster:
+    """The library's evaluation, not run yet, of results against a COCO file's content."""
+    truth = COCO(ground_truth)
+    # loadRes of some versions cannot take an empty list.
+    loaded = truth.loadRes(results) if results else COCO({**ground_truth, "annotations": []})
+    kind = "segm" if masks else "bbox"
+    return COCOeval_faster(truth, loaded, kind, print_function=lambda *_: None, **options)
 
 
 def require_sizes(dataset: Dataset, images: Int[np.ndarray, " i"], what: str) -> None:
@@ -118,18 +134,20 @@ def require_sizes(dataset: Dataset, images: Int[np.ndarray, " i"], what: str) ->
         )
 
 
-def check_masks(chunk: Detections, sizes: Int[np.ndarray, "n 2"], name: os.PathLike | str) -> None:
-    """Refuses detections whose masks are none or of another size than their photo."""
-    if (found := rle.find_broken(chunk.masks, chunk.mask_sizes)) is not None:
-        image_id = chunk.image_ids[chunk.image_index[found[0]]]
-        raise UserError(f"{name}: image {image_id!r}: {found[1]}")
-    if (other := (chunk.mask_sizes != sizes).any(1)).any():
+def check_masks(
+    chunk: Detections, sizes: Int[np.ndarray, "n 2"], name: str
+) -> tuple[np.ndarray, Int[np.ndarray, "n 2"]]:
+    """As `checked_masks`; refuses also masks of another size than their photo's, `sizes`."""
+    masks, mask_sizes = checked_masks(chunk, name)
+    other = np.any(mask_sizes != sizes, axis=1)
+    if other.any():
         row = int(np.argmax(other))
         raise UserError(
             f"{name}: image {chunk.image_ids[chunk.image_index[row]]!r} has masks of "
-            f"{chunk.mask_sizes[row, 0]}x{chunk.mask_sizes[row, 1]} (height x width), expected "
+            f"{mask_sizes[row, 0]}x{mask_sizes[row, 1]} (height x width), expected "
             f"{sizes[row, 0]}x{sizes[row, 1]} as the photo in the dataset"
         )
+    return masks, mask_sizes
 
 
 def truth_annotations(
@@ -169,9 +187,9 @@ def truth_annotations(
 def _segment(dataset: Dataset, image: int, segment: Any) -> Any:
     """Polygons or run lengths of a box."""
     if segment is None or (isinstance(segment, dict) and "counts" not in segment):
-        found = "no mask" if segment is None else "a PNG file as mask"
+        actual = "no mask" if segment is None else "a PNG file as mask"
         raise UserError(
-            f"{dataset.directory}: a box of image {dataset.image_id(image)!r} has {found}, "
+            f"{dataset.directory}: a box of image {dataset.image_id(image)!r} has {actual}, "
             "expected polygons or run lengths, as COCO and LVIS files have them for every box"
         )
     return segment
@@ -182,7 +200,7 @@ def _segment_area(dataset: Dataset, image: int, segment: Any, height: int, width
     return float(coco_mask.area(coco_mask.segmToRle(segment, width, height)))
 
 
-def _truth(dataset: Dataset, ranks: dict[int, int], masks: bool) -> dict[str, Any]:
+def _ground_truth(dataset: Dataset, ranks: dict[int, int], masks: bool) -> dict[str, Any]:
     """The ground truth as a COCO file; image ids are ranks."""
     images = np.array(list(ranks))
     sizes = dataset.image_sizes[images].tolist()

@@ -4,17 +4,43 @@ Shape legend: i images covered by a table.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from common.data.dataset import Dataset
 from common.io.errors import UserError
+from common.masks import rle
 from common.tables import Detections, DetectionsReader
 
 MAX_IMAGES = 8192  # of a chunk, so that (images, classes) matrices stay small
-_MASK_ROWS = 1 << 15  # of a chunk with masks, about a kilobyte each
+_ROWS, _MASK_ROWS = 1 << 19, 1 << 15  # of a chunk without and with masks, of a kilobyte each
+
+
+def open_split(
+    dataset: Dataset,
+    split: str,
+    detections: str | os.PathLike | Detections,
+    allow_partial: bool,
+    say: Callable[[str], None] = print,
+) -> tuple[Detections | DetectionsReader, Int[np.ndarray, " i"], str]:
+    """Opens a table that is scored on a split: rows in memory as they are, or a checked reader.
+
+    Returns:
+      The rows or reader, the dataset index of each covered image (-1 for those outside the split),
+      and what messages call the table.
+    """
+    source = open_source(detections)
+    indices, notes = split_images(dataset, split, source, allow_partial)
+    for line in notes:
+        say(line)
+    return source, indices, table_name(source)
+
+
+def table_name(source: Detections | DetectionsReader) -> str:
+    """What messages call a table: its path, if it was read from one."""
+    return "detections" if isinstance(source, Detections) else str(source.path)
 
 
 def open_source(detections: str | os.PathLike | Detections) -> Detections | DetectionsReader:
@@ -29,9 +55,9 @@ def split_images(
     wanted = dataset.split(split)
     indices = dataset.find_images(source.image_ids)
     indices = np.where(np.isin(indices, wanted), indices, -1)
-    found = int((indices >= 0).sum())
-    name = getattr(source, "path", "detections")
-    if not found:
+    num_covered = int((indices >= 0).sum())
+    name = table_name(source)
+    if not num_covered:
         ours = dataset.image_id(wanted[0]) if len(wanted) else "none"
         theirs = source.image_ids[0] if len(source.image_ids) else "none"
         raise UserError(
@@ -42,13 +68,13 @@ def split_images(
     notes = []
     if len(missing):
         text = (
-            f"{name}: covers {found} of the {len(wanted)} images of split {split!r}, "
+            f"{name}: covers {num_covered} of the {len(wanted)} images of split {split!r}, "
             f"{dataset.image_id(missing[0])!r} is missing"
         )
         if not allow_partial:
             raise UserError(f"{text}; score the covered ones with --allow_partial")
         notes.append(f"note: {text}: only the covered images are scored")
-    if outside := len(indices) - found:
+    if outside := len(indices) - num_covered:
         notes.append(f"note: {name}: {outside} images outside split {split!r} are left out")
     return indices, notes
 
@@ -61,15 +87,15 @@ def selected_chunks(
     masks: bool = False,
 ) -> Iterator[Detections]:
     """Chunks of whole images, at most MAX_IMAGES each, without images not `selected`."""
-    rows = {"rows": _MASK_ROWS} if masks else {}
+    rows = _MASK_ROWS if masks else _ROWS
     if isinstance(source, Detections):
         if list(source.labels) != list(class_labels):
             raise ValueError("read the detections with class_labels=dataset.class_labels")
         if masks and source.masks is None:
             raise ValueError("read the detections with masks=True")
-        chunks: Iterable[Detections] = source.chunks(**rows)
+        chunks: Iterable[Detections] = source.chunks(rows)
     else:
-        chunks = source.chunks(class_labels, masks=masks, **rows)
+        chunks = source.chunks(class_labels, masks=masks, rows=rows)
     for chunk in chunks:
         chosen = selected[chunk.image_index]
         if not chosen.all():
@@ -79,6 +105,22 @@ def selected_chunks(
         starts = np.flatnonzero(np.diff(chunk.image_index, prepend=-1))[::MAX_IMAGES]
         for start, stop in zip(starts, [*starts[1:], len(chunk)], strict=True):
             yield chunk.take(slice(start, stop))
+
+
+def checked_masks(chunk: Detections, name: str) -> tuple[np.ndarray, Int[np.ndarray, "n 2"]]:
+    """Compressed run lengths of a chunk's masks, and their heights and widths.
+
+    Raises:
+      UserError: a mask is no run lengths; names the image.
+      ValueError: the chunk was read without masks.
+    """
+    if chunk.masks is None or chunk.mask_sizes is None:
+        raise ValueError("read the detections with masks=True")
+    if (broken := rle.find_broken(chunk.masks.tolist(), chunk.mask_sizes)) is not None:
+        row, reason = broken
+        image_id = chunk.image_ids[chunk.image_index[row]]
+        raise UserError(f"{name}: image {image_id!r}: {reason}")
+    return chunk.masks, chunk.mask_sizes
 
 
 def image_ranks(dataset: Dataset, images: Int[np.ndarray, " i"]) -> dict[int, int]:

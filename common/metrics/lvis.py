@@ -18,15 +18,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
 from jaxtyping import Float, Int
 
 from common.data.dataset import ABSENT, NOT_EXHAUSTIVE, Dataset
 from common.io.errors import UserError
 from common.io.progress import Progress
 from common.masks import rle
-from common.metrics.coco import check_masks, pixel_boxes, require_sizes, truth_annotations
-from common.metrics.coverage import image_ranks, open_source, selected_chunks, split_images
+from common.metrics.coco import (
+    check_masks,
+    make_evaluation,
+    pixel_boxes,
+    require_sizes,
+    result_rows,
+    truth_annotations,
+)
+from common.metrics.coverage import image_ranks, open_split, selected_chunks
 from common.tables import Detections
 from common.tables.table import rank_in_image
 
@@ -36,15 +42,14 @@ FREQUENCIES = ("r", "c", "f")
 CLASS_AP = "PerformanceByCategory/AP/{}"
 
 
-class _Found(NamedTuple):
+class _Counted(NamedTuple):
     """Detections that count."""
 
     images: Int[np.ndarray, " m"]
     classes: Int[np.ndarray, " m"]
     scores: Float[np.ndarray, " m"]
-    boxes: Float[np.ndarray, "m 4"]  # x, y, width, height in pixels
-    masks: np.ndarray | None
-    mask_sizes: np.ndarray | None
+    shapes: np.ndarray  # (m, 4) x, y, width, height in pixels, or (m,) run lengths
+    mask_sizes: Int[np.ndarray, "m 2"] | None
 
 
 def evaluate_lvis(
@@ -82,10 +87,7 @@ def evaluate_lvis(
             f"{dataset.directory}/dataset.json: no frequency of the classes: LVIS AP needs a "
             "dataset made by python -m scripts.prepare_data lvis"
         )
-    source = open_source(detections)
-    indices, notes = split_images(dataset, split, source, allow_partial)
-    for line in notes:
-        say(line)
+    source, indices, name = open_split(dataset, split, detections, allow_partial, say)
     images = np.sort(indices[indices >= 0])
     require_sizes(dataset, images, "LVIS AP")
     truth: dict[int, list[dict[str, Any]]] = {}
@@ -96,16 +98,16 @@ def evaluate_lvis(
     if not truth:
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
     verified, forgiven = _verified(dataset, images, truth)
-    found = _find(dataset, source, indices, verified, masks)
+    counted = _select(dataset, source, indices, verified, masks, name)
     ranks = image_ranks(dataset, images)
     precisions, recalls, classes = [], [], sorted(truth)
     progress = Progress(len(classes), what="LVIS AP", unit="classes")
-    order = np.argsort(found.classes, kind="stable")
-    bounds = np.searchsorted(found.classes[order], np.arange(dataset.num_classes + 1))
+    order = np.argsort(counted.classes, kind="stable")
+    bounds = np.searchsorted(counted.classes[order], np.arange(dataset.num_classes + 1))
     for number, label in enumerate(classes):
         rows = order[bounds[label] : bounds[label + 1]]
         evaluation = _evaluate_class(
-            dataset, label, truth[label], found, rows, forgiven, ranks, frequency[label]
+            dataset, label, truth[label], counted, rows, forgiven, ranks, frequency[label]
         )
         # One class, one limit of detections.
         precisions.append(evaluation["precision"][:, :, 0, :, 0])
@@ -134,9 +136,11 @@ def _verified(
     return np.unique(np.array(keys, np.int64)), set(forgiven)
 
 
-def _find(dataset: Dataset, source, indices: np.ndarray, verified: np.ndarray, masks: bool):
+def _select(
+    dataset: Dataset, source, indices: np.ndarray, verified: np.ndarray, masks: bool, name: str
+) -> _Counted:
     """The detections that count, in table order."""
-    parts: list[_Found] = []
+    parts: list[_Counted] = []
     for chunk in selected_chunks(source, dataset.class_labels, indices >= 0, masks=masks):
         chunk = chunk.take(rank_in_image(chunk.image_index) < MAX_PER_IMAGE)
         owner = indices[chunk.image_index]
@@ -145,45 +149,40 @@ def _find(dataset: Dataset, source, indices: np.ndarray, verified: np.ndarray, m
         chosen = verified[place] == keys
         chunk, owner = chunk.take(chosen), owner[chosen]
         sizes = np.asarray(dataset.image_sizes[owner])
-        boxes = pixel_boxes(chunk.boxes, sizes)
+        shapes, mask_sizes = pixel_boxes(chunk.boxes, sizes), None
+        area = shapes[:, 2] * shapes[:, 3]
         if masks:
-            check_masks(chunk, sizes, getattr(source, "path", "detections"))
-            area = rle.areas(chunk.masks)
-        else:
-            area = boxes[:, 2] * boxes[:, 3]
+            shapes, mask_sizes = check_masks(chunk, sizes, name)
+            area = rle.areas(shapes.tolist())
         chosen = area > 0
-        chunk = chunk.take(chosen)
-        parts.append(
-            _Found(
-                owner[chosen],
-                chunk.label_index,
-                chunk.scores,
-                boxes[chosen],
-                chunk.masks if masks else None,
-                chunk.mask_sizes if masks else None,
-            )
-        )
+        kept_sizes = None if mask_sizes is None else mask_sizes[chosen]
+        rows = (owner[chosen], chunk.label_index[chosen], chunk.scores[chosen], shapes[chosen])
+        parts.append(_Counted(*rows, kept_sizes))
     if not parts:
         none = np.zeros(0, np.int64)
-        return _Found(none, none, none, np.zeros((0, 4)), none, none)
-    columns = zip(*parts, strict=True)
-    return _Found(*(None if c[0] is None else np.concatenate(c) for c in columns))
+        return _Counted(none, none, none, none, none if masks else None)
+    owners, classes, scores, shapes_of, sizes_of = zip(*parts, strict=True)
+    return _Counted(
+        np.concatenate(owners),
+        np.concatenate(classes),
+        np.concatenate(scores),
+        np.concatenate(shapes_of),
+        np.concatenate(sizes_of) if masks else None,
+    )
 
 
 def _evaluate_class(
     dataset: Dataset,
     label: int,
     truth: list[dict[str, Any]],
-    found: _Found,
+    detections: _Counted,
     rows: Int[np.ndarray, " d"],
     forgiven: set[int],
     ranks: dict[int, int],
     frequency: str,
 ) -> dict[str, Any]:
     """Precision (T, R, 1, A, 1) and recall (T, 1, A, 1) of one class."""
-    masks = found.masks is not None
-    shape = "segmentation" if masks else "bbox"
-    owners = found.images[rows].tolist()
+    owners = detections.images[rows].tolist()
     images = sorted({a["image_id"] for a in truth} | set(owners), key=ranks.__getitem__)
     content = {
         "images": [
@@ -201,31 +200,19 @@ def _evaluate_class(
         "categories": [{"id": label, "name": str(label), "frequency": frequency}],
         "annotations": [{**a, "image_id": ranks[a["image_id"]]} for a in truth],
     }
-    results = []
-    for row, image in zip(rows.tolist(), owners, strict=True):
-        if masks:
-            size = found.mask_sizes[row].tolist()
-            value: Any = {"size": size, "counts": found.masks[row]}
-        else:
-            value = found.boxes[row].tolist()
-        score = float(found.scores[row])
-        results.append(
-            {"image_id": ranks[image], "category_id": label, "score": score, shape: value}
-        )
-    ground = COCO(content)
-    # loadRes of some versions cannot take an empty list.
-    results = ground.loadRes(results) if results else COCO({**content, "annotations": []})
-    evaluation = COCOeval_faster(
-        ground, results, "segm" if masks else "bbox", print_function=_quiet, lvis_style=True
+    sizes = detections.mask_sizes
+    results = result_rows(
+        [ranks[image] for image in owners],
+        detections.classes[rows],
+        detections.scores[rows],
+        detections.shapes[rows],
+        None if sizes is None else sizes[rows],
     )
+    evaluation = make_evaluation(content, results, sizes is not None, lvis_style=True)
     evaluation.params.maxDets = [MAX_PER_IMAGE]
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval
-
-
-def _quiet(*_: Any) -> None:
-    """Takes the library's log lines."""
 
 
 def _summary(

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from common.data.dataset import GROUP_OF, Dataset
 from common.io.errors import UserError
 from common.io.parallel import map_ordered
-from common.metrics.coverage import open_source, selected_chunks, split_images
+from common.metrics.coverage import open_split, selected_chunks
 from common.metrics.matching import (
     ABSORBED,
     FALSE,
@@ -39,6 +39,7 @@ from common.metrics.matching import (
 )
 from common.tables import Detections
 from common.tables.hierarchy import ancestors, expand_detections, repeat_with
+from common.tables.ranges import rows_of
 
 MEAN_AP = "OpenImagesDetectionChallenge_Precision/mAP@{:g}IOU"
 CLASS_AP = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@{:g}IOU/{}"
@@ -53,9 +54,9 @@ class Entries(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """Expanded ground truth of a chunk of I images, sorted by key = image * K + class."""
+    """Ground truth of a chunk of images, with copies for ancestors, sorted by image * K + class."""
 
-    evaluated: Bool[np.ndarray, "I K"]  # classes verified, either way, or boxed in the image
+    evaluated: Bool[np.ndarray, "I K"]  # classes with a box or a verified label in the image
     boxes: Float[np.ndarray, "m 4"]
     keys: Int[np.ndarray, " m"]
     group_of: Bool[np.ndarray, " m"]
@@ -64,17 +65,14 @@ class Truth(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """What became of the evaluated detections of a chunk, sorted by key = image * K + class.
-
-    Detections of one key stay in the order of the table.
-    """
+    """What the evaluated detections of a chunk are, sorted by key (`common.metrics.matching`)."""
 
     rows: Int[np.ndarray, " e"]  # of the chunk
     keys: Int[np.ndarray, " e"]
     kinds: Int[np.ndarray, " e"]  # FALSE, TRUE or ABSORBED (inside a group-of box)
-    overlaps: Float[np.ndarray, " e"]  # largest IoU with a single object of the key, -1 for none
-    truth: Int[np.ndarray, " e"]  # row of the truth with that IoU, -1 for none
-    groups: Int[np.ndarray, " g"]  # rows of the truth: group-of boxes that were hit
+    overlaps: Float[np.ndarray, " e"]  # largest IoU with one object (no group-of) of the key or -1
+    matched_idx: Int[np.ndarray, " e"]  # row of `Truth` with that IoU, -1 for none
+    groups: Int[np.ndarray, " g"]  # rows of `Truth`: group-of boxes that were hit
     group_scores: Float[np.ndarray, " g"]
 
 
@@ -120,15 +118,11 @@ def evaluate_openimages(
       UserError: a broken table, unknown labels, images of the split that the table does not cover,
         no image in common, or no ground truth.
     """
-    source = open_source(detections)
-    indices, notes = split_images(dataset, split, source, allow_partial)
-    for line in notes:
-        say(line)
+    source, indices, _ = open_split(dataset, split, detections, allow_partial, say)
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     relatives = parents if expand_truth else np.zeros_like(parents)
     counts = count_truth(dataset, indices[indices >= 0], relatives, group_of_weight)
-    present = np.flatnonzero(counts > 0)
-    if not len(present):
+    if not counts.any():
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
     expand = expand_predictions and not source.metadata.get("expanded")
 
@@ -137,23 +131,24 @@ def evaluate_openimages(
             chunk = expand_detections(chunk, parents, dataset.class_labels)
         codes, image_index = np.unique(chunk.image_index, return_inverse=True)
         truth = gather_truth(dataset, indices[codes], relatives, image_labels)
-        return match_chunk(
-            truth,
-            image_index,
-            chunk.label_index,
-            chunk.scores,
-            chunk.boxes,
-            dataset.num_classes,
-            iou_threshold,
-            group_of_weight,
-        )
+        rows = (image_index, chunk.label_index, chunk.scores, chunk.boxes)
+        matches = match_detections(truth, *rows, dataset.num_classes, iou_threshold)
+        return entries_of(matches, truth, chunk.scores, dataset.num_classes, group_of_weight)[0]
 
     chunks = selected_chunks(source, dataset.class_labels, indices >= 0)
     parts = list(map_ordered(score_chunk, chunks, threads=num_threads, ahead=num_threads))
     aps = average_precisions(parts, counts, group_of_weight)
-    result = {MEAN_AP.format(iou_threshold): float(np.mean(aps[present]))}
-    for index in present:
-        result[CLASS_AP.format(iou_threshold, dataset.class_labels[index])] = float(aps[index])
+    return named_figures(dataset, aps, MEAN_AP.format(iou_threshold), CLASS_AP, iou_threshold)
+
+
+def named_figures(
+    dataset: Dataset, aps: Float[np.ndarray, " K"], mean: str, class_ap: str, iou_threshold: float
+) -> dict[str, float]:
+    """Mean AP and the AP of each class that is not NaN, by the official tool's names."""
+    present = np.flatnonzero(~np.isnan(aps))
+    result = {mean: float(np.mean(aps[present]))}
+    for index in present.tolist():
+        result[class_ap.format(iou_threshold, dataset.class_labels[index])] = float(aps[index])
     return result
 
 
@@ -164,13 +159,13 @@ def gather_truth(
     image_labels: bool,
 ) -> Truth:
     """Expanded ground truth of the given images."""
-    owner, rows = _ranges(dataset.box_offsets, indices)
+    owner, rows = rows_of(dataset.box_offsets, indices)
     copies, classes = repeat_with(np.asarray(dataset.box_classes[rows]), parents)
     owner, rows = owner[copies], rows[copies]
     evaluated = np.zeros((len(indices), len(parents)), bool)
     evaluated[owner, classes] = True
     if image_labels:
-        label_owner, label_rows = _ranges(dataset.label_offsets, indices)
+        label_owner, label_rows = rows_of(dataset.label_offsets, indices)
         labels = np.asarray(dataset.label_classes[label_rows])
         present = np.asarray(dataset.label_confidences[label_rows]) > 0
         for side, relatives in ((present, parents), (~present, parents.T)):
@@ -187,17 +182,6 @@ def gather_truth(
         rows=rows,
         own=classes[order] == dataset.box_classes[rows],
     )
-
-
-def _ranges(
-    offsets: Int[np.ndarray, " N+1"], indices: Int[np.ndarray, " I"]
-) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """Position in `indices` and row number of all rows that belong to the given images."""
-    starts = np.asarray(offsets[indices], np.int64)
-    counts = np.asarray(offsets[indices + 1], np.int64) - starts
-    owner = np.repeat(np.arange(len(indices)), counts)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return owner, starts[owner] + within
 
 
 def count_truth(
@@ -218,32 +202,13 @@ def count_truth(
     """
     counts = np.zeros(len(parents))
     for start in range(0, len(indices), 1 << 16):
-        _, rows = _ranges(dataset.box_offsets, indices[start : start + (1 << 16)])
+        _, rows = rows_of(dataset.box_offsets, indices[start : start + (1 << 16)])
         group_of = (np.asarray(dataset.box_flags[rows]) & GROUP_OF) > 0
         weights = np.where(group_of, group_of_weight, 1.0)
         if counted is not None:
             weights *= counted[rows]
         counts += np.bincount(dataset.box_classes[rows], weights, len(parents))
     return counts + counts @ parents
-
-
-def match_chunk(
-    truth: Truth,
-    image_index: Int[np.ndarray, " n"],
-    classes: Int[np.ndarray, " n"],
-    scores: Float[np.ndarray, " n"],
-    boxes: Float[np.ndarray, "n 4"],
-    num_classes: int,
-    iou_threshold: float,
-    group_of_weight: float,
-) -> Entries:
-    """Matches the detections of whole images, sorted by image, then score descending."""
-    matches = match_detections(
-        truth, image_index, classes, scores, boxes, num_classes, iou_threshold
-    )
-    if not group_of_weight:
-        matches = matches._replace(groups=matches.groups[:0], group_scores=matches.group_scores[:0])
-    return entries_of(matches, truth, scores, num_classes)[0]
 
 
 def match_detections(
@@ -255,7 +220,7 @@ def match_detections(
     num_classes: int,
     iou_threshold: float,
 ) -> Matches:
-    """What becomes of each detection of whole images, sorted by image, then score descending."""
+    """Matches the detections of whole images, sorted by image, then by falling score."""
     rows, keys = judged_rows(truth.evaluated, image_index, classes, boxes)
     scores, boxes = scores[rows], boxes[rows].astype(np.float64)
 
@@ -273,25 +238,32 @@ def match_detections(
     )
     group_scores = absorb(kinds, rest, shares, best_group, iou_threshold, scores, len(group))
     hit = group_scores > 0
-    matched = np.full(len(rows), -1, np.int64)
-    matched[overlaps >= 0] = single[best[overlaps >= 0]]
-    return Matches(rows, keys, kinds, overlaps, matched, group[hit], group_scores[hit])
+    matched_idx = np.full(len(rows), -1, np.int64)
+    matched_idx[overlaps >= 0] = single[best[overlaps >= 0]]
+    return Matches(rows, keys, kinds, overlaps, matched_idx, group[hit], group_scores[hit])
 
 
 def entries_of(
-    matches: Matches, truth: Truth, scores: Float[np.ndarray, " n"], num_classes: int
+    matches: Matches,
+    truth: Truth,
+    scores: Float[np.ndarray, " n"],
+    num_classes: int,
+    group_of_weight: float = 1.0,
 ) -> tuple[Entries, Int[np.ndarray, " E"]]:
     """Entries of a chunk, sorted by key, a key's group-of boxes after its detections.
 
     Args:
-      matches: of the chunk.
-      truth: that it was matched with.
+      matches: of the detections with `truth`.
+      truth: of the chunk.
       scores: of all rows of the chunk.
       num_classes: K.
+      group_of_weight: 0 leaves the group-of boxes out.
 
     Returns:
       The entries, and where each comes from: i < e is detection i of `matches`, e + j is group j.
     """
+    if not group_of_weight:
+        matches = matches._replace(groups=matches.groups[:0], group_scores=matches.group_scores[:0])
     kept = np.flatnonzero(matches.kinds != ABSORBED)
     keys = np.concatenate([matches.keys[kept], truth.keys[matches.groups]])
     ranked = np.concatenate([scores[matches.rows[kept]], matches.group_scores])
@@ -338,8 +310,8 @@ def average_precision(labels: Float[np.ndarray, " n"], count: float) -> float:
     positives = np.flatnonzero(labels > 0)
     if not len(positives):
         return 0.0
-    found = np.cumsum(labels[positives])
+    true = np.cumsum(labels[positives])
     false = positives - np.arange(len(positives))  # false positives ranked before each positive
-    precision = found / (found + false)
+    precision = true / (true + false)
     ceiling = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(labels[positives] * ceiling) / count)

@@ -10,7 +10,7 @@ with masks instead of boxes. In one image and class, best score first:
    the first for each such box is ignored, neither true nor false.
 4. Of the others, those of which half of the box lies in a group-of box without mask are ignored.
 
-Only objects with masks are to be found. The box of a detection is the tight one around its mask;
+Only objects with masks are to be masks. The box of a detection is the tight one around its mask;
 detections with empty masks are left out.
 
 Masks of the truth have any resolution. They are compared in the frame of the image's detections
@@ -36,7 +36,7 @@ from common.io.parallel import map_ordered
 from common.io.progress import Progress
 from common.masks import rle
 from common.masks.dataset_masks import MaskReader, same_shape
-from common.metrics.coverage import open_source, selected_chunks, split_images
+from common.metrics.coverage import checked_masks, open_split, selected_chunks
 from common.metrics.matching import (
     ABSORBED,
     FALSE,
@@ -55,6 +55,7 @@ from common.metrics.openimages import (
     count_truth,
     entries_of,
     gather_truth,
+    named_figures,
 )
 from common.tables import Detections
 from common.tables.hierarchy import ancestors, repeat_with
@@ -102,12 +103,8 @@ def evaluate_openimages_masks(
       UserError: what `evaluate_openimages` refuses, a dataset without masks, a broken mask on
         either side, masks of several sizes in one image, or of another shape than the photo.
     """
-    source = open_source(detections)
-    name = str(getattr(source, "path", "detections"))
     reader = MaskReader(dataset)
-    indices, notes = split_images(dataset, split, source, allow_partial)
-    for line in notes:
-        say(line)
+    source, indices, name = open_split(dataset, split, detections, allow_partial, say)
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     relatives = parents if expand_truth else np.zeros_like(parents)
     expand = expand_predictions and not source.metadata.get("expanded")
@@ -117,7 +114,7 @@ def evaluate_openimages_masks(
         codes, image_index = np.unique(chunk.image_index, return_inverse=True)
         sizes = _frames(chunk, dataset, indices[codes], image_index, name)
         truth = gather_truth(dataset, indices[codes], relatives, image_labels)
-        found = _Masks(chunk, image_index, sizes)
+        masks = _Masks(chunk, image_index, sizes)
         objects = _Objects(reader, truth, sizes, dataset.num_classes)
         filled[objects.rows] = True
         if expand:
@@ -125,13 +122,9 @@ def evaluate_openimages_masks(
         else:
             copies, classes = np.arange(len(chunk)), chunk.label_index
         scores = chunk.scores[copies]
-        matches = match_masks(truth, filled, found, objects, copies, classes, scores, iou_threshold)
-        if not group_of_weight:
-            none = slice(0)
-            matches = matches._replace(
-                groups=matches.groups[none], group_scores=matches.group_scores[none]
-            )
-        return entries_of(matches, truth, scores, dataset.num_classes)[0], codes
+        matches = match_masks(truth, filled, masks, objects, copies, classes, scores, iou_threshold)
+        entries, _ = entries_of(matches, truth, scores, dataset.num_classes, group_of_weight)
+        return entries, codes
 
     chunks = selected_chunks(source, dataset.class_labels, indices >= 0, masks=True)
     parts, seen = [], np.zeros(len(indices), bool)
@@ -151,14 +144,10 @@ def evaluate_openimages_masks(
     for rows in filled_rows:
         filled[rows] = True
     counts = count_truth(dataset, indices[indices >= 0], relatives, group_of_weight, filled)
-    present = np.flatnonzero(counts > 0)
-    if not len(present):
+    if not counts.any():
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth masks")
     aps = average_precisions(parts, counts, group_of_weight)
-    result = {MEAN_AP.format(iou_threshold): float(np.mean(aps[present]))}
-    for index in present:
-        result[CLASS_AP.format(iou_threshold, dataset.class_labels[index])] = float(aps[index])
-    return result
+    return named_figures(dataset, aps, MEAN_AP.format(iou_threshold), CLASS_AP, iou_threshold)
 
 
 def _frames(
@@ -169,18 +158,16 @@ def _frames(
     name: str,
 ) -> Int[np.ndarray, "I 2"]:
     """Height and width of the masks of each image; refuses broken ones and several sizes."""
-    if (found := rle.find_broken(chunk.masks, chunk.mask_sizes)) is not None:
-        image_id = chunk.image_ids[chunk.image_index[found[0]]]
-        raise UserError(f"{name}: image {image_id!r}: {found[1]}")
+    _, mask_sizes = checked_masks(chunk, name)
     _, first = np.unique(image_index, return_index=True)
-    sizes = np.asarray(chunk.mask_sizes[first], np.int64)
-    other = (chunk.mask_sizes != sizes[image_index]).any(1)
+    sizes = np.asarray(mask_sizes[first], np.int64)
+    other = np.any(mask_sizes != sizes[image_index], axis=1)
     if other.any():
         row = int(np.argmax(other))
         height, width = sizes[image_index[row]]
         raise UserError(
             f"{name}: image {chunk.image_ids[chunk.image_index[row]]!r} has masks of "
-            f"{height}x{width} and of {chunk.mask_sizes[row, 0]}x{chunk.mask_sizes[row, 1]} "
+            f"{height}x{width} and of {mask_sizes[row, 0]}x{mask_sizes[row, 1]} "
             "(height x width), expected one size"
         )
     photos = dataset.image_sizes[images].tolist()
@@ -206,14 +193,15 @@ class _Masks:
     def __init__(
         self, chunk: Detections, image_index: Int[np.ndarray, " n"], sizes: Int[np.ndarray, "I 2"]
     ):
-        self.counts = chunk.masks
+        assert chunk.masks is not None
+        self.counts: list[bytes] = chunk.masks.tolist()
         self.image_index = image_index
         sides = sizes[image_index][:, [1, 0, 1, 0]]
         self.boxes = rle.tight_boxes(self.counts, sizes[image_index]) / sides
 
 
 class _Objects:
-    """Masks of the truth of I images, each once, whatever the number of its ancestors.
+    """Masks of the ground truth of I images, each once, however many ancestors its class has.
 
     Attributes:
       rows: of `dataset.boxes`, of those with pixels, ascending within an image.
@@ -243,15 +231,11 @@ class _Objects:
                 self._counts.append(counts)
         self.rows = np.array(rows, np.int64)
         self._group_of = np.array(group_of, bool)
-        # Objects of an image lie together: a box row belongs to one image.
-        order = np.argsort(np.array(images, np.int64), kind="stable")
-        self._order = order
-        self._offsets = np.concatenate(
-            [[0], np.cumsum(np.bincount(np.array(images, np.int64), minlength=len(sizes)))]
-        )
+        owner = np.array(images, np.int64)
+        self._order = np.argsort(owner, kind="stable")
+        self._offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(sizes)))])
         self._column = np.zeros(len(rows), np.int64)  # place among the objects of the image
-        owner = np.array(images, np.int64)[order]
-        self._column[order] = np.arange(len(rows)) - self._offsets[owner]
+        self._column[self._order] = np.arange(len(rows)) - self._offsets[owner[self._order]]
 
     def overlaps(
         self, masks: _Masks, wanted: Bool[np.ndarray, " n"]
@@ -259,8 +243,8 @@ class _Objects:
         """Compares the wanted detections with all objects of their images.
 
         Returns:
-          Function of detections and rows of `dataset.boxes` to IoUs, for group-of objects to the
-          share of the detection that lies inside.
+          A function of detections and rows of `dataset.boxes`, pair by pair. It gives their IoUs,
+          and for group-of objects the share of the detection that lies inside.
         """
         base = np.zeros(len(masks.counts), np.int64)
         tables, used = [], 0
@@ -278,7 +262,7 @@ class _Objects:
                 list(different),
                 [self._counts[i] for i in theirs.tolist()],
                 tuple(self.sizes[place].tolist()),
-                of_a=self._group_of[theirs],
+                of_a=self._group_of[theirs].tolist(),
             )
             base[mine] = used + np.array(code) * len(theirs)
             tables.append(table.reshape(-1))
@@ -294,7 +278,7 @@ class _Objects:
 def match_masks(
     truth: Truth,
     filled: Bool[np.ndarray, " M"],
-    found: _Masks,
+    masks: _Masks,
     objects: _Objects,
     copies: Int[np.ndarray, " N"],
     classes: Int[np.ndarray, " N"],
@@ -308,7 +292,7 @@ def match_masks(
     Args:
       truth: of the images.
       filled: which of `dataset.boxes` have masks with pixels.
-      found: masks of the detections before expansion.
+      masks: of the detections before expansion.
       objects: masks of the truth.
       copies: detection that each expanded one comes from, non-decreasing.
       classes: of the expanded detections.
@@ -316,9 +300,9 @@ def match_masks(
       iou_threshold: for all overlaps.
     """
     rows, keys = judged_rows(
-        truth.evaluated, found.image_index[copies], classes, found.boxes[copies]
+        truth.evaluated, masks.image_index[copies], classes, masks.boxes[copies]
     )
-    scores, boxes = scores[rows], found.boxes[copies[rows]]
+    scores, boxes = scores[rows], masks.boxes[copies[rows]]
     num_keys = truth.evaluated.size
     masked = filled[truth.rows]
     single, group, box_single, box_group = (
@@ -326,10 +310,10 @@ def match_masks(
         for part in (masked, ~masked)
         for side in (~truth.group_of, truth.group_of)
     )
-    wanted = np.zeros(len(found.counts), bool)
+    wanted = np.zeros(len(masks.counts), bool)
     has_masks = np.bincount(truth.keys[masked], minlength=num_keys) > 0
     wanted[copies[rows[has_masks[keys]]]] = True
-    measure = objects.overlaps(found, wanted)
+    measure = objects.overlaps(masks, wanted)
 
     def best_masks(which, candidates):
         detection, row = copies[rows[which]], truth.rows[candidates]
@@ -358,15 +342,16 @@ def match_masks(
     shares, best_group = best_masks(rest, group)
     group_scores = absorb(kinds, rest, shares, best_group, iou_threshold, scores, len(group))
 
-    claim(kinds, *best_boxes(everything, box_single, True), iou_threshold, ABSORBED)
+    box_overlaps, best_box = best_boxes(everything, box_single, True)
+    claim(kinds, box_overlaps, best_box, iou_threshold, ABSORBED)
     rest = np.flatnonzero(kinds == FALSE)
-    shares, box_of = best_boxes(rest, box_group, False)
-    absorb(kinds, rest, shares, box_of, iou_threshold, scores, len(box_group))
+    shares, best_box = best_boxes(rest, box_group, False)
+    absorb(kinds, rest, shares, best_box, iou_threshold, scores, len(box_group))
 
     hit = group_scores > 0
-    matched = np.full(len(rows), -1, np.int64)
-    matched[overlaps >= 0] = single[best[overlaps >= 0]]
-    return Matches(rows, keys, kinds, overlaps, matched, group[hit], group_scores[hit])
+    matched_idx = np.full(len(rows), -1, np.int64)
+    matched_idx[overlaps >= 0] = single[best[overlaps >= 0]]
+    return Matches(rows, keys, kinds, overlaps, matched_idx, group[hit], group_scores[hit])
 
 
 def _filled_rows(

@@ -59,7 +59,7 @@ def classify(
         truth, image_index, classes, scores, boxes, num_classes, IOU
     )
     found = np.zeros(len(truth.boxes), bool)
-    found[matches.truth[matches.kinds == openimages.TRUE]] = True
+    found[matches.matched_idx[matches.kinds == openimages.TRUE]] = True
     found[matches.groups] = True
 
     status = np.full(len(matches.rows), BACKGROUND, np.int8)
@@ -79,7 +79,7 @@ def classify(
     )
     status[wrong] = kinds
     own = np.isin(status, (CORRECT, DUPLICATE, LOCALISATION))
-    target[own] = matches.truth[own]
+    target[own] = matches.matched_idx[own]
     other = np.isin(kinds, (CLASS, BOTH))
     target[wrong[other]] = any_target[other]
 

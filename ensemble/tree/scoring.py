@@ -161,7 +161,7 @@ class Shard:
         return found
 
     def entries(self, rows: NodeRows) -> openimages.Entries:
-        """Outcomes of a candidate's rows, as `openimages.match_chunk` would have them."""
+        """Outcomes of a candidate's rows, as the metric would have them."""
         if self._copies is not None:
             rows = self._copied_to_parents(rows)
         single, inside = self._matches[:, rows.source]
