@@ -43,11 +43,17 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """Everything that a run of a detector, or of a refiner of boxes, depends on beside its data."""
+    """Everything that a run of a detector, or of a refiner of boxes, depends on beside its data.
+
+    Attributes:
+      init_from: work directory, or file of `scripts.export_weights`, of a trained detector of any
+        classes to start from; "": none.
+    """
 
     task: Literal["detection"]
     name: str
     seed: int
+    init_from: str
     data: DataSettings
     model: ModelSettings
     optimizer: OptimizerSettings

@@ -22,9 +22,10 @@ from common.training.optimizer import make_optimizer, make_schedule, total_steps
 from common.training.restore import first_state
 from common.training.run_metrics import log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
-from common.training.workdir import prepare_workdir
+from common.training.workdir import keep_classes, prepare_workdir
 from detection.batch_fields import init_shapes, train_shapes
 from detection.evaluate import evaluate_variables
+from detection.fine_tuning import with_trained_detector
 from detection.models.faster_rcnn import build
 from detection.models.two_stage import frozen_pattern
 from detection.refine import open_proposals
@@ -42,6 +43,7 @@ MAY_DIFFER = (
     "data.prefetch",
     "data.eval_split",
     "data.proposals",
+    "init_from",
     "model.pretrained",
     "model.drop_background_rois",
 )
@@ -56,6 +58,7 @@ def train(settings: RunSettings, workdir: str) -> dict[str, float]:
 
     # ---------------------------------------------------------------- data
     dataset = command.open_dataset(settings.data.dir)
+    keep_classes(workdir, dataset)
     batch_size = settings.data.batch_size
     plan = train_plan(dataset, settings.data, settings.seed)
     steps_per_epoch = plan.steps_per_epoch
@@ -78,7 +81,8 @@ def train(settings: RunSettings, workdir: str) -> dict[str, float]:
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     # ---------------------------------------------------------------- state
-    # In this order: the work directory's newest checkpoint, a pretrained backbone, random values.
+    # In this order: the work directory's newest checkpoint, a trained detector, a pretrained
+    # backbone, random values.
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep_last=settings.checkpoint.keep_last,
@@ -88,6 +92,8 @@ def train(settings: RunSettings, workdir: str) -> dict[str, float]:
     state, start_step = first_state(checkpoints, init, mesh, say)
     if not start_step and settings.model.pretrained:
         state = with_pretrained_backbone(state, settings.model.pretrained, mesh, say)
+    if not start_step and settings.init_from:
+        state = with_trained_detector(state, settings.init_from, dataset.class_labels, mesh, say)
 
     # ---------------------------------------------------------------- loop
     step_fn = jit_train_step(model, tx, mesh)

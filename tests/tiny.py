@@ -1,5 +1,6 @@
 """A detection problem small enough for tests: coloured squares on grey photos, and its config."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
@@ -14,12 +15,18 @@ from detection.settings import RunSettings, read_run
 COLOURS = ((200, 40, 40), (40, 160, 60), (50, 70, 220))
 
 
-def write_dataset(directory: Path, num_images: int = 12, size: int = 64, seed: int = 0) -> Path:
+def write_dataset(
+    directory: Path,
+    num_images: int = 12,
+    size: int = 64,
+    seed: int = 0,
+    labels: Sequence[str] = ("red", "green", "blue"),
+) -> Path:
     """Writes photos and a dataset directory with the splits "train" and "validation"."""
     rng = np.random.default_rng(seed)
     photos = directory.with_name(directory.name + "_photos")
     photos.mkdir(parents=True)
-    labels = ["red", "green", "blue"]
+    labels = list(labels)
     hierarchy = {"LabelName": "root", "Subcategory": [{"LabelName": label} for label in labels]}
     with DatasetWriter(directory, "tiny", labels, labels, hierarchy, str(photos)) as writer:
         for i in range(num_images):

@@ -22,6 +22,7 @@ Boxes are xmin, ymin, xmax, ymax, normalised to [0, 1], continuous and half-open
 
 import csv
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 
 from common.data.dataset_format import (
@@ -48,6 +50,7 @@ from common.data.dataset_format import (
 )
 from common.data.dataset_writer import DatasetWriter, check_output, flat_hierarchy
 from common.io.errors import UserError
+from common.io.paths import PathLike
 
 __all__ = [
     "ABSENT",
@@ -249,11 +252,10 @@ class Dataset:
         return np.where(fits & (self.image_ids[index] == queries), index, -1)
 
 
-def read_classes(path: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """Labels and names of a classes.csv (header label,name)."""
+def read_classes(path: PathLike) -> tuple[list[str], list[str]]:
+    """Labels and names of a classes.csv (header label,name), local or gs://."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+        rows = list(csv.reader(io.StringIO(epath.Path(path).read_text())))
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
     if not rows or rows[0] != ["label", "name"] or any(len(row) != 2 for row in rows):

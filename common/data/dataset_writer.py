@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from common.data.dataset_format import FORMAT, INDEX, OPTIONAL, STRINGS
-from common.io.atomic import atomic_folder
+from common.io.atomic import atomic_folder, open_atomic
 from common.io.errors import UserError
+from common.io.paths import PathLike
 
 
 class DatasetWriter:
@@ -92,10 +93,7 @@ class DatasetWriter:
             if key.endswith("offsets"):
                 self._arrays[key].append(np.zeros(1, np.int64))
         self._masks = open(self.temporary / "masks.bin", "wb") if has_masks else None
-        with open(self.temporary / "classes.csv", "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["label", "name"])
-            rows.writerows(zip(class_labels, class_names, strict=True))
+        write_classes(self.temporary / "classes.csv", class_labels, class_names)
         self.write_json("hierarchy.json", hierarchy or flat_hierarchy(class_labels))
 
     def add_image(
@@ -310,6 +308,14 @@ class _NpyAppender:
         self._file.seek(0)
         self._file.write(magic + header.encode().ljust(self._HEADER - 11) + b"\n")
         self._file.close()
+
+
+def write_classes(path: PathLike, labels: Sequence[str], names: Sequence[str]) -> None:
+    """Writes a classes.csv; `common.data.dataset.read_classes` reads it."""
+    with open_atomic(path, newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["label", "name"])
+        rows.writerows(zip(labels, names, strict=True))
 
 
 def flat_hierarchy(class_labels: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The work directory of a run: its config, and one line of metrics per report.
 
 config.json     what the run was started with; a second start must agree with it
+classes.csv     label,name of the model's classes in the order of its outputs
+hierarchy.json  tree of the labels
 metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines
 """
 
@@ -12,6 +14,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from common.data.dataset import Dataset, read_classes
+from common.data.dataset_writer import write_classes
 from common.io.atomic import write_text
 from common.io.errors import UserError
 
@@ -49,6 +53,26 @@ def prepare_workdir(
     if jax.process_index() == 0:
         write_text(path, json.dumps(new, indent=2, sort_keys=True) + "\n")
     return workdir
+
+
+def keep_classes(workdir: epath.Path, dataset: Dataset) -> None:
+    """Writes the classes of the run, or makes sure that they are those of its first start.
+
+    Raises:
+      UserError: the work directory is of other classes than the dataset directory.
+    """
+    path = workdir / "classes.csv"
+    if path.exists():
+        labels, _ = read_classes(path)
+        if labels != list(dataset.class_labels):
+            raise UserError(
+                f"{path}: found {len(labels)} classes, {', '.join(labels[:_MAX_NAMED])}, ...; "
+                f"expected those of {dataset.directory}, in its order "
+                f"({', '.join(dataset.class_labels[:_MAX_NAMED])}, ...)"
+            )
+    elif jax.process_index() == 0:
+        write_classes(path, dataset.class_labels, dataset.class_names)
+        write_text(workdir / "hierarchy.json", json.dumps(dataset.hierarchy, indent=1) + "\n")
 
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.task = "detection"
     config.name = "r50"
     config.seed = 0
+    config.init_from = ""  # work directory or file of a trained detector, of any classes
 
     config.data = dict(
         dir="",  # dataset directory written by scripts.prepare_data

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from etils import epath
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
@@ -105,11 +106,9 @@ def read_safetensors(path: str | Path, data: bytes | None = None) -> State:
       UserError: no such file, or an unreadable one.
     """
     try:
-        return safetensors_numpy.load(Path(path).read_bytes() if data is None else data)
+        return safetensors_numpy.load(epath.Path(path).read_bytes() if data is None else data)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: found no such file, expected the output of convert_weights"
-        ) from error
+        raise UserError(f"{path}: found no such file, expected a .safetensors file") from error
     except (safetensors.SafetensorError, KeyError) as error:
         raise UserError(f"{path}: found no readable safetensors file ({error})") from error
 
