@@ -1,4 +1,4 @@
-"""Which ground-truth box each anchor or proposal answers for, and which of them are trained on.
+"""Which ground-truth box an anchor or proposal is matched to, and which are sampled for training.
 
 Shape legend
   N  anchors or proposals of one image
@@ -25,7 +25,7 @@ _TIE = 1e-6
 
 
 class Match(NamedTuple):
-    """Which boxes are trained as objects and which as background; some are neither."""
+    """Which boxes may be sampled as objects and which as background; some are neither."""
 
     positive: Bool[Array, " N"]
     negative: Bool[Array, " N"]
@@ -34,8 +34,8 @@ class Match(NamedTuple):
 def match(
     boxes: Float[Array, "N 4"],
     valid: Bool[Array, " N"],
-    truth: Float[Array, "M 4"],
-    truth_valid: Bool[Array, " M"],
+    gt_boxes: Float[Array, "M 4"],
+    gt_valid: Bool[Array, " M"],
     *,
     positive_iou: float,
     negative_iou: float,
@@ -47,24 +47,25 @@ def match(
     Args:
       boxes: anchors or proposals, pixels.
       valid: boxes that take part.
-      truth: ground-truth boxes, pixels.
-      truth_valid: which of them are real.
+      gt_boxes: ground-truth boxes, pixels.
+      gt_valid: which of them are real.
       positive_iou: IoU >= this is positive.
       negative_iou: IoU < this is negative; in between is not trained on.
       best_match_iou: when given, the best boxes of every ground-truth box (all ties) are positive
-        too if their IoU is at least this. They still answer for their own best (`best_truth`).
+        too if their IoU is at least this. They are still matched to their own best
+        (`matched_idx`).
       ignore: boxes that are never background, from `ignored_background`; None: there are none.
     """
     # Every reduction runs along the last axis: on CPU that is six times as fast as across it, which
     # pays for computing the overlaps in both orientations.
-    iou = jnp.where(truth_valid & valid[:, None], box_ops.iou(boxes, truth), -1.0)
+    iou = jnp.where(gt_valid & valid[:, None], box_ops.iou(boxes, gt_boxes), -1.0)
     best = iou.max(axis=1)
     positive = best >= positive_iou
     if best_match_iou is not None:
-        transposed = jnp.where(truth_valid[:, None] & valid, box_ops.iou(truth, boxes), -1.0)
-        best_of_truth = transposed.max(axis=1)
-        wanted = truth_valid & (best_of_truth >= best_match_iou)
-        positive |= ((iou >= best_of_truth - _TIE) & wanted).any(axis=1)
+        transposed = jnp.where(gt_valid[:, None] & valid, box_ops.iou(gt_boxes, boxes), -1.0)
+        best_of_gt = transposed.max(axis=1)
+        wanted = gt_valid & (best_of_gt >= best_match_iou)
+        positive |= ((iou >= best_of_gt - _TIE) & wanted).any(axis=1)
     # Without any ground truth `best` is -1 everywhere, so all valid boxes are negative.
     negative = (best < negative_iou) & ~positive
     if ignore is not None:
@@ -107,11 +108,11 @@ def ignored_background(
     )
 
 
-def best_truth(
-    boxes: Float[Array, "S 4"], truth: Float[Array, "M 4"], truth_valid: Bool[Array, " M"]
+def matched_idx(
+    boxes: Float[Array, "S 4"], gt_boxes: Float[Array, "M 4"], gt_valid: Bool[Array, " M"]
 ) -> Int[Array, " S"]:
-    """The ground-truth box of highest IoU, asked of the few sampled boxes only."""
-    return jnp.where(truth_valid, box_ops.iou(boxes, truth), -1.0).argmax(axis=1)
+    """The ground-truth box of highest IoU, computed for the sampled boxes only."""
+    return jnp.where(gt_valid, box_ops.iou(boxes, gt_boxes), -1.0).argmax(axis=1)
 
 
 def max_positives(num_samples: int, positive_fraction: float) -> int:

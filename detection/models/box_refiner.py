@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from common.geometry import boxes as box_ops
-from detection.models import second_stage
-from detection.models.rpn import Proposals
+from detection.losses.weights import weighted
+from detection.models.second_stage import detect_stages, stage_losses
 from detection.models.two_stage import TwoStage
+from detection.structures import Proposals
 
 
 class BoxRefiner(TwoStage):
@@ -48,21 +49,9 @@ class BoxRefiner(TwoStage):
             jnp.concatenate([boxes, jittered.boxes], axis=1),
             jnp.concatenate([valid, jittered.valid], axis=1),
         )
-        pyramids = self.pyramids(batch, train=True)
-        terms, monitor = second_stage.stage_losses(
-            self.heads(),
-            [self.pool(levels) for levels in pyramids],
-            self.image_keys(len(boxes)),
-            proposals,
-            batch,
-            self.stages,
-            [vars(s.loss_weights)],
-            sample=dict(vars(s.box_head.sample), ignore_ioa=s.ignore_ioa),
-            loss=vars(s.box_head.loss),
-            margin={},
-            axis_name=self.axis_name,
-        )
-        return {"losses": terms, "monitor": monitor}
+        branches, keys = self.read(batch, train=True), self.image_keys(len(boxes))
+        terms, monitor = stage_losses(branches, keys, proposals, batch, s, self.axis_name)
+        return {"losses": weighted(terms, s), "monitor": monitor}
 
     def detect(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Boxes (B,P,4), canvas pixels, in the order of the proposals, and which were refined.
@@ -71,15 +60,8 @@ class BoxRefiner(TwoStage):
         and those that the regressor would move out of the image.
         """
         proposals = Proposals(batch["proposals"], batch["proposal_valid"])
-        pyramids = self.pyramids(batch, train=False)
-        _, boxes = second_stage.detect_stages(
-            self.heads(),
-            [self.pool(levels) for levels in pyramids],
-            proposals,
-            batch["image_size"],
-            self.stages,
-            average=self.settings.stages.average,
-            box_stage=self.settings.stages.box_stage,
+        _, boxes = detect_stages(
+            self.read(batch, train=False), proposals, batch["image_size"], self.settings.stages
         )
         boxes = boxes[:, :, 0]
         refined = proposals.valid & batch["image_valid"][:, None] & box_ops.is_valid(boxes)

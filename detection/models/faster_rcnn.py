@@ -8,6 +8,7 @@ Shape legend
   H, W  canvas, pixels
   M     padded ground-truth boxes
   K     classes
+  P     proposals per image
   D     detections per image
 
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
@@ -17,7 +18,7 @@ with ignore_valid (B,G), inside which nothing is background, and class_known boo
 classes that the annotations of an image cover.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,14 @@ from jaxtyping import Array, Bool, Float
 
 from common.geometry.nms import multiclass_nms
 from detection.assign import anchors as anchor_ops
-from detection.models import rpn as rpn_ops
-from detection.models import second_stage
+from detection.losses.rpn import recall, rpn_losses
+from detection.losses.weights import Term, weighted
 from detection.models.box_refiner import BoxRefiner
+from detection.models.rpn import RPNHead, propose
+from detection.models.second_stage import RoIBranch, detect_stages, stage_losses
 from detection.models.settings import ModelSettings
 from detection.models.two_stage import TwoStage
+from detection.structures import Proposals
 
 
 class FasterRCNN(TwoStage):
@@ -39,9 +43,9 @@ class FasterRCNN(TwoStage):
         super().setup()
         s = self.settings
         num_anchors = len(s.anchors.scales) * len(s.anchors.ratios)
-        self.rpn_head = rpn_ops.RPNHead(num_anchors, s.fpn_channels, dtype=jnp.dtype(s.dtype))
+        self.rpn_head = RPNHead(num_anchors, s.fpn_channels, dtype=jnp.dtype(s.dtype))
 
-    def anchors(self, levels: list[Array]) -> list[Array]:
+    def anchors(self, levels: Sequence[Array]) -> list[Array]:
         """Anchors of each level, pixels."""
         a = self.settings.anchors
         shapes = [level.shape[1:3] for level in levels]
@@ -56,134 +60,105 @@ class FasterRCNN(TwoStage):
         'sampling'.
         """
         s, axis_name = self.settings, self.axis_name
-        pyramids = self.pyramids(batch, train=True)
-        anchors = self.anchors(pyramids[-1])
-        logits, deltas = self.rpn_head(pyramids[-1])
+        branches = self.read(batch, train=True)
+        levels = branches[-1].levels
+        anchors = self.anchors(levels)
+        logits, deltas = self.rpn_head(levels)
 
         num_images = batch["image"].shape[0]
         rpn_keys, roi_keys = self.image_keys(num_images), self.image_keys(num_images)
-        terms = rpn_ops.rpn_losses(
+        rpn_terms = rpn_losses(
             rpn_keys,
             logits,
             deltas,
             anchors,
             batch,
+            s.rpn.loss,
             ignore_ioa=s.ignore_ioa,
             axis_name=axis_name,
-            **vars(s.rpn.loss),
         )
-        weights = vars(s.loss_weights)
-        terms = {name: weights[name] * value for name, value in terms.items()}
-        proposals = rpn_ops.propose(
+        proposals = propose(
             *jax.lax.stop_gradient((logits, deltas)),
             anchors,
             batch["image_size"],
-            **vars(s.rpn.train_proposals),
+            s.rpn.train_proposals,
         )
-        box_terms, monitor = second_stage.stage_losses(
-            self.heads(),
-            [self.pool(levels) for levels in pyramids],
-            roi_keys,
-            proposals,
-            batch,
-            self.stages,
-            self._branch_weights(),
-            sample=dict(vars(s.box_head.sample), ignore_ioa=s.ignore_ioa),
-            loss=vars(s.box_head.loss),
-            margin=vars(s.box_head.margin),
-            axis_name=axis_name,
-        )
-        monitor["proposal_recall"] = rpn_ops.recall(
-            proposals,
-            batch["gt_boxes"],
-            batch["gt_valid"],
-            batch["image_valid"],
-            axis_name=axis_name,
-        )
-        return {"losses": terms | box_terms, "monitor": monitor}
-
-    def _branch_weights(self) -> list[dict[str, float]]:
-        """Weights of the box heads' losses by name, for each branch."""
-        s = self.settings
-        if not s.split_after:
-            return [vars(s.loss_weights)]
-
-        def lowered(of_class):
-            return {
-                name: weight * (s.low_weight if name.endswith("class") == of_class else 1.0)
-                for name, weight in vars(s.loss_weights).items()
-            }
-
-        return [lowered(of_class=False), lowered(of_class=True)]
+        roi_terms, monitor = stage_losses(branches, roi_keys, proposals, batch, s, axis_name)
+        monitor["proposal_recall"] = recall(proposals, batch, axis_name=axis_name)
+        terms = {Term(name): value for name, value in rpn_terms.items()} | roi_terms
+        return {"losses": weighted(terms, s), "monitor": monitor}
 
     def detect(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Detections: boxes (B,D,4) canvas pixels, scores, classes 0..K-1 and valid, each (B,D)."""
-        s = self.settings
-        pyramids = self.pyramids(batch, train=False)
-        proposals = self._propose(pyramids, batch)
-        scores, boxes = self._score(pyramids, batch, proposals)
+        branches = self.read(batch, train=False)
+        proposals = self._propose(branches, batch)
+        scores, boxes = self._score(branches, batch, proposals)
         valid = proposals.valid & batch["image_valid"][:, None]
-        if s.drop_background_rois:
-            # Stricter than the score threshold, for experts (paper section 5.4).
-            valid &= scores.argmax(axis=-1) != 0
-
-        def select(boxes, scores, valid):
-            return multiclass_nms(boxes, scores, valid, **vars(s.detections))
-
-        return jax.vmap(select)(boxes, scores[..., 1:], valid)
+        return select_detections(boxes, scores, valid, self.settings)
 
     def propose_on(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Proposals of inference: boxes (B,P,4) canvas pixels, scores (B,P), valid (B,P)."""
-        found = self._propose(self.pyramids(batch, train=False), batch)
+        proposals = self._propose(self.read(batch, train=False), batch)
         return {
-            "boxes": found.boxes,
-            "scores": jax.nn.sigmoid(found.logits),
-            "valid": found.valid & batch["image_valid"][:, None],
+            "boxes": proposals.boxes,
+            "scores": jax.nn.sigmoid(proposals.logits),
+            "valid": proposals.valid & batch["image_valid"][:, None],
         }
 
     def score_proposals(
         self, batch: Mapping[str, Array], boxes: Float[Array, "B P 4"], valid: Bool[Array, "B P"]
     ) -> dict[str, Array]:
-        """The second stage on given regions, for test-time augmentation.
+        """The second stage on given RoIs, for test-time augmentation.
 
         Args:
           batch: images.
-          boxes: regions, canvas pixels.
+          boxes: RoIs, canvas pixels.
           valid: which of them are real.
 
         Returns:
           scores (B,P,K+1), probabilities with background first, and boxes (B,P,K,4) canvas pixels
           ((B,P,1,4) when class-agnostic).
         """
-        pyramids = self.pyramids(batch, train=False)
-        scores, boxes = self._score(pyramids, batch, rpn_ops.Proposals(boxes, valid))
+        branches = self.read(batch, train=False)
+        scores, boxes = self._score(branches, batch, Proposals(boxes, valid))
         return {"scores": scores, "boxes": boxes}
 
-    def _propose(
-        self, pyramids: list[list[Array]], batch: Mapping[str, Array]
-    ) -> rpn_ops.Proposals:
-        logits, deltas = self.rpn_head(pyramids[-1])
-        return rpn_ops.propose(
-            logits,
-            deltas,
-            self.anchors(pyramids[-1]),
-            batch["image_size"],
-            **vars(self.settings.rpn.test_proposals),
-        )
+    def _propose(self, branches: list[RoIBranch], batch: Mapping[str, Array]) -> Proposals:
+        levels = branches[-1].levels
+        outputs, options = self.rpn_head(levels), self.settings.rpn.test_proposals
+        return propose(*outputs, self.anchors(levels), batch["image_size"], options)
 
     def _score(
-        self, pyramids: list[list[Array]], batch: Mapping[str, Array], proposals: rpn_ops.Proposals
+        self, branches: list[RoIBranch], batch: Mapping[str, Array], proposals: Proposals
     ) -> tuple[Array, Array]:
-        stages = self.settings.stages
-        return second_stage.detect_stages(
-            self.heads(),
-            [self.pool(levels) for levels in pyramids],
-            proposals,
-            batch["image_size"],
-            self.stages,
-            average=stages.average,
-            box_stage=stages.box_stage,
-        )
+        return detect_stages(branches, proposals, batch["image_size"], self.settings.stages)
+
+
+def select_detections(
+    boxes: Float[Array, "B P k 4"],
+    scores: Float[Array, "B P K1"],
+    valid: Bool[Array, "B P"],
+    settings: ModelSettings,
+) -> dict[str, Array]:
+    """Detections of scored proposals: score threshold and NMS in each class, the best of all.
+
+    Args:
+      boxes: of each class, or of all together (k = 1).
+      scores: probabilities, background first.
+      valid: which proposals are real.
+      settings: `detections`; `drop_background_rois` leaves out proposals whose best score is that
+        of background, which is stricter than the score threshold (experts, paper section 5.4).
+
+    Returns:
+      boxes (B,D,4), scores, classes 0..K-1 and valid, each (B,D).
+    """
+    if settings.drop_background_rois:
+        valid &= scores.argmax(axis=-1) != 0
+
+    def select(boxes, scores, valid):
+        return multiclass_nms(boxes, scores, valid, **vars(settings.detections))
+
+    return jax.vmap(select)(boxes, scores[..., 1:], valid)
 
 
 def build(

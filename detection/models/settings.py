@@ -5,7 +5,7 @@ explained. Instances are hashable, so that Linen modules can hold them.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from common.io.settings import check
 from common.nn.backbones import BACKBONES
@@ -100,9 +100,25 @@ class BoxHeadSettings:
     margin: MarginSettings
 
 
+class CascadeStage(NamedTuple):
+    """Constants of one stage.
+
+    Attributes:
+      iou: overlap with a ground-truth box from which a RoI is positive.
+      stds: standard deviations by which its deltas are divided.
+      loss_weight: of all its losses.
+      score_weight: share of its class scores in the result.
+    """
+
+    iou: float
+    stds: tuple[float, float, float, float]
+    loss_weight: float
+    score_weight: float
+
+
 @dataclasses.dataclass(frozen=True)
 class StageSettings:
-    """Lists with one entry a stage; `detection.models.second_stage.read_stages` turns them."""
+    """Lists with one entry a stage; `each` has the stages one by one."""
 
     iou: tuple[float, ...]
     stds: tuple[tuple[float, float, float, float], ...]
@@ -120,6 +136,11 @@ class StageSettings:
         check(len(set(lengths.values())) == 1, "iou", lengths, expected)
         inside = -len(self.iou) <= self.box_stage < len(self.iou)
         check(inside, "box_stage", self.box_stage, f"one of the {len(self.iou)} stages")
+
+    @property
+    def each(self) -> tuple[CascadeStage, ...]:
+        lists = (self.iou, self.stds, self.loss_weights, self.score_weights)
+        return tuple(CascadeStage(*values) for values in zip(*lists, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +200,7 @@ class ModelSettings:
     def __post_init__(self):
         check(self.backbone in BACKBONES, "backbone", self.backbone, f"one of {BACKBONES}")
         check(self.norm in NORM_KINDS, "norm", self.norm, f"one of {', '.join(NORM_KINDS)}")
+        check(0 < self.ignore_ioa <= 1, "ignore_ioa", self.ignore_ioa, "above 0, at most 1")
         check(
             not (self.refines and self.split_after),
             "split_after",

@@ -1,4 +1,4 @@
-"""What two-stage models share: backbone, pyramids, and box heads that read regions of them.
+"""What two-stage models share: backbone, pyramids, and box heads that read RoIs of them.
 
 With `split_after` the backbone forks after that tap (paper section 5.2): one branch for classes and
 one for boxes, each with a pyramid and heads of its own.
@@ -6,13 +6,14 @@ one for boxes, each with a pyramid and heads of its own.
 Shape legend
   B     images of the global batch
   H, W  canvas, pixels
-  R     regions
+  R     RoIs per image
 
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
 height and width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,18 +24,33 @@ from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.layers.canvas import normalise
-from detection.models import second_stage
 from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
 from detection.models.fpn import FPN
 from detection.models.nas_fpn import NASFPN
+from detection.models.second_stage import RoIBranch
 from detection.models.settings import ModelSettings
+from detection.structures import Pool
 
 MAX_ROI_STRIDE = 32  # coarser levels serve the proposal network only
 
 
+class Branch(NamedTuple):
+    """Modules of one branch; a plain model has one, a decoupled backbone two.
+
+    Attributes:
+      backbone: stages above the fork, None where nothing is forked.
+      neck: makes the pyramid.
+      heads: box heads of each stage.
+    """
+
+    backbone: nn.Module | None
+    neck: nn.Module
+    heads: tuple[nn.Module, ...]
+
+
 class TwoStage(nn.Module):
-    """Backbone, pyramids and heads by `config.model`; subclasses say where regions come from."""
+    """Backbone, pyramids and heads by `config.model`; subclasses say where proposals come from."""
 
     num_classes: int
     settings: ModelSettings
@@ -42,76 +58,74 @@ class TwoStage(nn.Module):
 
     def setup(self):
         s = self.settings
-        dtype = jnp.dtype(s.dtype)
-        fields = dict(
+        split = int(s.split_after[1:]) - 1 if s.split_after else None  # the last shared stage
+        self.backbone = self._make_backbone(None if split is None else dict(last_stage=split))
+        # The last branch serves boxes and proposals, the first one classes.
+        names = ("",) if split is None else ("_class", "_box")
+        self.branches = tuple(self._make_branch(name, split) for name in names)
+
+    def _make_branch(self, name: str, split: int | None) -> Branch:
+        """Names of the modules are those of the parameters: `neck_class`, `box_head_class2`."""
+        upper = None
+        if split is not None:
+            upper = self._make_backbone(dict(first_stage=split + 1, name=f"backbone{name}"))
+        # `box_head`, then `box_head2` and so on in a cascade.
+        numbers = ["", *range(2, len(self.settings.stages.iou) + 1)]
+        heads = tuple(self._make_head(f"box_head{name}{number}") for number in numbers)
+        return Branch(upper, self._make_neck(f"neck{name}"), heads)
+
+    def _make_backbone(self, part: dict | None) -> nn.Module:
+        s = self.settings
+        return make_backbone(
+            s.backbone,
             norm=s.norm,
             frozen_stages=s.frozen_stages,
             remat=s.remat,
             axis_name=self.axis_name,
-            dtype=dtype,
+            dtype=jnp.dtype(s.dtype),
             drop_path_rate=s.drop_path_rate,
             deform=s.deform,
+            **(part or {}),
         )
-        # The last branch serves boxes and proposals, the first one classes.
-        self.branches = ("_class", "_box") if s.split_after else ("",)
-        if s.split_after:
-            stage = int(s.split_after[1:]) - 1
-            self.backbone = make_backbone(s.backbone, last_stage=stage, **fields)
-            for branch in self.branches:
-                upper = make_backbone(s.backbone, first_stage=stage + 1, **fields)
-                setattr(self, f"backbone{branch}", upper)
-        else:
-            self.backbone = make_backbone(s.backbone, **fields)
-        self.stages = second_stage.read_stages(s.stages)
-        for branch in self.branches:
-            setattr(self, f"neck{branch}", self._make_neck(dtype))
-            for name in self._head_names(branch):
-                setattr(self, name, self._make_head(dtype))
 
-    def _make_neck(self, dtype: jnp.dtype) -> nn.Module:
+    def _make_neck(self, name: str) -> nn.Module:
         s = self.settings
+        fields = dict(axis_name=self.axis_name, dtype=jnp.dtype(s.dtype), name=name)
         if s.neck == "fpn":
-            return FPN(s.fpn_channels, s.fpn_norm, axis_name=self.axis_name, dtype=dtype)
-        return NASFPN(s.fpn_channels, axis_name=self.axis_name, dtype=dtype, **vars(s.nas_fpn))
+            return FPN(s.fpn_channels, s.fpn_norm, **fields)
+        return NASFPN(s.fpn_channels, **vars(s.nas_fpn), **fields)
 
-    def _make_head(self, dtype: jnp.dtype) -> nn.Module:
-        h = self.settings.box_head
+    def _make_head(self, name: str) -> nn.Module:
+        h, dtype = self.settings.box_head, jnp.dtype(self.settings.dtype)
         if h.kind == "regressor":
-            return RegressorHead(h.width, dtype=dtype)
+            return RegressorHead(h.width, dtype=dtype, name=name)
         fields = dict(
             num_classes=self.num_classes,
             width=h.width,
             class_agnostic=h.class_agnostic,
             dtype=dtype,
+            name=name,
         )
         if h.kind == "decoupling":
-            return DecouplingHead(**fields, **vars(h.offsets))
+            return DecouplingHead(**vars(h.offsets), **fields)
         return TwoFCHead(**fields)
 
-    def _head_names(self, branch: str) -> list[str]:
-        """`box_head`, then `box_head2` and so on in a cascade."""
-        return [f"box_head{branch}{i or ''}" for i in (0, *range(2, len(self.stages) + 1))]
-
-    def heads(self) -> list[list[nn.Module]]:
-        """Box heads of each branch, of each stage."""
-        return [[getattr(self, name) for name in self._head_names(b)] for b in self.branches]
-
-    def pyramids(self, batch: Mapping[str, Array], train: bool) -> list[list[Array]]:
-        """Levels of the batch's images, finest first, of each branch."""
+    def read(self, batch: Mapping[str, Array], train: bool) -> list[RoIBranch]:
+        """The features of the batch's images in each branch, with the heads that read them."""
         mean, std = preprocessing(self.settings.backbone)
         images = normalise(
             batch["image"], batch["image_size"], mean, std, jnp.dtype(self.settings.dtype)
         )
         shared = self.backbone(images, train=train)
-        pyramids = []
+        branches = []
         for branch in self.branches:
             taps = shared
-            if branch:
-                split = self.settings.split_after
-                taps = shared | getattr(self, f"backbone{branch}")(shared[split], train=train)
-            levels = getattr(self, f"neck{branch}")(taps, train)
-            pyramids.append([levels[name] for name in sorted(levels)])
-        return pyramids
+            if branch.backbone is not None:
+                taps = shared | branch.backbone(shared[self.settings.split_after], train=train)
+            pyramid = branch.neck(taps, train)
+            levels = [pyramid[name] for name in sorted(pyramid)]
+            branches.append(RoIBranch(levels, self._pool(levels), branch.heads))
+        return branches
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -120,7 +134,7 @@ class TwoStage(nn.Module):
         finest = s.nas_fpn.min_level if s.neck == "nas_fpn" else 2
         return tuple(2 ** (finest + i) for i in range(5))
 
-    def pool(self, levels: list[Array]) -> Callable[..., Array]:
+    def _pool(self, levels: list[Array]) -> Pool:
         """Function of boxes (B,R,4), and optionally shifts of each bin, to (B,R,S,S,C) features.
 
         Each box is read from the level that fits its size.

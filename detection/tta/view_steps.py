@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, UInt8
 
-from common.geometry.nms import multiclass_nms, nms_top
+from common.geometry.nms import nms_top
 from common.training.distributed import DATA_AXIS
-from detection.models.faster_rcnn import FasterRCNN
+from detection.models.faster_rcnn import FasterRCNN, select_detections
 
 # ------------------------------------------------------------------- between photo and canvas
 
@@ -200,15 +200,9 @@ def sum_step(mesh: Mesh) -> Callable:
 @functools.cache
 def average_step(model: FasterRCNN, mesh: Mesh) -> Callable:
     """`(total, valid, number of views) -> detections`: element-wise means, then NMS by class."""
-    settings = model.settings
-
-    def select(boxes, scores, valid):
-        if settings.drop_background_rois:
-            valid &= scores.argmax(axis=-1) != 0
-        return multiclass_nms(boxes, scores[:, 1:], valid, **vars(settings.detections))
 
     def average(total, valid, num_views):
         mean = jax.tree.map(lambda x: x / num_views, total)
-        return jax.vmap(select)(mean["boxes"], mean["scores"], valid)
+        return select_detections(mean["boxes"], mean["scores"], valid, model.settings)
 
     return _on_mesh(average, mesh, (P(DATA_AXIS), P(DATA_AXIS), P()))

@@ -7,10 +7,12 @@ import pytest
 
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
-from configs.detection import base
 from detection.models import second_stage
-from detection.models.box_head import RegressorHead, RoITargets, TwoFCHead
+from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
+from detection.settings import read_run
+from detection.structures import RoITargets
+from tests import tiny
 
 FEATURES = [jax.random.normal(jax.random.key(i), (2, 16 >> i, 16 >> i, 8)) for i in range(2)]
 HEADS = {
@@ -31,27 +33,27 @@ def targets_of(num_positives):
     rng = np.random.default_rng(0)
     low = rng.uniform(0, 30, (2, 8, 2))
     boxes = np.concatenate([low, low + rng.uniform(8, 30, low.shape)], -1).astype(np.float32)
-    truth = boxes + rng.uniform(-3, 3, boxes.shape).astype(np.float32)
+    gt_boxes = boxes + rng.uniform(-3, 3, boxes.shape).astype(np.float32)
     positive = np.arange(8) < np.array(num_positives)[:, None]
     labels = np.where(positive, rng.integers(1, 4, (2, 8)), 0)
-    return RoITargets(boxes, labels, truth, np.arange(8) < [[8], [7]], np.zeros((2, 8), bool))
+    return RoITargets(boxes, labels, gt_boxes, np.arange(8) < [[8], [7]], np.zeros((2, 8), bool))
 
 
 @pytest.mark.parametrize("normaliser", ["sampled", "positive"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_boxes_of_background_change_no_loss_and_no_gradient(kind, normaliser):
     head, targets = HEADS[kind], targets_of([2, 1])
-    model = base.get_config().model
-    stage = second_stage.read_stages(model.stages)[0]
-    loss = dict(model.box_head.loss) | {"normaliser": normaliser}
+    config = tiny.get_config()
+    config.model.box_head.loss.normaliser = normaliser
+    model = read_run(config).model
     params = jax.jit(lambda key: head.init(key, pool, targets.boxes, True))(jax.random.key(1))
 
     @jax.jit
     def losses_and_gradient(params):
-        def losses(params, num_boxes):
-            output = head.apply(params, pool, targets.boxes, True, num_boxes)
+        def losses(params, num_regressed):
+            output = head.apply(params, pool, targets.boxes, True, num_regressed)
             terms = second_stage.head_losses(
-                output, targets, jnp.ones(2, bool), stage, loss, model.box_head.margin, None
+                output, targets, jnp.ones(2, bool), model.stages.each[0], model.box_head, None
             )
             return sum(terms.values()), (terms, output)
 

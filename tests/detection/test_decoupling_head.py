@@ -9,8 +9,9 @@ from common.geometry import boxes as box_ops
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
 from common.io.errors import UserError
-from detection.models.box_head import HeadOutput, RoITargets
-from detection.models.decoupling_head import DecouplingHead, margin_losses, shifted
+from detection.losses.margin import margin_losses
+from detection.models.decoupling_head import DecouplingHead, shifted
+from detection.structures import HeadOutput, RoITargets
 
 STDS = (0.1, 0.1, 0.2, 0.2)
 OPTIONS = dict(stds=STDS, class_margin=0.2, box_margin=0.2, clip=True)
@@ -20,11 +21,11 @@ def logits_of(probabilities):
     return jnp.log(jnp.asarray(probabilities, jnp.float32))[None]
 
 
-def one_image(labels, boxes, truth, valid=None):
-    boxes, truth = (np.asarray(a, np.float32)[None] for a in (boxes, truth))
+def one_image(labels, boxes, gt_boxes, valid=None):
+    boxes, gt_boxes = (np.asarray(a, np.float32)[None] for a in (boxes, gt_boxes))
     labels = np.asarray(labels, np.int32)[None]
     valid = np.ones(labels.shape, bool) if valid is None else np.asarray(valid)[None]
-    return RoITargets(boxes, labels, truth, valid, np.zeros(labels.shape, bool))
+    return RoITargets(boxes, labels, gt_boxes, valid, np.zeros(labels.shape, bool))
 
 
 def output_for(targets, decoupled, sibling, decoupled_boxes, sibling_boxes):

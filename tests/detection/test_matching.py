@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detection.assign.matching import best_truth, ignored, ignored_background, match, sample
+from detection.assign.matching import ignored, ignored_background, match, matched_idx, sample
 from tests.oracles import matching as oracle
 
 
@@ -20,28 +20,28 @@ def random_boxes(rng, count, size=64):
 @pytest.mark.parametrize("best_match_iou", [None, 0.3])
 def test_match_equals_brute_force(seed, best_match_iou):
     rng = np.random.default_rng(seed)
-    boxes, truth = random_boxes(rng, 40), random_boxes(rng, 6)
-    boxes[:4] = truth[:4]
-    valid, truth_valid = rng.random(40) < 0.9, rng.random(6) < 0.7
+    boxes, gt_boxes = random_boxes(rng, 40), random_boxes(rng, 6)
+    boxes[:4] = gt_boxes[:4]
+    valid, gt_valid = rng.random(40) < 0.9, rng.random(6) < 0.7
     ignore = rng.random(40) < 0.3 if seed % 2 else None
     found = match(
         boxes,
         valid,
-        truth,
-        truth_valid,
+        gt_boxes,
+        gt_valid,
         positive_iou=0.7,
         negative_iou=0.3,
         best_match_iou=best_match_iou,
         ignore=ignore,
     )
     index, positive, negative = oracle.match(
-        boxes, valid, truth, truth_valid, 0.7, 0.3, best_match_iou, ignore
+        boxes, valid, gt_boxes, gt_valid, 0.7, 0.3, best_match_iou, ignore
     )
     np.testing.assert_array_equal(found.positive, positive)
     np.testing.assert_array_equal(found.negative, negative)
     rows = np.flatnonzero(positive)
-    answers = best_truth(boxes, truth, truth_valid)
-    np.testing.assert_array_equal(np.asarray(answers)[rows], np.asarray(index)[rows])
+    indices = matched_idx(boxes, gt_boxes, gt_valid)
+    np.testing.assert_array_equal(np.asarray(indices)[rows], np.asarray(index)[rows])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -66,7 +66,7 @@ def test_ignored_boxes_equal_brute_force_for_each_image_of_a_batch(seed):
     assert not ignored_background(boxes, batch, 0.5).any()
 
 
-def test_image_without_truth_has_only_negatives():
+def test_image_without_objects_has_only_negatives():
     boxes = random_boxes(np.random.default_rng(0), 10)
     found = match(
         boxes,

@@ -1,5 +1,7 @@
 """Cascades: stages, weights, what passes from one to the next."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,11 @@ from common.geometry import boxes as box_ops
 from common.io.errors import UserError
 from common.io.settings import read_settings
 from configs.detection import base
+from detection.losses.weights import Term
 from detection.models import second_stage
-from detection.models.box_head import HeadOutput
-from detection.models.rpn import Proposals
-from detection.models.settings import StageSettings
+from detection.models.second_stage import RoIBranch
+from detection.models.settings import ModelSettings, StageSettings
+from detection.structures import HeadOutput, Proposals
 
 STDS = (0.1, 0.1, 0.2, 0.2)
 SIZE = np.full((1, 2), 100.0, np.float32)
@@ -27,12 +30,12 @@ def settings(**fields):
 def head_that(probabilities, move):
     """A head that says the same of every region and moves its box of each class by `move`."""
 
-    def head(pool, boxes, train, num_boxes=None):
+    def head(pool, boxes, train, num_regressed=None):
         batch, regions = boxes.shape[:2]
         logits = jnp.broadcast_to(jnp.log(jnp.array(probabilities)), (batch, regions, 3))
         target = boxes[:, :, None] + jnp.array(move, jnp.float32)
         deltas = box_ops.encode(target, boxes[:, :, None], STDS)
-        return HeadOutput(logits, deltas[:, :num_boxes], boxes[:, :num_boxes])
+        return HeadOutput(logits, deltas[:, :num_regressed], boxes[:, :num_regressed])
 
     return head
 
@@ -41,22 +44,13 @@ def proposals_of(*boxes):
     return Proposals(jnp.array([boxes], jnp.float32), jnp.ones((1, len(boxes)), bool))
 
 
-def detect(heads, stages, average="probability", box_stage=-1):
-    return second_stage.detect_stages(
-        [heads],
-        [None],
-        proposals_of([10, 10, 30, 30]),
-        SIZE,
-        stages,
-        average=average,
-        box_stage=box_stage,
-    )
+def detect(heads, stages, *more_heads):
+    branches = [RoIBranch([], None, branch) for branch in (heads, *more_heads)]
+    return second_stage.detect_stages(branches, proposals_of([10, 10, 30, 30]), SIZE, stages)
 
 
 def two_stages(**fields):
-    return second_stage.read_stages(
-        settings(iou=(0.5, 0.6), stds=(STDS, STDS), loss_weights=(1.0, 1.0), **fields)
-    )
+    return settings(iou=(0.5, 0.6), stds=(STDS, STDS), loss_weights=(1.0, 1.0), **fields)
 
 
 def test_scores_are_the_weighted_mean_of_the_stages():
@@ -67,7 +61,7 @@ def test_scores_are_the_weighted_mean_of_the_stages():
     np.testing.assert_allclose(
         scores[0, 0], 0.75 * np.array(first) + 0.25 * np.array(second), rtol=1e-5
     )
-    scores, _ = detect(heads, stages, average="logit")
+    scores, _ = detect(heads, two_stages(score_weights=(0.75, 0.25), average="logit"))
     mean = np.array(first) ** 0.75 * np.array(second) ** 0.25
     np.testing.assert_allclose(scores[0, 0], mean / mean.sum(), rtol=1e-5)
 
@@ -80,34 +74,25 @@ def test_boxes_pass_on_by_the_best_class_and_are_clipped():
     _, boxes = detect(heads, stages)
     np.testing.assert_allclose(boxes[0, 0, 0], [30, 30, 62, 50], atol=1e-3)
     np.testing.assert_allclose(boxes[0, 0, 1], [90, 90, 100, 100], atol=1e-3)
-    _, boxes = detect(heads, stages, box_stage=0)
+    _, boxes = detect(heads, two_stages(score_weights=(1.0, 1.0), box_stage=0))
     np.testing.assert_allclose(boxes[0, 0, 1], [30, 30, 50, 50], atol=1e-3)
 
 
 def test_classes_come_from_the_first_branch_and_boxes_from_the_last():
-    stages = second_stage.read_stages(settings())
     for_class = head_that([0.1, 0.2, 0.7], np.full((2, 4), 9.0))
     for_box = head_that([0.8, 0.1, 0.1], np.full((2, 4), 5.0))
-    scores, boxes = second_stage.detect_stages(
-        [[for_class], [for_box]],
-        [None, None],
-        proposals_of([10, 10, 30, 30]),
-        SIZE,
-        stages,
-        average="probability",
-        box_stage=-1,
-    )
+    scores, boxes = detect([for_class], settings(), [for_box])
     np.testing.assert_allclose(scores[0, 0], [0.1, 0.2, 0.7], rtol=1e-5)
     np.testing.assert_allclose(boxes[0, 0, 0], [15, 15, 35, 35], atol=1e-3)
 
 
-def losses_of(heads, stages, weights=({},), branches=1):
+def losses_of(heads, stages):
     seen = []
 
     def recording(head):
-        def call(pool, boxes, train, num_boxes):
+        def call(pool, boxes, train, num_regressed):
             seen.append(np.asarray(boxes))
-            return head(pool, boxes, train, num_boxes)
+            return head(pool, boxes, train, num_regressed)
 
         return call
 
@@ -118,17 +103,15 @@ def losses_of(heads, stages, weights=({},), branches=1):
         "image_size": SIZE,
         "image_valid": jnp.ones(1, bool),
     }
+    config = base.get_config().model
+    config.box_head.sample.update(num_samples=4, positive_fraction=0.5)
+    model = dataclasses.replace(read_settings(ModelSettings, config), stages=stages)
     terms, monitor = second_stage.stage_losses(
-        [[recording(h) for h in heads]] * branches,
-        [None] * branches,
+        [RoIBranch([], None, [recording(h) for h in heads])],
         jax.random.split(jax.random.key(0), 1),
         proposals_of([41, 40, 61, 60], [0, 0, 20, 20]),
         batch,
-        stages,
-        weights,
-        sample=dict(num_samples=4, positive_fraction=0.5, ignore_ioa=0.5),
-        loss=dict(beta=1.0, normaliser="sampled"),
-        margin={},
+        model,
     )
     return terms, monitor, seen
 
@@ -137,32 +120,13 @@ def test_the_next_stage_starts_from_refined_boxes_without_copies_of_the_truth():
     stages = two_stages(score_weights=(1.0, 1.0))
     head = head_that([0.3, 0.3, 0.4], np.array([[2.0] * 4, [5.0] * 4]))
     terms, _, seen = losses_of([head, head], stages)
-    assert {name for name in terms if name.endswith("_stage2")} == {
-        "box_class_stage2",
-        "box_regression_stage2",
+    assert set(terms) == {
+        Term(name, None, stage) for name in ("box_class", "box_regression") for stage in (0, 1)
     }
     second = {tuple(box) for box in np.round(seen[1][0]).tolist()}
     # The positive one moves as its class, background as its best class; the truth comes in anew.
     assert (43.0, 42.0, 63.0, 62.0) in second and (5.0, 5.0, 25.0, 25.0) in second
     assert (42.0, 42.0, 62.0, 62.0) not in second and (40.0, 40.0, 60.0, 60.0) in second
-
-
-def test_losses_are_weighted_by_stage_and_by_name():
-    head = head_that([0.3, 0.3, 0.4], np.ones((2, 4)))
-    plain, _, _ = losses_of([head, head], two_stages(score_weights=(1, 1)))
-    weighted, _, _ = losses_of(
-        [head, head],
-        second_stage.read_stages(
-            settings(
-                iou=(0.5, 0.6), stds=(STDS, STDS), loss_weights=(0.5, 0.25), score_weights=(1, 1)
-            )
-        ),
-        weights=({"box_class": 3.0},),
-    )
-    np.testing.assert_allclose(weighted["box_class_stage1"], 1.5 * plain["box_class_stage1"])
-    np.testing.assert_allclose(
-        weighted["box_regression_stage2"], 0.25 * plain["box_regression_stage2"]
-    )
 
 
 def test_stages_that_do_not_fit_together_are_named():

@@ -1,23 +1,22 @@
 """What annotations leave open teaches nothing: ignore regions, and classes that a source lacks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common.geometry import boxes as box_ops
-from common.io.settings import read_settings
 from common.training.step import init_variables
-from configs.detection import base
 from detection.assign.anchors import grid_anchors
-from detection.losses.classification import mask_unknown
-from detection.losses.elementwise import softmax_cross_entropy
-from detection.models import second_stage
-from detection.models.box_head import HeadOutput
+from detection.losses.classification import mask_unknown, softmax_cross_entropy
+from detection.losses.rpn import rpn_losses
+from detection.losses.weights import Term
 from detection.models.faster_rcnn import build
-from detection.models.rpn import Proposals, rpn_losses
-from detection.models.settings import StageSettings
+from detection.models.second_stage import RoIBranch, stage_losses
 from detection.settings import read_run
+from detection.structures import HeadOutput, Proposals
 from tests import tiny
 from tests.detection.test_faster_rcnn import make_batch
 
@@ -44,13 +43,13 @@ def crowd_batch(crowds=(CROWD,)):
 def rpn_gradients(batch):
     """Gradient of the RPN's losses by the logits and deltas of all anchors; all are sampled."""
     anchors = grid_anchors([(8, 8)], [8], [2.0], [1.0])
+    options = dataclasses.replace(tiny.settings().model.rpn.loss, num_samples=64)
     logits = [jax.random.normal(jax.random.key(1), (1, 64))]
     deltas = [jax.random.normal(jax.random.key(2), (1, 64, 4))]
 
     def loss(outputs):
-        terms = rpn_losses(
-            jax.random.split(jax.random.key(0), 1), *outputs, anchors, batch, num_samples=64
-        )
+        keys = jax.random.split(jax.random.key(0), 1)
+        terms = rpn_losses(keys, *outputs, anchors, batch, options, ignore_ioa=0.5)
         return sum(terms.values())
 
     (logits,), (deltas,) = jax.jit(jax.grad(loss))((logits, deltas))
@@ -87,38 +86,34 @@ def stage_gradients(batch):
     """Gradient of the losses of each of three stages by an offset inside the crowd."""
 
     def head(offset):
-        def call(pool, boxes, train, num_boxes):
+        def call(pool, boxes, train, num_regressed):
             inside = box_ops.ioa(boxes, jnp.float32([CROWD]))[..., 0] > 0.5
             on_object = box_ops.iou(boxes, batch["gt_boxes"])[..., :2].max(axis=-1) >= 0.5
             shift = offset * (inside & ~on_object)
             logits = jnp.zeros((*boxes.shape[:2], 3)) + shift[..., None] * jnp.arange(3.0)
             deltas = jnp.zeros((*boxes.shape[:2], 2, 4)) + shift[..., None, None]
-            return HeadOutput(logits, deltas[:, :num_boxes], boxes[:, :num_boxes])
+            return HeadOutput(logits, deltas[:, :num_regressed], boxes[:, :num_regressed])
 
         return call
 
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 48, (1, 60, 2))
     boxes = np.concatenate([corner, corner + 12], -1).astype(np.float32)
-    config = base.get_config().model.stages
-    config.update(
-        iou=(0.5, 0.5, 0.5), stds=(STDS,) * 3, loss_weights=(1.0,) * 3, score_weights=(1.0,) * 3
+    config = tiny.get_config()
+    config.model.box_head.sample.num_samples = 70
+    config.model.stages.update(
+        iou=(0.5,) * 3, stds=(STDS,) * 3, loss_weights=(1.0,) * 3, score_weights=(1.0,) * 3
     )
 
     def losses(offsets):
-        terms, _ = second_stage.stage_losses(
-            [[head(offset) for offset in offsets]],
-            [None],
+        terms, _ = stage_losses(
+            [RoIBranch([], None, [head(offset) for offset in offsets])],
             jax.random.split(jax.random.key(0), 1),
             Proposals(boxes, np.ones((1, 60), bool)),
             batch,
-            second_stage.read_stages(read_settings(StageSettings, config)),
-            [{}],
-            sample=dict(num_samples=70, positive_fraction=0.25, ignore_ioa=0.5),
-            loss=dict(beta=1.0, normaliser="sampled"),
-            margin={},
+            read_run(config).model,
         )
-        return terms
+        return {str(term): value for term, value in terms.items()}
 
     return jax.jit(jax.jacrev(losses))(jnp.zeros(3))
 
@@ -128,7 +123,7 @@ def test_no_stage_of_a_cascade_learns_anything_inside_a_crowd():
         np.testing.assert_array_equal(gradient, 0, err_msg=name)
     without = stage_gradients(crowd_batch(crowds=()))
     for stage in range(3):
-        assert without[f"box_class_stage{stage + 1}"][stage] != 0
+        assert without[str(Term("box_class", None, stage))][stage] != 0
 
 
 def test_unknown_classes_are_left_out_of_the_softmax():

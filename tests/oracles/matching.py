@@ -28,24 +28,24 @@ def ignored(boxes, ignore_boxes, ignore_valid, threshold):
 
 
 def match(
-    boxes, valid, truth, truth_valid, positive_iou, negative_iou, best_match_iou=None, ignore=None
+    boxes, valid, gt_boxes, gt_valid, positive_iou, negative_iou, best_match_iou=None, ignore=None
 ):
     """Returns (index, positive, negative) as lists, following Faster R-CNN's text literally."""
     n = len(boxes)
-    overlaps = np.full((n, len(truth)), -1.0)
+    overlaps = np.full((n, len(gt_boxes)), -1.0)
     for i in range(n):
-        for j in range(len(truth)):
-            if valid[i] and truth_valid[j]:
-                overlaps[i, j] = iou_pair(boxes[i], truth[j])
+        for j in range(len(gt_boxes)):
+            if valid[i] and gt_valid[j]:
+                overlaps[i, j] = iou_pair(boxes[i], gt_boxes[j])
     index, positive, negative = [0] * n, [False] * n, [False] * n
     for i in range(n):
         index[i] = int(np.argmax(overlaps[i]))
         best = overlaps[i, index[i]]
         positive[i] = bool(valid[i] and best >= positive_iou)
         if best_match_iou is not None:
-            for j in range(len(truth)):
+            for j in range(len(gt_boxes)):
                 top = overlaps[:, j].max()
-                if truth_valid[j] and top >= best_match_iou and overlaps[i, j] >= top - 1e-6:
+                if gt_valid[j] and top >= best_match_iou and overlaps[i, j] >= top - 1e-6:
                     positive[i] = True
         negative[i] = bool(valid[i] and not positive[i] and best < negative_iou)
         if ignore is not None and ignore[i]:

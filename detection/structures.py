@@ -1,0 +1,84 @@
+"""What proposal network, box heads, assignment and losses hand to one another.
+
+Shape legend
+  B  images
+  P  proposals per image
+  R  RoIs per image: sampled ones in training, all proposals in inference
+  F  RoIs with a regressed box, the first F of the R. In training all positives are among them,
+     because sampling puts positives first; in inference F = R
+  K  classes; logits have K + 1 columns, column 0 is background
+  k  boxes per RoI: K, or 1 when all classes share a box
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from detection.losses import classification
+
+# Features (B,R,S,S,C) of boxes (B,R,4), with optional shifts of each bin (B,R,S,S,2).
+Pool = Callable[..., Array]
+
+
+class Proposals(NamedTuple):
+    """Boxes that may hold an object, best first."""
+
+    boxes: Float[Array, "B P 4"]
+    valid: Bool[Array, "B P"]
+    logits: Float[Array, "B P"] | None = None  # objectness, where the network made the boxes
+
+
+class RoITargets(NamedTuple):
+    """Sampled RoIs of a batch and what each should become."""
+
+    boxes: Float[Array, "B R 4"]
+    labels: Int[Array, "B R"]  # 0 background, class + 1 otherwise
+    gt_boxes: Float[Array, "B R 4"]  # the matched ground-truth box of a positive RoI
+    valid: Bool[Array, "B R"]
+    is_gt: Bool[Array, "B R"]  # the RoI is itself a ground-truth box
+
+    def first(self, count: int) -> "RoITargets":
+        """The targets of the first `count` RoIs of each image."""
+        return RoITargets(*(values[:, :count] for values in self))
+
+    def positive(self, image_valid: Bool[Array, " B"]) -> Bool[Array, "B R"]:
+        """RoIs of real images that are matched to an object."""
+        return self.valid & image_valid[:, None] & (self.labels > 0)
+
+
+class HeadOutput(NamedTuple):
+    """Class logits of all RoIs, and box deltas of the first F of them."""
+
+    logits: Float[Array, "B R K1"] | None  # None: the head does not classify
+    deltas: Float[Array, "B F k 4"]
+    references: Float[Array, "B F 4"]  # boxes that the deltas are relative to
+    sibling: "HeadOutput | None" = None  # of the plain head that trains beside a Decoupling Head
+
+    @property
+    def best_class(self) -> Int[Array, "B R"] | None:
+        """The best class of each RoI, background apart; None where the head does not classify."""
+        return None if self.logits is None else self.logits[..., 1:].argmax(axis=-1)
+
+    def masked(self, class_known: Bool[Array, "B K"]) -> "HeadOutput":
+        """The output without the logits of classes that are unknown in an image.
+
+        An unknown class then has probability 0, and neither its logits nor what they are made of
+        get a gradient: a RoI of that image is no negative of the class.
+        """
+        if self.logits is None:
+            return self
+        sibling = None if self.sibling is None else self.sibling.masked(class_known)
+        logits = classification.mask_unknown(self.logits, class_known)
+        return self._replace(logits=logits, sibling=sibling)
+
+
+def of_class(
+    values: Float[Array, "B F k 4"], classes: Int[Array, "B F"] | None
+) -> Float[Array, "B F 4"]:
+    """The row of each RoI's class, zeros where that is -1; the only row if there is one."""
+    if values.shape[2] == 1:
+        return values[:, :, 0]
+    chosen = jax.nn.one_hot(classes, values.shape[2], dtype=values.dtype)
+    return (values * chosen[..., None]).sum(axis=2)
