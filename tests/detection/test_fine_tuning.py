@@ -111,17 +111,18 @@ def test_fine_tuning_through_the_command_line(tmp_path):
     old = tiny.write_dataset(tmp_path / "old")
     new = tiny.write_dataset(tmp_path / "new", labels=NEW, seed=1)
     run("detection.train", config, f"--config.data.dir={old}", f"--workdir={tmp_path / 'first'}")
-    still = [  # steps that change nothing, so that the first checkpoint is the start
+    still = [  # a first step that changes nothing, so that its checkpoint is the start
         config,
         f"--config.data.dir={new}",
-        "--config.optimizer.learning_rate_per_image=0.0",
         "--config.optimizer.warmup_start=0.0",
+        "--config.checkpoint.every_steps=1",
+        "--config.checkpoint.keep_last=3",
     ]
     second = [*still, f"--workdir={tmp_path / 'second'}", f"--config.init_from={tmp_path}/first"]
     output = run("detection.train", *second)
     assert "1 new classes, at their random start: violet" in output
     assert "1 classes of the trained model that this run lacks: green" in output
-    before, after = trained_in(tmp_path / "first"), trained_in(tmp_path / "second")
+    before, after = trained_in(tmp_path / "first"), trained_in(tmp_path / "second", step=1)
     assert after.labels == list(NEW)
     kernel = "params/box_head/classifier/kernel"
     assert not np.array_equal(after.weights[kernel][:, 1], before.weights[kernel][:, 1])
@@ -145,6 +146,6 @@ def test_fine_tuning_through_the_command_line(tmp_path):
     file = tmp_path / "first.safetensors"
     run("scripts.export_weights", f"--workdir={tmp_path / 'first'}", f"--output={file}")
     run("detection.train", *still, f"--workdir={tmp_path / 'third'}", f"--config.init_from={file}")
-    third = trained_in(tmp_path / "third")
+    third = trained_in(tmp_path / "third", step=1)
     for path, value in after.weights.items():
         np.testing.assert_array_equal(third.weights[path], value, err_msg=path)
