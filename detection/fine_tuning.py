@@ -1,5 +1,6 @@
 """Starts a training from a whole trained detector: `config.init_from`."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from etils import epath
@@ -39,8 +40,10 @@ def with_trained_detector(
     variables, report = fine_tuned(variables, labels, trained)
     say(str(report), flush=True)
     variables = distributed.replicate(variables, mesh)
-    return state.replace(
-        params=variables["params"], batch_stats=variables.get("batch_stats", state.batch_stats)
+    return dataclasses.replace(
+        state,
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", state.batch_stats),
     )
 
 

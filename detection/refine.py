@@ -11,6 +11,7 @@ Shape legend
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,8 +35,12 @@ from detection.settings import RunSettings
 _MATCH_IOU = 0.5  # a box with less has no object to be moved onto
 _CHUNK = 4096  # images scored at a time
 
-# Boxes (n,4), normalised, and which of them (n,) were refined.
-Rows = tuple[Float32[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]
+
+class Rows(NamedTuple):
+    """Normalised boxes of rows of the table, and which of them were refined."""
+
+    boxes: Float32[np.ndarray, "n 4"]
+    refined: Bool[np.ndarray, " n"]
 
 
 def open_proposals(
@@ -144,10 +149,10 @@ def refine_table(
             done, ahead = 0, None
             for number, host_batch in enumerate(progress.timed(batches), start=1):
                 fields = {name: host_batch[name] for name in REFINER_FIELDS}
-                found = predict(variables, distributed.to_global(fields, local_mesh))
+                results = predict(variables, distributed.to_global(fields, local_mesh))
                 if ahead is not None:  # the host writes batch i while the devices work on i + 1
                     yield _rows(*ahead)
-                ahead = (host_batch["image_size"], found, sizes[number - 1])
+                ahead = (host_batch["image_size"], results, sizes[number - 1])
                 done += int(sizes[number - 1].sum())
                 progress.step_done(number)
                 if number % max(batches.num_batches // 20, 1) == 0:
@@ -162,45 +167,49 @@ def refine_table(
 
 
 def _rows(
-    image_size: Float[np.ndarray, "b 2"], found: dict[str, jax.Array], sizes: np.ndarray
+    image_size: Float[np.ndarray, "b 2"], results: dict[str, jax.Array], sizes: np.ndarray
 ) -> Rows:
     """What the table gets of a batch whose slots have `sizes` (b,) boxes."""
-    found = distributed.to_host(found)
+    boxes, refined = (np.asarray(distributed.to_host(results[name])) for name in Rows._fields)
     # Padded slots have size 0; any other number does for them.
     height, width = np.maximum(image_size, 1).T
     unit = np.stack([width, height, width, height], axis=-1)[:, None]
-    boxes = np.clip(found["boxes"] / unit, 0.0, 1.0)
     real = np.arange(boxes.shape[1]) < sizes[:, None]
-    return boxes[real], found["refined"][real]
+    return Rows(np.clip(boxes / unit, 0.0, 1.0)[real], refined[real])
 
 
 def _write(
-    writer: DetectionsWriter, reader: DetectionsReader, places: range, refined: Iterator[Rows]
+    writer: DetectionsWriter, reader: DetectionsReader, places: range, batches: Iterator[Rows]
 ) -> None:
     """Puts the refined boxes, which come in table order, to the rows of the table."""
-    pending: Rows = np.zeros((0, 4), np.float32), np.zeros(0, bool)
+    pending = Rows(np.zeros((0, 4), np.float32), np.zeros(0, bool))
     empty = set(places)
     for chunk in reader.chunks(masks=reader.has_masks, images=places):
         parts = [pending]
-        while sum(len(boxes) for boxes, _ in parts) < len(chunk):
-            parts.append(next(refined))
-        boxes, found = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        pending = boxes[len(chunk) :], found[len(chunk) :]
-        found = found[: len(chunk), None]
-        boxes = np.where(found, boxes[: len(chunk)], chunk.boxes)
+        while sum(len(part.boxes) for part in parts) < len(chunk):
+            parts.append(next(batches))
+        rows = Rows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        pending = Rows(*(values[len(chunk) :] for values in rows))
+        refined = rows.refined[: len(chunk), None]
+        boxes = np.where(refined, rows.boxes[: len(chunk)], chunk.boxes)
         labels = np.array(chunk.labels)[chunk.label_index]
         starts = np.flatnonzero(np.diff(chunk.image_index, prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(chunk)], strict=True):
-            rows = slice(start, stop)
-            masks = () if chunk.masks is None else (chunk.masks[rows], chunk.mask_sizes[rows])
+            of_image = slice(start, stop)
             place = int(chunk.image_index[start])
             writer.add(
-                reader.image_ids[place], labels[rows], chunk.scores[rows], boxes[rows], *masks
+                reader.image_ids[place],
+                labels[of_image].tolist(),
+                chunk.scores[of_image],
+                boxes[of_image],
+                None if chunk.masks is None else list(chunk.masks[of_image]),
+                None if chunk.mask_sizes is None else chunk.mask_sizes[of_image],
             )
             empty.remove(place)
+    masks = [] if reader.has_masks else None
+    sizes = None if masks is None else np.zeros((0, 2), np.int32)
     for place in sorted(empty):
-        no_masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
-        writer.add(reader.image_ids[place], [], np.zeros(0), np.zeros((0, 4)), *no_masks)
+        writer.add(reader.image_ids[place], [], np.zeros(0), np.zeros((0, 4)), masks, sizes)
 
 
 def mean_overlaps(dataset: Dataset, split: str, before: Path, after: Path) -> dict[str, float]:
@@ -219,21 +228,20 @@ def mean_overlaps(dataset: Dataset, split: str, before: Path, after: Path) -> di
     images = dataset.split(split)
     sums, count = np.zeros(2), 0
     for start in range(0, len(images), _CHUNK):
-        truth, truth_keys, boxes, keys = [], [], ([], []), []
-        for key, image in enumerate(images[start : start + _CHUNK].tolist()):
-            annotated, _, flags = dataset.image_boxes(image)
-            truth.append(annotated[flags & GROUP_OF == 0])
-            truth_keys.append(np.full(len(truth[-1]), key))
-            for table, found in zip(tables, boxes, strict=True):
-                found.append(table.image_boxes(image))
-            keys.append(np.full(len(boxes[0][-1]), key))
-        old, new = (np.concatenate(found).astype(np.float64) for found in boxes)
-        truth, keys = np.concatenate(truth).astype(np.float64), np.concatenate(keys)
+        chunk = images[start : start + _CHUNK].tolist()
+        annotated = [_objects(dataset, image) for image in chunk]
+        before_and_after = [[table.image_boxes(image) for image in chunk] for table in tables]
+        old, new = (np.concatenate(boxes).astype(np.float64) for boxes in before_and_after)
+        gt_boxes = np.concatenate(annotated).astype(np.float64)
+        gt_keys, keys = (
+            np.repeat(np.arange(len(chunk)), [len(boxes) for boxes in per_image])
+            for per_image in (annotated, before_and_after[0])
+        )
         has_area = (old[:, 2:] > old[:, :2]).all(axis=1)
         old, new, keys = old[has_area], new[has_area], keys[has_area]
-        iou, best = best_overlaps(old, keys, truth, np.concatenate(truth_keys), _CHUNK, union=True)
+        iou, matched_idx = best_overlaps(old, keys, gt_boxes, gt_keys, _CHUNK, union=True)
         matched = iou >= _MATCH_IOU
-        sums += [iou[matched].sum(), _iou(new[matched], truth[best[matched]]).sum()]
+        sums += [iou[matched].sum(), _iou(new[matched], gt_boxes[matched_idx[matched]]).sum()]
         count += int(matched.sum())
     means = sums / max(count, 1)
     return {
@@ -241,6 +249,12 @@ def mean_overlaps(dataset: Dataset, split: str, before: Path, after: Path) -> di
         "Refinement/IoU_before": float(means[0]),
         "Refinement/IoU_after": float(means[1]),
     }
+
+
+def _objects(dataset: Dataset, image: int) -> np.ndarray:
+    """The annotated boxes of single objects."""
+    boxes, _, flags = dataset.image_boxes(image)
+    return boxes[flags & GROUP_OF == 0]
 
 
 def _iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:

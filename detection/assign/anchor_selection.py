@@ -111,7 +111,7 @@ def best_scales(shapes: ShapeHistograms, strides: Sequence[int], count: int) -> 
     used = shapes.sides > 0
     sides, weights = shapes.values[used], shapes.sides[used]
     levels = np.log2(np.array(strides, float))
-    best, best_cost = None, np.inf
+    best, best_cost = np.zeros(count), np.inf
     for seed in range(4 * count + 8):
         rng = np.random.default_rng(seed)
         octave = np.arange(count) / count if seed % 2 == 0 else rng.random(count)
@@ -279,4 +279,4 @@ def best_overlaps(
 
 def has_area(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, " n"]:
     """Boxes that have a shape."""
-    return (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return np.all(boxes[:, 2:] > boxes[:, :2], axis=1)

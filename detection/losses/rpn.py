@@ -47,17 +47,15 @@ def rpn_losses(
       ignore_ioa: share of an anchor's area inside an ignore region above which it is no background.
       axis_name: device axis over which samples are counted.
     """
-    logits = jnp.concatenate(logits, axis=1)
-    deltas = jnp.concatenate(deltas, axis=1)
-    anchors = jnp.concatenate(anchors, axis=0)
-    ignore = matching.ignored_background(anchors, batch, ignore_ioa)
+    all_anchors = jnp.concatenate(anchors, axis=0)
+    ignore = matching.ignored_background(all_anchors, batch, ignore_ioa)
     if "class_known" in batch:
         ignore |= ~batch["class_known"].all(axis=-1, keepdims=True)
 
     def assign(key, gt_boxes, gt_valid, ignore):
         match = matching.match(
-            anchors,
-            jnp.ones(anchors.shape[0], bool),
+            all_anchors,
+            jnp.ones(len(all_anchors), bool),
             gt_boxes,
             gt_valid,
             positive_iou=options.positive_iou,
@@ -68,7 +66,7 @@ def rpn_losses(
         index, positive, valid = matching.sample(
             key, match.positive, match.negative, options.num_samples, options.positive_fraction
         )
-        sampled = anchors[index]
+        sampled = all_anchors[index]
         matched_idx = matching.matched_idx(sampled, gt_boxes, gt_valid)
         return index, positive, valid, box_ops.encode(gt_boxes[matched_idx], sampled)
 
@@ -77,10 +75,10 @@ def rpn_losses(
     )
     target = jax.lax.stop_gradient(target)
     valid &= batch["image_valid"][:, None]
-    logits = jnp.take_along_axis(logits, index, axis=1)
-    deltas = jnp.take_along_axis(deltas, index[..., None], axis=1)
-    classification = sigmoid_cross_entropy(logits, positive)
-    regression = smooth_l1(deltas - target, options.beta).sum(axis=-1)
+    sampled_logits = jnp.take_along_axis(jnp.concatenate(logits, axis=1), index, axis=1)
+    sampled_deltas = jnp.take_along_axis(jnp.concatenate(deltas, axis=1), index[..., None], axis=1)
+    classification = sigmoid_cross_entropy(sampled_logits, positive)
+    regression = smooth_l1(sampled_deltas - target, options.beta).sum(axis=-1)
     count = valid.sum()
     return {
         "rpn_class": share(classification, valid, count, axis_name),

@@ -48,7 +48,7 @@ class FasterRCNN(TwoStage):
     def anchors(self, levels: Sequence[Array]) -> list[Array]:
         """Anchors of each level, pixels."""
         a = self.settings.anchors
-        shapes = [level.shape[1:3] for level in levels]
+        shapes = [(level.shape[1], level.shape[2]) for level in levels]
         return anchor_ops.grid_anchors(
             shapes, self.strides, a.scales, a.ratios, a.ratio_convention, a.centre
         )
@@ -78,7 +78,8 @@ class FasterRCNN(TwoStage):
             axis_name=axis_name,
         )
         proposals = propose(
-            *jax.lax.stop_gradient((logits, deltas)),
+            jax.lax.stop_gradient(logits),
+            jax.lax.stop_gradient(deltas),
             anchors,
             batch["image_size"],
             s.rpn.train_proposals,
@@ -99,6 +100,7 @@ class FasterRCNN(TwoStage):
     def propose_on(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Proposals of inference: boxes (B,P,4) canvas pixels, scores (B,P), valid (B,P)."""
         proposals = self._propose(self.read(batch, train=False), batch)
+        assert proposals.logits is not None
         return {
             "boxes": proposals.boxes,
             "scores": jax.nn.sigmoid(proposals.logits),
@@ -125,13 +127,18 @@ class FasterRCNN(TwoStage):
 
     def _propose(self, branches: list[RoIBranch], batch: Mapping[str, Array]) -> Proposals:
         levels = branches[-1].levels
-        outputs, options = self.rpn_head(levels), self.settings.rpn.test_proposals
-        return propose(*outputs, self.anchors(levels), batch["image_size"], options)
+        logits, deltas = self.rpn_head(levels)
+        options = self.settings.rpn.test_proposals
+        return propose(logits, deltas, self.anchors(levels), batch["image_size"], options)
 
     def _score(
         self, branches: list[RoIBranch], batch: Mapping[str, Array], proposals: Proposals
     ) -> tuple[Array, Array]:
-        return detect_stages(branches, proposals, batch["image_size"], self.settings.stages)
+        scores, boxes = detect_stages(
+            branches, proposals, batch["image_size"], self.settings.stages
+        )
+        assert scores is not None, "only the refiner's heads do not classify"
+        return scores, boxes
 
 
 def select_detections(

@@ -117,9 +117,10 @@ class NASFPN(nn.Module):
         at = list(range(NUM_LEVELS))
         outputs = {}
         for number, merge in enumerate(CELL):
-            size = levels[merge.level].shape[1:3]
+            height, width = levels[merge.level].shape[1:3]
             first, second = (
-                resample(nodes[i], merge.level - at[i], size) for i in (merge.first, merge.second)
+                resample(nodes[i], merge.level - at[i], (height, width))
+                for i in (merge.first, merge.second)
             )
             x = attend(first, second) if merge.attention else first + second
             for i in merge.beside:

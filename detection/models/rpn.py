@@ -9,6 +9,7 @@ Shape legend
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,7 +36,7 @@ class RPNHead(nn.Module):
     ) -> tuple[list[Float[Array, "B n"]], list[Float[Array, "B n 4"]]]:
         """Logits and deltas of each level, in anchor order of `detection.assign.anchors`."""
         init = nn.initializers.normal(0.01)
-        options = dict(use_bias=True, dtype=self.dtype, kernel_init=init)
+        options: dict[str, Any] = dict(use_bias=True, dtype=self.dtype, kernel_init=init)
         shared = Conv(self.channels, (3, 3), name="conv", **options)
         objectness = Conv(self.num_anchors, (1, 1), name="objectness", **options)
         regression = Conv(4 * self.num_anchors, (1, 1), name="deltas", **options)
@@ -66,24 +67,23 @@ def propose(
         `nms_iou` is the overlap above which the weaker candidate of a level is dropped.
     """
     pre_nms = options.pre_nms
-    boxes, scores = [], []
-    for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
-        count = min(pre_nms, level_logits.shape[1])
-        top, index = jax.lax.top_k(level_logits, count)
+    level_boxes, level_scores = [], []
+    for objectness, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
+        count = min(pre_nms, objectness.shape[1])
+        top, index = jax.lax.top_k(objectness, count)
         chosen = jnp.take_along_axis(level_deltas, index[..., None], axis=1)
         decoded = box_ops.clip(box_ops.decode(chosen, level_anchors[index]), image_size)
         # All levels share one padded shape, so that one batched NMS serves the pyramid.
         missing = pre_nms - count
-        boxes.append(jnp.pad(decoded, ((0, 0), (0, missing), (0, 0))))
-        scores.append(jnp.pad(top, ((0, 0), (0, missing)), constant_values=-jnp.inf))
-    boxes = jnp.stack(boxes, axis=1)  # (B, L, pre_nms, 4)
-    scores = jnp.stack(scores, axis=1)
+        level_boxes.append(jnp.pad(decoded, ((0, 0), (0, missing), (0, 0))))
+        level_scores.append(jnp.pad(top, ((0, 0), (0, missing)), constant_values=-jnp.inf))
+    boxes = jnp.stack(level_boxes, axis=1)  # (B, L, pre_nms, 4)
+    scores = jnp.stack(level_scores, axis=1)
     valid = box_ops.is_valid(boxes) & jnp.isfinite(scores)
     suppress = jax.vmap(jax.vmap(nms_mask, (0, 0, 0, None)), (0, 0, 0, None))
     keep = suppress(boxes, scores, valid, options.nms_iou)
     batch = boxes.shape[0]
     scores = jnp.where(keep, scores, -jnp.inf).reshape(batch, -1)
-    count = min(options.post_nms, scores.shape[1])
-    top, index = jax.lax.top_k(scores, count)
+    top, index = jax.lax.top_k(scores, min(options.post_nms, scores.shape[1]))
     boxes = jnp.take_along_axis(boxes.reshape(batch, -1, 4), index[..., None], axis=1)
     return Proposals(boxes, jnp.isfinite(top), top)

@@ -158,7 +158,8 @@ def detect_stages(
         boxes.append(_decode(outputs[-1], stage, image_size))
         if index + 1 < len(stages):
             proposals = Proposals(of_class(boxes[-1], outputs[0].best_class), proposals.valid)
-    scores = None if logits[0] is None else _mean_scores(logits, stages, settings.average)
+    classified = [x for x in logits if x is not None]
+    scores = _mean_scores(classified, stages, settings.average) if classified else None
     return scores, boxes[settings.box_stage]
 
 
@@ -167,7 +168,8 @@ def _mean_scores(
 ) -> Float[Array, "B P K1"]:
     total = sum(stage.score_weight for stage in stages)
     parts = [jax.nn.softmax(x) if average == "probability" else x for x in logits]
-    mean = sum(s.score_weight / total * part for s, part in zip(stages, parts, strict=True))
+    weights = [stage.score_weight / total for stage in stages]
+    mean = jnp.asarray(sum(w * part for w, part in zip(weights, parts, strict=True)))
     return mean if average == "probability" else jax.nn.softmax(mean)
 
 

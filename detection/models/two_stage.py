@@ -13,7 +13,7 @@ height and width.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -90,7 +90,7 @@ class TwoStage(nn.Module):
 
     def _make_neck(self, name: str) -> nn.Module:
         s = self.settings
-        fields = dict(axis_name=self.axis_name, dtype=jnp.dtype(s.dtype), name=name)
+        fields: dict[str, Any] = dict(axis_name=self.axis_name, dtype=jnp.dtype(s.dtype), name=name)
         if s.neck == "fpn":
             return FPN(s.fpn_channels, s.fpn_norm, **fields)
         return NASFPN(s.fpn_channels, **vars(s.nas_fpn), **fields)
@@ -99,7 +99,7 @@ class TwoStage(nn.Module):
         h, dtype = self.settings.box_head, jnp.dtype(self.settings.dtype)
         if h.kind == "regressor":
             return RegressorHead(h.width, dtype=dtype, name=name)
-        fields = dict(
+        fields: dict[str, Any] = dict(
             num_classes=self.num_classes,
             width=h.width,
             class_agnostic=h.class_agnostic,

@@ -208,7 +208,9 @@ class _Engine:
         self._start()
 
     def _start(self) -> None:
-        self._found = {view: [] for view in self._settings.views}
+        self._found: dict[tuple[int, bool], list[dict[str, Array]]] = {
+            view: [] for view in self._settings.views
+        }
         self._batches: list[list[dict[str, Array]]] = [[] for _ in self._settings.scales]
 
     def add(self, batch: ViewBatch) -> None:

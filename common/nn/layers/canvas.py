@@ -19,8 +19,8 @@ def content(shape: tuple[int, int], image_size: Float[Array, "B 2"]) -> Bool[Arr
 def normalise(
     images: UInt8[Array, "B H W 3"],
     image_size: Float[Array, "B 2"],
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     dtype: jnp.dtype,
 ) -> Float[Array, "B H W 3"]:
     """(pixel - mean) / std inside the content, exactly 0 in the padding."""

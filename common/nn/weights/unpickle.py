@@ -7,6 +7,7 @@ with an error that names it.
 
 import collections
 import dataclasses
+import importlib
 import io
 import math
 import pickle
@@ -86,6 +87,7 @@ class _Tensor:
 
     def to_numpy(self) -> np.ndarray:
         values = self.storage.values
+        assert values is not None, "storages are filled before tensors are resolved"
         if math.prod(self.shape) == 0:
             return np.zeros(self.shape, self.storage.dtype)
         if min((self.offset, *self.shape, *self.strides)) < 0 or (
@@ -111,9 +113,8 @@ def _rebuild_parameter(tensor, *unused_grad_hooks) -> _Tensor:
 
 
 def _allowed_globals() -> dict[tuple[str, str], Any]:
-    reconstruct, scalar = (
-        getattr(np._core.multiarray, name) for name in ("_reconstruct", "scalar")
-    )
+    multiarray = importlib.import_module("numpy._core.multiarray")  # private: no types
+    reconstruct, scalar = (getattr(multiarray, name) for name in ("_reconstruct", "scalar"))
     allowed = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -182,7 +183,7 @@ def _read_zip(stream) -> Any:
 
 
 def _read_legacy(stream) -> Any:
-    storages = {}
+    storages: dict[Any, _Storage] = {}
 
     def load_storage(dtype, key, size, view=None):
         if view is not None:
