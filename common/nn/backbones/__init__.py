@@ -21,8 +21,8 @@ _NASNET = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 def make_backbone(name: str, /, **fields) -> nn.Module:
     """Returns the trunk `name` (one of `BACKBONES`).
 
-    `fields`: norm, axis_name, frozen_stages, remat, dtype, name of all; drop_path_rate (EfficientNet,
-    NASNet; 0 elsewhere); deform (networks of bottleneck blocks; zeros elsewhere); and those of the
+    `fields`: norm, axis_name, frozen_stages, remat, dtype, name of all; drop_path_rate
+    (EfficientNet, NASNet; 0 elsewhere); deform (networks of bottleneck blocks; zeros elsewhere); and those of the
     network's module, such as `upsampling` of HRNet. `layout` replaces the one of that name, e.g.
     NASNet's with fewer filters or cells.
 
