@@ -19,6 +19,7 @@ from common.data.dataset import Dataset
 from common.data.input import train_batches
 from common.data.plan import train_plan
 from common.io.errors import UserError
+from common.io.parallel import behind
 from common.io.progress import Progress
 from common.nn.layers.norm import Norm
 from common.training import distributed
@@ -84,8 +85,9 @@ def recompute_batch_stats(
         mesh,
     )
     measure = jax.jit(make_measure_step(model, mesh))
-    fields = train_shapes(settings.data, 1)
-    progress = Progress(num_batches, settings.data.batch_size, mesh.size)
+    progress = Progress(
+        num_batches, settings.data.batch_size, mesh.size, what="batch statistics", say=say
+    )
     sums = {path: np.zeros((2, *stats[(*path, "mean")].shape)) for path in momenta}
 
     def add(measured) -> None:
@@ -107,17 +109,14 @@ def recompute_batch_stats(
         process_count=jax.process_count(),
         proposals=open_proposals(settings, dataset, say),
     )
-    ahead = None
-    for number, host_batch in enumerate(batches, start=1):
-        batch = distributed.to_global({k: host_batch[k] for k in fields}, mesh)
-        measured = measure(fixed, jax.random.fold_in(jax.random.key(settings.seed), number), batch)
-        if ahead is not None:
-            add(ahead)
-        ahead = measured
-        progress.step_done(number)
-        if number % max(num_batches // 20, 1) == 0:
-            say(f"batch statistics: {progress.line(number, {})}", flush=True)
-    add(ahead)
+    key, fields = jax.random.key(settings.seed), train_shapes(settings.data, 1)
+    started = (
+        measure(fixed, jax.random.fold_in(key, number), distributed.to_global(batch, mesh, fields))
+        for number, batch in enumerate(batches, start=1)
+    )
+    for number, measured in enumerate(behind(started), start=1):
+        add(measured)
+        progress.report(number)
     for path, total in sums.items():
         mean, mean_square = total / num_batches
         stats[(*path, "mean")] = mean.astype(np.float32)

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Int, Shaped
 
 from common.data.dataset import Dataset
 from common.data.input import eval_batches
+from common.geometry import boxes as box_ops
+from common.io.parallel import behind
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
@@ -60,8 +62,8 @@ def predict_split(
     labels = np.array(dataset.class_labels)
     indices = dataset.split(split)
     metadata = table_metadata(settings, dataset, split, step)
-    num_batches = -(-len(indices) // batch_size)
-    progress = Progress(num_batches, batch_size, mesh.size)
+    what = f"detect {split}"
+    progress = Progress(-(-len(indices) // batch_size), batch_size, mesh.size, what=what, say=say)
     writer = DetectionsWriter(
         output, metadata, process_index=jax.process_index(), process_count=jax.process_count()
     )
@@ -74,18 +76,18 @@ def predict_split(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        ahead = None  # the host writes batch i while the devices work on i + 1
-        for number, host_batch in enumerate(progress.timed(batches), start=1):
-            batch = distributed.to_global({k: host_batch[k] for k in INFERENCE_FIELDS}, mesh)
-            found = predict(variables, batch)
-            if ahead is not None:
-                _write(writer, *ahead, dataset, labels)
-            ahead = (host_batch, found)
-            progress.step_done(number)
-            if number % max(num_batches // 10, 1) == 0:
-                say(f"detect {split}: {progress.line(number, {})}", flush=True)
-        if ahead is not None:
-            _write(writer, *ahead, dataset, labels)
+        started = (
+            (batch, predict(variables, distributed.to_global(batch, mesh, INFERENCE_FIELDS)))
+            for batch in progress.timed(batches)
+        )
+        # The host writes batch i while the devices work on batch i + 1.
+        for number, (batch, results) in enumerate(behind(started), start=1):
+            detections = distributed.to_host(results)
+            units = box_ops.per_side(batch["image_size"])
+            detections["boxes"] = detections["boxes"] / units[:, None]
+            images = batch["image_index"], batch["image_valid"]
+            add_rows(writer, detections, *images, dataset, labels)
+            progress.report(number)
         if batches.skipped_images:
             say(f"detect {split}: {batches.skipped_images} unreadable photos have no detections")
     distributed.barrier("predict_split")
@@ -107,7 +109,7 @@ def table_metadata(
 
 def add_rows(
     writer: DetectionsWriter,
-    found: dict[str, np.ndarray],
+    detections: dict[str, np.ndarray],
     image_index: Int[np.ndarray, " b"],
     image_valid: Bool[np.ndarray, " b"],
     dataset: Dataset,
@@ -117,29 +119,20 @@ def add_rows(
 
     Args:
       writer: of the table.
-      found: boxes (b, D, 4) normalised, scores, classes, valid (b, D). Boxes are clipped to the
-        image; what has no area then is left out.
+      detections: boxes (b, D, 4) normalised, scores, classes, valid (b, D). Boxes are clipped to
+        the image; what has no area then is left out.
       image_index: rows of the dataset.
       image_valid: images to add.
       dataset: where the ids are.
       labels: of the classes.
     """
-    boxes = np.clip(found["boxes"], 0.0, 1.0)
+    boxes = np.clip(detections["boxes"], 0.0, 1.0)
     for slot in np.flatnonzero(image_valid):
         sides = boxes[slot, :, 2:] > boxes[slot, :, :2]
-        rows = found["valid"][slot] & sides.all(axis=-1)
+        rows = detections["valid"][slot] & sides.all(axis=-1)
         writer.add(
             dataset.image_id(image_index[slot]),
-            labels[found["classes"][slot][rows]],
-            found["scores"][slot][rows],
+            labels[detections["classes"][slot][rows]],
+            detections["scores"][slot][rows],
             boxes[slot][rows],
         )
-
-
-def _write(writer, host_batch, found, dataset, labels) -> None:
-    found = distributed.to_host(found)
-    # Padded images have size 0; any other number does for them.
-    size = np.maximum(host_batch["image_size"], 1)
-    height, width = size[:, None, :1], size[:, None, 1:]
-    found["boxes"] = found["boxes"] / np.concatenate([width, height, width, height], axis=-1)
-    add_rows(writer, found, host_batch["image_index"], host_batch["image_valid"], dataset, labels)

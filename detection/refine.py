@@ -21,7 +21,9 @@ from jaxtyping import Bool, Float, Float32
 from common.data.dataset import GROUP_OF, Dataset
 from common.data.input import proposal_batches
 from common.data.proposals import TableBoxes
+from common.geometry import boxes as box_ops
 from common.io.errors import UserError
+from common.io.parallel import behind
 from common.io.progress import Progress
 from common.metrics.coverage import split_images
 from common.metrics.openimages import best_overlaps
@@ -140,25 +142,25 @@ def refine_table(
         masks=reader.has_masks,
     ) as writer:
         batches = proposal_batches(dataset, boxes, places, settings.data, batch_size=batch_size)
-        progress = Progress(batches.num_batches, batch_size * processes, mesh.size)
+        progress = Progress(
+            batches.num_batches, batch_size * processes, mesh.size, what="refine", say=say
+        )
         _, _, sizes = boxes.pieces(places, settings.data.max_proposals)
         sizes = np.pad(sizes, (0, -len(sizes) % batch_size)).reshape(-1, batch_size)
         predict = compiled_predict_step(model, local_mesh)
 
         def refined() -> Iterator[Rows]:
-            done, ahead = 0, None
-            for number, host_batch in enumerate(progress.timed(batches), start=1):
-                fields = {name: host_batch[name] for name in REFINER_FIELDS}
-                results = predict(variables, distributed.to_global(fields, local_mesh))
-                if ahead is not None:  # the host writes batch i while the devices work on i + 1
-                    yield _rows(*ahead)
-                ahead = (host_batch["image_size"], results, sizes[number - 1])
-                done += int(sizes[number - 1].sum())
-                progress.step_done(number)
-                if number % max(batches.num_batches // 20, 1) == 0:
-                    say(f"refine: {progress.line(number, {'boxes': done})}", flush=True)
-            if ahead is not None:
-                yield _rows(*ahead)
+            started = (
+                (
+                    batch["image_size"],
+                    predict(variables, distributed.to_global(batch, local_mesh, REFINER_FIELDS)),
+                )
+                for batch in progress.timed(batches)
+            )
+            # The host writes batch i while the devices work on batch i + 1.
+            for number, (image_size, results) in enumerate(behind(started)):
+                yield _rows(image_size, results, sizes[number])
+                progress.report(number + 1, {"boxes": int(sizes[: number + 1].sum())})
 
         _write(writer, reader, places, refined())
         if batches.skipped_images:
@@ -171,11 +173,9 @@ def _rows(
 ) -> Rows:
     """What the table gets of a batch whose slots have `sizes` (b,) boxes."""
     boxes, refined = (np.asarray(distributed.to_host(results[name])) for name in Rows._fields)
-    # Padded slots have size 0; any other number does for them.
-    height, width = np.maximum(image_size, 1).T
-    unit = np.stack([width, height, width, height], axis=-1)[:, None]
+    boxes = np.clip(boxes / box_ops.per_side(image_size)[:, None], 0.0, 1.0)
     real = np.arange(boxes.shape[1]) < sizes[:, None]
-    return Rows(np.clip(boxes / unit, 0.0, 1.0)[real], refined[real])
+    return Rows(boxes[real], refined[real])
 
 
 def _write(
@@ -206,7 +206,7 @@ def _write(
                 None if chunk.mask_sizes is None else chunk.mask_sizes[of_image],
             )
             empty.remove(place)
-    masks = [] if reader.has_masks else None
+    masks: list[bytes] | None = [] if reader.has_masks else None
     sizes = None if masks is None else np.zeros((0, 2), np.int32)
     for place in sorted(empty):
         writer.add(reader.image_ids[place], [], np.zeros(0), np.zeros((0, 4)), masks, sizes)

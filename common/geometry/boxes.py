@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 # The largest log size ratio that a delta may ask for (Faster R-CNN: 1000 pixels from a 16-pixel
@@ -36,6 +37,15 @@ def area(boxes: Float[Array, "... 4"]) -> Float[Array, "..."]:
 def is_valid(boxes: Float[Array, "... 4"]) -> Bool[Array, "..."]:
     """True where both sides are strictly positive."""
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+
+
+def per_side(height_width: Float[Array, "*B 2"]) -> Float[Array, "*B 4"]:
+    """Width, height, width, height: what the sides of normalised boxes are multiplied with.
+
+    Padded images have size 0, for which 1 stands, so that their boxes can be divided too. NumPy and
+    JAX arrays alike.
+    """
+    return height_width.clip(1)[..., np.array([1, 0, 1, 0])]
 
 
 def clip(

@@ -9,7 +9,7 @@ Shapes: B global batch, b = B / processes the rows of one process.
 import glob
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,26 +95,32 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
-def to_global(host_batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def to_global(
+    host_batch: Mapping[str, np.ndarray], mesh: Mesh, fields: Iterable[str] | None = None
+) -> dict[str, jax.Array]:
     """Makes one global array (B, ...) of the rows (b, ...) that each process holds.
 
     Process p contributes rows [p b, (p + 1) b). No data crosses between processes.
+
+    Args:
+      host_batch: of this process.
+      mesh: all devices.
+      fields: of the batch that are wanted; None: all.
 
     Raises:
       UserError: b is not a multiple of this process's devices.
     """
     sharding = batch_sharded(mesh)
     num_local = len(mesh.local_devices)
-    for name, rows in host_batch.items():
+    chosen = {name: host_batch[name] for name in (host_batch if fields is None else fields)}
+    for name, rows in chosen.items():
         if rows.shape[0] % num_local:
             raise UserError(
                 f"batch: {name} has {rows.shape[0]} rows for the {num_local} devices of this "
                 "process, expected a multiple (choose batch_size as a multiple of the devices)"
             )
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows)
-        for name, rows in host_batch.items()
-    }
+    make = jax.make_array_from_process_local_data
+    return {name: make(sharding, rows) for name, rows in chosen.items()}
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -202,14 +202,14 @@ class Recall:
             owner = classes[start : start + _CHUNK]
             padded = np.zeros((_CHUNK, 4), np.float32)
             padded[: len(piece)] = piece
-            found = best_overlaps(
+            overlaps = best_overlaps(
                 padded,
                 self._shapes,
                 self._grids,
                 np.array(self._strides, np.float32),
                 np.float32(self._centre),
             )
-            for kind, overlap in zip(("grid", "shape"), found, strict=True):
+            for kind, overlap in zip(("grid", "shape"), overlaps, strict=True):
                 overlap = np.asarray(overlap)[: len(piece)]
                 self._sums[kind] += float(overlap.sum(dtype=np.float64))
                 for row, threshold in enumerate(THRESHOLDS):

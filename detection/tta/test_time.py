@@ -24,10 +24,8 @@ other. There are 2 * len(long_ratios) compiled programs a scale. Where the canva
        'boxes': (B,P,K,4) canvas pixels, or (B,P,1,4) where all classes share a box}
 """
 
-import collections
 import contextlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from jaxtyping import Array
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
 from common.data.views import ViewBatch, format_canvases, view_batches
+from common.io.parallel import behind
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
@@ -48,8 +47,6 @@ from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
 from detection.tta import view_steps
 from detection.tta.settings import ViewSettings
-
-_SECONDS = 20.0  # between progress lines
 
 
 def detect_split(
@@ -103,34 +100,17 @@ def predict_views(
     labels = np.array(dataset.class_labels)
     engine = _Engine(model, variables, local_mesh, views, rows)
 
-    progress = Progress(len(share), jax.process_count(), mesh.size)
-    said = float("-inf")
-    done = content = area = 0
+    progress = Progress(
+        len(share), jax.process_count(), mesh.size, what=f"detect {split}", unit="photos", say=say
+    )
     names = ", ".join(map(views.view_name, views.views))
     say(f"detect {split}: {len(indices)} photos, {len(views.views)} views: {names}", flush=True)
-
-    def report() -> None:
-        padding = {"padding %": 100 * (1 - content / max(area, 1))}
-        say(f"detect {split}, photos: {progress.line(done, padding)}", flush=True)
 
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(writer)
             for writer in _writers(output, table_metadata(settings, dataset, split, step), views)
         ]
-        waiting: collections.deque = collections.deque()
-
-        def write() -> None:
-            nonlocal done, said
-            image_index, readable, results = waiting.popleft()
-            for writer, found in zip(writers, results(), strict=True):
-                add_rows(writer, found, image_index, readable, dataset, labels)
-            done += int((image_index >= 0).sum())
-            progress.step_done(done)
-            if time.monotonic() - said > _SECONDS:
-                report()
-                said = time.monotonic()
-
         batches = view_batches(
             dataset,
             share,
@@ -141,21 +121,28 @@ def predict_views(
             pad_multiple=settings.data.pad_multiple,
             num_threads=settings.data.num_threads,
         )
-        readable = None
-        for batch in progress.timed(batches):
-            readable = batch.image_index >= 0 if readable is None else readable
-            readable[batch.rows] &= batch.image_valid
-            content += batch.image_size.prod(axis=1).sum()
-            area += batch.image[..., 0].size
-            engine.add(batch)
-            if batch.last:
-                waiting.append((batch.image_index, readable, engine.finish()))
-                readable = None
-                if len(waiting) > 1:  # the host writes a block while the devices work on the next
-                    write()
-        while waiting:
-            write()
-        report()
+        done = content = area = 0
+
+        def started() -> Iterator[tuple[np.ndarray, np.ndarray, Callable]]:
+            """Rows of the dataset, which of them could be read, and detections of each block."""
+            nonlocal content, area
+            readable = None
+            for batch in progress.timed(batches):
+                readable = batch.image_index >= 0 if readable is None else readable
+                readable[batch.rows] &= batch.image_valid
+                content += batch.image_size.prod(axis=1).sum()
+                area += batch.image[..., 0].size
+                engine.add(batch)
+                if batch.last:
+                    yield batch.image_index, readable, engine.finish()
+                    readable = None
+
+        # The host writes a block while the devices work on the next.
+        for image_index, readable, fetch in behind(started()):
+            for writer, detections in zip(writers, fetch(), strict=True):
+                add_rows(writer, detections, image_index, readable, dataset, labels)
+            done += int((image_index >= 0).sum())
+            progress.report(done, {"padding %": 100 * (1 - content / max(area, 1))})
         if errors.skipped:
             say(f"detect {split}: {errors.skipped} unreadable photos have no detections")
     distributed.barrier("predict_views")
@@ -204,11 +191,10 @@ class _Engine:
         self._model, self._variables, self._mesh = model, variables, mesh
         self._settings, self._rows = settings, rows
         self._mean = settings.merge == "mean"
-        self._look = view_steps.propose_step if self._mean else view_steps.view_step
         self._start()
 
     def _start(self) -> None:
-        self._found: dict[tuple[int, bool], list[dict[str, Array]]] = {
+        self._results: dict[tuple[int, bool], list[dict[str, Array]]] = {
             view: [] for view in self._settings.views
         }
         self._batches: list[list[dict[str, Array]]] = [[] for _ in self._settings.scales]
@@ -217,23 +203,24 @@ class _Engine:
         """Sends the views of a batch to the devices; does not wait for them."""
         fields = {name: getattr(batch, name) for name in INFERENCE_FIELDS}
         on_device = distributed.to_global(fields, self._mesh)
-        look = self._look(self._model, self._mesh)
-        for (scale, flip), chunks in self._found.items():
+        method = "propose_on" if self._mean else None
+        look = view_steps.view_step(self._model, self._mesh, method)
+        for (scale, flip), chunks in self._results.items():
             if scale == batch.scale:
                 chunks.append(look(self._variables, on_device, flip))
         if self._mean:
             self._batches[batch.scale].append(on_device)
 
     def finish(self) -> Callable[[], list[dict[str, np.ndarray]]]:
-        """Merges the views; the function returned waits for, and fetches, what each table gets."""
-        found, batches = self._found, self._batches
+        """Starts merging the views; the function returned fetches the detections of each table."""
+        results, batches = self._results, self._batches
         self._start()
         if self._settings.merge == "tables":
             return lambda: [
                 _in_order(distributed.to_host(chunks), self._rows[scale])
-                for (scale, _), chunks in found.items()
+                for (scale, _), chunks in results.items()
             ]
-        views = list(found.values())
+        views = list(results.values())
         if self._mean:
             merged = self._score_all(views, batches)
         else:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, UInt8
 
+from common.geometry import boxes as box_ops
 from common.geometry.nms import nms_top
 from common.training.distributed import DATA_AXIS
 from detection.models.faster_rcnn import FasterRCNN, select_detections
@@ -43,27 +44,25 @@ def to_photo(
     boxes: Float[Array, "b *N 4"], image_size: Float[Array, "b 2"], flip: Bool[Array, ""]
 ) -> Float[Array, "b *N 4"]:
     """Canvas pixels of a view to normalised coordinates of the photo, clipped to it."""
-    # Padded images have size 0; any other number does for them.
-    boxes = jnp.clip(boxes / _unit(jnp.maximum(image_size, 1), boxes.ndim), 0.0, 1.0)
-    return _mirror_boxes(boxes, flip, 1.0)
+    unit = _over_boxes(box_ops.per_side(image_size), boxes.ndim)
+    return _mirror_boxes(jnp.clip(boxes / unit, 0.0, 1.0), flip)
 
 
 def to_canvas(
     boxes: Float[Array, "b *N 4"], image_size: Float[Array, "b 2"], flip: Bool[Array, ""]
 ) -> Float[Array, "b *N 4"]:
     """Normalised coordinates of the photo to canvas pixels of a view."""
-    return _mirror_boxes(boxes, flip, 1.0) * _unit(image_size, boxes.ndim)
+    unit = _over_boxes(box_ops.per_side(image_size), boxes.ndim)
+    return _mirror_boxes(boxes, flip) * unit
 
 
-def _unit(image_size: Float[Array, "b 2"], ndim: int) -> Float[Array, "b ... 4"]:
-    height, width = image_size[:, 0], image_size[:, 1]
-    unit = jnp.stack([width, height, width, height], axis=-1)
+def _over_boxes(unit: Float[Array, "b 4"], ndim: int) -> Float[Array, "b ... 4"]:
     return unit.reshape(len(unit), *[1] * (ndim - 2), 4)
 
 
-def _mirror_boxes(boxes, flip, width):
+def _mirror_boxes(boxes, flip):
     x1, y1, x2, y2 = jnp.split(boxes, 4, axis=-1)
-    mirrored = jnp.concatenate([width - x2, y1, width - x1, y2], axis=-1)
+    mirrored = jnp.concatenate([1.0 - x2, y1, 1.0 - x1, y2], axis=-1)
     return jnp.where(flip, mirrored, boxes)
 
 
@@ -97,14 +96,17 @@ def _all_views(views: Sequence[Sequence[dict[str, Array]]]) -> dict[str, Array]:
 
 
 @functools.cache
-def view_step(model: FasterRCNN, mesh: Mesh) -> Callable:
-    """`(variables, batch, flip) -> detections` of `FasterRCNN.detect`, boxes normalised."""
+def view_step(model: FasterRCNN, mesh: Mesh, method: str | None = None) -> Callable:
+    """`(variables, batch, flip) -> boxes`, normalised, with scores and so on.
+
+    They are the detections of `FasterRCNN.detect`, or with `method` "propose_on" the proposals.
+    """
 
     def view(variables, batch, flip):
-        found = model.apply(variables, _as_seen(batch, flip), train=False)
-        boxes = to_photo(found["boxes"], batch["image_size"], flip)
-        has_area = (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
-        return {**found, "boxes": boxes, "valid": found["valid"] & has_area}
+        options = {"train": False} if method is None else {"method": method}
+        results = model.apply(variables, _as_seen(batch, flip), **options)
+        boxes = to_photo(results["boxes"], batch["image_size"], flip)
+        return {**results, "boxes": boxes, "valid": results["valid"] & box_ops.is_valid(boxes)}
 
     return _on_mesh(view, mesh, (P(), P(DATA_AXIS), P()))
 
@@ -114,31 +116,18 @@ def union_step(model: FasterRCNN, mesh: Mesh) -> Callable:
     """`views -> detections`: NMS in each class over the detections of all views."""
     settings = model.settings.detections
 
-    def select(found):
+    def select(detections):
         index, kept = nms_top(
-            found["boxes"],
-            found["scores"],
-            found["valid"],
+            detections["boxes"],
+            detections["scores"],
+            detections["valid"],
             settings.iou_threshold,
             settings.max_detections,
-            found["classes"],
+            detections["classes"],
         )
-        return {**{name: value[index] for name, value in found.items()}, "valid": kept}
+        return {**{name: value[index] for name, value in detections.items()}, "valid": kept}
 
     return _on_mesh(lambda views: jax.vmap(select)(_all_views(views)), mesh, (P(DATA_AXIS),))
-
-
-@functools.cache
-def propose_step(model: FasterRCNN, mesh: Mesh) -> Callable:
-    """`(variables, batch, flip) -> proposals` of `propose_on`, boxes normalised."""
-
-    def propose(variables, batch, flip):
-        found = model.apply(variables, _as_seen(batch, flip), method="propose_on")
-        boxes = to_photo(found["boxes"], batch["image_size"], flip)
-        has_area = (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
-        return {**found, "boxes": boxes, "valid": found["valid"] & has_area}
-
-    return _on_mesh(propose, mesh, (P(), P(DATA_AXIS), P()))
 
 
 @functools.cache
@@ -171,7 +160,7 @@ def score_step(model: FasterRCNN, mesh: Mesh) -> Callable:
             jax.lax.dynamic_slice_in_dim(proposals[name], number * count, count)
             for name in ("boxes", "valid")
         )
-        found = model.apply(
+        results = model.apply(
             variables,
             _as_seen(batch, flip),
             to_canvas(boxes, batch["image_size"], flip),
@@ -179,8 +168,8 @@ def score_step(model: FasterRCNN, mesh: Mesh) -> Callable:
             method="score_proposals",
         )
         return {
-            "scores": found["scores"],
-            "boxes": to_photo(found["boxes"], batch["image_size"], flip),
+            "scores": results["scores"],
+            "boxes": to_photo(results["boxes"], batch["image_size"], flip),
         }
 
     return _on_mesh(score, mesh, (P(), P(DATA_AXIS), P(), P(DATA_AXIS), P()))

@@ -22,9 +22,9 @@ def make_backbone(name: str, /, **fields) -> nn.Module:
     """Returns the trunk `name` (one of `BACKBONES`).
 
     `fields`: norm, axis_name, frozen_stages, remat, dtype, name of all; drop_path_rate
-    (EfficientNet, NASNet; 0 elsewhere); deform (networks of bottleneck blocks; zeros elsewhere); and those of the
-    network's module, such as `upsampling` of HRNet. `layout` replaces the one of that name, e.g.
-    NASNet's with fewer filters or cells.
+    (EfficientNet, NASNet; 0 elsewhere); deform (networks of bottleneck blocks; zeros elsewhere);
+    and those of the network's module, such as `upsampling` of HRNet. `layout` replaces the one of
+    that name, e.g. NASNet's with fewer filters or cells.
 
     Raises:
       UserError: unknown name, or something asked of a network that has no such thing.
