@@ -11,10 +11,13 @@ Shape legend:
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 # The largest log size ratio that a delta may ask for (Faster R-CNN: 1000 pixels from a 16-pixel
 # anchor).
@@ -39,11 +42,10 @@ def is_valid(boxes: Float[Array, "... 4"]) -> Bool[Array, "..."]:
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
-def per_side(height_width: Float[Array, "*B 2"]) -> Float[Array, "*B 4"]:
-    """Width, height, width, height: what the sides of normalised boxes are multiplied with.
+def per_side(height_width: AnyArray) -> AnyArray:
+    """Width, height, width, height (..., 4): what the sides of normalised boxes are multiplied by.
 
-    Padded images have size 0, for which 1 stands, so that their boxes can be divided too. NumPy and
-    JAX arrays alike.
+    Padded images have size 0, for which 1 stands, so that their boxes can be divided too.
     """
     return height_width.clip(1)[..., np.array([1, 0, 1, 0])]
 

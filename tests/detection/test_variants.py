@@ -1,5 +1,6 @@
 """Every kind of detector builds from its config, and every part of it is trained."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -43,7 +44,12 @@ def variant(**fields) -> RunSettings:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
-    model = build(variant(**VARIANTS[name]).model, 3)
+    settings = variant(**VARIANTS[name]).model
+    # All anchors are sampled: photos this small have no RoIs on the coarser pyramid levels, whose
+    # gradient comes from the proposal network alone.
+    loss = dataclasses.replace(settings.rpn.loss, num_samples=2048)
+    settings = dataclasses.replace(settings, rpn=dataclasses.replace(settings.rpn, loss=loss))
+    model = build(settings, 3)
     variables = jax.jit(lambda: init_variables(model, 0, tiny.init_shapes()))()
     batch = make_batch(2)
 
@@ -66,8 +72,7 @@ def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert np.isfinite(gradient).all(), name
-        # No region on photos this small is read from the coarser levels.
-        assert name.startswith("neck") or np.abs(gradient).max() > 0, name
+        assert np.abs(gradient).max() > 0, name
     found = jax.jit(lambda v: model.apply(v, batch, train=False))(variables)
     assert found["boxes"].shape == (2, 20, 4) and found["valid"].any()
 
