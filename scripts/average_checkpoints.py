@@ -65,8 +65,9 @@ def main() -> None:
         average = with_recomputed_statistics(average, config, num_batches)
         extra["recomputed_on_batches"] = num_batches
     with atomic_folder(output) as folder:
-        if (workdir / "config.json").exists():
-            (workdir / "config.json").copy(folder / "config.json")
+        for name in ("config.json", "classes.csv", "hierarchy.json"):
+            if (workdir / name).exists():
+                (workdir / name).copy(folder / name)
         writer = Checkpoints(folder / "checkpoints")
         writer.save(steps[-1], {"step": np.int32(steps[-1]), **average}, extra, wait=True)
         writer.close()
