@@ -68,7 +68,7 @@ def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Ima
       UserError: it is missing or broken.
     """
     try:
-        photo = images.open_photo(images.read_file(path), tuple(annotated_size))
+        photo = images.open_photo(images.read_file(path), (annotated_size[0], annotated_size[1]))
         geometry = images.fit(photo.size, (side, side))
         return Image.fromarray(images.draw(photo, geometry, geometry.content))
     except images.ImageError as error:
@@ -86,7 +86,7 @@ def fill_masks(photo: Image.Image, drawing: Drawing) -> Image.Image:
         padded = np.pad(inside, 1)
         within = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         opacity = np.where(within, OPACITY, 1.0)[inside, None]
-        pixels[inside] += opacity * (np.float32(colour) - pixels[inside])
+        pixels[inside] += opacity * (np.array(colour, np.float32) - pixels[inside])
     return Image.fromarray(pixels.astype(np.uint8))
 
 
@@ -243,10 +243,14 @@ def read_drawings(
                 f"{dataset.class_names[c]} {score:.2f}"
                 for c, score in zip(classes, chunk.scores[rows], strict=True)
             ]
-            numbers, masks = classes, ()
-            if reader.has_masks:
-                numbers = range(len(rows))
-                masks = [rle.decode(chunk.masks[row], tuple(chunk.mask_sizes[row])) for row in rows]
+            numbers, masks = classes.tolist(), []
+            if chunk.masks is not None and chunk.mask_sizes is not None:
+                numbers = list(range(len(rows)))
+                sizes = chunk.mask_sizes[rows].tolist()
+                masks = [
+                    rle.decode(counts, (height, width))
+                    for counts, (height, width) in zip(chunk.masks[rows], sizes, strict=True)
+                ]
             colours = [class_colour(number) for number in numbers]
             drawings[index_of[code]] = Drawing(chunk.boxes[rows], colours, texts, masks)
     return drawings

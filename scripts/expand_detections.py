@@ -54,9 +54,7 @@ def expand_table(path: str | Path, dataset: Dataset, output: str | Path) -> tupl
                 empty.remove(image_id)
             written += len(chunk)
         for image_id in empty:
-            none = np.zeros((0, 4), np.float32)
-            masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
-            writer.add(image_id, [], none[:, 0], none, *masks)
+            writer.add_empty(image_id)
     return reader.num_rows, written
 
 

@@ -49,17 +49,16 @@ def restrict_table(
                 wanted.remove(name)
                 keep = known[part.label_index] & (part.scores >= min_score)
                 written += int(keep.sum())
-                shapes = (list(part.masks[keep]), part.mask_sizes[keep]) if masks else ()
                 writer.add(
                     name,
                     names[part.label_index[keep]],
                     part.scores[keep],
                     part.boxes[keep],
-                    *shapes,
+                    None if part.masks is None else part.masks[keep],
+                    None if part.mask_sizes is None else part.mask_sizes[keep],
                 )
-        empty = ([], np.zeros((0, 2), np.int32)) if masks else ()
         for name in sorted(wanted):
-            writer.add(name, [], np.zeros(0, np.float32), np.zeros((0, 4), np.float32), *empty)
+            writer.add_empty(name)
     return written, rows
 
 

@@ -147,7 +147,9 @@ def pieces(
         owner = np.repeat(np.arange(len(part)), counts)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         rows = first[owner] + within
-        full = fitted_sizes(sizes[start : start + _IMAGES], tuple(canvas))[owner][:, [1, 0, 1, 0]]
+        full = fitted_sizes(sizes[start : start + _IMAGES], (canvas[0], canvas[1]))[owner][
+            :, [1, 0, 1, 0]
+        ]
         boxes = (np.asarray(dataset.boxes[rows]) * full).astype(np.float32)
         keep = has_area(boxes)
         yield boxes[keep], np.asarray(dataset.box_classes[rows])[keep]
@@ -180,7 +182,7 @@ def report(results: dict) -> str:
         reading: results["sets"][f"paper 18, {reading}"]["recall@0.5/grid"]
         for reading in ("h/w", "w/h")
     }
-    better = max(by_reading, key=by_reading.get)
+    better = max(by_reading, key=lambda reading: by_reading[reading])
     lines.append(f"of the two readings of the paper's ratios, {better} reaches more of these boxes")
     return "\n".join(lines)
 

@@ -164,6 +164,9 @@ def numbers(
             "(made of COCO or LVIS files), --annotations=FILE.json, or --image_ids=FILE.csv and "
             "--category_ids=FILE.csv"
         )
+    if images is not None and categories is not None:
+        return images, categories
+    assert dataset is not None
     if images is None:
         if image_ids is not None:
             indices = dataset.find_images(image_ids)

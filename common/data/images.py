@@ -134,13 +134,13 @@ def fit(
       flip: mirror left to right.
     """
     ratio = scale * min(canvas[0] / size[0], canvas[1] / size[1])
-    full = tuple(max(1, math.floor(side * ratio + 0.5)) for side in size)
-    content = tuple(min(side, limit) for side, limit in zip(full, canvas, strict=True))
-    offset = tuple(
+    height, width = (max(1, math.floor(side * ratio + 0.5)) for side in size)
+    content = min(height, canvas[0]), min(width, canvas[1])
+    top, left = (
         int(share * (side - seen + 1))
-        for share, side, seen in zip(crop, full, content, strict=True)
+        for share, side, seen in zip(crop, (height, width), content, strict=True)
     )
-    return Geometry(full, offset, content, flip)
+    return Geometry((height, width), (top, left), content, flip)
 
 
 def transform_boxes(
@@ -155,11 +155,13 @@ def transform_boxes(
     height, width = geometry.full
     top, left = geometry.offset
     low, high = (0, 0), geometry.content[::-1]
-    whole = np.asarray(boxes, np.float32) * np.float32([width, height, width, height])
-    moved = whole - np.float32([left, top, left, top])
+    whole = np.asarray(boxes, np.float32) * np.array([width, height, width, height], np.float32)
+    moved = whole - np.array([left, top, left, top], np.float32)
     if geometry.flip:
         moved[:, [0, 2]] = np.float32(geometry.content[1]) - moved[:, [2, 0]]
-    clipped = np.clip(moved, np.float32([*low, *low]), np.float32([*high, *high]))
+    clipped = np.clip(
+        moved, np.array([*low, *low], np.float32), np.array([*high, *high], np.float32)
+    )
     area = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
     whole_area = np.prod(whole[:, 2:] - whole[:, :2], axis=1)
     keep = np.all(clipped[:, 2:] > clipped[:, :2], axis=1) & (area >= MIN_VISIBLE * whole_area)
@@ -239,7 +241,8 @@ def decode(
     image = photo.image
     spans = _stored_spans(area, photo.orientation)
     swap = photo.orientation in _ORIENTATIONS and _ORIENTATIONS[photo.orientation][1]
-    wanted = tuple(math.ceil(side) for side in (full if swap else full[::-1]))
+    wide, high = full if swap else full[::-1]
+    wanted = (math.ceil(wide), math.ceil(high))
     try:
         part = _decode_part(photo, wanted, spans)
         if part is not None:
@@ -247,7 +250,7 @@ def decode(
         reduced = image.draft(None, wanted)
         # Reduced sizes are rounded up: the photo ends inside the last row and column.
         extent = reduced[1][2:] if reduced else image.size
-        return Pixels(_to_rgb(image), photo.orientation, extent)
+        return Pixels(_to_rgb(image), photo.orientation, (extent[0], extent[1]))
     except _BROKEN as error:
         raise ImageError(_reason(error)) from error
 

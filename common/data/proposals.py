@@ -54,7 +54,7 @@ class TableBoxes:
                     first = int(chunk.image_index[0])
                     found = np.bincount(chunk.image_index - first)
                     self.counts[first : first + len(found)] += found
-                    spool.write(np.ascontiguousarray(chunk.boxes, np.float32))
+                    spool.write(np.ascontiguousarray(chunk.boxes, np.float32).data)
                 spool.flush()
                 total = int(self.counts.sum())
                 self._boxes = _NO_BOXES

@@ -26,6 +26,7 @@ Shape legend:
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -170,7 +171,10 @@ def locate(
     areas = [(height + margin) * (width + margin) for height, width in sizes]
     starts = [sum(areas[:level]) for level in range(len(sizes))]
     if levels is None:
-        start, (height, width) = 0, sizes[0]
+        start: int | Array = 0
+        height: int | Array
+        width: int | Array
+        height, width = sizes[0]
     else:
         start = jnp.array(starts)[levels]
         height, width = (jnp.array(side)[levels] for side in zip(*sizes, strict=True))
@@ -179,7 +183,7 @@ def locate(
     if method == "quads":
         # Row i of a table's grid starts with cell i - 1.
         row, column = jnp.clip(row + 1, 0, height), jnp.clip(column + 1, 0, width)
-        rows = (start + row * (width + 1) + column,)
+        rows: tuple[Array, ...] = (start + row * (width + 1) + column,)
     else:
         rows = tuple(
             start + jnp.clip(row + i, 0, height - 1) * width + jnp.clip(column + j, 0, width - 1)
@@ -280,7 +284,8 @@ def add(
 def interpolate(weights: Four, cells: Sequence[Float[Array, "N C"]]) -> Float[Array, "N C"]:
     """Weighted sum of the four cells, float32."""
     # One addend per cell keeps channels innermost in XLA's loop, which vectorises it on CPU.
-    return sum(w[:, None] * c.astype(jnp.float32) for w, c in zip(weights, cells, strict=True))
+    products = [w[:, None] * c.astype(jnp.float32) for w, c in zip(weights, cells, strict=True)]
+    return functools.reduce(operator.add, products)
 
 
 def contract(cells: Sequence[Float[Array, "N C"]], grad: Float[Array, "N C"]) -> Four:
@@ -290,4 +295,4 @@ def contract(cells: Sequence[Float[Array, "N C"]], grad: Float[Array, "N C"]) ->
 
 def dot(a: Four, b: Four) -> Float[Array, " N"]:
     """Sum over the four cells of products."""
-    return sum(u * v for u, v in zip(a, b, strict=True))
+    return functools.reduce(operator.add, [u * v for u, v in zip(a, b, strict=True)])

@@ -48,20 +48,20 @@ class MaskReader:
             raise UserError(f"{dataset.directory}: the dataset has no masks")
         self._dataset = dataset
         self._root = dataset.meta.get("mask_root") or str(dataset.directory)
+        self._offsets = dataset.mask_offsets
         # An empty file cannot be mapped.
-        empty = not dataset.mask_offsets[-1]
+        empty = not self._offsets[-1]
         path = dataset.directory / "masks.bin"
         self._data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
 
     def has_mask(self, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Which boxes have a mask (be it an empty one)."""
-        offsets = self._dataset.mask_offsets
         rows = np.asarray(rows, np.int64)
-        return np.asarray(offsets[rows + 1]) > np.asarray(offsets[rows])
+        return np.asarray(self._offsets[rows + 1]) > np.asarray(self._offsets[rows])
 
     def entry(self, row: int) -> Any:
         """What is stored of a box: None, {"png": path}, polygons or a run-length dictionary."""
-        start, stop = self._dataset.mask_offsets[row : row + 2].tolist()
+        start, stop = self._offsets[row : row + 2].tolist()
         return json.loads(self._data[start:stop].tobytes()) if stop > start else None
 
     def window(

@@ -115,7 +115,7 @@ def class_data(
     by_predicted = _top(confusions, confusions.predicted, confusions.actual)
     classes = {}
     for index in np.flatnonzero(scope.counts > 0).tolist():
-        entry = {"truth": int(scope.counts[index]), "tables": []}
+        entry: dict[str, Any] = {"truth": int(scope.counts[index]), "tables": []}
         for number, table in enumerate(tables):
             counts = table.status_counts[index]
             found = int(table.found[index])

@@ -73,7 +73,7 @@ def drawn_rows(scope: Scope, table: TableReport, image: int, limit: int) -> Sequ
     kept = []
     for group in groups.values():
         classes = [int(table.judged.classes[row]) for row in group]
-        inherited = scope.parents[classes].any(0)
+        inherited = np.any(scope.parents[classes], axis=0).tolist()
         kept += [row for row, index in zip(group, classes, strict=True) if not inherited[index]]
     return kept[:limit]
 

@@ -178,7 +178,7 @@ def repair_gains(
 
 def _mean_ap(entries: ScoredEntries, left: np.ndarray, counts: np.ndarray) -> float:
     aps = openimages.average_precisions([_plain(entries)], left, 1.0)
-    return np.mean(np.where(left > 0, aps, 1.0)[counts > 0])
+    return float(np.mean(np.where(left > 0, aps, 1.0)[counts > 0]))
 
 
 def _plain(entries: ScoredEntries) -> openimages.Entries:

@@ -33,8 +33,8 @@ def figure(
     for number, table in enumerate(tables):
         current = "" if number == 0 else " hidden"
         body = drawing.draw(scope, table, picture, pairs, limit)
-        texts = body.count("<text") - body.count('<text class="box-text unverified"')
-        crowded = " crowded" if texts > SPARSE else ""
+        num_texts = body.count("<text") - body.count('<text class="box-text unverified"')
+        crowded = " crowded" if num_texts > SPARSE else ""
         layers.append(f'<g class="layer{crowded}" data-table="{number}"{current}>{body}</g>')
         wrong, f1 = int(table.image_wrong[place]), scores[number][place]
         captions.append(
@@ -77,14 +77,16 @@ def _reason_text(
 
 def controls(names: Sequence[str]) -> str:
     """Buttons above the gallery: which pictures, whose boxes, which boxes."""
-    kinds = "".join(
+    kind_buttons = "".join(
         f'<button type="button" data-kind="{kind}" aria-pressed="{str(not kind).lower()}">{text}'
         "</button>"
         for kind, text in (
             ("", "All"), ("worst", "Worst"), ("best", "Best"), ("confusion", "Confusions"),
         )
     )  # fmt: skip
-    parts = [f'<div class="buttons" id="kinds" role="group" aria-label="Pictures">{kinds}</div>']
+    parts = [
+        f'<div class="buttons" id="kinds" role="group" aria-label="Pictures">{kind_buttons}</div>'
+    ]
     if len(names) > 1:
         buttons = "".join(
             f'<button type="button" data-table="{number}" aria-pressed="{pressed}">'

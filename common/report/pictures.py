@@ -106,7 +106,8 @@ def read_photos(
     budget = PHOTO_BYTES // max(len(pictures), 1)
     failures = []
     for picture in pictures:
-        size = tuple(int(side) for side in dataset.image_sizes[picture.image])
+        height, width = dataset.image_sizes[picture.image].tolist()
+        size = (height, width)
         path = dataset.image_file(picture.image)
         try:
             photo = images.open_photo(images.read_file(path), size)

@@ -5,7 +5,7 @@ Shape legend: n classes.
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -59,7 +59,7 @@ def draw_matrix(
     axes.set_yticks(range(size), labels, fontsize=8)
     for row, column in np.argwhere(known).tolist():
         share = matrix[row, column]
-        style = {"fontsize": 5, "ha": "center", "va": "center"}
+        style: dict[str, Any] = {"fontsize": 5, "ha": "center", "va": "center"}
         axes.text(column, row, f"{100 * share:.0f}", color="w" if share > 0.5 else "k", **style)
     for row, column in np.argwhere(frame).tolist() if frame is not None else ():
         corner = (column - 0.45, row - 0.45)

@@ -101,7 +101,7 @@ class DetectionsWriter:
         labels: Sequence[str],
         scores: Float32[np.ndarray, " n"],
         boxes: Float32[np.ndarray, "n 4"],
-        masks: Sequence[bytes] | None = None,
+        masks: Sequence[bytes] | np.ndarray | None = None,
         mask_sizes: Int32[np.ndarray, "n 2"] | None = None,
     ) -> None:
         """Adds all detections of one image (none is fine, the image counts as covered).
@@ -131,16 +131,23 @@ class DetectionsWriter:
         rows["score"], rows["box"] = scores, boxes
         try:
             if self._masks:
+                if masks is None:
+                    raise ValueError("a table with masks needs one for each detection")
                 sizes = np.array([len(mask) for mask in masks], np.int64)
                 rows["mask_start"] = self._mask_bytes + np.cumsum(sizes) - sizes
                 rows["mask_bytes"], rows["mask_size"] = sizes, mask_sizes
                 self._mask_file.write(b"".join(masks))
                 self._mask_bytes += int(sizes.sum())
-            self._spool.write(rows[np.argsort(-scores, kind="stable")])
+            self._spool.write(rows[np.argsort(-scores, kind="stable")].data)
         except OSError as error:
             raise UserError(f"{self.path}: cannot write the detections table ({error})") from error
         self._spans[image_id] = (self._num_rows, len(scores))
         self._num_rows += len(scores)
+
+    def add_empty(self, image_id: str) -> None:
+        """Adds an image without detections, in a table with masks or without."""
+        none = np.zeros((0, 4), np.float32)
+        self.add(image_id, [], none[:, 0], none, [], np.zeros((0, 2), np.int32))
 
     def close(self) -> None:
         """Sorts the rows by image, writes the Parquet file and moves it into place."""

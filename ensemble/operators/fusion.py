@@ -144,10 +144,11 @@ class WeightedBoxesFusion(Operator):
         if self.conf_type == "max":
             return top / weights.max()
         if self.conf_type == "avg":
-            share = 1.0
+            share: Array | float = 1.0
             if not self.allows_overflow:
                 share = jnp.minimum(len(weights), count) / jnp.maximum(count, 1.0)
             return mass * share / weights.sum()
+        assert of_models is not None  # the other types of confidence count models
         entry_weights, seen = of_models
         by_bit = np.zeros((len(seen) * _MODELS_PER_WORD, 1, 1), np.float32)
         by_bit[: len(weights), 0, 0] = weights

@@ -49,7 +49,7 @@ def walk(
     state: Any,
     *,
     start: int = 0,
-    stop: int | None = None,
+    stop: int | Int[Array, ""] | None = None,
     watch: Callable[[Any], Any] = lambda state: (),
 ) -> Any:
     """Visits the entries of all groups in order: `state <- visit(i, entries, state)`.
@@ -204,7 +204,7 @@ def decay_in_order(
     return walk((boxes, active), visit, scores, stop=boxes.shape[1] - 1)
 
 
-def gaussian(sigma: float) -> Callable[[GroupScores], GroupScores]:
+def gaussian(sigma: float | Float[Array, ""]) -> Callable[[GroupScores], GroupScores]:
     """exp(-IoU^2 / sigma)."""
     return lambda iou: jnp.exp(iou * iou * (-1.0 / sigma))
 

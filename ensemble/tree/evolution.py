@@ -71,7 +71,7 @@ class State:
     seen: set[str] = dataclasses.field(default_factory=set)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
-    rng: dict[str, Any] | None = None
+    rng: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         def pair(item):
@@ -137,9 +137,10 @@ def search(
     Returns:
       The final state; its `best` is the tree.
     """
-    state = state or State(rng=np.random.PCG64(seed).state)
+    state = state or State(rng=dict(np.random.PCG64(seed).state))
     rng = np.random.Generator(np.random.PCG64())
-    rng.bit_generator.state = state.rng
+    assert state.rng is not None
+    rng.bit_generator.state = dict(state.rng)
     order = {model: place for place, model in enumerate(settings.models)}
     starts = starting_trees(single_scores, equal)
     while state.stage < len(stages):
@@ -180,11 +181,11 @@ def starting_trees(single_scores: Mapping[str, float], equal: Operators) -> list
             root = Node(leaf, root, equal)
         return root
 
-    level = list(ranked)
+    level: list[Leaf | Node] = list(ranked)
     while len(level) > 1:
         # Neighbours in rank are joined; an odd one waits.
         pairs = [Node(a, b, equal) for a, b in zip(level[::2], level[1::2], strict=False)]
-        level = pairs + level[len(level) - len(level) % 2 :]
+        level = [*pairs, *level[len(level) - len(level) % 2 :]]
     found: list[Leaf | Node] = []
     for root in (ladder(ranked), ladder(ranked[::-1]), level[0]):
         if root not in found:
@@ -246,14 +247,15 @@ def change_operators(rng: np.random.Generator, root, space: Space, equal: Operat
         weights = [1.0, space.weights[rng.integers(len(space.weights))]]
         if rng.random() < 0.5:
             weights.reverse()
-        new = tuple(weight / max(weights) for weight in weights)
+        new: Any = tuple(weight / max(weights) for weight in weights)
     elif field == "elements":
         pair = ["both", space.elements[rng.integers(len(space.elements))]]
         new = tuple(pair[::-1] if rng.random() < 0.5 else pair)
     else:
         values = {"vote": space.votes, "box": space.boxes, "nms": space.nms}[field]
         new = values[rng.integers(len(values))]
-    operators = dataclasses.replace(old, **{field: new})
+    changes: dict[str, Any] = {field: new}
+    operators = dataclasses.replace(old, **changes)
     return trees.replace_at(root, path, dataclasses.replace(node, operators=operators))
 
 
@@ -286,5 +288,6 @@ def digest(root: Leaf | Node) -> str:
 
 def _subtree(root: Leaf | Node, path: str) -> Leaf | Node:
     for step in path:
+        assert isinstance(root, Node)
         root = root.left if step == "l" else root.right
     return root

@@ -56,7 +56,9 @@ def main():
 
     def score(table: Path) -> list[dict[str, float]]:
         # Each table covers both splits; the note that it covers more than one would be said often.
-        return [evaluate_openimages(dataset, split, table, say=str) for split in splits]
+        return [
+            evaluate_openimages(dataset, split, table, say=lambda line: None) for split in splits
+        ]
 
     def means(table: Path) -> list[float]:
         return [figures[MEAN_AP.format(0.5)] for figures in score(table)]

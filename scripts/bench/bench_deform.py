@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -159,7 +160,7 @@ def bench_roi_pooling() -> float:
     flat_gradient = gradient.reshape(-1, BINS, BINS, CHANNELS).transpose(0, 3, 1, 2)
     theirs = torch_calls(aligned, tensors, torch.from_numpy(flat_gradient.copy()))
 
-    levels = np.asarray(roi_align.assign_levels(boxes)) - 2
+    levels = np.asarray(roi_align.assign_levels(jnp.asarray(boxes))) - 2
     groups = [
         (b, level, torch.from_numpy(np.flatnonzero(levels[b] == level)))
         for b, level in np.ndindex(BATCH, len(STRIDES))
@@ -168,7 +169,7 @@ def bench_roi_pooling() -> float:
     steps = torch.from_numpy(np.array(roi_align.sample_steps(BINS, SAMPLES)))
     # (bin row, bin column, sample row, sample column, x and y)
     steps = torch.stack(
-        torch.broadcast_tensors(steps[None, :, None, :], steps[:, None, :, None]), axis=-1
+        torch.broadcast_tensors(steps[None, :, None, :], steps[:, None, :, None]), dim=-1
     )
 
     def sampled(*arrays):
@@ -192,8 +193,7 @@ def bench_roi_pooling() -> float:
             pooled.append(values.mean(-1).transpose(0, 1))
         return torch.cat(pooled)
 
-    order = [torch.full((len(rois),), b * ROIS) + rois for b, _, rois in groups]
-    order = torch.cat(order).numpy()
+    order = torch.cat([b * ROIS + rois for b, _, rois in groups]).numpy()
     leaf = torch.from_numpy(offsets).requires_grad_()
     composed = torch_calls(sampled, [*tensors, leaf], torch.from_numpy(flat_gradient[order].copy()))
     output, gradients = composed[1]()

@@ -71,7 +71,8 @@ def draw_image(
     low = np.minimum(boxes[..., :2], boxes[..., 2:])
     high = np.maximum(boxes[..., 2:], low + 1e-3)
     scores = confidence[where, what] * rng.random((models, n)) ** 0.3 + 1e-3
-    return labels, np.float32(scores), np.float32(np.concatenate([low, high.clip(0, 1.001)], -1))
+    boxes = np.concatenate([low, high.clip(0, 1.001)], -1)
+    return labels, scores.astype(np.float32), boxes.astype(np.float32)
 
 
 def write_tables(folder: Path) -> list[str]:
@@ -143,7 +144,8 @@ def to_lists(rows: Rows, image: np.ndarray) -> Iterator[tuple[list, list, list]]
         for a, kind in ((rows.boxes, np.float64), (rows.scores, np.float64), (labels, np.int64))
     ]
     for first in range(0, len(edges), models):
-        yield tuple(column[first : first + models] for column in columns)
+        boxes, scores, classes = (column[first : first + models] for column in columns)
+        yield boxes, scores, classes
 
 
 def count_differing(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[int, int]:

@@ -84,7 +84,11 @@ class Masks:
         right = rng.random(len(near)) < 0.5
         shape = np.where(right, self._shapes[near], rng.integers(SHAPES, size=len(near)))
         chosen = shape * VARIANTS + rng.integers(VARIANTS, size=len(near))
-        return self._tight[chosen], self._masks[chosen], np.tile(np.int32(PHOTO), (len(near), 1))
+        return (
+            self._tight[chosen],
+            self._masks[chosen],
+            np.tile(np.array(PHOTO, np.int32), (len(near), 1)),
+        )
 
 
 def generate(folder: Path, masks: bool) -> None:
@@ -163,7 +167,8 @@ def score_with_twin(folder: Path) -> float:
     subset = folder / "subset.parquet"
     with DetectionsWriter(subset, {}) as table:
         for image_id, image in images.items():
-            table.add(image_id, *zip(*image["detections"], strict=True))
+            listed = list(zip(*image["detections"], strict=True))
+            table.add(image_id, listed[0], np.array(listed[1]), np.array(listed[2]))
     figures = openimages.evaluate_openimages(
         dataset, "validation", subset, allow_partial=True, say=lambda _: None
     )

@@ -98,7 +98,7 @@ def random_blocks(
 
 
 def random_block(rng, boxes: np.ndarray, shapes: np.ndarray, views: list) -> Block:
-    photo_sizes = np.tile(np.int32(PHOTO), (len(boxes), 1))
+    photo_sizes = np.tile(np.array(PHOTO, np.int32), (len(boxes), 1))
     pixels = clip_boxes(boxes, photo_sizes)
     batches, maps = [], []
     for number, (module, voters) in enumerate(views):

@@ -135,7 +135,7 @@ def _generate_labels(folder, rng, id_of, label_table, num_images: int) -> None:
         {
             "ImageID": id_of.take(pa.array(image)),
             "LabelName": label_table.take(pa.array(classes)),
-            "Confidence": pa.array(np.tile(np.int8([1, 0]), num_images)),
+            "Confidence": pa.array(np.tile(np.array([1, 0], np.int8), num_images)),
         }
     )
     options = pyarrow.csv.WriteOptions(quoting_style="none")

@@ -176,7 +176,7 @@ def main() -> None:
     ours = (data, values.classes)
     if values.peer == "torchvision":
         theirs = (torchvision_calls, (*ours, values.threads))
-        sides = (
+        sides: tuple[Side, ...] = (
             Side("torchvision", *theirs, keep_memory=False),
             Side("torchvision, memory kept", *theirs, keep_memory=True),
             Side("ours", our_calls, ours, keep_memory=True),

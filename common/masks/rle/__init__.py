@@ -6,6 +6,7 @@ before) in groups of five bits, as the characters '0' to 'o'.
 """
 
 from common.masks.rle.counts import (
+    Counts,
     areas,
     decode_runs,
     encode_all,
@@ -17,6 +18,7 @@ from common.masks.rle.pixels import decode, decode_all, encode, encode_window, e
 from common.masks.rle.sets import iou, merge, nearest, resize
 
 __all__ = [
+    "Counts",
     "areas",
     "decode",
     "decode_all",

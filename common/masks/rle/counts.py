@@ -10,13 +10,16 @@ from jaxtyping import Int
 
 from common.tables.ranges import pieces
 
+Counts = Sequence[bytes] | np.ndarray  # n texts; of an array: of objects
+Sizes = Sequence[tuple[int, int]] | Int[np.ndarray, "n 2"]  # height and width of n masks
+
 # Runs below 2^31 need seven characters; longer texts would overflow 64 bits.
 _MAX_CHARACTERS = 12
 _PIECE = 1 << 18  # characters looked at together: temporaries stay near the caches
 
 
 def decode_runs(
-    counts: Sequence[bytes],
+    counts: Counts,
 ) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " n+1"], Int[np.ndarray, " n"]]:
     """Run lengths of compressed masks.
 
@@ -88,7 +91,7 @@ def _add_differences(
     return runs
 
 
-def encode_runs(runs: Sequence[int]) -> bytes:
+def encode_runs(runs: Sequence[int] | Int[np.ndarray, " r"]) -> bytes:
     """Compressed counts of one mask, the reverse of `decode_runs`."""
     return encode_all(np.asarray(runs, np.int64), np.array([0, len(runs)]))[0]
 
@@ -120,7 +123,7 @@ def encode_all(runs: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"]) ->
     return [data[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
-def find_broken(counts: Sequence[bytes], sizes: Int[np.ndarray, "n 2"]) -> tuple[int, str] | None:
+def find_broken(counts: Counts, sizes: Sizes) -> tuple[int, str] | None:
     """First mask that is no run-length code of its height and width and why, or None."""
     sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
     for part in pieces(_lengths(counts), _PIECE):
@@ -145,7 +148,7 @@ def find_broken(counts: Sequence[bytes], sizes: Int[np.ndarray, "n 2"]) -> tuple
     return None
 
 
-def areas(counts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
+def areas(counts: Counts) -> Int[np.ndarray, " n"]:
     """Pixels of each mask."""
     result = np.zeros(len(counts), np.int64)
     for part in pieces(_lengths(counts), _PIECE):
@@ -157,7 +160,7 @@ def areas(counts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
     return result
 
 
-def tight_boxes(counts: Sequence[bytes], sizes: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n 4"]:
+def tight_boxes(counts: Counts, sizes: Sizes) -> Int[np.ndarray, "n 4"]:
     """Pixel box xmin, ymin, xmax, ymax (half-open) around each mask; zeros for an empty one."""
     boxes = np.zeros((len(counts), 4), np.int64)
     heights = np.maximum(np.asarray(sizes, np.int64).reshape(-1, 2)[:, 0], 1)
@@ -181,7 +184,7 @@ def tight_boxes(counts: Sequence[bytes], sizes: Int[np.ndarray, "n 2"]) -> Int[n
 
 
 def ones(
-    counts: Sequence[bytes],
+    counts: Counts,
 ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " s"], Int[np.ndarray, " s"]]:
     """Mask, first pixel and pixel after the last of every run of ones, pixels column by column."""
     runs, offsets, _ = decode_runs(counts)
@@ -232,7 +235,7 @@ def counts_of_ones(
     return encode_all(runs[keep], offsets)
 
 
-def _lengths(counts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
+def _lengths(counts: Counts) -> Int[np.ndarray, " n"]:
     return np.fromiter(map(len, counts), np.int64, len(counts))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from common.masks.rle.counts import counts_of_ones, decode_runs
+from common.masks.rle.counts import Counts, Sizes, counts_of_ones, decode_runs
 
 _PIXELS_PER_RUN = 150  # that np.repeat writes in the time of one assignment
 
@@ -30,9 +30,9 @@ def encode_window(mask: Mask, top: int, left: int, size: tuple[int, int]) -> byt
 
 
 def encode_windows(
-    masks: Sequence[Mask],
+    masks: Bool[np.ndarray, "n h w"] | Sequence[Mask],
     corners: Int[np.ndarray, "n 2"] | Sequence[tuple[int, int]],
-    sizes: Int[np.ndarray, "n 2"] | Sequence[tuple[int, int]],
+    sizes: Sizes,
 ) -> list[bytes]:
     """Counts of n images with one small mask in each, zero elsewhere.
 
@@ -109,7 +109,7 @@ def decode(counts: bytes, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     return decode_all([counts], size)[0]
 
 
-def decode_all(counts: Sequence[bytes], size: tuple[int, int]) -> Bool[np.ndarray, "n H W"]:
+def decode_all(counts: Counts, size: tuple[int, int]) -> Bool[np.ndarray, "n H W"]:
     """Pixels of masks of one size; each is in Fortran order.
 
     Raises:

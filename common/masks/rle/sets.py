@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 from faster_coco_eval import mask as coco_mask
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from common.masks.rle.counts import counts_of_ones, decode_runs, encode_runs, ones
+from common.masks.rle.counts import Counts, counts_of_ones, decode_runs, encode_runs, ones
 from common.tables.ranges import expand_ranges
 
 
 def iou(
-    a: Sequence[bytes],
-    b: Sequence[bytes],
+    a: Counts,
+    b: Counts,
     size: tuple[int, int],
     *,
-    of_a: bool | Sequence[bool] = False,
+    of_a: bool | Sequence[bool] | Bool[np.ndarray, " m"] = False,
 ) -> Float[np.ndarray, "n m"]:
     """Overlap of every mask of `a` with every mask of `b`, all of one height and width.
 
@@ -40,15 +40,15 @@ def iou(
     return np.asarray(coco_mask.iou(found, truth, crowd), np.float64)
 
 
-def merge(counts: Sequence[bytes], size: tuple[int, int], *, intersect: bool = False) -> bytes:
+def merge(counts: Counts, size: tuple[int, int], *, intersect: bool = False) -> bytes:
     """Counts of the union (or the intersection) of masks of one height and width."""
     if not len(counts):
         raise ValueError("no masks to merge")
     runs, offsets, _ = decode_runs(counts)
     pixels, lengths = size[0] * size[1], np.diff(offsets)
     # Overflow is harmless: what remains after subtracting the masks before is small.
-    kind = np.int32 if pixels < 2**31 else np.int64
-    ends = np.cumsum(runs, dtype=kind)
+    kind: type[np.signedinteger] = np.int32 if pixels < 2**31 else np.int64
+    ends: np.ndarray = np.cumsum(runs, dtype=kind)
     ends -= np.repeat((pixels * np.arange(len(counts))).astype(kind), lengths)
     starting = np.arange(len(runs), dtype=np.int32) & 1 == 0  # where a run of zeros ends
     starting ^= np.repeat(offsets[:-1] % 2 == 1, lengths)
@@ -67,7 +67,7 @@ def merge(counts: Sequence[bytes], size: tuple[int, int], *, intersect: bool = F
         gap = np.flatnonzero(stops[:-1] < begins[1:])
         begins = np.append(begins[0], begins[gap + 1])
         stops = np.append(stops[gap], stops[-1])
-        own = begins < stops
+        own = np.flatnonzero(begins < stops)
         begins, stops = begins[own], stops[own]
     runs = np.empty(2 * len(begins) + 1, np.int64)
     runs[0:-1:2], runs[1::2], runs[-1] = begins, stops, pixels
@@ -77,9 +77,7 @@ def merge(counts: Sequence[bytes], size: tuple[int, int], *, intersect: bool = F
     return encode_runs(runs)
 
 
-def resize(
-    counts: Sequence[bytes], size: tuple[int, int], new_size: tuple[int, int]
-) -> list[bytes]:
+def resize(counts: Counts, size: tuple[int, int], new_size: tuple[int, int]) -> list[bytes]:
     """Masks of one size brought to another by nearest sampling at the centres of its pixels."""
     if tuple(size) == tuple(new_size):
         return [bytes(text) for text in counts]

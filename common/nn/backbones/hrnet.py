@@ -153,7 +153,7 @@ class HRStage(nn.Module):
     num_modules: int
 
     @nn.compact
-    def __call__(self, xs: Sequence[Array], train: bool) -> list[Array]:
+    def __call__(self, xs: Sequence[Array], train: bool) -> Sequence[Array]:
         for i in range(self.num_modules):
             xs = self.module(name=f"module{i}")(xs, train)
         return xs

@@ -185,7 +185,7 @@ class ResNet(nn.Module):
         taps = {}
         for i in range(self.first_stage, self.last_stage + 1):
             frozen = i <= self.frozen_stages
-            block = layout.block
+            block: Callable[..., nn.Module] = layout.block
             if self.remat and not frozen:
                 block = nn.remat(block, static_argnums=(2,))
             block = functools.partial(
@@ -207,7 +207,7 @@ class ResNet(nn.Module):
             if version:
                 raise UserError(f"deform: found {self.deform}, expected (0, 0, 0) for basic blocks")
             return {}
-        conv3x3 = functools.partial(Conv, dtype=self.dtype)
+        conv3x3: Callable[..., nn.Module] = functools.partial(Conv, dtype=self.dtype)
         if version:
             conv3x3 = functools.partial(DeformConv, version=version, dtype=self.dtype)
         return {

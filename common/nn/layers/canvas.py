@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 
-def content(shape: tuple[int, int], image_size: Float[Array, "B 2"]) -> Bool[Array, "B H W"]:
+def content(shape: tuple[int, ...], image_size: Float[Array, "B 2"]) -> Bool[Array, "B H W"]:
     """Which pixels of canvases of `shape` (H, W) hold content, `image_size` height and width."""
     height, width = shape
     return (jnp.arange(height)[:, None] < image_size[:, None, None, 0]) & (
