@@ -20,7 +20,7 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics.coco import evaluate_coco
 from common.metrics.openimages import evaluate_openimages
-from common.training import command, distributed, loop
+from common.training import command, distributed
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
@@ -101,7 +101,7 @@ def define_flags() -> None:
 
 def main():
     settings = read_run(flags.FLAGS.config)
-    mesh, say = loop.start({})
+    mesh, say = command.start()
     dataset = command.open_dataset(settings.data.dir)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))

@@ -20,7 +20,7 @@ from etils import epath
 
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.training import command, loop
+from common.training import command
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
@@ -41,7 +41,7 @@ def define_flags() -> None:
 def main():
     settings, table, split = read_run(flags.FLAGS.config), flags.FLAGS.proposals, flags.FLAGS.split
     check_flags(settings, table, split)
-    mesh, say = loop.start({})
+    mesh, say = command.start()
     dataset = command.open_dataset(settings.data.dir)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))

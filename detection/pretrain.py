@@ -24,12 +24,13 @@ from common.data.labelled_images import LabelledImages, open_images
 from common.data.settings import LabelledDataSettings
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.progress import Progress
 from common.nn.weights.backbone_weights import save_backbone_weights
-from common.training import command, distributed, loop
+from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
 from common.training.restore import first_state
-from common.training.run_metrics import log_parameter_overview
+from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import (
     TrainState,
     init_state,
@@ -37,6 +38,7 @@ from common.training.step import (
     make_predict_step,
     variable_shapes,
 )
+from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import prepare_workdir
 from detection.models.classifier import Classifier
 from detection.models.settings import ClassifierSettings
@@ -55,17 +57,14 @@ MAY_DIFFER = (
 WEIGHTS = "backbone.safetensors"
 
 
-def pretrain(settings: PretrainSettings, workdir: str) -> float:
+def pretrain(settings: PretrainSettings, directory: str) -> float:
     """Runs (or finishes) a training; returns the top-1 accuracy."""
 
     # ---------------------------------------------------------------- devices and work directory
-    mesh, say = loop.start(
-        {
-            "data.batch_size": settings.data.batch_size,
-            "evaluation.batch_size": settings.evaluation.batch_size,
-        }
+    mesh, say = command.start(
+        data=settings.data.batch_size, evaluation=settings.evaluation.batch_size
     )
-    workdir = prepare_workdir(workdir, settings.to_dict(), may_differ=MAY_DIFFER)
+    workdir = prepare_workdir(directory, settings.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
     train_images, eval_images = open_splits(settings.data)
@@ -93,8 +92,9 @@ def pretrain(settings: PretrainSettings, workdir: str) -> float:
     state, start_step = first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    step_fn = jit_train_step(model, tx, mesh)
+    train_step = jit_train_step(model, tx, mesh)
     predict = jax.jit(make_predict_step(model, mesh))
+    fields = init_batch(settings.data).keys()
     batches = train_batches(
         train_images,
         settings.data,
@@ -104,35 +104,48 @@ def pretrain(settings: PretrainSettings, workdir: str) -> float:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": settings.name}
+    progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
+    check = MetricsCheck(train_images.name)
+    with (
+        RunMetrics(workdir, start_step) as log,
+        StallWatchdog(settings.log.stall_seconds) as watchdog,
+    ):
 
-    def evaluate(step):
-        top1 = top1_accuracy(training.state.variables, eval_images, settings, predict, mesh)
-        say(f"top-1 {top1:.4f} on {len(eval_images)} images after step {step}", flush=True)
-        training.log(step, {"evaluation/top1": top1})
-        return top1
+        def evaluate(step: int, variables: dict) -> float:
+            top1 = top1_accuracy(variables, eval_images, settings, predict, mesh)
+            say(f"top-1 {top1:.4f} on {len(eval_images)} images after step {step}", flush=True)
+            log.write(step, {"evaluation/top1": top1})
+            return top1
 
-    with loop.Loop(
-        settings,
-        workdir,
-        mesh,
-        checkpoints,
-        schedule,
-        start_step=start_step,
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        fields=init_batch(settings.data),
-        image_name=train_images.name,
-        say=say,
-    ) as training:
         every = steps_per_epoch * settings.evaluation.every_epochs
-        for step in training.run(step_fn, state, batches):
+        for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
+            on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
+            state, metrics = train_step(state, on_devices)
+            progress.step_done(step)
+            check.one_behind(step, metrics, batch["image_index"])
+
+            if settings.log.is_due(step, start_step + 1, num_steps):
+                figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
+                say(progress.line(step, figures), flush=True)
+                log.write(step, figures | progress.rates(step))
+                checkpoints.check()
+
+            if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
+                check.latest()  # nothing that is not finite is kept
+                with progress.pause():
+                    checkpoints.save(step, state, extra)
+
             if every and step % every == 0 and step != num_steps:
-                with training.pause():
-                    evaluate(step)
-        top1 = evaluate(num_steps)
+                with progress.pause():
+                    evaluate(step, state.variables)
+            watchdog.beat(step)
+
+        checkpoints.close()
+        top1 = evaluate(num_steps, state.variables)
     if distributed.is_main_process():
         path = workdir / WEIGHTS
-        write_backbone(path, training.state, settings)
+        write_backbone(path, state, settings)
         say(f"wrote {path} (config.model.pretrained of a detector)", flush=True)
     return top1
 

@@ -14,14 +14,16 @@ from absl import flags
 from common.data.input import train_batches
 from common.data.plan import train_plan
 from common.io.commands import run_main
+from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
-from common.training import command, distributed, loop
+from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
 from common.training.restore import first_state
-from common.training.run_metrics import log_parameter_overview
+from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
+from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import keep_classes, prepare_workdir
 from detection.batch_fields import init_shapes, train_shapes
 from detection.evaluate import evaluate_variables
@@ -49,12 +51,12 @@ MAY_DIFFER = (
 )
 
 
-def train(settings: RunSettings, workdir: str) -> dict[str, float]:
+def train(settings: RunSettings, directory: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the metrics of the last evaluation."""
 
     # ---------------------------------------------------------------- devices and work directory
-    mesh, say = loop.start({"data.batch_size": settings.data.batch_size})
-    workdir = prepare_workdir(workdir, settings.to_dict(), may_differ=MAY_DIFFER)
+    mesh, say = command.start(data=settings.data.batch_size)
+    workdir = prepare_workdir(directory, settings.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
     dataset = command.open_dataset(settings.data.dir)
@@ -96,7 +98,8 @@ def train(settings: RunSettings, workdir: str) -> dict[str, float]:
         state = with_trained_detector(state, settings.init_from, dataset.class_labels, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    step_fn = jit_train_step(model, tx, mesh)
+    train_step = jit_train_step(model, tx, mesh)
+    fields = train_shapes(settings.data, 1).keys()
     batches = train_batches(
         dataset,
         plan,
@@ -108,46 +111,53 @@ def train(settings: RunSettings, workdir: str) -> dict[str, float]:
         process_count=jax.process_count(),
         proposals=proposals,
     )
+    extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": settings.name}
+    progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
+    check = MetricsCheck(dataset.image_id)
+    with (
+        RunMetrics(workdir, start_step) as log,
+        StallWatchdog(settings.log.stall_seconds) as watchdog,
+    ):
 
-    def evaluate(step):
-        results = evaluate_variables(
-            settings,
-            model,
-            dataset,
-            mesh,
-            training.state.variables,
-            step,
-            workdir / "evaluation" / f"{step}",
-            say=say,
-        )
-        training.log(step, {f"evaluation/{name}": value for name, value in results.items()})
-        return results
+        def evaluate(step: int, variables: dict) -> dict[str, float]:
+            folder = workdir / "evaluation" / f"{step}"
+            results = evaluate_variables(
+                settings, model, dataset, mesh, variables, step, folder, say=say
+            )
+            log.write(step, {f"evaluation/{name}": value for name, value in results.items()})
+            return results
 
-    with loop.Loop(
-        settings,
-        workdir,
-        mesh,
-        checkpoints,
-        schedule,
-        start_step=start_step,
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        fields=train_shapes(settings.data, 1),
-        image_name=dataset.image_id,
-        say=say,
-    ) as training:
         every = steps_per_epoch * settings.evaluation.every_epochs
-        for step in training.run(step_fn, state, batches):
+        for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
+            on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
+            state, metrics = train_step(state, on_devices)
+            progress.step_done(step)
+            check.one_behind(step, metrics, batch["image_index"])
+
+            if settings.log.is_due(step, start_step + 1, num_steps):
+                figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
+                say(progress.line(step, figures), flush=True)
+                log.write(step, figures | progress.rates(step))
+                checkpoints.check()
+
+            if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
+                check.latest()  # nothing that is not finite is kept
+                with progress.pause():
+                    checkpoints.save(step, state, extra)
+
             if every and step % every == 0 and step != num_steps:
-                with training.pause():
-                    evaluate(step)
+                with progress.pause():
+                    evaluate(step, state.variables)
+            watchdog.beat(step)
+
+        checkpoints.close()
         if batches.skipped_images or batches.dropped_boxes:
             say(
                 f"data: {batches.skipped_images} unreadable photos skipped, "
                 f"{batches.dropped_boxes} boxes beyond config.data.max_boxes",
                 flush=True,
             )
-        return evaluate(num_steps)
+        return evaluate(num_steps, state.variables)
 
 
 def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainState:

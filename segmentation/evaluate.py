@@ -25,7 +25,7 @@ from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.progress import Progress
-from common.training import command, distributed, loop
+from common.training import command, distributed
 from segmentation import setup
 from segmentation.crops.batches import eval_batches
 from segmentation.inference import FIGURES, evaluation_step
@@ -115,7 +115,7 @@ def define_flags() -> None:
 
 def main():
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    mesh, say = loop.start({})
+    mesh, say = command.start()
     dataset = command.open_dataset(config.data.dir)
     model = setup.build_model(config, dataset.num_classes)
     variables, step = setup.restore_variables(config, model, workdir, mesh, flags.FLAGS.step)

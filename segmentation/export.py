@@ -33,7 +33,7 @@ from common.io.progress import Progress
 from common.masks import rle
 from common.tables import DetectionsReader, DetectionsWriter
 from common.tables.table import Detections
-from common.training import command, distributed, loop
+from common.training import command, distributed
 from common.training.workdir import read_config
 from segmentation import setup, vote
 from segmentation.crops.batches import BoxBatch, View, box_batches
@@ -332,7 +332,7 @@ def main():
     config = values.config
     if bool(values.workdir) == bool(values.voters):
         raise UserError("--workdir, --voters: expected one of them")
-    _, say = loop.start({})
+    _, say = command.start()
     mesh = distributed.make_mesh(jax.local_devices())
     dataset = command.open_dataset(config.data.dir)
     if values.voters:

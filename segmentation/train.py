@@ -8,8 +8,6 @@ uninterrupted run bit for bit. On a pod, start it on every host.
 """
 
 import functools
-import types
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -18,8 +16,9 @@ from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
+from common.io.progress import Progress
 from common.io.settings import read_settings
-from common.training import command, loop
+from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
 from common.training.optimizer import (
     OptimizerSettings,
@@ -29,9 +28,10 @@ from common.training.optimizer import (
     trained_mask,
 )
 from common.training.restore import first_state
-from common.training.run_metrics import log_parameter_overview
+from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.settings import CheckpointSettings, LogSettings
 from common.training.step import init_state, jit_train_step
+from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import prepare_workdir
 from segmentation import setup
 from segmentation.crops.batches import train_batches
@@ -53,21 +53,22 @@ MAY_DIFFER = (
 )
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+def train(config: ConfigDict, directory: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the figures of the last evaluation."""
 
     optimizer = read_settings(OptimizerSettings, config.optimizer, "config.optimizer")
     checkpoint = read_settings(CheckpointSettings, config.checkpoint, "config.checkpoint")
-    log = read_settings(LogSettings, config.log, "config.log")
+    log_settings = read_settings(LogSettings, config.log, "config.log")
 
     # ---------------------------------------------------------------- devices and work directory
-    mesh, say = loop.start({"data.batch_size": config.data.batch_size})
-    workdir = prepare_workdir(workdir, config.to_dict(), may_differ=MAY_DIFFER)
+    mesh, say = command.start(data=config.data.batch_size)
+    workdir = prepare_workdir(directory, config.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
     dataset = command.open_dataset(config.data.dir)
     plan = make_plan(dataset, config.data, config.seed)
-    num_steps = total_steps(optimizer, plan.steps_per_epoch)
+    steps_per_epoch = plan.steps_per_epoch
+    num_steps = total_steps(optimizer, steps_per_epoch)
     say(
         f"data: {dataset.directory}, {plan.num_instances} instances with masks in "
         f"{config.data.train_split}, {dataset.num_classes} classes, {plan.steps_per_epoch} steps "
@@ -95,7 +96,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         state = with_pretrained(state, config.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    step_fn = jit_train_step(model, tx, mesh)  # compiles once for each canvas
+    train_step = jit_train_step(model, tx, mesh)  # compiles once for each canvas
+    fields = setup.batch_shapes((1, 1), 1).keys()
     batches = train_batches(
         dataset,
         plan,
@@ -105,48 +107,55 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    extra = {
+        "steps_per_epoch": steps_per_epoch,
+        "batch_size": config.data.batch_size,
+        "config": config.name,
+    }
+    progress = Progress(
+        num_steps, config.data.batch_size, mesh.size, steps_per_epoch=steps_per_epoch
+    )
+    check = MetricsCheck(functools.partial(instance_name, dataset))
+    with (
+        RunMetrics(workdir, start_step) as log,
+        StallWatchdog(log_settings.stall_seconds) as watchdog,
+    ):
 
-    def evaluate(step):
-        results = evaluate_variables(
-            config,
-            model,
-            dataset,
-            mesh,
-            training.state.variables,
-            step,
-            workdir / "evaluation" / f"{step}",
-            say=say,
-        )
-        training.log(step, {f"evaluation/{name}": value for name, value in results.items()})
-        return results
+        def evaluate(step: int, variables: dict) -> dict[str, float]:
+            folder = workdir / "evaluation" / f"{step}"
+            results = evaluate_variables(
+                config, model, dataset, mesh, variables, step, folder, say=say
+            )
+            log.write(step, {f"evaluation/{name}": value for name, value in results.items()})
+            return results
 
-    with loop.Loop(
-        types.SimpleNamespace(name=config.name, data=config.data, checkpoint=checkpoint, log=log),
-        workdir,
-        mesh,
-        checkpoints,
-        schedule,
-        start_step=start_step,
-        num_steps=num_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        fields=setup.batch_shapes((1, 1), 1),
-        image_name=functools.partial(instance_name, dataset),
-        say=say,
-    ) as training:
         every = config.evaluation.every_steps
-        for step in training.run(step_fn, state, with_names(batches)):
+        for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
+            on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
+            state, metrics = train_step(state, on_devices)
+            progress.step_done(step)
+            check.one_behind(step, metrics, batch["instance_index"])
+
+            if log_settings.is_due(step, start_step + 1, num_steps):
+                figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
+                say(progress.line(step, figures), flush=True)
+                log.write(step, figures | progress.rates(step))
+                checkpoints.check()
+
+            if checkpoint.is_due(step, steps_per_epoch, num_steps):
+                check.latest()  # nothing that is not finite is kept
+                with progress.pause():
+                    checkpoints.save(step, state, extra)
+
             if every and step % every == 0 and step != num_steps:
-                with training.pause():
-                    evaluate(step)
+                with progress.pause():
+                    evaluate(step, state.variables)
+            watchdog.beat(step)
+
+        checkpoints.close()
         if batches.skipped_images:
             say(f"data: {batches.skipped_images} unreadable photos or masks skipped", flush=True)
-        return evaluate(num_steps)
-
-
-def with_names(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """The loop names what a broken step was made of: here instances, not whole photos."""
-    for batch in batches:
-        yield batch | {"image_index": batch["instance_index"]}
+        return evaluate(num_steps, state.variables)
 
 
 def instance_name(dataset: Dataset, row: int) -> str:

@@ -46,3 +46,7 @@ class LogSettings:
     def __post_init__(self):
         check(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
         check(self.stall_seconds >= 0, "stall_seconds", self.stall_seconds, "0 (off) or more")
+
+    def is_due(self, step: int, first_step: int, num_steps: int) -> bool:
+        """Whether the figures of `step` are reported: also those of the first and the last step."""
+        return step % self.every_steps == 0 or step in (first_step, num_steps)

@@ -5,10 +5,13 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
 
 from common.io.errors import UserError
+from common.training import distributed
 
 _MAX_IDS = 32  # image ids spelled out in an error
 
@@ -40,6 +43,42 @@ def check_finite(metrics: Mapping[str, float], step: int, image_ids: Sequence[st
         "Look at these images, or lower the learning rate, warm up longer or clip gradients; "
         "the same command goes on from the last checkpoint."
     )
+
+
+class MetricsCheck:
+    """Fetches the metrics of each step, and stops the run at the first one that is not finite.
+
+    Fetching waits for the devices. So the metrics of a step are looked at one step later, while the
+    devices already work on the next one; only a report or a checkpoint asks for the latest.
+    """
+
+    def __init__(self, image_name: Callable[[int], str]):
+        """`image_name`: of an index of the batches, for the error."""
+        self._image_name = image_name
+        self._latest: tuple[int, Mapping[str, Any], np.ndarray] | None = None
+
+    def one_behind(self, step: int, metrics: Mapping[str, Any], indices: np.ndarray) -> None:
+        """Looks at the step before; the metrics of this one are looked at in the next call.
+
+        Args:
+          step: that was handed to the devices.
+          metrics: of it, on the devices.
+          indices: of this process's images in its batch, -1 for padding.
+
+        Raises:
+          TrainingDiverged: see `check_finite`.
+        """
+        if self._latest is not None:
+            self.latest()
+        self._latest = (step, metrics, indices)
+
+    def latest(self) -> dict[str, float]:
+        """The figures of the latest step, once it is done; errors as `one_behind`."""
+        assert self._latest is not None, "no step yet"
+        step, metrics, indices = self._latest
+        figures = {name: float(value) for name, value in distributed.to_host(metrics).items()}
+        check_finite(figures, step, [self._image_name(i) for i in indices if i >= 0])
+        return figures
 
 
 class StallWatchdog:
