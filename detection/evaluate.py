@@ -8,7 +8,7 @@ Of a config that refines boxes, the table of `config.evaluation.proposals` is re
 """
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -18,6 +18,7 @@ from common.data.dataset import Dataset
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.paths import PathLike
 from common.metrics.coco import evaluate_coco
 from common.metrics.openimages import evaluate_openimages
 from common.training import command, distributed
@@ -26,21 +27,24 @@ from common.training.restore import restore_variables
 from common.training.step import variable_shapes
 from detection.batch_fields import init_shapes
 from detection.inference import predict_split
+from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import FasterRCNN, build
 from detection.refine import mean_overlaps, refine_table
 from detection.settings import RunSettings, read_run
 from detection.tta.test_time import detect_split
 
 
-def score(settings: RunSettings, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
+def score(settings: RunSettings, dataset: Dataset, split: str, table: PathLike) -> dict[str, float]:
     """Official figures of a detections table, by the metric of the config."""
     overlaps = {}
     if settings.model.refines:
-        overlaps = mean_overlaps(dataset, split, Path(settings.evaluation.proposals), table)
+        overlaps = mean_overlaps(dataset, split, settings.evaluation.proposals, table)
     return overlaps | _official(settings, dataset, split, table)
 
 
-def _official(settings: RunSettings, dataset: Dataset, split: str, table: Path) -> dict[str, float]:
+def _official(
+    settings: RunSettings, dataset: Dataset, split: str, table: PathLike
+) -> dict[str, float]:
     if settings.evaluation.metric == "coco":
         return evaluate_coco(dataset, split, table)
     expand = settings.evaluation.expand_predictions
@@ -49,7 +53,7 @@ def _official(settings: RunSettings, dataset: Dataset, split: str, table: Path) 
 
 def evaluate_variables(
     settings: RunSettings,
-    model: FasterRCNN,
+    model: FasterRCNN | BoxRefiner,
     dataset: Dataset,
     mesh: Mesh,
     variables: dict,
@@ -77,13 +81,13 @@ def evaluate_variables(
         return {}
     name = f"{split}_test_time" if test_time else split
     table = folder / f"{name}.parquet"
-    common = (settings, model, variables, dataset)
-    if settings.model.refines:
-        proposals = Path(settings.evaluation.proposals)
-        refine_table(*common, proposals, mesh, table, step=step, say=say)
+    options: dict[str, Any] = dict(step=step, say=say)
+    if isinstance(model, BoxRefiner):
+        proposals = settings.evaluation.proposals
+        refine_table(settings, model, variables, dataset, proposals, mesh, table, **options)
     else:
         detect = detect_split if test_time else predict_split
-        detect(*common, split, mesh, table, step=step, say=say)
+        detect(settings, model, variables, dataset, split, mesh, table, **options)
     if not distributed.is_main_process():
         return {}
     results = score(settings, dataset, split, table)

@@ -15,8 +15,9 @@ a split, and writes the same rows with better boxes:
 output is a folder of one table a view.
 """
 
+from typing import Any
+
 from absl import flags
-from etils import epath
 
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -25,6 +26,7 @@ from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
 from detection.batch_fields import init_shapes
+from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import build
 from detection.refine import refine_table
 from detection.settings import RunSettings, read_run
@@ -46,14 +48,14 @@ def main():
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))
     variables, step = restore_variables(flags.FLAGS.workdir, shapes, mesh, flags.FLAGS.step)
-    output = epath.Path(flags.FLAGS.output)
-    common = (settings, model, variables, dataset)
-    if table:
-        refine_table(*common, epath.Path(table), mesh, output, step=step, say=say)
+    output = flags.FLAGS.output
+    options: dict[str, Any] = dict(step=step, say=say)
+    if isinstance(model, BoxRefiner):
+        refine_table(settings, model, variables, dataset, table, mesh, output, **options)
         say(f"wrote {output}: the rows of {table}, step {step}", flush=True)
         return
     split = split or settings.data.eval_split
-    detect_split(*common, split, mesh, output, step=step, say=say)
+    detect_split(settings, model, variables, dataset, split, mesh, output, **options)
     say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
 
 

@@ -5,7 +5,6 @@ Shape legend: b images of this host's part of a batch, D detections per image, K
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from common.data.dataset import Dataset
 from common.data.input import eval_batches
 from common.geometry import boxes as box_ops
 from common.io.parallel import behind
+from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
@@ -39,7 +39,7 @@ def predict_split(
     dataset: Dataset,
     split: str,
     mesh: Mesh,
-    output: Path,
+    output: PathLike,
     *,
     step: int,
     say: Callable = print,

@@ -10,7 +10,6 @@ Shape legend
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from common.data.proposals import TableBoxes
 from common.geometry import boxes as box_ops
 from common.io.errors import UserError
 from common.io.parallel import behind
+from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.metrics.coverage import split_images
 from common.metrics.openimages import best_overlaps
@@ -90,9 +90,9 @@ def refine_table(
     model: BoxRefiner,
     variables: dict,
     dataset: Dataset,
-    table: Path,
+    table: PathLike,
     mesh: Mesh,
-    output: Path,
+    output: PathLike,
     *,
     step: int,
     say: Callable = print,
@@ -212,7 +212,9 @@ def _write(
         writer.add(reader.image_ids[place], [], np.zeros(0), np.zeros((0, 4)), masks, sizes)
 
 
-def mean_overlaps(dataset: Dataset, split: str, before: Path, after: Path) -> dict[str, float]:
+def mean_overlaps(
+    dataset: Dataset, split: str, before: PathLike, after: PathLike
+) -> dict[str, float]:
     """Mean IoU of the boxes of a table with the ground truth before and after refinement.
 
     Counted are the boxes with IoU of at least 0.5 with some ground-truth box (of any class, no

@@ -6,10 +6,10 @@ Metrics are names in the runs' metrics.jsonl. Noisy ones are drawn with a runnin
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 from absl import flags
+from etils import epath
 
 from common.io.atomic import write_text
 from common.io.commands import run_main
@@ -17,7 +17,7 @@ from common.io.errors import UserError
 from common.report.plots import COLOURS, svg_text
 
 
-def read_curve(workdir: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def read_curve(workdir: epath.Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric of a run.
 
     Raises:
@@ -69,7 +69,7 @@ def main():
     from matplotlib.figure import Figure
 
     metrics = flags.FLAGS.metrics
-    workdirs = [Path(workdir) for workdir in flags.FLAGS.workdirs]
+    workdirs = [epath.Path(workdir) for workdir in flags.FLAGS.workdirs]
     figure = Figure((4.4 * len(metrics), 3.2), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):

@@ -148,7 +148,7 @@ class Checkpoints:
           UserError: no such step; a checkpoint of another model; a damaged checkpoint. There is
             no silent fall-back to an older one.
         """
-        step = self._choose_step(step)
+        step = self.choose_step(step)
         paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_state)
         names = [path_name(path) for path, _ in paths]
         model, training = split_fields(to_nested_dict(abstract_state))
@@ -172,7 +172,7 @@ class Checkpoints:
         Raises:
           UserError: as `restore`.
         """
-        step = self._choose_step(step)
+        step = self.choose_step(step)
         wanted = None if abstract is None else to_nested_dict(dict(abstract))
         read = self._read(step, {"model": wanted})
         return {field: read["model"].get(field, {}) for field in MODEL_FIELDS}, read["extra"]
@@ -183,7 +183,7 @@ class Checkpoints:
         Raises:
           UserError: as `restore`.
         """
-        return self._read(self._choose_step(step), {})["extra"]
+        return self._read(self.choose_step(step), {})["extra"]
 
     def _make_manager(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
@@ -206,7 +206,12 @@ class Checkpoints:
             or (path.name.isdecimal() and not (path / _COMMITTED).exists())
         ]
 
-    def _choose_step(self, step: int | None) -> int:
+    def choose_step(self, step: int | None) -> int:
+        """The step itself, or the newest one for None; the same in all processes.
+
+        Raises:
+          UserError: there is no such checkpoint, or processes see different ones.
+        """
         self.wait()
         steps = self.all_steps()
         if not steps:
@@ -304,7 +309,8 @@ class Checkpoints:
 
         What stays is no harm: readers ignore it and the next run's first save removes it.
         """
-        if jax.process_count() == 1:  # elsewhere closing would wait for the other processes
+        # With several processes, closing would wait for the other ones.
+        if self._manager is not None and jax.process_count() == 1:
             with contextlib.suppress(Exception):  # raises the same failure again
                 self._manager.close()
         self._manager = None

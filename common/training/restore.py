@@ -40,7 +40,7 @@ def restore_variables(
       UserError: no such checkpoint, or one of another model.
     """
     checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints")
-    step = checkpoints.latest_step() if step is None else step
+    step = checkpoints.choose_step(step)
     variables, _ = checkpoints.restore_params(step, distributed.abstract(shapes, mesh))
     checkpoints.close()
     return variables, step

@@ -21,10 +21,11 @@ class RunMetrics:
 
     def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
         """`start_step`: of the checkpoint that the run goes on from; later lines are dropped."""
-        self._log = self._events = None
+        self._writers: tuple[MetricsLog, metric_writers.AsyncWriter] | None = None
         if is_main_process():
-            self._log = MetricsLog(workdir, start_step)
-            self._events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+            log = MetricsLog(workdir, start_step)
+            events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+            self._writers = log, events
 
     def __enter__(self) -> "RunMetrics":
         return self
@@ -34,21 +35,16 @@ class RunMetrics:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes host scalars for `step` (number of finished steps)."""
-        if self._log is None:
-            return
-        scalars = {name: float(value) for name, value in metrics.items()}
-        self._log.write(step, scalars)
-        self._events.write_scalars(step, scalars)
-
-    def flush(self) -> None:
-        """Brings TensorBoard's file up to date; `metrics.jsonl` always is."""
-        if self._events is not None:
-            self._events.flush()
+        if self._writers is not None:
+            log, events = self._writers
+            scalars = {name: float(value) for name, value in metrics.items()}
+            log.write(step, scalars)
+            events.write_scalars(step, scalars)
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._events.close()
+        if self._writers is not None:
+            for writer in self._writers:
+                writer.close()
 
 
 def log_parameter_overview(
@@ -78,6 +74,6 @@ def log_parameter_overview(
     titles = ["parameters", "trained"] if trained else ["parameters"]
     lines = [f"{'module':<{width}}  arrays" + "".join(f"{title:>14}" for title in titles)]
     for name, (arrays, *sizes) in rows.items():
-        sizes = "".join(f"{size:>14,}" for size in sizes[: len(titles)])
-        lines.append(f"{name:<{width}}  {arrays:>6}{sizes}")
+        columns = "".join(f"{size:>14,}" for size in sizes[: len(titles)])
+        lines.append(f"{name:<{width}}  {arrays:>6}{columns}")
     say("\n".join(lines))

@@ -20,8 +20,7 @@ from jaxtyping import Array
 from common.training.distributed import DATA_AXIS, batch_sharded, replicated, sum_over_devices
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step depends on but its batch; a checkpoint holds exactly this.
 
     Attributes:
@@ -129,7 +128,9 @@ def make_train_step(
     return train_step
 
 
-def jit_train_step(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
+def jit_train_step(
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh
+) -> jax.stages.Wrapped:
     """`make_train_step` compiled: state replicated and given up, the batch split over devices."""
     return jax.jit(
         make_train_step(model, tx, mesh),

@@ -134,7 +134,7 @@ class StallWatchdog:
             deadline = now + self._seconds  # again only after as long a time
 
     def _dump(self, seconds: float) -> None:
-        file = self._file or sys.__stderr__
+        file = self._file or sys.__stderr__ or sys.stderr
         after = "the start" if self._last_step is None else f"step {self._last_step}"
         file.write(f"stall: no step finished for {seconds:.0f} s after {after}; stacks follow\n")
         file.flush()

@@ -7,7 +7,6 @@ metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations ha
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,19 +17,20 @@ from common.data.dataset import Dataset, read_classes
 from common.data.dataset_writer import write_classes
 from common.io.atomic import write_text
 from common.io.errors import UserError
+from common.io.paths import PathLike
 
 _MAX_NAMED = 5  # differing fields spelled out in an error
 
 
 def prepare_workdir(
-    workdir: str | os.PathLike, config: Mapping[str, Any], may_differ: Sequence[str] = ()
+    directory: PathLike, config: Mapping[str, Any], may_differ: Sequence[str] = ()
 ) -> epath.Path:
     """Creates the work directory, or makes sure that an existing one is of the same config.
 
     Process 0 writes `config.json` (sorted, atomic); all processes check.
 
     Args:
-      workdir: local folder or `gs://` prefix.
+      directory: local folder or `gs://` prefix.
       config: of this run, as nested dictionaries.
       may_differ: fields, or prefixes of fields, that may change between starts of one run, such as
         'num_epochs' or 'log'; `config.json` then takes the new values.
@@ -42,7 +42,7 @@ def prepare_workdir(
       UserError: the directory holds a run of another config (names the fields that differ), an
         unreadable `config.json`, or cannot be written.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(directory)
     path = workdir / "config.json"
     new = _plain(config)
     if path.exists():
@@ -75,7 +75,7 @@ def keep_classes(workdir: epath.Path, dataset: Dataset) -> None:
         write_text(workdir / "hierarchy.json", json.dumps(dataset.hierarchy, indent=1) + "\n")
 
 
-def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+def read_config(workdir: PathLike) -> dict[str, Any]:
     """The `config.json` of a work directory as plain nested dictionaries."""
     path = epath.Path(workdir) / "config.json"
     try:
@@ -92,7 +92,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 class MetricsLog:
     """Appends lines to `metrics.jsonl`; a resumed run goes on where its checkpoint stands."""
 
-    def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
+    def __init__(self, workdir: PathLike, start_step: int = 0):
         """Drops lines of steps past `start_step`, and a last line cut short by a kill."""
         self._path = epath.Path(workdir) / "metrics.jsonl"
         if self._path.exists():

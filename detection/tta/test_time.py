@@ -26,11 +26,11 @@ other. There are 2 * len(long_ratios) compiled programs a scale. Where the canva
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -38,6 +38,7 @@ from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
 from common.data.views import ViewBatch, format_canvases, view_batches
 from common.io.parallel import behind
+from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
@@ -56,7 +57,7 @@ def detect_split(
     dataset: Dataset,
     split: str,
     mesh: Mesh,
-    output: Path,
+    output: PathLike,
     *,
     step: int,
     say: Callable = print,
@@ -77,7 +78,7 @@ def predict_views(
     dataset: Dataset,
     split: str,
     mesh: Mesh,
-    output: Path,
+    output: PathLike,
     *,
     step: int,
     say: Callable = print,
@@ -164,7 +165,7 @@ def batch_rows(per_device: int, num_devices: int, limit: int) -> list[np.ndarray
 
 
 def _writers(
-    output: Path, metadata: dict[str, Any], settings: ViewSettings
+    output: PathLike, metadata: dict[str, Any], settings: ViewSettings
 ) -> list[DetectionsWriter]:
     """The writer of the table, or those of the views."""
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -172,7 +173,7 @@ def _writers(
         return [DetectionsWriter(output, metadata, **hosts)]
     names = [settings.view_name(view) for view in settings.views]
     return [
-        DetectionsWriter(Path(output) / f"{name}.parquet", metadata | {"view": name}, **hosts)
+        DetectionsWriter(epath.Path(output) / f"{name}.parquet", metadata | {"view": name}, **hosts)
         for name in names
     ]
 

@@ -111,7 +111,7 @@ def traffic(compiled: jax.stages.Compiled) -> list[Collective] | None:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
         return None
-    return collectives(text)
+    return None if text is None else collectives(text)
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -131,6 +131,7 @@ def collectives(hlo: str) -> list[Collective]:
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes of one device: arguments, temporaries, outputs that are not donated, and their sum."""
     analysis = compiled.memory_analysis()
+    assert analysis is not None, "TPU programs have one"
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     parts = {
         "arguments": analysis.argument_size_in_bytes,
