@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from common.io.errors import UserError
@@ -103,28 +102,21 @@ def make_schedule(
       step (counted from 0, also inside `jit`) -> learning rate, float32.
     """
     peak = settings.learning_rate or settings.learning_rate_per_image * batch_size
-    decay = settings.decay
     start = min(settings.warmup_start, peak)
     warmup_steps = settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
+    warmup = optax.linear_schedule(start, peak, warmup_steps)
+    if not warmup_steps:  # optax would stay at `start`
+        warmup = optax.constant_schedule(peak)
     last = total_steps(settings, steps_per_epoch)
-    if decay == "step":
-        boundaries = np.array([round(e * steps_per_epoch) for e in settings.decay_epochs], np.int32)
-        factors = settings.decay_factor ** np.arange(len(boundaries) + 1, dtype=np.float64)
-
-    def schedule(step):
-        step = jnp.asarray(step, jnp.int32)
-        share = jnp.minimum(step.astype(jnp.float32) / max(warmup_steps, 1), 1.0)
-        warm = start + (peak - start) * share if warmup_steps else peak
-        if decay == "poly":  # of all steps, warm-up included
-            left = 1 - jnp.clip(step.astype(jnp.float32) / last, 0.0, 1.0)
-            return jnp.float32(warm) * left**settings.power
-        if decay == "cosine":
-            left = (step - warmup_steps) / max(last - warmup_steps, 1)
-            return jnp.float32(warm) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0)))
-        drops = jnp.sum(step >= boundaries, dtype=jnp.int32)
-        return jnp.float32(warm) * jnp.asarray(factors, jnp.float32)[drops]
-
-    return schedule
+    if settings.decay == "step":
+        drops = {round(e * steps_per_epoch): settings.decay_factor for e in settings.decay_epochs}
+        decay = optax.piecewise_constant_schedule(1.0, drops)
+    elif settings.decay == "poly":  # of all steps, warm-up included
+        decay = optax.polynomial_schedule(1.0, 0.0, settings.power, last)
+    else:
+        cosine = optax.cosine_decay_schedule(1.0, max(last - warmup_steps, 1))
+        decay = optax.join_schedules([optax.constant_schedule(1.0), cosine], [warmup_steps])
+    return lambda step: jnp.asarray(warmup(step) * decay(step), jnp.float32)
 
 
 def make_optimizer(

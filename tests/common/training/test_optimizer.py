@@ -63,7 +63,7 @@ def test_schedule_is_the_papers_for_64_accelerators():
         1299: 0.00256,
     }
     for step, rate in expected.items():
-        np.testing.assert_allclose(schedule(step), rate, rtol=1e-6)
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-6, atol=1e-7 * 0.256)
     assert total_steps(config(), 100) == 1300
 
 
@@ -127,7 +127,7 @@ def test_poly_schedule_of_the_segmentation_networks():
     schedule = jax.jit(make_schedule(cfg, batch_size=64, steps_per_epoch=77))
     for step in (0, 1, 50_000, 199_999, 200_000, 200_001):
         expected = 0.08 * max(1 - step / 200_000, 0.0) ** 0.9
-        assert float(schedule(step)) == pytest.approx(expected, rel=2e-3, abs=1e-12)
+        assert float(schedule(step)) == pytest.approx(expected, rel=2e-3, abs=3e-7 * 0.08)
     assert total_steps(config(num_steps=0), 77) == 13 * 77
     for wrong in ({"power": 0.0}, {"num_steps": -1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
