@@ -13,7 +13,7 @@ POD = ("--name=pod", "--zone=zone-b")
 # The host's side of `gcloud compute tpus tpu-vm ssh`: its last argument is --command=SCRIPT.
 GCLOUD = """#!/usr/bin/env bash
 echo "${@:1:$#-1}" >> "$HOME/calls"
-if [[ $1 == storage ]]; then echo "rsync $4 $5" >> "$HOME/calls"; exit; fi
+if [[ $1 == storage ]]; then echo "$PWD: ${*:2}" >> "$HOME/copies"; exit; fi
 command="${*: -1}"
 cd "$HOME" && exec bash -c "${command#--command=}"
 """
@@ -67,9 +67,12 @@ def test_train_reaches_every_host_with_its_flags_untouched(host):
             *flags,
             "--config.data.dir=dataset",
         ]
-        calls = (host / "calls").read_text()
-        assert "compute tpus tpu-vm ssh pod --zone=zone-b --worker=all" in calls
-        assert "rsync gs://b/set dataset" in calls or "gs://b/set" in calls
+        calls = (host / "calls").read_text().splitlines()
+        assert calls[0] == "compute tpus tpu-vm ssh pod --zone=zone-b --worker=all"
+        # The dataset directory goes to where --config.data.dir looks for it, beside the code.
+        copies = (host / "copies").read_text().splitlines()
+        assert copies == [f"{host}/detection: rsync -r gs://b/set dataset"]
+        assert (host / "detection" / "dataset").is_dir()
         again = launch(host, "train", *POD, "--workdir=gs://b/run", "--", *flags)
         assert again.returncode != 0 and "already training" in again.stderr
     finally:
