@@ -139,7 +139,7 @@ def pretrain(settings: PretrainSettings, directory: str) -> float:
             if every and step % every == 0 and step != num_steps:
                 with progress.pause():
                     evaluate(step, state.variables)
-            watchdog.beat(step)
+            watchdog.beat()
 
         checkpoints.close()
         top1 = evaluate(num_steps, state.variables)

@@ -150,7 +150,7 @@ def train(config: ConfigDict, directory: str) -> dict[str, float]:
             if every and step % every == 0 and step != num_steps:
                 with progress.pause():
                     evaluate(step, state.variables)
-            watchdog.beat(step)
+            watchdog.beat()
 
         checkpoints.close()
         if batches.skipped_images:

@@ -3,8 +3,6 @@
 import faulthandler
 import math
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -90,7 +88,7 @@ class StallWatchdog:
         with StallWatchdog(seconds=600) as watchdog:
             for step in ...:
                 ...
-                watchdog.beat(step)
+                watchdog.beat()
     """
 
     def __init__(self, seconds: float, file: TextIO | None = None):
@@ -101,41 +99,16 @@ class StallWatchdog:
           file: with a file descriptor, default the process's stderr.
         """
         self._seconds = seconds
-        self._file = file
-        self._last_beat = time.monotonic()
-        self._last_step: int | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stall-watchdog", daemon=True)
+        self._file = file or sys.__stderr__ or sys.stderr
 
     def __enter__(self) -> "StallWatchdog":
-        if self._seconds > 0:
-            self._last_beat = time.monotonic()
-            self._thread.start()
+        self.beat()
         return self
 
     def __exit__(self, *_) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
-    def beat(self, step: int) -> None:
-        """Says that `step` finished."""
-        self._last_step = step
-        self._last_beat = time.monotonic()
-
-    def _watch(self) -> None:
-        deadline = self._last_beat + self._seconds
-        while not self._stop.wait(max(deadline - time.monotonic(), 0.0)):
-            now = time.monotonic()
-            if now < self._last_beat + self._seconds:
-                deadline = self._last_beat + self._seconds
-                continue
-            self._dump(now - self._last_beat)
-            deadline = now + self._seconds  # again only after as long a time
-
-    def _dump(self, seconds: float) -> None:
-        file = self._file or sys.__stderr__ or sys.stderr
-        after = "the start" if self._last_step is None else f"step {self._last_step}"
-        file.write(f"stall: no step finished for {seconds:.0f} s after {after}; stacks follow\n")
-        file.flush()
-        faulthandler.dump_traceback(file=file, all_threads=True)
+    def beat(self) -> None:
+        """Says that a step finished: the time starts anew."""
+        if self._seconds > 0:
+            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)

@@ -30,12 +30,11 @@ def test_a_long_list_of_images_is_cut():
 def test_stall_prints_where_all_threads_are(tmp_path):
     with (tmp_path / "stacks").open("w+") as file:
         with StallWatchdog(0.1, file=file) as watchdog:
-            watchdog.beat(7)
+            watchdog.beat()
             _wait_like_a_hung_collective()
         text = (tmp_path / "stacks").read_text()
-    assert "no step finished" in text and "after step 7" in text
     assert "_wait_like_a_hung_collective" in text
-    assert 1 <= text.count("no step finished") <= 5  # not once per poll
+    assert 1 <= text.count("Timeout") <= 5  # again only after as long a time
 
 
 def _wait_like_a_hung_collective():
@@ -45,9 +44,9 @@ def _wait_like_a_hung_collective():
 def test_beats_keep_it_quiet(tmp_path):
     with (tmp_path / "stacks").open("w+") as file:
         with StallWatchdog(2.0, file=file) as watchdog:
-            for step in range(10):
+            for _ in range(10):
                 time.sleep(0.01)
-                watchdog.beat(step)
+                watchdog.beat()
         assert (tmp_path / "stacks").read_text() == ""
 
 
