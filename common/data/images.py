@@ -283,7 +283,7 @@ def _decode_part(
     sizes = zip(image.size, wanted, strict=True)
     reduction = min(max(1, side // max(least, 1)) for side, least in sizes)
     reduction = next(r for r in (8, 4, 2, 1) if r <= reduction)
-    extent = tuple(side / reduction for side in image.size)
+    extent = image.size[0] / reduction, image.size[1] / reduction
     window = []
     for (start, end), side, least in zip(spans, extent, wanted, strict=True):
         margin = _PART_MARGIN + math.ceil(2 * side / least)

@@ -22,13 +22,11 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class LabelledImages(Protocol):
-    """One split.
+    """One split."""
 
-    Attributes:
-      class_names: in the order of the labels.
-    """
-
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names in the order of the labels."""
 
     def __len__(self) -> int:
         """Number of images."""

@@ -13,7 +13,7 @@ from common.io.errors import UserError
 from common.training.pod import topologies
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("photos_lite0",)  # configurations that compile in a minute or two
+QUICK = ("photos_lite0", "r50_refine")  # configurations that compile in about two minutes
 
 
 def test_collectives_are_read_from_the_program_text():
