@@ -26,6 +26,7 @@ from common.training import distributed
 from common.training.distributed import DATA_AXIS
 from common.training.step import variable_shapes
 from detection.batch_fields import init_shapes, train_shapes
+from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import FasterRCNN
 from detection.refine import open_proposals
 from detection.settings import RunSettings
@@ -33,7 +34,7 @@ from detection.settings import RunSettings
 
 def recompute_batch_stats(
     settings: RunSettings,
-    model: FasterRCNN,
+    model: FasterRCNN | BoxRefiner,
     variables: Mapping[str, Any],
     dataset: Dataset,
     mesh: Mesh,
@@ -124,7 +125,9 @@ def recompute_batch_stats(
     return flax.traverse_util.unflatten_dict(stats)
 
 
-def norm_momenta(settings: RunSettings, model: FasterRCNN) -> dict[tuple[str, ...], float]:
+def norm_momenta(
+    settings: RunSettings, model: FasterRCNN | BoxRefiner
+) -> dict[tuple[str, ...], float]:
     """Momentum of each norm whose running statistics training updates, by its path."""
     momenta = {}
 
@@ -139,7 +142,7 @@ def norm_momenta(settings: RunSettings, model: FasterRCNN) -> dict[tuple[str, ..
     return momenta
 
 
-def make_measure_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+def make_measure_step(model: FasterRCNN | BoxRefiner, mesh: Mesh) -> Callable:
     """`(variables, key, batch) -> batch_stats` after one batch in training mode.
 
     The losses are not asked for, so the compiler drops what only they need.

@@ -103,7 +103,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
 
 
-def main():
+def main() -> None:
     settings = read_run(flags.FLAGS.config)
     mesh, say = command.start()
     dataset = command.open_dataset(settings.data.dir)

@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
 
 
-def main():
+def main() -> None:
     settings, table, split = read_run(flags.FLAGS.config), flags.FLAGS.proposals, flags.FLAGS.split
     check_flags(settings, table, split)
     mesh, say = command.start()

@@ -225,7 +225,7 @@ def write_backbone(path: epath.Path, state: TrainState, settings: PretrainSettin
     save_backbone_weights(path, weights, settings.model.backbone, f"{settings.name} (pretrain)")
 
 
-def main():
+def main() -> None:
     pretrain(read_pretrain(flags.FLAGS.config), flags.FLAGS.workdir)
 
 

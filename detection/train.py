@@ -184,7 +184,7 @@ def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainSt
     return state.replace(params=params, batch_stats=batch_stats)
 
 
-def main():
+def main() -> None:
     train(read_run(flags.FLAGS.config), flags.FLAGS.workdir)
 
 

@@ -153,7 +153,7 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "Also write the report here.")
 
 
-def main():
+def main() -> None:
     report = compile_train_step(
         flags.FLAGS.config,
         flags.FLAGS.slice,

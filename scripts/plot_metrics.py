@@ -65,7 +65,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "SVG file to write.", required=True)
 
 
-def main():
+def main() -> None:
     from matplotlib.figure import Figure
 
     metrics = flags.FLAGS.metrics
