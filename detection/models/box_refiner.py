@@ -33,7 +33,7 @@ class BoxRefiner(TwoStage):
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
         """{'losses': terms that are summed, 'monitor': figures that are only logged}.
 
-        Both are this device's shares (`detection.losses.elementwise`). Trained on are the table's
+        Both are this device's shares (`detection.losses.shares`). Trained on are the table's
         boxes, the ground truth and, with `truth_jitter.copies`, moved copies of it.
         """
         s = self.settings

@@ -56,7 +56,7 @@ class FasterRCNN(TwoStage):
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
         """{'losses': terms that are summed, 'monitor': figures that are only logged}.
 
-        Both are this device's shares (`detection.losses.elementwise`). Needs the random stream
+        Both are this device's shares (`detection.losses.shares`). Needs the random stream
         'sampling'.
         """
         s, axis_name = self.settings, self.axis_name

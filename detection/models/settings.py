@@ -5,11 +5,23 @@ explained. Instances are hashable, so that Linen modules can hold them.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from common.io.settings import check
 from common.nn.backbones import BACKBONES
 from common.nn.layers.norm import NORM_KINDS
+
+
+def _at_least(low: float, settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        check(value >= low, name, value, f"at least {low}")
+
+
+def _shares(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        check(0 <= value <= 1, name, value, "a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +32,7 @@ class NASFPNSettings:
 
     def __post_init__(self):
         check(self.norm in NORM_KINDS, "norm", self.norm, f"one of {', '.join(NORM_KINDS)}")
-        check(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        _at_least(1, self, "repeats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +56,25 @@ class RPNLossSettings:
     positive_fraction: float
     beta: float
 
+    def __post_init__(self):
+        _shares(self, "positive_iou", "negative_iou", "best_match_iou", "positive_fraction")
+        ordered = self.negative_iou <= self.positive_iou
+        check(
+            ordered, "negative_iou", self.negative_iou, f"at most positive_iou={self.positive_iou}"
+        )
+        _at_least(1, self, "num_samples")
+        _at_least(0, self, "beta")
+
 
 @dataclasses.dataclass(frozen=True)
 class ProposalSettings:
     pre_nms: int
     post_nms: int
     nms_iou: float
+
+    def __post_init__(self):
+        _at_least(1, self, "pre_nms", "post_nms")
+        _shares(self, "nms_iou")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +96,19 @@ class RoISampleSettings:
     num_samples: int
     positive_fraction: float
 
+    def __post_init__(self):
+        _at_least(1, self, "num_samples")
+        _shares(self, "positive_fraction")
+
 
 @dataclasses.dataclass(frozen=True)
 class BoxLossSettings:
     beta: float
     normaliser: Literal["sampled", "positive"]
     target_gradient: bool
+
+    def __post_init__(self):
+        _at_least(0, self, "beta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +130,9 @@ class BoxHeadSettings:
     sample: RoISampleSettings
     loss: BoxLossSettings
     margin: MarginSettings
+
+    def __post_init__(self):
+        _at_least(1, self, "width", "pool_size")
 
 
 class CascadeStage(NamedTuple):
@@ -154,6 +189,9 @@ class LossWeights:
     margin_class: float
     margin_box: float
 
+    def __post_init__(self):
+        _at_least(0, self, *(field.name for field in dataclasses.fields(self)))
+
 
 @dataclasses.dataclass(frozen=True)
 class DetectionSettings:
@@ -162,12 +200,19 @@ class DetectionSettings:
     max_candidates: int
     max_detections: int
 
+    def __post_init__(self):
+        _shares(self, "score_threshold", "iou_threshold")
+        _at_least(1, self, "max_candidates", "max_detections")
+
 
 @dataclasses.dataclass(frozen=True)
 class TruthJitterSettings:
     copies: int
     shift: float
     scale: float
+
+    def __post_init__(self):
+        _at_least(0, self, "copies", "shift", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +245,9 @@ class ModelSettings:
     def __post_init__(self):
         check(self.backbone in BACKBONES, "backbone", self.backbone, f"one of {BACKBONES}")
         check(self.norm in NORM_KINDS, "norm", self.norm, f"one of {', '.join(NORM_KINDS)}")
-        check(0 < self.ignore_ioa <= 1, "ignore_ioa", self.ignore_ioa, "above 0, at most 1")
+        _at_least(0, self, "frozen_stages", "low_weight")
+        _at_least(1, self, "fpn_channels")
+        _shares(self, "ignore_ioa", "drop_path_rate")
         check(
             not (self.refines and self.split_after),
             "split_after",

@@ -141,6 +141,12 @@ def test_the_winning_ensemble_has_28_models():
         (dict(neck="pan"), r"config.model.neck: found 'pan', expected one of 'fpn', 'nas_fpn'"),
         (dict(split_after="c4"), "config.model.split_after: found 'c4'"),
         (dict(box_head=dict(kind="mask")), "config.model.box_head.kind: found 'mask'"),
+        (dict(ignore_ioa=-0.1), "config.model.ignore_ioa: found -0.1, expected a number from 0 to"),
+        (
+            dict(detections=dict(max_detections=0)),
+            "detections.max_detections: found 0, expected at",
+        ),
+        (dict(rpn=dict(loss=dict(negative_iou=0.9))), "negative_iou: found 0.9, expected at most"),
     ],
 )
 def test_unknown_choices_are_named(fields, message):
