@@ -23,6 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from common.io.errors import UserError
+from common.io.paths import is_remote
 from common.io.storage_errors import free_space, is_disk_full, is_file_error
 from common.training.checkpoint_items import (
     MODEL_FIELDS,
@@ -60,7 +61,9 @@ class Checkpoints:
           keep_every_steps: multiples of this stay as well; with the steps of an epoch, the epoch
             ends that `scripts.average_checkpoints` needs.
         """
-        self.directory = epath.Path(directory).absolute()
+        path = epath.Path(directory)
+        # orbax wants absolute paths; an address is one, of which pathlib would make a local folder.
+        self.directory = path if is_remote(path) else path.absolute()
         self._keep_last = keep_last
         self._keep_every_steps = keep_every_steps
         self._manager: ocp.CheckpointManager | None = None  # made by the first save
