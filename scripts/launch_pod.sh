@@ -3,7 +3,7 @@
 #
 #   scripts/launch_pod.sh install --name=TPU --zone=ZONE --repo=GIT_URL [--ref=main]
 #   scripts/launch_pod.sh train   --name=TPU --zone=ZONE --dataset=gs://BUCKET/dataset \
-#       --workdir=gs://BUCKET/run -- --config=configs/detection/r50.py --config.data.batch_size=1024
+#       --workdir=gs://BUCKET/run -- --config=configs/detection/pod512.py
 #   scripts/launch_pod.sh log     --name=TPU --zone=ZONE            the last lines of each host
 #   scripts/launch_pod.sh stop    --name=TPU --zone=ZONE
 #
