@@ -27,9 +27,8 @@ from common.io.errors import UserError
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import command, distributed
-from common.training.checkpoint import Checkpoints
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
-from common.training.restore import first_state
+from common.training.restore import first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import (
     TrainState,
@@ -87,7 +86,7 @@ def pretrain(settings: PretrainSettings, directory: str) -> float:
     log_parameter_overview(shapes["params"], say)
 
     # ---------------------------------------------------------------- state
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=settings.checkpoint.keep_last)
+    checkpoints = open_checkpoints(workdir, settings.checkpoint, steps_per_epoch)
     init = functools.partial(init_state, model, tx, settings.seed, init_batch(settings.data))
     state, start_step = first_state(checkpoints, init, mesh, say)
 

@@ -17,10 +17,9 @@ from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
 from common.training import command, distributed
-from common.training.checkpoint import Checkpoints
 from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
-from common.training.restore import first_state
+from common.training.restore import first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
 from common.training.watchdog import MetricsCheck, StallWatchdog
@@ -85,11 +84,7 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
     # ---------------------------------------------------------------- state
     # In this order: the work directory's newest checkpoint, a trained detector, a pretrained
     # backbone, random values.
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep_last=settings.checkpoint.keep_last,
-        keep_every_steps=steps_per_epoch if settings.checkpoint.keep_epochs else None,
-    )
+    checkpoints = open_checkpoints(workdir, settings.checkpoint, steps_per_epoch)
     init = functools.partial(init_state, model, tx, settings.seed, init_shapes(settings.data))
     state, start_step = first_state(checkpoints, init, mesh, say)
     if not start_step and settings.model.pretrained:

@@ -9,7 +9,19 @@ from jax.sharding import Mesh
 
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
+from common.training.settings import CheckpointSettings
 from common.training.step import TrainState
+
+
+def open_checkpoints(
+    workdir: epath.Path, settings: CheckpointSettings, steps_per_epoch: int
+) -> Checkpoints:
+    """The checkpoints of a training."""
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep_last=settings.keep_last,
+        keep_every_steps=steps_per_epoch if settings.keep_epochs else None,
+    )
 
 
 def first_state(
