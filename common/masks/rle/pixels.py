@@ -68,7 +68,9 @@ def encode_windows(
     return counts_of_ones(owner, np.concatenate(starts), np.concatenate(stops), sizes.prod(1))
 
 
-def _changes(mask: Mask, flags: Bool[np.ndarray, " b"]) -> tuple[np.ndarray, np.ndarray]:
+def _changes(
+    mask: Mask, flags: Bool[np.ndarray, " b"]
+) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
     """Column and row of pixels that differ from the one above; those below the last row count.
 
     Args:
@@ -77,6 +79,8 @@ def _changes(mask: Mask, flags: Bool[np.ndarray, " b"]) -> tuple[np.ndarray, np.
     """
     turned = mask.flags.f_contiguous and not mask.flags.c_contiguous
     rows, columns = mask.shape
+    if not mask.size:  # of an object that lies between the pixels of its image
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     size = (rows + 1) * columns
     used = -(-size // 8) * 8
     flags[size:used] = False

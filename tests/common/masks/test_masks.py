@@ -116,6 +116,17 @@ def test_a_mask_that_vanishes_in_a_small_frame_is_not_empty(tmp_path):
     assert masks.rle(2, (4, 6)) is None and masks.is_empty(2)
 
 
+def test_an_object_of_a_large_file_that_falls_between_the_pixels_of_the_photo(tmp_path):
+    """Mask files may be larger than the photo: an object that no pixel samples is an empty mask."""
+    for name, place in (("rows", (203, 315)), ("columns", (205, 313)), ("both", (203, 313))):
+        dot = np.zeros((400, 600), bool)
+        dot[place] = True
+        masks = reader(tmp_path / name, [save(tmp_path, dot, f"{name}.png")])
+        expected = np.zeros(PHOTO, bool)
+        assert masks.rle(1, PHOTO) == rle.encode([expected])[0] and not masks.is_empty(1)
+        assert not masks.window(1, (0, 0, 1, 1), PHOTO).any()
+
+
 def save(tmp_path, array, name="m.png"):
     Image.fromarray(array).save(tmp_path / name)
     return {"png": str(tmp_path / name)}
