@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -88,3 +90,10 @@ def settings(arg: str | None = None) -> RunSettings:
 def init_shapes() -> dict:
     """A batch of one image, from whose shapes parameters are made."""
     return batch_fields.init_shapes(settings().data)
+
+
+def losses(model: nn.Module, variables: dict, batch: dict) -> dict[str, jax.Array]:
+    """The terms of the loss of one training step; random choices are always the same."""
+    streams = {"sampling": jax.random.key(0), "dropout": jax.random.key(0)}
+    out, _ = model.apply(variables, batch, train=True, rngs=streams, mutable=["batch_stats"])
+    return out["losses"]

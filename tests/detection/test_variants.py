@@ -56,14 +56,8 @@ def test_every_parameter_gets_a_gradient_and_detections_come_out(name):
     @jax.jit
     def gradients(params):
         def loss(params):
-            out, _ = model.apply(
-                {**variables, "params": params},
-                batch,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
-            )
-            return sum(out["losses"].values()), out["losses"]
+            losses = tiny.losses(model, {**variables, "params": params}, batch)
+            return sum(losses.values()), losses
 
         return jax.grad(loss, has_aux=True)(params)
 
@@ -85,24 +79,14 @@ def test_cascade_on_a_decoupled_backbone_has_a_loss_of_each_branch_and_stage():
     )
     assert "stage2" in shapes["params"]["backbone"]
     assert set(shapes["params"]["backbone_box"]) == {"stage3", "stage4"}
-
-    def losses(variables):
-        out, _ = model.apply(
-            variables,
-            make_batch(2),
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"sampling": jax.random.key(0), "dropout": jax.random.key(0)},
-        )
-        return out["losses"]
-
     expected = {
         f"{name}_{branch}_stage{stage}"
         for name in ("box_class", "box_regression")
         for branch in (1, 2)
         for stage in (1, 2)
     }
-    assert set(jax.eval_shape(losses, shapes)) == {"rpn_class", "rpn_box"} | expected
+    losses = jax.eval_shape(lambda v: tiny.losses(model, v, make_batch(2)), shapes)
+    assert set(losses) == {"rpn_class", "rpn_box"} | expected
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

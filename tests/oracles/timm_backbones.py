@@ -28,6 +28,21 @@ def assert_equals_timm(
     assert_equals(name, timm.create_model(timm_name, **options), size, layout)
 
 
+def timm_hrnet_stages(widths: tuple[int, int, int, int]) -> dict[str, dict]:
+    """timm's options of an HRNet with one module of one block in each stage."""
+    stages = {}
+    for stage in (1, 2, 3, 4):
+        stages[f"stage{stage}"] = {
+            "num_modules": 1,
+            "num_branches": stage,
+            "block_type": "BOTTLENECK" if stage == 1 else "BASIC",
+            "num_blocks": (1,) * stage,
+            "num_channels": (64,) if stage == 1 else widths[:stage],
+            "fuse_method": "SUM",
+        }
+    return stages
+
+
 def import_timm():
     """The modules timm and torch; skips the test where they are missing."""
     try:

@@ -12,7 +12,7 @@ from common.training import distributed
 from common.training.step import TrainState
 from segmentation.models.segmenter import Segmenter
 from segmentation.pretrained import convert_segmenter, is_segmenter, with_pretrained
-from tests.oracles.timm_backbones import import_timm
+from tests.oracles.timm_backbones import import_timm, timm_hrnet_stages
 from tests.oracles.variables import random_values
 
 TINY = Layout(4, (1, 1, 1), 1)
@@ -23,32 +23,12 @@ def timm_network():
     """A tiny random HRNet of timm."""
     timm, torch = import_timm()
     torch.manual_seed(0)
-    stages = {
-        f"stage{i}": {
-            "num_modules": 1,
-            "num_branches": i,
-            "block_type": "BASIC",
-            "num_blocks": (1,) * i,
-            "num_channels": (4, 8, 16, 32)[:i],
-            "fuse_method": "SUM",
-        }
-        for i in (2, 3, 4)
-    }
-    stage1 = {
-        "num_modules": 1,
-        "num_branches": 1,
-        "block_type": "BOTTLENECK",
-        "num_blocks": (1,),
-        "num_channels": (64,),
-        "fuse_method": "SUM",
-    }
     network = timm.create_model(
         "hrnet_w18",
         features_only=True,
         out_indices=(1, 2, 3, 4),
         feature_location="",
-        stage1=stage1,
-        **stages,
+        **timm_hrnet_stages((4, 8, 16, 32)),
     ).eval()
     return network, torch
 

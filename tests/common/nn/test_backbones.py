@@ -16,7 +16,12 @@ from common.nn.weights.backbone_weights import (
     load_backbone_weights,
     save_backbone_weights,
 )
-from tests.oracles.timm_backbones import assert_equals, assert_equals_timm, import_timm
+from tests.oracles.timm_backbones import (
+    assert_equals,
+    assert_equals_timm,
+    import_timm,
+    timm_hrnet_stages,
+)
 from tests.oracles.variables import random_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
@@ -217,33 +222,13 @@ def test_one_block_a_stage_equals_timm(name, timm_name, size):
 
 
 def test_one_module_a_stage_of_hrnet_equals_timm():
-    stages = {
-        f"stage{i}": {
-            "num_modules": 1,
-            "num_branches": i,
-            "block_type": "BASIC",
-            "num_blocks": (1,) * i,
-            "num_channels": (18, 36, 72, 144)[:i],
-            "fuse_method": "SUM",
-        }
-        for i in (2, 3, 4)
-    }
-    stage1 = {
-        "num_modules": 1,
-        "num_branches": 1,
-        "block_type": "BOTTLENECK",
-        "num_blocks": (1,),
-        "num_channels": (64,),
-        "fuse_method": "SUM",
-    }
     assert_equals_timm(
         "hrnet_w18",
         "hrnet_w18",
         (64, 64),
         hrnet.Layout(18, (1, 1, 1), 1),
         feature_location="",
-        stage1=stage1,
-        **stages,
+        **timm_hrnet_stages((18, 36, 72, 144)),
     )
 
 
