@@ -15,13 +15,13 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from common.io.errors import UserError
+from common.io.paths import local_copy, read_text
 from ensemble.inputs import check_known
 
 NORMALIZATIONS = ("max", "sum", "none")
@@ -135,7 +135,7 @@ def kept_classes(
 def read_class_list(path: str) -> list[tuple[int, str]]:
     """(line, label) of a list of classes: first column of a CSV, with a header `label` or none."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with local_copy(path) as local, open(local, newline="", encoding="utf-8") as file:
             rows = [(i, row[0].strip()) for i, row in enumerate(csv.reader(file), start=1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot read the list of classes ({error})") from error
@@ -152,7 +152,7 @@ def read_class_aps(path: str) -> dict[str, float]:
       UserError: no such file, no JSON object, or one without AP per class.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no readable metrics file ({error})") from error
     aps = {}

@@ -9,12 +9,13 @@ Shape legend: C labels found in a table, i images of a table.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int32
 
 from common.io.errors import UserError
+from common.io.paths import resolved
 from common.tables import DetectionsReader
 
 COVERAGES = ("same", "union", "intersection")
@@ -120,17 +121,17 @@ def open_tables(
     return Tables(tables, image_ids, classes)
 
 
-def parse_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
+def parse_inputs(inputs: Sequence[str]) -> tuple[list[epath.Path], list[str]]:
     """Paths and unique names of inputs given as `path` or `name=path`."""
     paths, names = [], []
     for text in inputs:
-        match = None if Path(text).exists() else _NAMED.fullmatch(text)
-        paths.append(Path(match[2] if match else text))
+        match = None if epath.Path(text).exists() else _NAMED.fullmatch(text)
+        paths.append(epath.Path(match[2] if match else text))
         names.append(match[1] if match else "")
     if not paths:
         raise UserError("--inputs: no tables, expected paths with commas between them")
     for place, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:place]]:
+        if resolved(path) in map(resolved, paths[:place]):
             raise UserError(f"--inputs: {path} is given twice, expected different tables")
     parts = [[*path.parts[:-1], path.stem if path.suffix else path.name] for path in paths]
     short = ["/".join(p[-1:]) for p in parts]
@@ -200,9 +201,9 @@ def _common_images(
     ]
 
 
-def _find_labels(reader: DetectionsReader) -> dict[str, tuple[Path, int]]:
+def _find_labels(reader: DetectionsReader) -> dict[str, tuple[epath.Path, int]]:
     """Labels of a table, each with the file and row where it comes first."""
-    found: dict[str, tuple[Path, int]] = {}
+    found: dict[str, tuple[epath.Path, int]] = {}
     for file in reader.files:
         for label, row in file.labels().items():
             found.setdefault(label, (file.path, row))
@@ -212,7 +213,7 @@ def _find_labels(reader: DetectionsReader) -> dict[str, tuple[Path, int]]:
 def _common_labels(
     readers: Sequence[DetectionsReader],
     names: Sequence[str],
-    found: Sequence[Mapping[str, tuple[Path, int]]],
+    found: Sequence[Mapping[str, tuple[epath.Path, int]]],
     labels: Sequence[str] | None,
     mappings: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> list[str]:

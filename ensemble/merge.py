@@ -25,7 +25,6 @@ Shape legend: T tables, K classes, n rows of a chunk.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +37,7 @@ from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.parallel import prefetch
+from common.io.paths import PathLike, resolved
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.tables.table import COORDINATE_SLACK, MAX_SCORE
@@ -103,7 +103,7 @@ class Merged:
 def merge_tables(
     inputs: Sequence[str],
     config: Mapping[str, Any],
-    output: str | Path,
+    output: PathLike,
     *,
     process_index: int = 0,
     process_count: int = 1,
@@ -126,7 +126,7 @@ def merge_tables(
       UserError: tables that do not belong together, broken rows, or a config that does not fit.
     """
     for path in parse_inputs(inputs)[0]:
-        if path.resolve() == Path(output).resolve():
+        if resolved(path) == resolved(output):
             raise UserError(f"--output={output}: is one of the inputs, expected another name")
     dataset = Dataset.open(config["dataset"]) if config["dataset"] else None
     tables, preparation = open_prepared(inputs, config, dataset)

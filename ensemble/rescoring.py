@@ -30,6 +30,7 @@ from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.json_stream import stream_lists
+from common.io.paths import PathLike, local_copy
 from common.metrics import coco, lvis, openimages
 from common.tables import Detections, read_detections
 from common.tables.table import rank_in_image
@@ -96,7 +97,7 @@ def read_groups(path: str | os.PathLike, labels: Sequence[str]) -> Int8[np.ndarr
         else:
             known = _counted_groups(dataset)
     else:
-        known = _listed_groups(Path(path))
+        known = _listed_groups(path)
     if not known.keys() & set(labels):
         theirs = next(iter(known), "nothing")
         raise UserError(
@@ -120,13 +121,13 @@ def _counted_groups(dataset: Dataset) -> dict[str, int]:
     return dict(zip(dataset.class_labels, groups.tolist(), strict=True))
 
 
-def _listed_groups(path: Path) -> dict[str, int]:
-    categories = [c for _, c in stream_lists(path, ("categories",), optional=("categories",))]
-    if categories:
-        listed = {str(c.get("name")): c.get("frequency") for c in categories if isinstance(c, dict)}
-    else:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    return _from_letters(listed, path)
+def _listed_groups(path: PathLike) -> dict[str, int]:
+    with local_copy(path) as local:
+        categories = [c for _, c in stream_lists(local, ("categories",), optional=("categories",))]
+        if categories:
+            named = [c for c in categories if isinstance(c, dict)]
+            return _from_letters({str(c.get("name")): c.get("frequency") for c in named}, path)
+        return _from_letters(json.loads(local.read_text(encoding="utf-8")), path)
 
 
 def _from_letters(found: Mapping[str, Any], path: str | os.PathLike) -> dict[str, int]:

@@ -13,18 +13,19 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from common.data.dataset import Dataset
 from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.paths import read_text, resolved
 from ensemble import draw_tree
 from ensemble.inputs import Tables
 from ensemble.operators import make_operator
@@ -44,7 +45,7 @@ def search_tables(
     dataset: Dataset,
     split: str,
     report_split: str | None,
-    output: Path,
+    output: epath.Path,
     *,
     say: Callable[[str], None] = print,
 ) -> trees.Tree:
@@ -159,7 +160,7 @@ def check_scored(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
                 f"config.{field}: found {found!r}, expected {expected!r}: a search scores all "
                 "boxes that a tree makes (ensemble.merge can apply it afterwards)"
             )
-    if config.dataset and Path(config.dataset).resolve() != dataset.directory.resolve():
+    if config.dataset and resolved(config.dataset) != resolved(dataset.directory):
         raise UserError(f"config.dataset: found {config.dataset!r}, expected that of --dataset")
 
 
@@ -247,13 +248,10 @@ class _Monitor:
 
     def save(self, state: State) -> None:
         content = {"format": STATE_FORMAT, "identity": self._identity, "state": state.to_json()}
-        try:
-            write_text(self._path, json.dumps(content))
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot write ({error})") from error
+        write_text(self._path, json.dumps(content))
 
 
-def load_state(path: Path, identity: Mapping[str, Any]) -> State | None:
+def load_state(path: epath.Path, identity: Mapping[str, Any]) -> State | None:
     """State of an interrupted (or finished) search, None where there is none.
 
     Raises:
@@ -262,7 +260,7 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         known, version = content["identity"], content["format"]
         state = State.from_json(content["state"], str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -337,11 +335,9 @@ def define_flags() -> None:
 
 
 def main():
-    output = Path(flags.FLAGS.output)
+    output = epath.Path(flags.FLAGS.output)
     if output.suffix != ".json":
         raise UserError(f"--output={output}: expected a name that ends with .json")
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: no folder {output.parent}")
     search_tables(
         flags.FLAGS.inputs,
         flags.FLAGS.config,

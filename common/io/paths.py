@@ -18,6 +18,11 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def resolved(path: PathLike) -> str:
+    """The same text for the same file: absolute and without links, where the path is local."""
+    return os.fspath(path) if is_remote(path) else os.path.realpath(path)
+
+
 @contextlib.contextmanager
 def local_copy(path: PathLike) -> Iterator[Path]:
     """Gives a local file with the content of `path`, for libraries that map or seek in files.
@@ -41,3 +46,13 @@ def local_copy(path: PathLike) -> Iterator[Path]:
                 raise OSError(str(error)) from error
             raise
         yield target
+
+
+def read_text(path: PathLike) -> str:
+    """The content of a UTF-8 file.
+
+    Raises:
+      OSError: no such file, or it cannot be read.
+    """
+    with local_copy(path) as local:
+        return local.read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common.io.errors import UserError
+from common.io.paths import local_copy
 from common.tables import Detections
 
 RULES = ("error", "first", "all")
@@ -118,7 +119,7 @@ def read_class_mapping(
         raise UserError(f"rule {rule!r}: expected one of {', '.join(RULES)}")
     where = dict(where or {})
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with local_copy(path) as local, open(local, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             header = next(reader, [])
             for name in (source_column, target_column, *where):

@@ -3,19 +3,20 @@
 Shape legend: n detections.
 """
 
+import contextlib
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 from jaxtyping import Int32
 
 from common.io.errors import UserError
+from common.io.paths import PathLike, local_copy
 from common.tables.table import (
     COLUMNS,
     COORDINATES,
@@ -34,24 +35,24 @@ _SHARD = re.compile(r"part-(\d{5})-of-(\d{5})\.parquet")
 class DetectionsReader:
     """An opened detections table (file or folder of shards); rows are checked as they are read."""
 
-    def __init__(self, path: str | os.PathLike, like: "DetectionsReader | None" = None):
+    def __init__(self, path: PathLike, like: "DetectionsReader | None" = None):
         """Opens the table and checks schema, metadata and that all shards are there.
 
         Args:
-          path: file or folder.
+          path: file or folder, local or gs:// (each remote file is copied to the local disk once).
           like: reader of another table. When both cover the same images the two share the list of
             ids, so that many tables need the memory of one.
 
         Raises:
           UserError: no table there, or a broken one; the text names the file.
         """
-        self.path = Path(path)
+        self.path = epath.Path(path)
         self.files = [_TableFile(file) for file in _table_files(self.path)]
         first = self.files[0]
         self.metadata = first.metadata
         self.has_masks = first.has_masks
         self.num_rows = sum(file.num_rows for file in self.files)
-        owner: dict[str, Path] = {}
+        owner: dict[str, epath.Path] = {}
         for file in self.files:
             if file.metadata != self.metadata or file.has_masks != self.has_masks:
                 raise UserError(
@@ -151,7 +152,7 @@ class DetectionsReader:
 
 
 def read_detections(
-    path: str | os.PathLike, class_labels: Sequence[str] | None = None, *, masks: bool = False
+    path: PathLike, class_labels: Sequence[str] | None = None, *, masks: bool = False
 ) -> Detections:
     """Reads a whole table; see `DetectionsReader.chunks` for the arguments and errors."""
     reader = DetectionsReader(path)
@@ -174,13 +175,13 @@ def read_detections(
     return dataclasses.replace(parts[-1], **arrays)
 
 
-def _table_files(path: Path) -> list[Path]:
+def _table_files(path: epath.Path) -> list[epath.Path]:
     """The file, or all shards of the folder in order."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder, expected a detections table")
-    shards: dict[int, Path] = {}
+    shards: dict[int, epath.Path] = {}
     counts = set()
     for file in sorted(path.glob("*.parquet")):
         match = _SHARD.fullmatch(file.name)
@@ -204,10 +205,12 @@ def _table_files(path: Path) -> list[Path]:
 class _TableFile:
     """One Parquet file with its checked schema and metadata."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: epath.Path):
         self.path = path
+        self._open = contextlib.ExitStack()
         try:
-            with pq.ParquetFile(path) as file:
+            self._local = self._open.enter_context(local_copy(path))
+            with pq.ParquetFile(self._local) as file:
                 schema = file.schema_arrow
                 footer = file.metadata.metadata or {}
                 self.num_rows = file.metadata.num_rows
@@ -331,7 +334,7 @@ class _TableFile:
         row = 0
         try:
             with pq.ParquetFile(
-                self.path, read_dictionary=["image_id", "label"], page_checksum_verification=True
+                self._local, read_dictionary=["image_id", "label"], page_checksum_verification=True
             ) as file:
                 groups = range(file.num_row_groups)
                 if ends is not None:

@@ -3,18 +3,20 @@
 Shape legend: n detections of one image.
 """
 
+import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 from jaxtyping import Float32, Int32
 
+from common.io.atomic import atomic_file
 from common.io.errors import UserError
+from common.io.paths import PathLike
 from common.tables.table import (
     COLUMNS,
     COORDINATES,
@@ -43,8 +45,9 @@ _NO_ROWS = np.zeros(0, _ROW)
 class DetectionsWriter:
     """Writes a table image by image, in any order; it appears under its name only when complete.
 
-    Rows are spooled to a file beside the output and sorted on closing, so memory holds one entry
-    per image. Use it as a context manager: an exception inside removes what was written.
+    Rows are spooled to a file beside the output (for a gs:// output, on the local disk) and sorted
+    on closing, so memory holds one entry per image. Use it as a context manager: an exception
+    inside removes what was written.
 
         with DetectionsWriter("x.parquet", {"model": "r50", "split": "test", ...}) as writer:
             writer.add("image", ["/m/01g317"], scores, boxes)
@@ -52,7 +55,7 @@ class DetectionsWriter:
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: PathLike,
         metadata: Mapping[str, Any],
         *,
         process_index: int = 0,
@@ -62,7 +65,7 @@ class DetectionsWriter:
         """Starts a table.
 
         Args:
-          path: Parquet file; with several processes the folder of the shards.
+          path: Parquet file, local or gs://; with several processes the folder of the shards.
           metadata: model, config, dataset, split, step...; anything JSON holds. `image_ids` is
             added. All processes give the same.
           process_index: of this host.
@@ -72,28 +75,31 @@ class DetectionsWriter:
         Raises:
           UserError: a folder lies where a file shall be or the reverse, or no place to write to.
         """
-        self.path = Path(path)
+        self.path = epath.Path(path)
+        self._metadata = dict(metadata)
+        json.dumps(self._metadata)
+        self._masks = masks
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._labels: dict[str, int] = {}
+        self._num_rows = self._mask_bytes = 0
+        self._output = contextlib.ExitStack()
         try:
             if process_count > 1:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.path = self.path / shard_name(process_index, process_count)
-            if self.path.is_dir():
-                raise UserError(f"{self.path}: is a folder, expected the name of a Parquet file")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._metadata = dict(metadata)
-            json.dumps(self._metadata)
-            self._masks = masks
-            self._spans: dict[str, tuple[int, int]] = {}
-            self._labels: dict[str, int] = {}
-            self._num_rows = self._mask_bytes = 0
-            stem = f"{self.path.name}.tmp-{os.getpid()}"
-            self._temporary = self.path.with_name(stem)
-            self._spool_path = self.path.with_name(f"{stem}-rows")
-            self._mask_path = self.path.with_name(f"{stem}-masks")
-            self._spool = open(self._spool_path, "wb")
-            self._mask_file = open(self._mask_path, "wb")
+            self.temporary = self._output.enter_context(atomic_file(self.path))
+            self._spool = self._scratch("rows")
+            self._mask_file = self._scratch("masks")
         except OSError as error:
             raise UserError(f"{path}: cannot write the detections table ({error})") from error
+
+    def _scratch(self, name: str) -> IO[bytes]:
+        """A file beside the temporary one, which goes with it."""
+        path = self.temporary.with_name(f"{self.temporary.name}-{name}")
+        file = open(path, "wb")
+        self._output.callback(path.unlink, missing_ok=True)
+        self._output.callback(file.close)
+        return file
 
     def add(
         self,
@@ -151,15 +157,10 @@ class DetectionsWriter:
 
     def close(self) -> None:
         """Sorts the rows by image, writes the Parquet file and moves it into place."""
-        try:
+        with self._output:
             self._spool.close()
             self._mask_file.close()
             self._write_parquet()
-            os.replace(self._temporary, self.path)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write the detections table ({error})") from error
-        finally:
-            self._clean_up()
 
     def _write_parquet(self) -> None:
         columns = COLUMNS | (MASK_COLUMNS if self._masks else {})
@@ -168,7 +169,7 @@ class DetectionsWriter:
         spans = np.array([self._spans[i] for i in image_ids], np.int64).reshape(-1, 2)
         ends = np.cumsum(spans[:, 1])
         with pq.ParquetWriter(
-            self._temporary,
+            self.temporary,
             schema,
             compression="zstd",
             use_dictionary=["image_id", "label"],
@@ -183,7 +184,7 @@ class DetectionsWriter:
                 owner = np.repeat(np.arange(last - first), counts)
                 within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
                 # Mapped anew each time: pages of earlier groups leave the process.
-                spool = np.memmap(self._spool_path, _ROW, "r") if len(owner) else _NO_ROWS
+                spool = np.memmap(self._spool.name, _ROW, "r") if len(owner) else _NO_ROWS
                 rows = spool[spans[first:last, 0][owner] + within]
                 file.write_table(self._table(image_ids[first:last], owner, rows, schema))
                 first = last
@@ -201,7 +202,7 @@ class DetectionsWriter:
         for column, name in enumerate(COORDINATES):
             columns[name] = np.ascontiguousarray(rows["box"][:, column])
         if self._masks:
-            with open(self._mask_path, "rb") as file:
+            with open(self._mask_file.name, "rb") as file:
                 masks = []
                 for start, size in zip(rows["mask_start"], rows["mask_bytes"], strict=True):
                     file.seek(start)
@@ -211,20 +212,14 @@ class DetectionsWriter:
             columns["mask_width"] = np.ascontiguousarray(rows["mask_size"][:, 1])
         return pa.table(columns, schema=schema)
 
-    def _clean_up(self) -> None:
-        for path in (self._temporary, self._spool_path, self._mask_path):
-            path.unlink(missing_ok=True)
-
     def __enter__(self) -> "DetectionsWriter":
         return self
 
-    def __exit__(self, error_type: type | None, *_: Any) -> None:
-        if error_type is None:
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
             self.close()
         else:
-            self._spool.close()
-            self._mask_file.close()
-            self._clean_up()
+            self._output.__exit__(*error)
 
 
 def _strings(codes: np.ndarray, values: Sequence[str]) -> pa.Array:

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 
 from common.io.atomic import open_atomic
 from common.io.errors import UserError
+from common.io.paths import local_copy
 from common.tables.ranges import expand_ranges, pieces
 
 FORMAT = 1
@@ -110,7 +111,7 @@ def read_relations(path: str | os.PathLike) -> Relations:
       UserError: no such file, or a broken one.
     """
     try:
-        with np.load(path) as file:
+        with local_copy(path) as local, np.load(local) as file:
             header = json.loads(str(file["header"]))
             arrays = {name: file[name] for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
             found = header.pop("format")

@@ -18,13 +18,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.io.atomic import write_json
 from common.io.errors import UserError
+from common.io.paths import read_text
 from ensemble.operators.groups import Rows
 from ensemble.tree.join import ELEMENTS, NMS_TYPES, NodeRows, join, leaf_rows
 
@@ -191,7 +191,7 @@ def load(path: str | os.PathLike) -> Tree:
       UserError: no such file, no JSON, another format, or a wrong field; the text names it.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read the tree ({error})") from error
     except ValueError as error:
@@ -202,7 +202,7 @@ def load(path: str | os.PathLike) -> Tree:
 def read_notes(path: str | os.PathLike) -> dict[str, Any]:
     """The notes of a tree file."""
     load(path)
-    return json.loads(Path(path).read_text(encoding="utf-8")).get("notes", {})
+    return json.loads(read_text(path)).get("notes", {})
 
 
 def to_json(tree: Tree, notes: Mapping[str, Any] | None = None) -> dict[str, Any]:

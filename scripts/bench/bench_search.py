@@ -144,6 +144,7 @@ def main():
         seconds = json.loads((folder / "tree.search.json").read_text())["state"]["seconds"]
         print(f"{total} trees in {seconds:.0f} s: {3600 * total / seconds:.0f} trees/hour")
         print(f"CPU seconds of the process: {time.process_time() - used:.0f}")
+        print(f"peak memory of the search {peak_mib() / 1024:.2f} GiB", flush=True)
         before = [0, *list(stages.values())]
         points = [(sum(before[: s + 1]) + tried, spent) for s, tried, spent in marks]
         later = [point for point in points if total / 2 <= point[0] < total]
@@ -155,7 +156,6 @@ def main():
         official = official_score(dataset, tree, inputs)
         difference = abs(official - notes["scores"]["tree"][0])
         print(f"mAP of the merged tables by the evaluator: {official:.6f}, differs {difference:g}")
-        print(f"peak memory {peak_mib() / 1024:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
 from common.io.errors import UserError
@@ -19,6 +21,7 @@ from ensemble.preparation import open_prepared
 from ensemble.tree import binary_tree as trees
 from ensemble.tree import evolution, scoring
 from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree
+from tests.remote import use_fake_store
 
 LABELS = ["/m/a", "/m/b", "/m/c", "/m/d"]
 HIERARCHY = {
@@ -335,6 +338,32 @@ def test_the_merged_tables_score_what_the_search_reported(folder, tmp_path, monk
         search.search_tables(
             tables, config, dataset, "tune", "report", tmp_path / "tree.json", **quiet
         )
+
+
+def test_search_and_merge_work_on_gs_addresses(folder, tmp_path, monkeypatch):
+    use_fake_store(monkeypatch, tmp_path / "store")
+    (tmp_path / "store" / "bucket").mkdir(parents=True)
+    for model in MODELS:
+        shutil.copy(folder / f"{model}.parquet", tmp_path / "store" / "bucket")
+    tables = [f"gs://bucket/{model}.parquet" for model in MODELS]
+    config = small_config(topology=2, operators=0, joint=0)
+    (tmp_path / "store" / "bucket" / "expert.csv").write_text("/m/a\n/m/c\n")
+    config.experts = "one=gs://bucket/expert.csv"
+    quiet = dict(say=lambda *_, **__: None)
+    dataset, output = Dataset.open(folder / "set"), epath.Path("gs://bucket/out/tree.json")
+    search.search_tables(tables, config, dataset, "tune", None, output, **quiet)
+    config.tree = "gs://bucket/out/tree.json"
+    merge_tables(tables, config, "gs://bucket/out/merged.parquet", **quiet)
+    config.experts = f"one={tmp_path / 'store' / 'bucket' / 'expert.csv'}"
+    config.tree = str(tmp_path / "store" / "bucket" / "out" / "tree.json")
+    merge_tables(paths(folder), config, tmp_path / "merged.parquet", **quiet)
+    found, expected = map(
+        read_detections, ("gs://bucket/out/merged.parquet", tmp_path / "merged.parquet")
+    )
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    names = sorted(path.name for path in (tmp_path / "store" / "bucket" / "out").iterdir())
+    assert names == ["merged.parquet", "tree.json", "tree.search.json", "tree.svg"]
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ class Importer:
         """
         with DetectionsWriter(output, metadata, masks=self._masks) as writer:
             count = min(os.path.getsize(self._path) // _BUCKET_BYTES + 1, _MAX_BUCKETS)
-            stem = f"{writer.path.name}.tmp-{os.getpid()}-import"
-            buckets = [_Bucket(writer.path.with_name(f"{stem}-{i}")) for i in range(count)]
+            stem = f"{writer.temporary.name}-import"
+            buckets = [_Bucket(writer.temporary.with_name(f"{stem}-{i}")) for i in range(count)]
             try:
                 rows = sum(self._spool(chunk, buckets) for chunk in chunks)
                 labels = np.array([*self._labels, ""], object)[:-1]

@@ -21,6 +21,7 @@ from common.tables import (
     table,
     writer,
 )
+from tests.remote import use_fake_store
 
 METADATA = {"model": "r50", "split": "test", "step": 7}
 
@@ -340,3 +341,17 @@ def test_readers_of_the_same_images_share_their_ids(tmp_path):
     assert second.image_ids is first.image_ids and second.image_codes is first.image_codes
     rows = [row for chunk in second.chunks() for row in rows_of(chunk)]
     assert rows == expected_rows(images)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_table_behind_a_gs_address(tmp_path, monkeypatch, shards):
+    """Written, replaced, read, listed: as on the local disk, and nothing is left beside it."""
+    use_fake_store(monkeypatch, tmp_path / "store")
+    images = draw_images(np.random.default_rng(5), 12)
+    for _ in range(2):
+        write("gs://bucket/run/x.parquet", images, shards=shards)
+    assert sorted(rows_of(read_detections("gs://bucket/run/x.parquet"))) == expected_rows(images)
+    files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    assert len(files) == shards and not [path for path in files if "tmp" in path.name]
+    with pytest.raises(UserError, match="gs://bucket/run/y.parquet: no such file or folder"):
+        read_detections("gs://bucket/run/y.parquet")
