@@ -124,28 +124,23 @@ class _Pending:
             images=own,
             refuse_duplicates=refuse_duplicates,
         )
-        self._rows: dict[str, np.ndarray] | None = None
+        self._rows = self._convert(_no_rows())
         self._finished = False
 
     def complete(self) -> int:
         """Reads until a share of rows is pending; returns the end of the images that are whole."""
-        while not self._finished:
-            if self._rows is not None and len(self._rows["images"]) >= self._share:
-                break
+        while not self._finished and len(self._rows["images"]) < self._share:
             chunk = next(self._chunks, None)
             if chunk is None:
                 self._finished = True
-                break
-            rows = self._convert(chunk)
-            if self._rows is not None:
-                rows = {n: np.concatenate([self._rows[n], array]) for n, array in rows.items()}
-            self._rows = rows
+            else:
+                new = self._convert(chunk)
+                self._rows = {n: np.concatenate([self._rows[n], new[n]]) for n in new}
         return self._stop if self._finished else int(self._rows["images"][-1]) + 1
 
     def pop(self, stop: int) -> dict[str, np.ndarray]:
         """Removes and returns the rows of images before `stop`."""
-        rows = self._convert(_no_rows()) if self._rows is None else self._rows
-        cut = int(np.searchsorted(rows["images"], stop))
+        rows, cut = self._rows, int(np.searchsorted(self._rows["images"], stop))
         self._rows = {name: array[cut:] for name, array in rows.items()}
         return {name: array[:cut] for name, array in rows.items()}
 
@@ -154,7 +149,7 @@ class _Pending:
         if self._table.image_codes is not None:
             images = self._table.image_codes[images]
         rows = dict(images=images, scores=found.scores, boxes=found.boxes)
-        if self._masks:
+        if self._masks and found.masks is not None and found.mask_sizes is not None:
             rows.update(masks=found.masks, mask_sizes=found.mask_sizes)
         kept = (images >= 0)[:, None] & (targets >= 0)
         labels = targets[:, 0]

@@ -19,32 +19,33 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
+from ml_collections import ConfigDict
 
 from common.io.errors import UserError
 from common.io.paths import local_copy, read_text
 from ensemble.inputs import check_known
+from ensemble.settings import WeightSettings
 
-NORMALIZATIONS = ("max", "sum", "none")
 # Of detection.evaluate and scripts.score --json, whatever the metric: AP@0.5IOU/LABEL, AP/LABEL.
 _CLASS_AP = re.compile(r"(?:.*_)?PerformanceByCategory/AP[^/]*/(.+)")
 
 
 def class_weights(
-    names: Sequence[str], labels: Sequence[str], config: Mapping[str, Any]
+    names: Sequence[str], labels: Sequence[str], settings: WeightSettings
 ) -> Float32[np.ndarray, "T K"]:
     """Weight of each model for each class, in [0, 1].
 
     Args:
       names: of the models.
       labels: of the classes.
-      config: `metrics` (JSON files in the order of the inputs, or `name=file` pairs; models without
-        one have weight 1), `normalize`, `exponent`, `floor`, `models` (`name=weight` pairs).
+      settings: where the AP comes from and how it counts; models without a metrics file have
+        weight 1.
 
     Raises:
       UserError: unknown models, wrong number of files, an unreadable one, a value out of range.
     """
     weights = np.ones((len(names), len(labels)))
-    files = _metrics_files(config["metrics"], names)
+    files = _metrics_files(settings.metrics, names)
     if files:
         aps = np.full(weights.shape, np.nan)
         for model, path in files.items():
@@ -55,9 +56,9 @@ def class_weights(
                     f"the classes of the tables (such as {labels[0]!r})"
                 )
             aps[model] = [found.get(label, np.nan) for label in labels]
-        weights = relative_ap(aps, config["normalize"], config["exponent"], config["floor"])
+        weights = relative_ap(aps, settings.normalize, settings.exponent, settings.floor)
     models = np.ones(len(names))
-    for name, text in parse_pairs(config["models"], "config.weights.models").items():
+    for name, text in parse_pairs(settings.models, "config.weights.models").items():
         model = check_known(name, names, "config.weights.models")
         try:
             models[model] = float(text)
@@ -86,15 +87,6 @@ def relative_ap(
     Returns:
       weights in [0, 1]; 1 for classes in which no model has any AP.
     """
-    if normalize not in NORMALIZATIONS:
-        raise UserError(
-            f"config.weights.normalize: found {normalize!r}, expected one of "
-            f"{', '.join(NORMALIZATIONS)}"
-        )
-    if not exponent >= 0:
-        raise UserError(f"config.weights.exponent: found {exponent}, expected 0 or more")
-    if not 0 <= floor <= 1:
-        raise UserError(f"config.weights.floor: found {floor}, expected a number in [0, 1]")
     known = np.isfinite(aps)
     values = np.where(known, aps, 0.0)
     best = values.max(axis=0)
@@ -172,7 +164,7 @@ def read_class_aps(path: str) -> dict[str, float]:
 
 def parse_pairs(value: Any, field: str) -> dict[str, Any]:
     """`name=value` pairs, given as text with commas between them or as a mapping."""
-    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+    if isinstance(value, Mapping | ConfigDict):
         return dict(value.items())
     pairs = {}
     for text in filter(None, (part.strip() for part in str(value or "").split(","))):

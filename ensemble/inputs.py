@@ -18,7 +18,6 @@ from common.io.errors import UserError
 from common.io.paths import resolved
 from common.tables import DetectionsReader
 
-COVERAGES = ("same", "union", "intersection")
 _NAMED = re.compile(r"([\w.+-]+)=(.+)")
 
 
@@ -107,8 +106,8 @@ def open_tables(
     for reader, name, rows, table_images in zip(readers, names, found, image_codes, strict=True):
         mapping = mappings.get(name)
         sources = sorted(rows)
-        targets = [[label] if mapping is None else mapping.get(label, ()) for label in sources]
-        targets = [[codes[label] for label in group if label in codes] for group in targets]
+        there = [[label] if mapping is None else mapping.get(label, ()) for label in sources]
+        targets = [[codes[label] for label in group if label in codes] for group in there]
         label_codes = np.full((len(sources), max(1, *map(len, targets))), -1, np.int32)
         for row, group in zip(label_codes, targets, strict=True):
             row[: len(group)] = group
@@ -168,10 +167,6 @@ def _common_images(
     readers: Sequence[DetectionsReader], coverage: str
 ) -> tuple[list[str], list[Int32[np.ndarray, " i"] | None]]:
     """Ids of the images, and for each table the image index of its images (None: the same)."""
-    if coverage not in COVERAGES:
-        raise UserError(
-            f"config.coverage: found {coverage!r}, expected one of {', '.join(COVERAGES)}"
-        )
     first = readers[0]
     others = [reader for reader in readers if reader.image_ids is not first.image_ids]
     if not others:

@@ -24,14 +24,14 @@ Shape legend: T tables, K classes, n rows of a chunk.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from jaxtyping import Float32, Int32, Int64
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
@@ -39,6 +39,7 @@ from common.io.errors import UserError
 from common.io.parallel import prefetch
 from common.io.paths import PathLike, resolved
 from common.io.progress import Progress
+from common.io.settings import read_settings
 from common.tables import DetectionsWriter
 from common.tables.table import COORDINATE_SLACK, MAX_SCORE
 from common.training import distributed
@@ -49,6 +50,7 @@ from ensemble.operators import Operator, make_operator
 from ensemble.operators.groups import Rows, apply_operator
 from ensemble.preparation import Preparation, open_prepared
 from ensemble.relations import rules
+from ensemble.settings import EnsembleSettings
 from ensemble.tree import binary_tree as tree_lib
 
 _KNEE = 1.25  # largest score that is written as it is
@@ -62,8 +64,7 @@ class Plan:
       names: of the tables.
       num_classes: K.
       preparation: what is done to the rows before the operator.
-      operator: of the groups, when there is no tree.
-      tree: searched ensemble, or None.
+      method: operator, or searched tree, that makes one list of each (image, class).
       rules: relations between classes, or None.
       rescoring: factors of rare and common classes, or None.
       max_detections: of an image; 0: no limit.
@@ -73,8 +74,7 @@ class Plan:
     names: Sequence[str]
     num_classes: int
     preparation: Preparation
-    operator: Operator | None
-    tree: tree_lib.Tree | None
+    method: Operator | tree_lib.Tree
     rules: rules.Rules | None
     rescoring: rescoring.Rescoring | None
     max_detections: int
@@ -102,7 +102,7 @@ class Merged:
 
 def merge_tables(
     inputs: Sequence[str],
-    config: Mapping[str, Any],
+    config: ConfigDict,
     output: PathLike,
     *,
     process_index: int = 0,
@@ -128,9 +128,10 @@ def merge_tables(
     for path in parse_inputs(inputs)[0]:
         if resolved(path) == resolved(output):
             raise UserError(f"--output={output}: is one of the inputs, expected another name")
-    dataset = Dataset.open(config["dataset"]) if config["dataset"] else None
-    tables, preparation = open_prepared(inputs, config, dataset)
-    plan = make_plan(config, tables, preparation)
+    settings = read_settings(EnsembleSettings, config)
+    dataset = Dataset.open(settings.dataset) if settings.dataset else None
+    tables, preparation = open_prepared(inputs, settings, dataset)
+    plan = make_plan(settings, tables, preparation)
     say(
         f"{len(tables.tables)} tables ({', '.join(tables.names)}), {len(tables.image_ids)} images, "
         f"{len(tables.labels)} classes, {tables.num_rows} detections",
@@ -150,7 +151,7 @@ def merge_tables(
         process_count=process_count,
         masks=plan.masks,
     ) as writer:
-        chunks = aligned_chunks(tables, rows=config["chunk_rows"], images=images, masks=plan.masks)
+        chunks = aligned_chunks(tables, rows=settings.chunk_rows, images=images, masks=plan.masks)
         for chunk in prefetch(chunks):
             merged = merge_chunk(plan, chunk)
             _write(writer, tables.image_ids, labels, chunk, merged)
@@ -161,60 +162,59 @@ def merge_tables(
     return {"images": len(images), "read": counts["rows in"], "written": counts["rows out"]}
 
 
-def make_plan(config: Mapping[str, Any], tables: Tables, preparation: Preparation) -> Plan:
-    """Reads the files that the config names and checks its fields.
+def make_plan(settings: EnsembleSettings, tables: Tables, preparation: Preparation) -> Plan:
+    """Reads the files that the config names.
 
     Raises:
       UserError: names the field or file.
     """
-    for name, low in (("max_detections", 0), ("chunk_rows", 1)):
-        if not config[name] >= low:
-            raise UserError(f"config.{name}: found {config[name]}, expected {low} or more")
-    tree = None
-    if config["tree"]:
-        tree = tree_lib.load(config["tree"])
-        tree_lib.check_models(tree, tables.names)
-    if config["masks"]:
+    method: Operator | tree_lib.Tree
+    if settings.tree:
+        method = tree_lib.load(settings.tree)
+        tree_lib.check_models(method, tables.names)
+    else:
+        method = make_operator(settings.operator, len(tables.tables))
+    if settings.masks:
         for table in tables.tables:
             if not table.reader.has_masks:
                 raise UserError(f"{table.reader.path}: no mask column, but config.masks is set")
-        if tree is not None:
+        if settings.tree:
             raise UserError("config.masks: a searched tree joins boxes only, expected False")
-    settings = dict(config["relations"].items())
-    relations_file = settings.pop("file")
-    factors = config["rescoring"]
-    num_tables = len(tables.tables)
+    relations, factors = settings.relations, settings.rescoring
     return Plan(
         names=tables.names,
         num_classes=len(tables.labels),
         preparation=preparation,
-        operator=None if tree else make_operator(config["operator"], num_tables),
-        tree=tree,
-        rules=rules.load_rules(relations_file, tables.labels, settings) if relations_file else None,
+        method=method,
+        rules=None
+        if not relations.file
+        else rules.load_rules(relations.file, tables.labels, relations),
         rescoring=rescoring.Rescoring(
-            rescoring.read_groups(factors["groups"], tables.labels),
-            factors["mode"],
-            tuple(float(factors[name]) for name in rescoring.GROUPS),
+            rescoring.read_groups(factors.groups, tables.labels),
+            factors.mode,
+            (factors.rare, factors.common, factors.frequent),
         )
-        if factors["groups"]
+        if factors.groups
         else None,
-        max_detections=int(config["max_detections"]),
-        masks=bool(config["masks"]),
+        max_detections=settings.max_detections,
+        masks=settings.masks,
     )
 
 
 def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
     """Steps 1 to 6 for the rows of whole images."""
-    source, images, labels, models, scores, boxes = plan.preparation.apply(chunk)
+    prepared = plan.preparation.apply(chunk)
     # Images count from the start of the chunk, which keeps the keys small.
-    groups = (images - chunk.first).astype(np.int64) * plan.num_classes + labels
-    rows = Rows(groups, scores, boxes, models)
-    if plan.tree is not None:
-        by_model = {name: rows.take(models == place) for place, name in enumerate(plan.names)}
-        fused, source = tree_lib.apply(plan.tree, by_model), None
+    groups = (prepared.images - chunk.first).astype(np.int64) * plan.num_classes + prepared.labels
+    rows = Rows(groups, prepared.scores, prepared.boxes, prepared.models)
+    source = None
+    if isinstance(plan.method, tree_lib.Tree):
+        places = enumerate(plan.names)
+        by_model = {name: rows.take(rows.model == place) for place, name in places}
+        fused = tree_lib.apply(plan.method, by_model)
     else:
-        fused, kept = apply_operator(rows, plan.operator)
-        source = source[kept]
+        fused, kept = apply_operator(rows, plan.method)
+        source = prepared.source[kept]
     images = fused.group // plan.num_classes
     labels = fused.group % plan.num_classes
     scores, boxes = fused.scores, fused.boxes
@@ -263,8 +263,8 @@ def _write(
     start = 0
     for image, stop in zip(range(chunk.first, chunk.stop), ends.tolist(), strict=True):
         rows = slice(start, stop)
-        masks = ()
-        if chunk.masks is not None:
+        masks: tuple[Any, ...] = ()
+        if chunk.masks is not None and chunk.mask_sizes is not None and merged.source is not None:
             source = merged.source[rows]
             masks = (chunk.masks[source].tolist(), chunk.mask_sizes[source])
         writer.add(
@@ -277,7 +277,7 @@ def _write(
         start = stop
 
 
-def _metadata(config: Mapping[str, Any], tables: Tables, plan: Plan) -> dict[str, Any]:
+def _metadata(config: ConfigDict, tables: Tables, plan: Plan) -> dict[str, Any]:
     """What the output says of itself; the same in all processes."""
     keys = ("model", "dataset", "split", "step")
     inputs = [
@@ -285,19 +285,13 @@ def _metadata(config: Mapping[str, Any], tables: Tables, plan: Plan) -> dict[str
         | {key: table.reader.metadata[key] for key in keys if key in table.reader.metadata}
         for table in tables.tables
     ]
-    metadata = {"model": config["name"], "config": _plain(config)}
+    metadata = {"model": config.name, "config": config.to_dict()}
     for key in ("dataset", "split"):
         values = [entry.get(key) for entry in inputs]
         if values[0] is not None and all(value == values[0] for value in values):
             metadata[key] = values[0]
     expanded = tables.expanded or plan.preparation.expansion != "none"
     return {**metadata, "inputs": inputs, "expanded": expanded}
-
-
-def _plain(config: Any) -> Any:
-    if hasattr(config, "to_dict"):
-        return config.to_dict()
-    return {name: _plain(v) if isinstance(v, Mapping) else v for name, v in config.items()}
 
 
 def define_flags() -> None:

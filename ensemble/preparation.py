@@ -25,8 +25,7 @@ from common.tables.hierarchy import ancestors, repeat_with
 from ensemble.chunks import Chunk
 from ensemble.class_weights import class_weights, kept_classes, parse_pairs
 from ensemble.inputs import Tables, open_tables
-
-EXPANSIONS = ("none", "before", "after")
+from ensemble.settings import EnsembleSettings
 
 
 class PreparedRows(NamedTuple):
@@ -57,7 +56,7 @@ class Preparation:
       kept: classes that each table contributes.
       weights: of each table's detections of each class, at most 1.
       min_score: weighted scores below it are dropped.
-      expansion: when detections are copied to parent classes, one of EXPANSIONS.
+      expansion: when detections are copied to parent classes, "none", "before" or "after".
       parents: row c marks the ancestors of class c; None without expansion.
     """
 
@@ -71,7 +70,7 @@ class Preparation:
         """Steps 2 to 4 for the rows of whole images."""
         source = np.flatnonzero(self.kept[chunk.models, chunk.labels])
         labels = chunk.labels[source]
-        if self.expansion == "before":
+        if self.expansion == "before" and self.parents is not None:
             copies, labels = repeat_with(labels, self.parents)
             source = source[copies]
         models = chunk.models[source]
@@ -88,18 +87,19 @@ class Preparation:
         self, labels: Int[np.ndarray, " n"]
     ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]] | None:
         """Rows and classes of the copies of merged detections; None unless expansion is "after"."""
-        return repeat_with(labels, self.parents) if self.expansion == "after" else None
+        if self.expansion != "after" or self.parents is None:
+            return None
+        return repeat_with(labels, self.parents)
 
 
 def open_prepared(
-    inputs: Sequence[str], config: Mapping[str, Any], dataset: Dataset | None
+    inputs: Sequence[str], settings: EnsembleSettings, dataset: Dataset | None
 ) -> tuple[Tables, Preparation]:
-    """Opens the tables of an ensemble and reads what the config says of their preparation.
+    """Opens the tables of an ensemble and reads what their preparation needs.
 
     Args:
       inputs: paths or `name=path`.
-      config: such as `configs.ensemble.naive.get_config()`; read here: coverage, mappings, experts,
-        weights, min_score, expansion.
+      settings: of the ensemble.
       dataset: gives the order of the classes and the hierarchy; None takes the tables' labels.
 
     Raises:
@@ -108,15 +108,11 @@ def open_prepared(
     tables = open_tables(
         inputs,
         labels=dataset.class_labels if dataset else None,
-        coverage=config["coverage"],
-        mappings=read_mappings(config["mappings"]),
+        coverage=settings.coverage,
+        mappings=read_mappings(settings.mappings),
     )
-    expansion, parents = config["expansion"], None
-    if expansion not in EXPANSIONS:
-        raise UserError(
-            f"config.expansion: found {expansion!r}, expected one of {', '.join(EXPANSIONS)}"
-        )
-    if expansion != "none":
+    parents = None
+    if settings.expansion != "none":
         if dataset is None:
             raise UserError(
                 "config.expansion: needs the hierarchy, set --config.dataset=DIR (a dataset "
@@ -128,13 +124,11 @@ def open_prepared(
                 "already, expected 'none'"
             )
         parents = ancestors(dataset.hierarchy, tables.labels)
-    if not config["min_score"] >= 0:
-        raise UserError(f"config.min_score: found {config['min_score']}, expected 0 or more")
     return tables, Preparation(
-        kept=kept_classes(tables.names, tables.labels, config["experts"]),
-        weights=class_weights(tables.names, tables.labels, config["weights"]),
-        min_score=float(config["min_score"]),
-        expansion=expansion,
+        kept=kept_classes(tables.names, tables.labels, settings.experts),
+        weights=class_weights(tables.names, tables.labels, settings.weights),
+        min_score=settings.min_score,
+        expansion=settings.expansion,
         parents=parents,
     )
 

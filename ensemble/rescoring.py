@@ -195,7 +195,7 @@ def evaluator(
     def quiet(*_, **__):
         """Notes on coverage, the same for every candidate."""
 
-    options = dict(allow_partial=allow_partial, say=quiet)
+    options: dict[str, Any] = dict(allow_partial=allow_partial, say=quiet)
     if metric == "openimages":
         name = openimages.MEAN_AP.format(0.5)
         return lambda d: openimages.evaluate_openimages(dataset, split, d, **options)[name]

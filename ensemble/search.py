@@ -26,14 +26,16 @@ from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.paths import read_text, resolved
+from common.io.progress import Progress
+from common.io.settings import read_settings
 from ensemble import draw_tree
 from ensemble.inputs import Tables
 from ensemble.operators import make_operator
 from ensemble.operators.groups import apply_operator
 from ensemble.preparation import Preparation, open_prepared
+from ensemble.settings import EnsembleSettings, SearchSettings
 from ensemble.tree import binary_tree as trees
-from ensemble.tree.evolution import MOVES, Space, Stage, State, search
-from ensemble.tree.join import ELEMENTS, NMS_TYPES
+from ensemble.tree.evolution import MOVES, Stage, State, search
 from ensemble.tree.scoring import Scorer, build_scorers
 
 STATE_FORMAT = 1
@@ -64,11 +66,13 @@ def search_tables(
     Raises:
       UserError: broken inputs or config, or a state of another search beside the output.
     """
-    options = config.search
-    stages, space, equal = parse_options(options)
+    settings = read_settings(EnsembleSettings, config)
+    options = settings.search
+    if options is None:
+        raise UserError("config.search: missing, expected configs/ensemble/auto.py or its like")
     state_path = output.with_name(f"{output.stem}.search.json")
-    check_scored(config, dataset)
-    tables, preparation = open_prepared(inputs, config, dataset)
+    check_scored(settings, dataset)
+    tables, preparation = open_prepared(inputs, settings, dataset)
     if len(tables.names) < 2:
         raise UserError(f"--inputs: {len(tables.names)} table, expected two or more to ensemble")
     splits = [split] if report_split is None else [split, report_split]
@@ -79,12 +83,12 @@ def search_tables(
         splits,
         tables,
         preparation,
-        **options.metric,
+        **dataclasses.asdict(options.metric),
         threads=options.threads,
         cache_bytes=int(options.cache_gigabytes * 2**30 / len(splits)),
         say=say,
     )
-    settings = trees.Tree(
+    start = trees.Tree(
         root=trees.Leaf(tables.names[0]),
         models=tuple(tables.names),
         iou_threshold=options.iou_threshold,
@@ -93,21 +97,26 @@ def search_tables(
     )
     singles = {
         model: [
-            scorer.score(dataclasses.replace(settings, root=trees.Leaf(model))).mean
+            scorer.score(dataclasses.replace(start, root=trees.Leaf(model))).mean
             for scorer in scorers
         ]
         for model in tables.names
     }
     for model, scores in singles.items():
         say(f"{model}: {_scores(splits, scores)}")
-    monitor = _Monitor(splits, scorers, settings, stages, state, state_path, identity, options, say)
+    stages = [
+        Stage(moves, getattr(options.trees, moves))
+        for moves in MOVES
+        if getattr(options.trees, moves)
+    ]
+    monitor = _Monitor(splits, scorers, start, stages, state, state_path, identity, options, say)
     final = search(
-        settings,
+        start,
         {model: scores[0] for model, scores in singles.items()},
         stages,
         lambda tree: scorers[0].score(tree).mean,
-        space=space,
-        equal=equal,
+        space=options.space,
+        equal=options.equal,
         population=options.population,
         tournament=options.tournament,
         seed=options.seed,
@@ -115,8 +124,9 @@ def search_tables(
         after_tree=monitor.after_tree,
     )
     monitor.save(final)
-
-    best = dataclasses.replace(settings, root=final.best[1])
+    if final.best is None:
+        raise ValueError("a search ends with a tree")
+    best = dataclasses.replace(start, root=final.best[1])
     operator = make_operator(options.naive, num_models=len(tables.names))
     rows = {f"single {model}": scores for model, scores in singles.items()}
     rows["naive ensemble"] = [
@@ -124,16 +134,14 @@ def search_tables(
         for scorer in scorers
     ]
     for stage, (_, root) in zip(stages[:-1], final.winners[:-1], strict=True):
-        tree = dataclasses.replace(settings, root=root)
+        tree = dataclasses.replace(start, root=root)
         rows[f"tree after stage {stage.moves}"] = [scorer.score(tree).mean for scorer in scorers]
     rows["tree"] = [scorer.score(best).mean for scorer in scorers]
     notes = {
         "splits": splits,
         "scores": rows,
         "nodes": {
-            path: [
-                scorer.score(dataclasses.replace(settings, root=node)).mean for scorer in scorers
-            ]
+            path: [scorer.score(dataclasses.replace(start, root=node)).mean for scorer in scorers]
             for node, path in trees.walk(best.root)
         },
         "trees": sum(stage.num_trees for stage in stages),
@@ -147,104 +155,66 @@ def search_tables(
     return best
 
 
-def check_scored(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+def check_scored(settings: EnsembleSettings, dataset: Dataset) -> None:
     """Refuses what `ensemble.merge` would do after the tree, which the search does not score."""
     for field, found, expected in (
-        ("relations.file", config.relations.file, ""),
-        ("rescoring.groups", config.rescoring.groups, ""),
-        ("max_detections", config.max_detections, 0),
-        ("masks", config.masks, False),
+        ("relations.file", settings.relations.file, ""),
+        ("rescoring.groups", settings.rescoring.groups, ""),
+        ("max_detections", settings.max_detections, 0),
+        ("masks", settings.masks, False),
     ):
         if found != expected:
             raise UserError(
                 f"config.{field}: found {found!r}, expected {expected!r}: a search scores all "
                 "boxes that a tree makes (ensemble.merge can apply it afterwards)"
             )
-    if config.dataset and resolved(config.dataset) != resolved(dataset.directory):
-        raise UserError(f"config.dataset: found {config.dataset!r}, expected that of --dataset")
-
-
-def parse_options(options: Mapping[str, Any]) -> tuple[list[Stage], Space, trees.Operators]:
-    """Stages, space and equal operators of the config.
-
-    Raises:
-      UserError: a value that makes no sense.
-    """
-    stages = [Stage(moves, options.trees[moves]) for moves in MOVES if options.trees[moves] > 0]
-    if not stages:
-        raise UserError("config.search.trees: all zero, expected trees in a stage at least")
-    space = Space(
-        weights=tuple(options.space.weights),
-        votes=tuple(options.space.votes),
-        boxes=tuple(options.space.boxes),
-        nms=tuple(options.space.nms),
-        elements=tuple(options.space.elements),
-    )
-    equal = trees.Operators(**options.equal)
-    for name, values, low, high in (
-        ("space.weights", space.weights, 1e-3, 1.0),
-        ("space.votes", (*space.votes, equal.vote), 0.0, 10.0),
-        ("space.boxes", (*space.boxes, equal.box), 0.0, 1.0),
-    ):
-        for value in values:
-            if not low <= value <= high:
-                raise UserError(f"config.search.{name}: {value!r}, expected {low:g} to {high:g}")
-    for name, values, known in (
-        ("space.nms", (*space.nms, equal.nms), NMS_TYPES),
-        ("space.elements", space.elements, ELEMENTS),
-    ):
-        for value in values:
-            if value not in known:
-                raise UserError(f"config.search.{name}: {value!r}, expected of {', '.join(known)}")
-    for name in ("population", "tournament", "threads"):
-        if options[name] < 1:
-            raise UserError(f"config.search.{name}: {options[name]}, expected 1 or more")
-    return stages, space, equal
+    if settings.dataset and resolved(settings.dataset) != resolved(dataset.directory):
+        raise UserError(f"config.dataset: found {settings.dataset!r}, expected that of --dataset")
 
 
 class _Monitor:
     """Progress lines and the saved state."""
 
     def __init__(
-        self, splits, scorers: list[Scorer], settings, stages, state, path, identity, options, say
+        self,
+        splits: Sequence[str],
+        scorers: Sequence[Scorer],
+        tree: trees.Tree,
+        stages: Sequence[Stage],
+        state: State | None,
+        path: epath.Path,
+        identity: Mapping[str, Any],
+        options: SearchSettings,
+        say: Callable[[str], None],
     ):
-        self._splits, self._scorers, self._settings = splits, scorers, settings
-        self._stages, self._path, self._identity = stages, path, identity
-        self._options, self._say = options, say
+        self._splits, self._scorers, self._tree, self._stages = splits, scorers, tree, stages
+        self._path, self._identity, self._save_seconds = path, identity, options.save_seconds
         self._before = state.seconds if state else 0.0
-        self._start = self._saved = self._logged = time.monotonic()
-        self._count = 0
+        self._start = self._saved = time.monotonic()
+        self._progress = Progress(
+            sum(stage.num_trees for stage in stages),
+            what="search",
+            unit="trees",
+            say=say,
+            every_seconds=options.log_seconds,
+        )
         if state and state.best:
             say(f"going on after {_done(state, stages)} trees from {path}")
 
     def after_tree(self, state: State, improved: bool) -> None:
         now = time.monotonic()
-        self._count += 1
         state.seconds = self._before + now - self._start
-        if improved:
-            tree = dataclasses.replace(self._settings, root=state.best[1])
-            scores = [state.best[0]] + [scorer.score(tree).mean for scorer in self._scorers[1:]]
+        if improved and state.best is not None:
+            value, root = state.best
+            tree = dataclasses.replace(self._tree, root=root)
+            scores = [value] + [scorer.score(tree).mean for scorer in self._scorers[1:]]
             state.history.append({"tried": _done(state, self._stages), "scores": scores})
-        if now - self._logged >= self._options.log_seconds:
-            self._logged = now
-            self._say(self._line(state, now))
-        if now - self._saved >= self._options.save_seconds:
+        best = zip(self._splits, state.history[-1]["scores"], strict=True)
+        figures = {f"best {split}": score for split, score in best}
+        self._progress.report(_done(state, self._stages), figures)
+        if now - self._saved >= self._save_seconds:
             self.save(state)
             self._saved = time.monotonic()
-
-    def _line(self, state: State, now: float) -> str:
-        stage = self._stages[state.stage]
-        rate = self._count / (now - self._start)
-        left = sum(stage.num_trees for stage in self._stages) - _done(state, self._stages)
-        minutes, seconds = divmod(round(left / rate), 60)
-        return (
-            f"stage {stage.moves}: tree {state.tried}/{stage.num_trees}  "
-            f"{3600 * rate:.0f} trees/hour  best {_scores(self._splits, self.best_scores(state))}  "
-            f"left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-        )
-
-    def best_scores(self, state: State) -> list[float]:
-        return state.history[-1]["scores"]
 
     def save(self, state: State) -> None:
         content = {"format": STATE_FORMAT, "identity": self._identity, "state": state.to_json()}
@@ -279,7 +249,7 @@ def _identity(
     tables: Tables, preparation: Preparation, options, dataset: Dataset, splits: list[str]
 ) -> dict[str, Any]:
     """What decides about the result: a state with another identity is refused."""
-    searched = options.to_dict()
+    searched = dataclasses.asdict(options)
     for name in ("threads", "cache_gigabytes", "save_seconds", "log_seconds", "naive"):
         del searched[name]
     images = hashlib.sha256("\n".join(tables.image_ids).encode()).hexdigest()[:16]

@@ -85,6 +85,8 @@ def _read(wanted: Any, value: Any, path: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         for option in options:
+            if dataclasses.is_dataclass(option) and isinstance(value, ConfigDict | Mapping):
+                return _read(option, value, path)
             try:
                 return _read(option, value, path)
             except UserError:

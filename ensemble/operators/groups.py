@@ -9,7 +9,6 @@ Shape legend:
   n: input rows   m: output rows   N: entries of a group (padded)   G: groups of a block
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32, Int64
 
+from common.io.parallel import behind
 from ensemble.operators import Fused, Operator
 
 # Entries of a block on one device: it stays within a core's cache.
@@ -102,7 +102,8 @@ def apply_operator(rows: Rows, operator: Operator) -> tuple[Rows, Int64[np.ndarr
         starts, counts = starts[plural], counts[plural]
 
     valid, new_scores, new_columns = np.ones(n, bool), None, None
-    for index, real, fused in _blocks(operator, starts, counts, columns, scores, model):
+    blocks = _blocks(operator, starts, counts, columns, scores, model)
+    for index, real, fused in behind(blocks, _IN_FLIGHT):
         at = index[real]
         valid[at] = np.asarray(fused.valid)[real]
         if fused.scores is not None:
@@ -142,11 +143,13 @@ def bucket_sizes(counts: np.ndarray) -> Int64[np.ndarray, " groups"]:
 
 
 def _blocks(operator, starts, counts, columns, scores, model):
-    """Yields index (N, G) into the ranked rows, which entries are real, and the result."""
+    """Yields index (N, G) into the ranked rows, which entries are real, and the result.
+
+    The result may still be on its way.
+    """
     devices = jax.local_devices()
     run = _program(operator, tuple(devices))
     bucket = bucket_sizes(counts)
-    pending = collections.deque()
     for size in np.unique(bucket).tolist():
         members = np.flatnonzero(bucket == size)
         width = max(_BLOCK_ENTRIES // size, 1) * len(devices)
@@ -162,10 +165,7 @@ def _blocks(operator, starts, counts, columns, scores, model):
                 None if model is None else model.take(index, mode="clip"),
                 sizes,
             )
-            pending.append((index, position < sizes, fused))
-            if len(pending) > _IN_FLIGHT:
-                yield pending.popleft()
-    yield from pending
+            yield index, position < sizes, fused
 
 
 @functools.lru_cache(maxsize=64)
@@ -190,7 +190,7 @@ def _program(operator: Operator, devices: tuple[jax.Device, ...]) -> Callable[..
             run,
             mesh=mesh,
             in_specs=(boxes, entries, entries, groups),
-            out_specs=Fused(valid=entries, scores=entries, boxes=boxes),
+            out_specs=Fused._make([entries, entries, boxes]),
             # The loops carry constants next to values that differ between devices.
             check_vma=False,
         )

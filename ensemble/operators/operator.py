@@ -21,8 +21,12 @@ class Fused(NamedTuple):
 class Operator:
     """Base of the operators: hashable, so that a jitted function takes one as static argument."""
 
-    uses_models = False  # whether `fuse` looks at the model indices
     keeps_single = False  # whether an entry without company comes out as it is
+
+    @property
+    def uses_models(self) -> bool:
+        """Whether `fuse` looks at the model indices."""
+        return False
 
     def fuse(
         self,

@@ -20,14 +20,15 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64
 
 from common.io.atomic import open_atomic
 from common.io.errors import UserError
-from common.io.paths import local_copy
+from common.io.paths import PathLike, local_copy
+from common.io.settings import check
 from common.tables.ranges import expand_ranges, pieces
 
 FORMAT = 1
@@ -139,6 +140,7 @@ class RelationSettings:
     """Which rules, and from where on they hold.
 
     Attributes:
+      file: written by scripts.mine_relations; empty for no relations.
       cooccurrence: 'top' raises the best box of the class, 'scale' all of them by one factor,
         'off' none.
       surround: whether the surround rules are used.
@@ -154,9 +156,10 @@ class RelationSettings:
       min_boxes: pairs whose q comes from fewer boxes are left out.
     """
 
-    cooccurrence: str = "top"
+    file: str = ""
+    cooccurrence: Literal["top", "scale", "off"] = "top"
     surround: bool = True
-    denominator: str = "j"
+    denominator: Literal["j", "i"] = "j"
     tau_p: float = 0.8
     tau_s: float = 0.5
     tau_i: float = 0.1
@@ -168,33 +171,11 @@ class RelationSettings:
     min_boxes: int = 10
 
     def __post_init__(self):
-        requirements = {
-            "cooccurrence": (self.cooccurrence in ("top", "scale", "off"), "'top', 'scale', 'off'"),
-            "surround": (isinstance(self.surround, bool), "True or False"),
-            "denominator": (self.denominator in ("j", "i"), "'j' or 'i'"),
-            "gain": (self.gain >= 0, "0 or more"),
-            "min_images": (self.min_images >= 1, "1 or more"),
-            "min_boxes": (self.min_boxes >= 1, "1 or more"),
-        }
         for name in ("tau_p", "tau_s", "tau_i", "tau_q", "inside", "loss"):
-            requirements[name] = (0 <= getattr(self, name) <= 1, "a number in [0, 1]")
-        for name, (holds, expected) in requirements.items():
-            if not holds:
-                raise UserError(f"relations.{name}: {getattr(self, name)!r}, expected {expected}")
-
-
-def make_settings(config: Mapping[str, Any] | None = None) -> RelationSettings:
-    """Settings from a config's fields; what is not there has its default.
-
-    Raises:
-      UserError: an unknown field, or a value out of range.
-    """
-    fields = [field.name for field in dataclasses.fields(RelationSettings)]
-    config = dict(config or {})
-    unknown = [name for name in config if name not in fields]
-    if unknown:
-        raise UserError(f"relations.{unknown[0]}: no such field, expected {', '.join(fields)}")
-    return RelationSettings(**config)
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number in [0, 1]")
+        check(self.gain >= 0, "gain", self.gain, "0 or more")
+        for name in ("min_images", "min_boxes"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
 class Partners(NamedTuple):
@@ -247,14 +228,14 @@ def make_rules(relations: Relations, settings: RelationSettings | None = None) -
 
 
 def load_rules(
-    path: str | os.PathLike, class_labels: Sequence[str], config: Mapping[str, Any] | None = None
+    path: PathLike, class_labels: Sequence[str], settings: RelationSettings | None = None
 ) -> Rules:
     """Reads a relations file for a list of classes.
 
     Args:
       path: written by scripts.mine_relations.
       class_labels: what the class indices given to `rescore` mean.
-      config: fields of `RelationSettings`.
+      settings: which rules; the defaults unless given.
 
     Raises:
       UserError: a broken file or field, or no class in common.
@@ -265,7 +246,7 @@ def load_rules(
             f"{path}: knows none of the {len(class_labels)} classes, it has "
             f"{', '.join(relations.class_labels[:3])} and so on"
         )
-    return make_rules(relations.reordered(class_labels), make_settings(config))
+    return make_rules(relations.reordered(class_labels), settings)
 
 
 def rescore(

@@ -56,9 +56,10 @@ class Node:
     left: "Leaf | Node"
     right: "Leaf | Node"
     operators: Operators = Operators()
+    # Subtrees are keys of caches: hashing a whole one each time would be slow.
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        # Subtrees are keys of caches: hashing a whole one each time would be slow.
         object.__setattr__(self, "_hash", hash((self.left, self.right, self.operators)))
 
     def __hash__(self) -> int:
@@ -101,8 +102,11 @@ def replace_at(root: Leaf | Node, path: str, new: Leaf | Node) -> Leaf | Node:
     """The tree with another subtree at `path`."""
     if not path:
         return new
-    side = "left" if path[0] == "l" else "right"
-    return dataclasses.replace(root, **{side: replace_at(getattr(root, side), path[1:], new)})
+    if isinstance(root, Leaf):
+        raise ValueError(f"path {path!r} goes on below a leaf")
+    if path[0] == "l":
+        return dataclasses.replace(root, left=replace_at(root.left, path[1:], new))
+    return dataclasses.replace(root, right=replace_at(root.right, path[1:], new))
 
 
 def join_children(tree: Tree, operators: Operators, left: NodeRows, right: NodeRows) -> NodeRows:
@@ -271,9 +275,13 @@ def node_from_json(content: Any, name: str, place: str = "root") -> Leaf | Node:
         _choice(element, ELEMENTS, f"{where}.elements")
     if "both" not in elements:
         raise UserError(f'{where}.elements is {elements!r}, expected "both" for one child at least')
+
+    def number(weight: Any) -> float:
+        return _number(weight, 1e-6, 1e6, f"{where}.weights")
+
     operators = Operators(
-        weights=tuple(_number(w, 1e-6, 1e6, f"{where}.weights") for w in weights),
-        elements=tuple(elements),
+        weights=(number(weights[0]), number(weights[1])),
+        elements=(elements[0], elements[1]),
         vote=_number(content["vote"], 0, 1e6, f"{where}.vote"),
         box=_number(content["box"], 0, 1, f"{where}.box"),
         nms=_choice(content["nms"], NMS_TYPES, f"{where}.nms"),

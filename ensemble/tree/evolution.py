@@ -171,7 +171,8 @@ def search(
 
 def starting_trees(single_scores: Mapping[str, float], equal: Operators) -> list[Leaf | Node]:
     """Ladders with the best and with the worst model nearest to the root, and a balanced tree."""
-    ranked = [Leaf(m) for m in sorted(single_scores, key=lambda m: (-single_scores[m], m))]
+    models = sorted(single_scores, key=lambda model: (-single_scores[model], model))
+    ranked: list[Leaf | Node] = [Leaf(model) for model in models]
     if len(ranked) < 2:
         return list(ranked)
 
@@ -243,6 +244,7 @@ def change_operators(rng: np.random.Generator, root, space: Space, equal: Operat
     node, path = nodes[rng.integers(len(nodes))]
     old = node.operators
     field = ("weights", "weights", "vote", "box", "nms", "elements")[rng.integers(6)]
+    new: Any
     if field == "weights":
         weights = [1.0, space.weights[rng.integers(len(space.weights))]]
         if rng.random() < 0.5:

@@ -27,6 +27,7 @@ from common.io.parallel import map_ordered, prefetch
 from common.io.progress import Progress
 from common.metrics import matching, openimages
 from common.tables.hierarchy import ancestors
+from common.tables.ranges import expand_ranges
 from ensemble.chunks import aligned_chunks
 from ensemble.inputs import Tables
 from ensemble.operators.groups import Rows, rank_rows
@@ -36,6 +37,8 @@ from ensemble.tree.join import NodeRows, leaf_rows
 
 SHARD_ROWS = 1 << 19
 _NONE, _NO_AREA = -1, -2
+# Of every group: its first copy and the number of copies; of every copy: its judged group.
+_Copies = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Score(NamedTuple):
@@ -58,8 +61,8 @@ class Shard:
         self._options = options
         self._num_classes = num_classes
         judged, counting = truth.evaluated, truth.evaluated
-        after = preparation.expansion == "after"
-        if after:  # a merged detection is judged in its class and in the parents of that
+        if preparation.expansion == "after" and preparation.parents is not None:
+            # A merged detection is judged in its class and in the parents of that.
             parents = preparation.parents.astype(np.float32)
             counting = judged | (judged.astype(np.float32) @ parents.T > 0)
         # Groups are numbered densely, in order of image and class.
@@ -67,10 +70,10 @@ class Shard:
         judged_number = _numbered(judged)
         self._num_judged = int(judged.sum())
         self._classes = (np.flatnonzero(judged) % num_classes).astype(np.int16)
-        self._copies = None
-        if after:
-            images, labels = np.nonzero(counting)
-            rows, copies = preparation.expand_merged(labels)
+        self._copies: _Copies | None = None
+        images, labels = np.nonzero(counting)
+        if (expanded := preparation.expand_merged(labels)) is not None:
+            rows, copies = expanded
             targets = judged_number[images[rows] * num_classes + copies]
             rows, targets = rows[targets >= 0], targets[targets >= 0]
             counts = np.bincount(rows, minlength=len(labels))
@@ -112,26 +115,16 @@ class Shard:
             if self._copies is None:
                 matches.append(self._match(rows.group, rows.columns))
             else:
-                row, _, judged = self._judged_copies(rows.group)
-                matches.append(self._match(judged, rows.columns[:, row]))
+                row, _, group_of_copy = _judged_copies(self._copies, rows.group)
+                matches.append(self._match(group_of_copy, rows.columns[:, row]))
                 copies.append(np.bincount(row, minlength=len(own)))
         self._matches = np.concatenate(matches, axis=1)
         if copies:  # column of `_matches` with the first copy of each row
             self._first_copy = np.cumsum(np.concatenate([[0], *copies]))[:-1].astype(np.int32)
 
-    def _judged_copies(
-        self, group: Int[np.ndarray, " n"]
-    ) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
-        """Row of each judged copy, its number among the row's copies, and its judged group."""
-        starts, counts, targets = self._copies
-        repeats = counts[group]
-        row = np.repeat(np.arange(len(group)), repeats)
-        number = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        return row, number, targets[starts[group[row]] + number]
-
-    def _copied_to_parents(self, rows: NodeRows) -> NodeRows:
+    def _copied_to_parents(self, judged_copies: _Copies, rows: NodeRows) -> NodeRows:
         """Judged copies of a candidate's rows; `source` is then the column of `_matches`."""
-        row, number, group = self._judged_copies(rows.group)
+        row, number, group = _judged_copies(judged_copies, rows.group)
         order = rank_rows(group, rows.scores[row])
         row, number, group = row[order], number[order], group[order]
         return NodeRows(
@@ -163,7 +156,7 @@ class Shard:
     def entries(self, rows: NodeRows) -> openimages.Entries:
         """Outcomes of a candidate's rows, as the metric would have them."""
         if self._copies is not None:
-            rows = self._copied_to_parents(rows)
+            rows = self._copied_to_parents(self._copies, rows)
         single, inside = self._matches[:, rows.source]
         fused = np.flatnonzero(rows.moved)
         if len(fused):
@@ -219,7 +212,9 @@ class Scorer:
         self._group_of_weight, self._threads = group_of_weight, threads
         self.models = tuple(models)
         size = cache_bytes // len(shards)
-        self._caches = [cachetools.LRUCache(size, lambda rows: rows.nbytes) for _ in shards]
+        self._caches: list[cachetools.LRUCache[tuple, NodeRows]] = [
+            cachetools.LRUCache(size, lambda rows: rows.nbytes) for _ in shards
+        ]
         self.num_joins = 0
 
     @property
@@ -281,6 +276,15 @@ class Scorer:
                 with contextlib.suppress(ValueError):  # larger than the whole cache
                     cache[key] = rows
         return rows
+
+
+def _judged_copies(
+    copies: _Copies, group: Int[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
+    """Row of each judged copy, its number among the row's copies, and its judged group."""
+    starts, counts, targets = copies
+    row, copy = expand_ranges(starts[group], counts[group])
+    return row, copy - starts[group[row]], targets[copy]
 
 
 def _numbered(chosen: Bool[np.ndarray, "I K"]) -> Int32[np.ndarray, " I*K"]:

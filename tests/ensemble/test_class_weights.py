@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from common.io.errors import UserError
+from common.io.settings import read_settings
 from configs.ensemble import naive
 from ensemble.class_weights import class_weights, kept_classes, read_class_aps, relative_ap
+from ensemble.settings import WeightSettings
 
 NAMES, LABELS = ["a", "b"], ["/m/ant", "/m/bee", "/m/cow", "/m/dog"]
 OPENIMAGES = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@0.5IOU/"
@@ -17,7 +19,7 @@ def settings(**fields):
     config = naive.get_config().weights
     for name, value in fields.items():
         config[name] = value
-    return config
+    return read_settings(WeightSettings, config, "config.weights")
 
 
 def metrics(path, values, prefix=OPENIMAGES):

@@ -85,8 +85,6 @@ def test_covered_images_decide(tmp_path):
     write(tmp_path / "c.parquet", {"q": one()})
     with pytest.raises(UserError, match=r"c\.parquet: covers none of the images of"):
         open_tables([paths[0], str(tmp_path / "c.parquet")], coverage="intersection")
-    with pytest.raises(UserError, match="config.coverage: found 'most', expected one of same"):
-        open_tables(paths, coverage="most")
 
 
 def test_mapping_of_another_vocabulary(tmp_path):

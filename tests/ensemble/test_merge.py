@@ -299,7 +299,11 @@ def test_scores_stay_within_what_tables_hold_and_keep_their_order():
     "fields, message",
     [
         ({"operator__name": "mean"}, "operator.name 'mean': unknown"),
-        ({"expansion": "twice"}, "config.expansion: found 'twice', expected one of none, before"),
+        (
+            {"expansion": "twice"},
+            "config.expansion: found 'twice', expected one of 'none', 'before'",
+        ),
+        ({"coverage": "most"}, "config.coverage: found 'most', expected one of 'same', 'union'"),
         ({"max_detections": -1}, "config.max_detections: found -1, expected 0 or more"),
         ({"tree": "none.json"}, "none.json: cannot read the tree"),
         ({"mappings": "a=x.csv"}, "class map 'x.csv': expected FILE:SOURCE_COLUMN"),

@@ -7,6 +7,7 @@ import pytest
 
 from common.data.dataset import Dataset, DatasetWriter
 from common.io.errors import UserError
+from common.io.settings import read_settings
 from common.tables.hierarchy import ancestors
 from ensemble.relations import mining, rules
 from tests.oracles import relations as twin
@@ -111,7 +112,7 @@ def test_no_rows_and_pairs_with_little_behind_them():
     none, boxes = np.zeros(0, int), np.zeros((0, 4), np.float32)
     assert len(rules.rescore(made, none, none, boxes[:, 0], boxes)) == 0
     assert made.expected.counts.sum() == made.outer.counts.sum() == 0
-    kept = rules.make_rules(few, rules.make_settings({"min_images": 9, "min_boxes": 9}))
+    kept = rules.make_rules(few, rules.RelationSettings(min_images=9, min_boxes=9))
     assert kept.expected.counts.sum() == kept.outer.counts.sum() == 1
 
 
@@ -184,8 +185,8 @@ def test_bad_files_and_fields_are_named(tmp_path):
         rules.load_rules(tmp_path / "nowhere.npz", LABELS)
     with pytest.raises(UserError, match="knows none of the 1 classes"):
         rules.load_rules(tmp_path / "good.npz", ["/m/x"])
-    with pytest.raises(UserError, match="relations.tau: no such field, expected cooccurrence"):
-        rules.load_rules(tmp_path / "good.npz", LABELS, {"tau": 1})
+    with pytest.raises(UserError, match="relations.tau: no such field; did you mean tau_"):
+        read_settings(rules.RelationSettings, {"tau": 1}, "config.relations")
     for field, value in {"cooccurrence": "all", "tau_p": 1.5, "gain": -1, "min_images": 0}.items():
         with pytest.raises(UserError, match=f"relations.{field}: "):
-            rules.make_settings({field: value})
+            read_settings(rules.RelationSettings, {field: value}, "config.relations")

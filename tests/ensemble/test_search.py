@@ -10,6 +10,7 @@ from etils import epath
 
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
 from common.io.errors import UserError
+from common.io.settings import read_settings
 from common.metrics import matching, openimages
 from common.tables import Detections, DetectionsWriter, read_detections
 from configs.ensemble import auto
@@ -18,6 +19,7 @@ from ensemble.merge import merge_tables
 from ensemble.operators import Voting
 from ensemble.operators.groups import Rows, apply_operator
 from ensemble.preparation import open_prepared
+from ensemble.settings import EnsembleSettings
 from ensemble.tree import binary_tree as trees
 from ensemble.tree import evolution, scoring
 from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree
@@ -33,6 +35,7 @@ HIERARCHY = {
     ],
 }
 MODELS = ["one", "two", "three"]
+SETTINGS = read_settings(EnsembleSettings, auto.get_config())
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def paths(folder):
 
 def open_all(folder, splits=("tune",), **options):
     dataset = Dataset.open(folder / "set")
-    tables, preparation = open_prepared(paths(folder), auto.get_config(), dataset)
+    tables, preparation = open_prepared(paths(folder), SETTINGS, dataset)
     options = {"say": lambda text: None, **options}
     return dataset, scoring.build_scorers(dataset, splits, tables, preparation, **options)
 
@@ -208,7 +211,7 @@ def test_refuses_splits_that_do_not_fit(folder, tmp_path):
             writer.add("i00", ["/m/a"], np.ones(1), np.array([[0, 0, 1, 1]]))
     dataset = Dataset.open(folder / "set")
     tables, preparation = open_prepared(
-        [str(tmp_path / f"{model}.parquet") for model in ("one", "two")], auto.get_config(), dataset
+        [str(tmp_path / f"{model}.parquet") for model in ("one", "two")], SETTINGS, dataset
     )
     with pytest.raises(UserError, match="cover 1 of the 40 images of split 'tune', 'i.*' is miss"):
         scoring.build_scorers(dataset, ["tune"], tables, preparation)
@@ -260,7 +263,7 @@ def test_search_beats_its_start_and_reports_both_splits(folder, tmp_path):
     official = openimages.evaluate_openimages(dataset, "tune", tmp_path / "merged.parquet")
     assert official[openimages.MEAN_AP.format(0.5)] == final[0]
     assert notes["nodes"][""] == final and len(notes["nodes"]) == 5
-    progress = [line for line in lines if "trees/hour" in line]
+    progress = [line for line in lines if line.startswith("search ")]
     assert len(progress) == 16 and "best tune 0." in progress[-1] and "report 0." in progress[-1]
     table = next(line for line in lines if line.startswith("mAP"))
     assert [row.split("  ")[0].strip() for row in table.splitlines()[-3:]] == [
@@ -429,26 +432,26 @@ def test_a_state_of_another_search_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trees": dict(topology=0, operators=0, joint=0)}, "search.trees: all zero"),
-        ({"space": {"nms": ("nms", "wbf")}}, "space.nms: 'wbf', expected of nms, soft, adj"),
-        ({"space": {"weights": (1.5,)}}, "space.weights: 1.5, expected 0.001 to 1"),
-        ({"equal": {"box": -1.0}}, "space.boxes: -1.0"),
-        ({"population": 0}, "population: 0, expected 1 or more"),
+        ({"trees": dict(topology=0, operators=0, joint=0)}, "search.trees: found 'all zero'"),
+        ({"space": {"nms": ("nms", "wbf")}}, "space.nms: found 'wbf', expected one of nms, soft"),
+        ({"space": {"weights": (1.5,)}}, "space.weights: found 1.5, expected 0.001 to 1"),
+        ({"equal": {"box": -1.0}}, "space.boxes: found -1.0"),
+        ({"population": 0}, "config.search.population: found 0, expected 1 or more"),
     ],
 )
 def test_refuses_settings_that_make_no_sense(change, message):
     config = auto.get_config()
     config.search.update(change)
     with pytest.raises(UserError, match=message):
-        search.parse_options(config.search)
+        read_settings(EnsembleSettings, config)
 
 
 def test_changes_keep_every_model_once_and_mirrored_trees_are_one():
     rng = np.random.default_rng(0)
     models = [f"m{i}" for i in range(6)]
     order = {model: place for place, model in enumerate(models)}
-    options = auto.get_config().search
-    _, space, equal = search.parse_options(options)
+    options = read_settings(EnsembleSettings, auto.get_config()).search
+    space, equal = options.space, options.equal
     root = evolution.starting_trees(dict.fromkeys(models, 0.5), equal)[0]
     seen = set()
     for step in range(300):
