@@ -33,7 +33,9 @@ def ancestors(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> Bool
     """
     index = {label: i for i, label in enumerate(class_labels)}
     matrix = np.zeros((len(class_labels), len(class_labels)), bool)
-    pending = [(node, ()) for node in hierarchy.get("Subcategory", ())]
+    pending: list[tuple[Any, tuple[int, ...]]] = [
+        (node, ()) for node in hierarchy.get("Subcategory", ())
+    ]
     while pending:
         node, above = pending.pop()
         if not isinstance(node, Mapping) or "LabelName" not in node:

@@ -61,8 +61,14 @@ class Detections:
         """The given rows; the covered images stay."""
         names = ("image_index", "label_index", "scores", "boxes", "masks", "mask_sizes")
         arrays = {name: getattr(self, name) for name in names}
-        taken = {name: None if a is None else a[rows] for name, a in arrays.items()}
+        taken: dict[str, Any] = {n: None if a is None else a[rows] for n, a in arrays.items()}
         return dataclasses.replace(self, **taken)
+
+    def mask_columns(self) -> tuple[list[bytes], Int32[np.ndarray, "n 2"]]:
+        """Masks and their sizes of a table that was read with masks."""
+        if self.masks is None or self.mask_sizes is None:
+            raise ValueError("the detections were read without masks")
+        return self.masks.tolist(), self.mask_sizes
 
     def chunks(self, rows: int = 1 << 19) -> Iterator["Detections"]:
         """Pieces of whole images of about `rows` rows."""

@@ -126,7 +126,8 @@ def read_annotations(path: Path, image_id: str = "id") -> tuple[Images, Categori
 
 def read_image_csv(path: Path) -> Images:
     """A CSV list `image_id,id` or `image_id,id,height,width`."""
-    numbers, sizes = {}, {}
+    numbers: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for line, row in _rows(path, ("image_id", "id"), ("height", "width")):
         _add(numbers, row[0], _number(row[1], path, line), path, "image")
         if row[2] and row[3]:
@@ -160,7 +161,7 @@ def image_columns(
     """
     numbers = np.zeros(len(image_ids), np.int64)
     sizes = np.zeros((len(image_ids), 2), np.int64)
-    for i in np.flatnonzero(needed):
+    for i in np.flatnonzero(needed).tolist():
         image_id = image_ids[i]
         if image_id not in images.numbers:
             first = next(iter(images.numbers), "none")

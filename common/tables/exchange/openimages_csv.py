@@ -109,7 +109,7 @@ def _lines(
         tokens = text.join(*head, *spaced[:-1])
         middle = ","
     else:
-        tokens = text.join(*head, _mask_texts(chunk.masks))
+        tokens = text.join(*head, _mask_texts(chunk.mask_columns()[0]))
         height_width = _image_sizes(chunk, images, offsets, sizes, path)
         width, height = (text.numbers(height_width[:, i]) for i in (1, 0))
         middle = text.join(",", width, ",", height, ",")
@@ -130,8 +130,8 @@ def _offline_lines(
         return text.join(ids, ",", labels, ",", score, *commas, "\n")
     images, first = np.unique(chunk.image_index, return_index=True)
     _image_sizes(chunk, images, np.append(first, len(chunk)), None, path)
-    width, height = (text.numbers(chunk.mask_sizes[:, i]) for i in (1, 0))
-    masks = _mask_texts(chunk.masks)
+    width, height = (text.numbers(chunk.mask_columns()[1][:, i]) for i in (1, 0))
+    masks = _mask_texts(chunk.mask_columns()[0])
     return text.join(ids, ",", width, ",", height, ",", labels, ",", score, ",", masks, "\n")
 
 
@@ -152,10 +152,10 @@ def _image_sizes(
 ) -> np.ndarray:
     """Height and width of each image: of its masks, which must agree, else of the photo."""
     counts = np.diff(offsets)
-    known = counts > 0
+    known, mask_sizes = counts > 0, chunk.mask_columns()[1]
     result = np.zeros((len(images), 2), np.int64)
-    result[known] = chunk.mask_sizes[offsets[:-1][known]]
-    rows = chunk.mask_sizes[offsets[0] : offsets[-1]]
+    result[known] = mask_sizes[offsets[:-1][known]]
+    rows = mask_sizes[offsets[0] : offsets[-1]]
     other = (rows != np.repeat(result, counts, axis=0)).any(1)
     if other.any():
         row = int(np.argmax(other)) + offsets[0]
@@ -163,7 +163,7 @@ def _image_sizes(
         first = result[np.searchsorted(images, image)]
         raise UserError(
             f"{path}: image {chunk.image_ids[image]!r} has masks of {first[0]}x{first[1]} and of "
-            f"{chunk.mask_sizes[row, 0]}x{chunk.mask_sizes[row, 1]} (height x width), expected one "
+            f"{mask_sizes[row, 0]}x{mask_sizes[row, 1]} (height x width), expected one "
             "size"
         )
     for place in np.flatnonzero(~known):
@@ -260,10 +260,10 @@ def _with_masks(rows: Rows, texts: list[str], sizes: np.ndarray, path: Path) -> 
                 f"{path}: row {rows.numbers[i]}: mask {encoded[:20]!r} is no base64 of zlib "
                 f"({error})"
             ) from error
-    if (found := rle.find_broken(masks, sizes)) is not None:
+    if (found := rle.find_broken(masks.tolist(), sizes)) is not None:
         raise UserError(f"{path}: row {rows.numbers[found[0]]}: {found[1]}")
     height, width = np.asarray(sizes, np.float64).T
-    boxes = rle.tight_boxes(masks, sizes) / np.stack([width, height, width, height], 1)
+    boxes = rle.tight_boxes(masks.tolist(), sizes) / np.stack([width, height, width, height], 1)
     return dataclasses.replace(rows, masks=masks, mask_sizes=sizes, boxes=boxes.astype(np.float32))
 
 

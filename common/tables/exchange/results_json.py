@@ -102,9 +102,10 @@ def _objects(
         pieces += ["]"]
     if geometry != "boxes":
         # The characters of run lengths contain no quote, but the backslash.
-        counts = pa.array([mask.decode("ascii") for mask in chunk.masks], pa.string())
+        masks, sizes = chunk.mask_columns()
+        counts = pa.array([mask.decode("ascii") for mask in masks], pa.string())
         counts = pc.replace_substring(counts, "\\", "\\\\")
-        height, width = (text.numbers(chunk.mask_sizes[:, i]) for i in range(2))
+        height, width = (text.numbers(sizes[:, i]) for i in range(2))
         pieces += [',"segmentation":{"size":[', height, ",", width, '],"counts":"', counts, '"}']
     pieces += [',"score":', text.numbers(np.asarray(chunk.scores, np.float32), digits), "}"]
     return text.join(*pieces)
@@ -188,13 +189,14 @@ def _rows(
     source: str,
     masks: bool,
 ) -> Rows:
-    numbers, image, label, scores, xywh, segments = zip(*pending, strict=True)
-    numbers, image = np.array(numbers), np.array(image)
-    xywh, frame = np.array(xywh, np.float64), sizes[image].astype(np.float64)
+    columns = list(zip(*pending, strict=True))
+    segments = columns.pop()
+    numbers, image, label, scores, xywh = map(np.array, columns)
+    xywh, frame = xywh.astype(np.float64), sizes[image].astype(np.float64)
     coded = np.array([segment is not None for segment in segments], bool)
     counts = np.array([s[0] for s in segments if s is not None] + [None], object)[:-1]
     mask_sizes = np.array([s[1:] for s in segments if s is not None], np.int64).reshape(-1, 2)
-    if (found := rle.find_broken(counts, mask_sizes)) is not None:
+    if (found := rle.find_broken(counts.tolist(), mask_sizes)) is not None:
         raise UserError(f"{path}: row {numbers[coded][found[0]]}: {found[1]}")
     if (negative := (xywh[:, 2:] < 0).any(1)).any():
         at = int(np.argmax(negative))
@@ -210,7 +212,7 @@ def _rows(
             f"{source}: size of image {image_ids[image[at]]!r} is unknown, boxes in pixels need it"
         )
     from_mask = ~boxed[coded]
-    corners[~boxed] = rle.tight_boxes(counts[from_mask], mask_sizes[from_mask])
+    corners[~boxed] = rle.tight_boxes(counts[from_mask].tolist(), mask_sizes[from_mask])
     frame[~boxed] = mask_sizes[from_mask]
     scale = frame[:, [1, 0, 1, 0]]
     boxes = corners / scale
@@ -221,8 +223,8 @@ def _rows(
         image_ids=image_ids,
         image_index=image,
         labels=labels,
-        label_index=np.array(label),
-        scores=np.array(scores, np.float32),
+        label_index=label,
+        scores=scores.astype(np.float32),
         boxes=boxes,
         numbers=numbers,
     )

@@ -79,7 +79,7 @@ class Outgoing:
             yield dataclasses.replace(chunk, scores=scores)
 
     def _check_masks(self, chunk: Detections) -> None:
-        found = rle.find_broken(chunk.masks, chunk.mask_sizes)
+        found = rle.find_broken(*chunk.mask_columns())
         if found is not None:
             image = chunk.image_ids[chunk.image_index[found[0]]]
             rank = rank_in_image(chunk.image_index)[found[0]]

@@ -137,7 +137,7 @@ class Importer:
                     bucket.remove()
                 none = np.zeros((0, 4), np.float32)
                 extra = ([], np.zeros((0, 2), np.int32)) if self._masks else ()
-                for code in np.flatnonzero(empty):
+                for code in np.flatnonzero(empty).tolist():
                     writer.add(image_ids[code], [], none[:, 0], none, *extra)
             except OSError as error:
                 raise UserError(f"{output}: cannot write the table ({error})") from error
@@ -187,7 +187,7 @@ class Importer:
         for bucket, start, stop in zip(buckets, cuts[:-1], cuts[1:], strict=True):
             part = order[start:stop]
             if len(part):
-                bucket.add(table[part], rows.masks[part] if rows.masks is not None else ())
+                bucket.add(table[part], rows.masks[part].tolist() if rows.masks is not None else ())
         return len(image)
 
     def _codes(self, values, index, numbers, code_of) -> np.ndarray:

@@ -7,7 +7,7 @@ import contextlib
 import gzip
 import os
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ def open_lines(path: PathLike) -> Iterator[IO[bytes]]:
         if os.fspath(path).endswith(".gz"):
             # No name and no time inside: the same detections give the same bytes.
             with gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-                yield file
+                yield cast(IO[bytes], file)
         else:
             yield raw
 
