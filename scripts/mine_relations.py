@@ -8,8 +8,6 @@ counts, so that all thresholds are chosen there. The picture shows P(row | colum
 frequent classes; pairs above --tau_p have a frame.
 """
 
-import time
-
 import numpy as np
 from absl import flags
 
@@ -56,23 +54,12 @@ def main():
     args = flags.FLAGS
     dataset = Dataset.open(args.dataset)
     exhaustive = {"auto": None, "excluded": False, "absent": True}[args.unverified]
-    started = time.monotonic()
-    told = [started]
-
-    def tick(done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - told[0] > 5 or done == total:
-            told[0] = now
-            left = (now - started) * (total - done) / done
-            print(f"{done:,} of {total:,} images, {left:.0f} s left", flush=True)
-
     relations = mine_relations(
         dataset,
         args.split,
         inside=args.inside,
         ignore_flags=sum(_IGNORED[name] for name in set(args.ignore)),
         exhaustive=exhaustive,
-        tick=tick,
     )
     relations.write(args.output)
     probability = relations.cooccurrence("j", args.min_images)

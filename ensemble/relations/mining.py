@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from common.data.dataset import Dataset
+from common.io.progress import Progress
 from common.tables.hierarchy import ancestors, repeat_with
 from common.tables.ranges import expand_ranges, pieces, rows_of
-from ensemble.relations.rules import Relations, covered_share
+from ensemble.relations.counts import Relations
+from ensemble.relations.rules import covered_share
 
 SLAB = 1 << 15  # images
 _MAX_JOINED = 1 << 20  # pairs looked at together
@@ -33,7 +35,7 @@ def mine_relations(
     inside: float = 0.9,
     ignore_flags: int = 0,
     exhaustive: bool | None = None,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = print,
 ) -> Relations:
     """Counts the images and boxes behind P(i|j) and q(i in j).
 
@@ -45,7 +47,7 @@ def mine_relations(
       exhaustive: whether a class without a box counts as absent, verified or not; None asks the
         dataset. Where few of the absent classes were verified, P and q of verified images come out
         too high, and those of all images, if boxes are missing, too low.
-      tick: called with images done and images in all.
+      say: where progress lines go.
 
     Raises:
       UserError: no such split.
@@ -60,6 +62,7 @@ def mine_relations(
     images_present, images_absent, box_counts = np.zeros((3, num_classes), np.int64)
     if exhaustive is None:
         exhaustive = bool(dataset.meta.get("exhaustive"))
+    progress = Progress(len(images), what="mining", say=say)
     for start in range(0, len(images), SLAB):
         slab = images[start : start + SLAB]
         owner, rows = rows_of(dataset.box_offsets, slab)
@@ -80,7 +83,7 @@ def mine_relations(
             _count_pairs(counts["boxes_known"], present, verified, boxes_per_pair)
         boxes = np.asarray(dataset.boxes[rows], np.float32)
         _count_inside(counts["boxes_inside"], owner, classes, boxes, parents, inside)
-        tick(min(start + SLAB, len(images)), len(images))
+        progress.report(start + len(slab))
     if exhaustive:
         images_absent[:] = len(images)
         counts["images_known"] += images_present

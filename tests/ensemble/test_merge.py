@@ -14,7 +14,7 @@ from common.tables import DetectionsWriter, read_detections
 from common.tables.table import MAX_SCORE
 from configs.ensemble import adj_nms, lvis_rs, naive, reweighted, voting
 from ensemble.merge import merge_tables, squash
-from ensemble.relations import rules
+from ensemble.relations.counts import Relations
 from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree, save
 from tests.commands import ROOT, run_two_processes
 from tests.ensemble.tables import LABELS, draw_images, rows_of, write
@@ -245,7 +245,7 @@ def test_relations_change_scores_before_the_cut(tmp_path):
     none, seen = np.zeros((3, 3), np.int64), np.full((3, 3), 100)
     counts = dict(images_both=both, images_known=seen, boxes_inside=none, boxes_known=seen)
     counts.update(images_present=seen[0], images_absent=seen[0])
-    rules.Relations(LABELS, meta={}, **counts).write(tmp_path / "r.npz")
+    Relations(LABELS, meta={}, **counts).write(tmp_path / "r.npz")
     config = changed(
         naive.get_config(), relations__file=str(tmp_path / "r.npz"), relations__surround=False,
         max_detections=2,

@@ -10,6 +10,7 @@ from common.io.errors import UserError
 from common.io.settings import read_settings
 from common.tables.hierarchy import ancestors
 from ensemble.relations import mining, rules
+from ensemble.relations.counts import Relations, read_relations
 from tests.oracles import relations as twin
 
 LABELS = ["animal", "dog", "wheel", "bike", "person", "glasses", "toy"]
@@ -29,7 +30,7 @@ def make_relations(both, inside, of=100):
     """Relations with the given shares, each from `of` images or boxes."""
     both, inside = (np.round(np.asarray(share) * of).astype(np.int64) for share in (both, inside))
     many, classes = np.full(both.shape, of), np.full(len(both), of)
-    return rules.Relations(LABELS, both, many, inside, many, classes, classes, {})
+    return Relations(LABELS, both, many, inside, many, classes, classes, {})
 
 
 def draw_rows(rng, images=6, count=60):
@@ -161,7 +162,7 @@ def test_a_class_that_is_never_found_absent_has_no_rule():
 def test_files_come_back_for_any_order_of_classes(dataset, tmp_path):
     found = mining.mine_relations(dataset, "train")
     found.write(tmp_path / "x.npz")
-    again = rules.read_relations(tmp_path / "x.npz")
+    again = read_relations(tmp_path / "x.npz")
     np.testing.assert_array_equal(again.boxes_known, found.boxes_known)
     assert again.meta["split"] == "train"
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]

@@ -61,7 +61,7 @@ def surround(image, classes, scores, boxes, containment, tau_q, tau_s, inside, g
 
 
 def mine(dataset, split, parents, inside, exhaustive):
-    """The counts of `ensemble.relations.rules.Relations` by name."""
+    """The counts of `ensemble.relations.counts.Relations` by name."""
     size = len(parents)
     names = ("images_both", "images_known", "boxes_inside", "boxes_known")
     counts = {name: np.zeros((size, size), int) for name in names}
