@@ -144,13 +144,13 @@ class _Pending:
         self._rows = {name: array[cut:] for name, array in rows.items()}
         return {name: array[:cut] for name, array in rows.items()}
 
-    def _convert(self, found: Detections) -> dict[str, np.ndarray]:
-        images, targets = found.image_index, self._table.label_codes[found.label_index]
+    def _convert(self, detections: Detections) -> dict[str, np.ndarray]:
+        images, targets = detections.image_index, self._table.label_codes[detections.label_index]
         if self._table.image_codes is not None:
             images = self._table.image_codes[images]
-        rows = dict(images=images, scores=found.scores, boxes=found.boxes)
-        if self._masks and found.masks is not None and found.mask_sizes is not None:
-            rows.update(masks=found.masks, mask_sizes=found.mask_sizes)
+        rows = dict(images=images, scores=detections.scores, boxes=detections.boxes)
+        if self._masks and detections.masks is not None and detections.mask_sizes is not None:
+            rows.update(masks=detections.masks, mask_sizes=detections.mask_sizes)
         kept = (images >= 0)[:, None] & (targets >= 0)
         labels = targets[:, 0]
         if targets.shape[1] > 1 or not kept.all():

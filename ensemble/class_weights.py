@@ -49,13 +49,13 @@ def class_weights(
     if files:
         aps = np.full(weights.shape, np.nan)
         for model, path in files.items():
-            found = read_class_aps(path)
-            if not found.keys() & set(labels):
+            listed = read_class_aps(path)
+            if not listed.keys() & set(labels):
                 raise UserError(
-                    f"{path}: AP of {len(found)} classes, such as {next(iter(found))!r}, none of "
+                    f"{path}: AP of {len(listed)} classes, such as {next(iter(listed))!r}, none of "
                     f"the classes of the tables (such as {labels[0]!r})"
                 )
-            aps[model] = [found.get(label, np.nan) for label in labels]
+            aps[model] = [listed.get(label, np.nan) for label in labels]
         weights = relative_ap(aps, settings.normalize, settings.exponent, settings.floor)
     models = np.ones(len(names))
     for name, text in parse_pairs(settings.models, "config.weights.models").items():
@@ -168,8 +168,8 @@ def parse_pairs(value: Any, field: str) -> dict[str, Any]:
         return dict(value.items())
     pairs = {}
     for text in filter(None, (part.strip() for part in str(value or "").split(","))):
-        name, found, rest = text.partition("=")
-        if not found or not name or not rest:
+        name, separator, rest = text.partition("=")
+        if not separator or not name or not rest:
             raise UserError(f"{field}: found {text!r}, expected name=value,name=value")
         if name in pairs:
             raise UserError(f"{field}: {name!r} is given twice")

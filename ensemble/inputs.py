@@ -99,11 +99,13 @@ def open_tables(
         readers.append(reader)
     _check_expanded(readers)
     image_ids, image_codes = _common_images(readers, coverage)
-    found = [_find_labels(reader) for reader in readers]
-    classes = _common_labels(readers, names, found, labels, mappings)
+    label_rows = [_find_labels(reader) for reader in readers]
+    classes = _common_labels(readers, names, label_rows, labels, mappings)
     codes = {label: code for code, label in enumerate(classes)}
     tables = []
-    for reader, name, rows, table_images in zip(readers, names, found, image_codes, strict=True):
+    for reader, name, rows, table_images in zip(
+        readers, names, label_rows, image_codes, strict=True
+    ):
         mapping = mappings.get(name)
         sources = sorted(rows)
         there = [[label] if mapping is None else mapping.get(label, ()) for label in sources]
@@ -198,22 +200,22 @@ def _common_images(
 
 def _find_labels(reader: DetectionsReader) -> dict[str, tuple[epath.Path, int]]:
     """Labels of a table, each with the file and row where it comes first."""
-    found: dict[str, tuple[epath.Path, int]] = {}
+    first_rows: dict[str, tuple[epath.Path, int]] = {}
     for file in reader.files:
         for label, row in file.labels().items():
-            found.setdefault(label, (file.path, row))
-    return found
+            first_rows.setdefault(label, (file.path, row))
+    return first_rows
 
 
 def _common_labels(
     readers: Sequence[DetectionsReader],
     names: Sequence[str],
-    found: Sequence[Mapping[str, tuple[epath.Path, int]]],
+    label_rows: Sequence[Mapping[str, tuple[epath.Path, int]]],
     labels: Sequence[str] | None,
     mappings: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> list[str]:
     """The vocabulary; a `UserError` when a table uses another one."""
-    own = [rows for name, rows in zip(names, found, strict=True) if name not in mappings]
+    own = [rows for name, rows in zip(names, label_rows, strict=True) if name not in mappings]
     if labels is not None:
         known = set(labels)
         for rows in own:
@@ -226,19 +228,21 @@ def _common_labels(
                 )
         return list(labels)
     for place, (reader, name) in enumerate(zip(readers, names, strict=True)):
-        others = [rows for j, rows in enumerate(found) if j != place and names[j] not in mappings]
+        others = [
+            rows for j, rows in enumerate(label_rows) if j != place and names[j] not in mappings
+        ]
         if name in mappings or not others:
             continue
-        shared = found[place].keys() & set().union(*others)
+        shared = label_rows[place].keys() & set().union(*others)
         if not shared:
-            mine, theirs = min(found[place]), min(min(rows) for rows in others)
+            mine, theirs = min(label_rows[place]), min(min(rows) for rows in others)
             raise UserError(
                 f"{reader.path}: shares no label with the other tables ({mine!r} here, {theirs!r} "
                 "there); a table of another vocabulary needs --config.mappings"
             )
     mapped = [
         mappings[name].get(label, ())
-        for name, rows in zip(names, found, strict=True)
+        for name, rows in zip(names, label_rows, strict=True)
         if name in mappings
         for label in rows
     ]

@@ -130,12 +130,12 @@ def _listed_groups(path: PathLike) -> dict[str, int]:
         return _from_letters(json.loads(local.read_text(encoding="utf-8")), path)
 
 
-def _from_letters(found: Mapping[str, Any], path: str | os.PathLike) -> dict[str, int]:
+def _from_letters(frequencies: Mapping[str, Any], path: str | os.PathLike) -> dict[str, int]:
     letters = {"r": RARE, "c": COMMON, "f": FREQUENT}
-    for label, letter in found.items():
+    for label, letter in frequencies.items():
         if letter not in letters:
             raise UserError(f"{path}: class {label!r} has frequency {letter!r}, expected r, c or f")
-    return {label: letters[letter] for label, letter in found.items()}
+    return {label: letters[letter] for label, letter in frequencies.items()}
 
 
 def best_rows(

@@ -157,15 +157,15 @@ def search_tables(
 
 def check_scored(settings: EnsembleSettings, dataset: Dataset) -> None:
     """Refuses what `ensemble.merge` would do after the tree, which the search does not score."""
-    for field, found, expected in (
+    for field, value, expected in (
         ("relations.file", settings.relations.file, ""),
         ("rescoring.groups", settings.rescoring.groups, ""),
         ("max_detections", settings.max_detections, 0),
         ("masks", settings.masks, False),
     ):
-        if found != expected:
+        if value != expected:
             raise UserError(
-                f"config.{field}: found {found!r}, expected {expected!r}: a search scores all "
+                f"config.{field}: found {value!r}, expected {expected!r}: a search scores all "
                 "boxes that a tree makes (ensemble.merge can apply it afterwards)"
             )
     if settings.dataset and resolved(settings.dataset) != resolved(dataset.directory):
@@ -236,10 +236,10 @@ def load_state(path: epath.Path, identity: Mapping[str, Any]) -> State | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no readable state ({error}); remove it to start anew") from error
     for name, value in {**identity, "format": STATE_FORMAT}.items():
-        found = version if name == "format" else known.get(name)
-        if found != value:
+        saved = version if name == "format" else known.get(name)
+        if saved != value:
             raise UserError(
-                f"{path}: belongs to a search with other {name} ({str(found)[:60]}, now "
+                f"{path}: belongs to a search with other {name} ({str(saved)[:60]}, now "
                 f"{str(value)[:60]}); remove it or give another --output"
             )
     return state

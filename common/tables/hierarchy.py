@@ -126,15 +126,15 @@ def restrict(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> dict[
     kept = set(class_labels)
 
     def nodes(children: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        found = []
+        parts = []
         for child in children:
             below = nodes(child.get("Subcategory", ()))
             if child["LabelName"] in kept:
                 node = {"LabelName": child["LabelName"]}
-                found.append({**node, "Subcategory": below} if below else node)
+                parts.append({**node, "Subcategory": below} if below else node)
             else:
-                found.extend(below)
-        return found
+                parts.extend(below)
+        return parts
 
     below = nodes(hierarchy.get("Subcategory", ()))
     return {"LabelName": hierarchy.get("LabelName", "/root"), "Subcategory": below}

@@ -47,9 +47,9 @@ class TableFile:
                 raise UserError(
                     f"{path}: column {name} is missing, found {', '.join(schema.names)}"
                 )
-            found = schema.field(name).type
-            if found != kind and not (kind == pa.string() and found == pa.large_string()):
-                raise UserError(f"{path}: column {name} is {found}, expected {kind}")
+            actual = schema.field(name).type
+            if actual != kind and not (kind == pa.string() and actual == pa.large_string()):
+                raise UserError(f"{path}: column {name} is {actual}, expected {kind}")
         try:
             metadata = json.loads(footer[METADATA_KEY])
             self.image_ids = metadata.pop("image_ids")
@@ -91,8 +91,8 @@ class TableFile:
             label_index = self._encode(batch["label"], label_codes, row, "dataset's classes")
             scores = batch["score"].to_numpy()
             boxes = np.stack([batch[name].to_numpy() for name in COORDINATES], axis=1)
-            if (found := find_invalid(scores, boxes)) is not None:
-                raise UserError(f"{self.path}: row {row + found[0]}: {found[1]}")
+            if (invalid := find_invalid(scores, boxes)) is not None:
+                raise UserError(f"{self.path}: row {row + invalid[0]}: {invalid[1]}")
             before_image = np.concatenate([[last_image], image_index[:-1]])
             before_score = np.concatenate([[last_score], scores[:-1]])
             unsorted = (image_index < before_image) | (
@@ -134,15 +134,15 @@ class TableFile:
 
     def labels(self) -> dict[str, int]:
         """The labels of the rows, each with the first row that has it."""
-        found: dict[str, int] = {}
+        first_rows: dict[str, int] = {}
         for row, batch in self._raw_batches(1 << 16, columns=["label"]):
             column = batch["label"]
             values = column.dictionary.to_pylist()
-            for code in [code for code, label in enumerate(values) if label not in found]:
+            for code in [code for code, label in enumerate(values) if label not in first_rows]:
                 at = np.flatnonzero(column.indices.to_numpy(zero_copy_only=False) == code)
                 if len(at):
-                    found[values[code]] = row + int(at[0])
-        return found
+                    first_rows[values[code]] = row + int(at[0])
+        return first_rows
 
     def _raw_batches(
         self,
@@ -198,9 +198,11 @@ def _row_groups(metadata: pq.FileMetaData, first: str, last: str) -> range:
     column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index("image_id")
     groups = []
     for group in range(metadata.num_row_groups):
-        found = metadata.row_group(group).column(column).statistics
-        known = found is not None and found.has_min_max and isinstance(found.min, str)
-        if not known or (found.min <= last and found.max >= first):
+        statistics = metadata.row_group(group).column(column).statistics
+        known = (
+            statistics is not None and statistics.has_min_max and isinstance(statistics.min, str)
+        )
+        if not known or (statistics.min <= last and statistics.max >= first):
             groups.append(group)
     return range(groups[0], groups[-1] + 1) if groups else range(0)
 

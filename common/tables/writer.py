@@ -129,8 +129,8 @@ class DetectionsWriter:
         boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
         if not len(labels) == len(scores) == len(boxes):
             raise ValueError(f"{len(labels)} labels, {len(scores)} scores, {len(boxes)} boxes")
-        if (found := find_invalid(scores, boxes)) is not None:
-            raise UserError(f"{self.path}: image {image_id!r}, row {found[0]}: {found[1]}")
+        if (invalid := find_invalid(scores, boxes)) is not None:
+            raise UserError(f"{self.path}: image {image_id!r}, row {invalid[0]}: {invalid[1]}")
         rows = np.zeros(len(scores), _ROW)
         codes = self._labels
         rows["label"] = [codes.setdefault(str(label), len(codes)) for label in labels]

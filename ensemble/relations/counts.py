@@ -99,7 +99,7 @@ def read_relations(path: PathLike) -> Relations:
         with local_copy(path) as local, np.load(local) as file:
             header = json.loads(str(file["header"]))
             arrays = {name: file[name] for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
-            found = header.pop("format")
+            version = header.pop("format")
             labels = header.pop("class_labels")
     except FileNotFoundError as error:
         raise UserError(
@@ -110,8 +110,10 @@ def read_relations(path: PathLike) -> Relations:
             f"{path}: no readable relations, cut or damaged ({type(error).__name__}: {error}); "
             "expected a file written by scripts.mine_relations"
         ) from error
-    if found != FORMAT:
-        raise UserError(f"{path}: format is {found!r}, expected {FORMAT}: mine the relations again")
+    if version != FORMAT:
+        raise UserError(
+            f"{path}: format is {version!r}, expected {FORMAT}: mine the relations again"
+        )
     for name, array in arrays.items():
         shape = (len(labels),) * (1 if name in _CLASS_COUNTS else 2)
         if array.shape != shape:

@@ -160,8 +160,8 @@ def _count_pairs(
 
 
 def _add(counts: Int[np.ndarray, "K K"], rows, columns, weights=None) -> None:
-    found = np.bincount(rows * len(counts) + columns, weights, counts.size)
-    counts += found.astype(np.int64).reshape(counts.shape)
+    sums = np.bincount(rows * len(counts) + columns, weights, counts.size)
+    counts += sums.astype(np.int64).reshape(counts.shape)
 
 
 def _count_inside(

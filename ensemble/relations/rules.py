@@ -237,7 +237,7 @@ def rescore_by_surround(
 
     def spoken_for(partners: Partners, surrounds: bool) -> Bool[np.ndarray, " n"]:
         """Rows with a confident detection of a partner class around (or inside) them."""
-        found = np.zeros(len(scores), bool)
+        supported = np.zeros(len(scores), bool)
         rows = np.flatnonzero(partners.counts[classes])
         counts = partners.counts[classes[rows]]
         for part in pieces(counts, _MAX_JOINED):
@@ -250,8 +250,8 @@ def rescore_by_surround(
                 asking, place = expand_ranges(start[piece], size[piece])
                 asking, other = owner[piece][asking], evidence[place]
                 inner, outer = (asking, other) if surrounds else (other, asking)
-                found[asking[covered_share(boxes[inner], boxes[outer]) >= s.inside]] = True
-        return found
+                supported[asking[covered_share(boxes[inner], boxes[outer]) >= s.inside]] = True
+        return supported
 
     surrounded = spoken_for(rules.outer, True)
     alone = (rules.outer.counts[classes] > 0) & ~surrounded

@@ -247,10 +247,11 @@ def from_json(content: Any, name: str) -> Tree:
         key: _number(content[key], *limit, f"{name}: {key}") for key, limit in limits.items()
     }
     root = node_from_json(content["root"], name)
-    found = leaves(root)
-    if len(set(found)) != len(found) or sorted(found) != sorted(models):
+    leaf_models = leaves(root)
+    if len(set(leaf_models)) != len(leaf_models) or sorted(leaf_models) != sorted(models):
         raise UserError(
-            f"{name}: leaves {', '.join(found)}, expected each of models once: {', '.join(models)}"
+            f"{name}: leaves {', '.join(leaf_models)}, expected each of models once: "
+            f"{', '.join(models)}"
         )
     return Tree(root=root, models=tuple(models), **settings)
 

@@ -187,11 +187,11 @@ def starting_trees(single_scores: Mapping[str, float], equal: Operators) -> list
         # Neighbours in rank are joined; an odd one waits.
         pairs = [Node(a, b, equal) for a, b in zip(level[::2], level[1::2], strict=False)]
         level = [*pairs, *level[len(level) - len(level) % 2 :]]
-    found: list[Leaf | Node] = []
+    distinct: list[Leaf | Node] = []
     for root in (ladder(ranked), ladder(ranked[::-1]), level[0]):
-        if root not in found:
-            found.append(root)
-    return found
+        if root not in distinct:
+            distinct.append(root)
+    return distinct
 
 
 def _propose(rng, state, moves, space, equal, tournament, order) -> Leaf | Node:

@@ -140,18 +140,18 @@ class Shard:
     ) -> Int[np.ndarray, "2 n"]:
         """Single box that a detection may take and group-of box that it lies in, _NONE without."""
         x0, y0, x1, y1 = columns
-        found = np.full((2, len(group)), _NO_AREA, np.int32)
+        matches = np.full((2, len(group)), _NO_AREA, np.int32)
         solid = np.flatnonzero((x0 < x1) & (y0 < y1))
         boxes, group = columns.T[solid].astype(np.float64), group[solid]
         for row, (truth, numbers), union in (
-            (found[0], self._single, True),
-            (found[1], self._group_of, False),
+            (matches[0], self._single, True),
+            (matches[1], self._group_of, False),
         ):
             overlap, best = matching.best_overlaps(
                 boxes, group, truth, numbers, self._num_judged, union=union
             )
             row[solid] = np.where(overlap >= self._options["iou_threshold"], best, _NONE)
-        return found
+        return matches
 
     def entries(self, rows: NodeRows) -> openimages.Entries:
         """Outcomes of a candidate's rows, as the metric would have them."""
@@ -399,14 +399,14 @@ def _read_rows(
         progress.report(chunk.stop)
 
 
-def _check_cover(dataset, split, wanted, found, owner) -> None:
-    missing = np.setdiff1d(wanted, found)
+def _check_cover(dataset, split, wanted, covered, owner) -> None:
+    missing = np.setdiff1d(wanted, covered)
     if len(missing):
         raise UserError(
-            f"--inputs: the tables cover {len(found)} of the {len(wanted)} images of split "
+            f"--inputs: the tables cover {len(covered)} of the {len(wanted)} images of split "
             f"{split!r}, {dataset.image_id(missing[0])!r} is missing"
         )
-    shared = found[owner >= 0]
+    shared = covered[owner >= 0]
     if len(shared):
         raise UserError(
             f"{dataset.directory}: split {split!r} shares {len(shared)} images with the split to "

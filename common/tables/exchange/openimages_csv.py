@@ -260,8 +260,8 @@ def _with_masks(rows: Rows, texts: list[str], sizes: np.ndarray, path: Path) -> 
                 f"{path}: row {rows.numbers[i]}: mask {encoded[:20]!r} is no base64 of zlib "
                 f"({error})"
             ) from error
-    if (found := rle.find_broken(masks.tolist(), sizes)) is not None:
-        raise UserError(f"{path}: row {rows.numbers[found[0]]}: {found[1]}")
+    if (broken := rle.find_broken(masks.tolist(), sizes)) is not None:
+        raise UserError(f"{path}: row {rows.numbers[broken[0]]}: {broken[1]}")
     height, width = np.asarray(sizes, np.float64).T
     boxes = rle.tight_boxes(masks.tolist(), sizes) / np.stack([width, height, width, height], 1)
     return dataclasses.replace(rows, masks=masks, mask_sizes=sizes, boxes=boxes.astype(np.float32))

@@ -154,8 +154,8 @@ def read_results(
             box = (np.nan,) * 4 if box is None else tuple(map(float, box))
             pending.append((number, image, label, float(result["score"]), box, mask))
         except KeyError as error:
-            found = ", ".join(result)[:80]
-            raise UserError(f"{path}: row {number}: no field {error}; found {found}") from error
+            keys = ", ".join(result)[:80]
+            raise UserError(f"{path}: row {number}: no field {error}; found {keys}") from error
         except (TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -196,8 +196,8 @@ def _rows(
     coded = np.array([segment is not None for segment in segments], bool)
     counts = np.array([s[0] for s in segments if s is not None] + [None], object)[:-1]
     mask_sizes = np.array([s[1:] for s in segments if s is not None], np.int64).reshape(-1, 2)
-    if (found := rle.find_broken(counts.tolist(), mask_sizes)) is not None:
-        raise UserError(f"{path}: row {numbers[coded][found[0]]}: {found[1]}")
+    if (broken := rle.find_broken(counts.tolist(), mask_sizes)) is not None:
+        raise UserError(f"{path}: row {numbers[coded][broken[0]]}: {broken[1]}")
     if (negative := (xywh[:, 2:] < 0).any(1)).any():
         at = int(np.argmax(negative))
         raise UserError(

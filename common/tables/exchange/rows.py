@@ -79,12 +79,12 @@ class Outgoing:
             yield dataclasses.replace(chunk, scores=scores)
 
     def _check_masks(self, chunk: Detections) -> None:
-        found = rle.find_broken(*chunk.mask_columns())
-        if found is not None:
-            image = chunk.image_ids[chunk.image_index[found[0]]]
-            rank = rank_in_image(chunk.image_index)[found[0]]
+        broken = rle.find_broken(*chunk.mask_columns())
+        if broken is not None:
+            image = chunk.image_ids[chunk.image_index[broken[0]]]
+            rank = rank_in_image(chunk.image_index)[broken[0]]
             raise UserError(
-                f"{self.reader.path}: image {image!r}, detection {rank} of it: {found[1]}"
+                f"{self.reader.path}: image {image!r}, detection {rank} of it: {broken[1]}"
             )
 
     def tell(self, say: Callable[[str], None]) -> None:

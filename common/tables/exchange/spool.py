@@ -122,17 +122,17 @@ class Importer:
                 progress = Progress(rows, what="sorting", unit="rows")
                 done = 0
                 for bucket in buckets:
-                    for code, found, masks in bucket.images():
+                    for code, detections, masks in bucket.images():
                         empty[code] = False
-                        extra = (masks, found["mask_size"]) if self._masks else ()
+                        extra = (masks, detections["mask_size"]) if self._masks else ()
                         writer.add(
                             image_ids[code],
-                            labels[found["label"]],
-                            found["score"],
-                            found["box"],
+                            labels[detections["label"]],
+                            detections["score"],
+                            detections["box"],
                             *extra,
                         )
-                        done += len(found)
+                        done += len(detections)
                         progress.report(done)
                     bucket.remove()
                 none = np.zeros((0, 4), np.float32)
@@ -169,12 +169,12 @@ class Importer:
         boxes = np.asarray(rows.boxes, np.float32)
         if self._clip:
             boxes = np.clip(boxes, 0, 1)
-        if (found := find_invalid(rows.scores, boxes)) is not None:
+        if (invalid := find_invalid(rows.scores, boxes)) is not None:
             hint = "; --clip cuts boxes at the edge of the photo"
-            outside = (boxes[found[0]] < -COORDINATE_SLACK).any() or (boxes[found[0]] > 1).any()
+            outside = (boxes[invalid[0]] < -COORDINATE_SLACK).any() or (boxes[invalid[0]] > 1).any()
             raise UserError(
-                f"{self._path}: row {rows.numbers[found[0]]}: {found[1]}"
-                + (hint if outside and "normalised" in found[1] else "")
+                f"{self._path}: row {rows.numbers[invalid[0]]}: {invalid[1]}"
+                + (hint if outside and "normalised" in invalid[1] else "")
             )
         table = np.zeros(len(image), _ROW)
         table["image"], table["label"] = image, label
