@@ -11,11 +11,11 @@ boxes in the ground truth are drawn; --image_ids chooses others.
 import colorsys
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.data import images
@@ -182,7 +182,7 @@ def ground_truth(
     return Drawing(boxes, [class_colour(i) for i in range(len(rows))], names, drawn)
 
 
-def save_jpeg(picture: Image.Image, path: Path) -> None:
+def save_jpeg(picture: Image.Image, path: epath.Path) -> None:
     with open_atomic(path, "wb") as file:
         picture.save(file, format="JPEG", quality=88)
 
@@ -191,9 +191,9 @@ def draw_split(
     dataset: Dataset,
     indices: Sequence[int],
     detections: Mapping[int, Drawing],
-    output: Path,
+    output: epath.Path,
     side: int,
-) -> list[Path]:
+) -> list[epath.Path]:
     """Writes one picture for each image, and overview.jpg; returns their paths."""
     output.mkdir(parents=True, exist_ok=True)
     masks = MaskReader(dataset) if dataset.mask_offsets is not None else None
@@ -218,7 +218,7 @@ def draw_split(
 
 
 def read_drawings(
-    path: Path, dataset: Dataset, indices: Sequence[int], min_score: float, max_boxes: int
+    path: epath.Path, dataset: Dataset, indices: Sequence[int], min_score: float, max_boxes: int
 ) -> dict[int, Drawing]:
     """Detections of the given images, streamed: a table of millions of rows fits.
 
@@ -275,9 +275,9 @@ def main():
     if not indices:
         raise UserError(f"{values.dataset}: split {values.split!r} has no images")
     drawings = read_drawings(
-        Path(values.detections), dataset, indices, values.min_score, values.max_boxes
+        epath.Path(values.detections), dataset, indices, values.min_score, values.max_boxes
     )
-    paths = draw_split(dataset, indices, drawings, Path(values.output), values.side)
+    paths = draw_split(dataset, indices, drawings, epath.Path(values.output), values.side)
     print(f"wrote {len(paths)} pictures to {values.output}, all in one: {paths[-1]}", flush=True)
 
 

@@ -6,14 +6,13 @@ The OpenImages metric and the challenge server expect it of every entry; `script
 only when asked. The output says `expanded: true` in its metadata and is refused as input.
 """
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.paths import PathLike
 from common.tables import DetectionsReader, DetectionsWriter
 from common.tables.hierarchy import ancestors, expand_detections
 
@@ -24,7 +23,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
 
 
-def expand_table(path: str | Path, dataset: Dataset, output: str | Path) -> tuple[int, int]:
+def expand_table(path: PathLike, dataset: Dataset, output: PathLike) -> tuple[int, int]:
     """Writes the expanded table; returns the numbers of rows read and written.
 
     Raises:

@@ -9,14 +9,15 @@ worst images with their boxes. AP is that of `scripts.score --metric=openimages`
 """
 
 import os
-from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from common.data.dataset import Dataset
 from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.paths import is_remote
 from common.report.analysis import analyse
 from common.report.confusion import count_confusions
 from common.report.page import build_page
@@ -85,7 +86,7 @@ def report(
     split: str,
     readers: list[DetectionsReader],
     names: list[str],
-    output: Path,
+    output: epath.Path,
     *,
     train_split: str = "train",
     max_pictures: int = 80,
@@ -93,7 +94,7 @@ def report(
     allow_partial: bool = False,
     expand_predictions: bool = False,
     image_labels: bool = True,
-) -> Path:
+) -> epath.Path:
     """Writes the page by atomic rename; the arguments are the flags of the command."""
     scope = open_scope(
         dataset,
@@ -124,14 +125,14 @@ def report(
     return output
 
 
-def check_output(path: str) -> Path:
+def check_output(path: str) -> epath.Path:
     """The path, when a file can be written there: told before the work, not after it."""
-    output = Path(path)
+    output = epath.Path(path)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={path}: cannot write ({error})") from error
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    if output.is_dir() or not (is_remote(path) or os.access(output.parent, os.W_OK)):
         raise UserError(f"--output={path}: cannot write, expected the name of an HTML file")
     return output
 

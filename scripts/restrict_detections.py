@@ -7,10 +7,9 @@ From the 500 classes of the detection track to the 300 of the segmentation track
 photos to those of one split.
 """
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
+from etils import epath
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
@@ -19,7 +18,7 @@ from common.tables import DetectionsReader, DetectionsWriter
 
 
 def restrict_table(
-    source: Path, dataset: Dataset, split: str, output: Path, min_score: float
+    source: epath.Path, dataset: Dataset, split: str, output: epath.Path, min_score: float
 ) -> tuple[int, int]:
     """Writes the table; returns its number of rows and that of the source.
 
@@ -73,10 +72,10 @@ def define_flags() -> None:
 def main():
     values = flags.FLAGS
     written, rows = restrict_table(
-        Path(values.detections),
+        epath.Path(values.detections),
         Dataset.open(values.dataset),
         values.split,
-        Path(values.output),
+        epath.Path(values.output),
         values.min_score,
     )
     print(f"wrote {values.output}: {written} of {rows} detections", flush=True)

@@ -6,17 +6,16 @@ For upper bounds: what a later step (masks, refined boxes) gets with boxes that 
 boxes are left out; masks are not written.
 """
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
+from etils import epath
 
 from common.data.dataset import GROUP_OF, Dataset
 from common.io.commands import run_main
 from common.tables import DetectionsWriter
 
 
-def write_truth(dataset: Dataset, split: str, output: Path) -> int:
+def write_truth(dataset: Dataset, split: str, output: epath.Path) -> int:
     """Writes the table; returns its number of rows.
 
     Raises:
@@ -51,7 +50,7 @@ def define_flags() -> None:
 
 def main():
     dataset = Dataset.open(flags.FLAGS.dataset)
-    output = Path(flags.FLAGS.output)
+    output = epath.Path(flags.FLAGS.output)
     rows = write_truth(dataset, flags.FLAGS.split, output)
     print(f"wrote {output}: {rows} ground-truth boxes", flush=True)
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from common.io.parallel import behind, map_ordered
+from common.io.parallel import behind, map_ordered, prefetch
 
 
 def test_results_come_in_the_order_of_the_items():
@@ -47,3 +47,19 @@ def test_behind_draws_the_next_item_before_it_yields_one():
     assert next(items) == 0 and drawn == [0, 1]
     assert list(items) == [1, 2]
     assert list(behind([], 2)) == []
+
+
+def test_prefetch_draws_ahead_in_one_other_thread_and_raises_in_place():
+    threads = []
+
+    def items():
+        for number in range(5):
+            threads.append(threading.current_thread())
+            yield number
+        raise KeyError
+
+    fetched = prefetch(items(), 2)
+    assert [next(fetched) for _ in range(5)] == list(range(5))
+    with pytest.raises(KeyError):
+        next(fetched)
+    assert len(set(threads)) == 1 and threads[0] is not threading.current_thread()
