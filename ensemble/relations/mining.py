@@ -83,7 +83,8 @@ def mine_relations(
             _count_pairs(counts["boxes_known"], present, verified, boxes_per_pair)
         boxes = np.asarray(dataset.boxes[rows], np.float32)
         _count_inside(counts["boxes_inside"], owner, classes, boxes, parents, inside)
-        progress.report(start + len(slab))
+        done = start + len(slab)
+        progress.report(done, last=done == len(images))
     if exhaustive:
         images_absent[:] = len(images)
         counts["images_known"] += images_present

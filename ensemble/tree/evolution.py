@@ -244,7 +244,6 @@ def change_operators(rng: np.random.Generator, root, space: Space, equal: Operat
     node, path = nodes[rng.integers(len(nodes))]
     old = node.operators
     field = ("weights", "weights", "vote", "box", "nms", "elements")[rng.integers(6)]
-    new: Any
     if field == "weights":
         weights = [1.0, space.weights[rng.integers(len(space.weights))]]
         if rng.random() < 0.5:

@@ -43,7 +43,7 @@ def test_mines_and_draws(folder):
     where = (f"--dataset={folder / 'set'}", f"--output={folder / 'x.npz'}")
     result = mine(*where, f"--picture={folder / 'x.svg'}")
     assert result.returncode == 0, result.stderr
-    assert "40 of 40 images" in result.stdout
+    assert "mining 40/40" in result.stdout
     assert "1.000 of 12 images: Person in images with Guitar & bow" in result.stdout
     assert "1.000 of 24 boxes: Hat inside Person" in result.stdout
     rules = load_rules(folder / "x.npz", ["/m/h", "/m/g", "/m/p"])
