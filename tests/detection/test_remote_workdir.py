@@ -2,15 +2,46 @@
 
 import json
 
+import jax
 from etils import epath
 
 from common.data.dataset import Dataset
+from common.tables import read_detections
+from common.training import distributed
 from common.training.checkpoint import Checkpoints
 from common.training.workdir import MetricsLog, keep_classes, prepare_workdir, read_config
+from detection.evaluate import evaluate_variables
 from tests import tiny
+from tests.detection.test_test_time import BrightArea
 from tests.remote import use_fake_store
 
 RUN = epath.Path("gs://bucket/run")
+
+
+def test_evaluation_writes_its_table_and_figures_there(monkeypatch, tmp_path):
+    store = tmp_path / "store"
+    use_fake_store(monkeypatch, store)
+    dataset = Dataset.open(tiny.write_dataset(tmp_path / "tiny"))
+    settings = tiny.settings()
+    results = evaluate_variables(
+        settings,
+        BrightArea(settings.model),
+        dataset,
+        distributed.make_mesh(jax.devices()[:1]),
+        {},
+        7,
+        RUN / "evaluation" / "7",
+        say=lambda *_, **__: None,
+    )
+    folder = store / "bucket" / "run" / "evaluation" / "7"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "validation.parquet",
+        "validation_metrics.json",
+    ]
+    metrics = json.loads((folder / "validation_metrics.json").read_text())
+    assert results and results.items() <= metrics.items()
+    table = read_detections(RUN / "evaluation" / "7" / "validation.parquet")
+    assert len(table.image_ids) == 3 and table.metadata["step"] == 7
 
 
 def test_checkpoints_are_looked_for_there(monkeypatch, tmp_path):
