@@ -6,15 +6,15 @@ The OpenImages metric and the challenge server expect it of every entry; `script
 only when asked. The output says `expanded: true` in its metadata and is refused as input.
 """
 
-import numpy as np
 from absl import flags
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.paths import PathLike
-from common.tables import DetectionsReader, DetectionsWriter
+from common.tables import DetectionsReader
 from common.tables.hierarchy import ancestors, expand_detections
+from common.tables.rewrite import rewrite_table
 
 
 def define_flags() -> None:
@@ -33,27 +33,13 @@ def expand_table(path: PathLike, dataset: Dataset, output: PathLike) -> tuple[in
     if reader.metadata.get("expanded"):
         raise UserError(f"{path}: is expanded to parent classes already")
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
-    labels = np.array(dataset.class_labels)
-    metadata = {**reader.metadata, "expanded": True}
-    written = 0
-    with DetectionsWriter(output, metadata, masks=reader.has_masks) as writer:
-        empty = set(reader.image_ids)
-        for chunk in reader.chunks(dataset.class_labels, masks=reader.has_masks):
-            chunk = expand_detections(chunk, parents, dataset.class_labels)
-            for rows in chunk.chunks(rows=1):
-                image_id = reader.image_ids[rows.image_index[0]]
-                writer.add(
-                    image_id,
-                    labels[rows.label_index],
-                    rows.scores,
-                    rows.boxes,
-                    rows.masks,
-                    rows.mask_sizes,
-                )
-                empty.remove(image_id)
-            written += len(chunk)
-        for image_id in empty:
-            writer.add_empty(image_id)
+    written = rewrite_table(
+        reader,
+        output,
+        reader.metadata | {"expanded": True},
+        lambda rows: expand_detections(rows, parents, dataset.class_labels),
+        labels=dataset.class_labels,
+    )
     return reader.num_rows, written
 
 

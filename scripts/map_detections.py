@@ -12,14 +12,17 @@ mapping can give. Parents are not expanded: that comes after (`scripts.expand_de
 hierarchy of the new vocabulary.
 """
 
+from collections import Counter
+
 import numpy as np
 from absl import flags
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.tables import DetectionsReader, DetectionsWriter
+from common.tables import Detections, DetectionsReader
 from common.tables.class_mapping import RULES, find_class_mapping, map_detections
+from common.tables.rewrite import rewrite_table
 
 
 def define_flags() -> None:
@@ -64,36 +67,26 @@ def main():
         )
     metadata = {**reader.metadata, "expanded": False, "classes": sorted(targets)}
     metadata["mapping"] = {"map": args.mapping, "where": where}
-    counts: dict[str, int] = {}
-    labels, written = np.array(targets), 0
-    with DetectionsWriter(args.output, metadata, masks=reader.has_masks) as writer:
-        empty = set(reader.image_ids)
-        for chunk in reader.chunks(masks=reader.has_masks):
-            found = np.bincount(chunk.label_index, minlength=len(chunk.labels))
-            for label, count in zip(chunk.labels, found.tolist(), strict=True):
-                counts[label] = counts.get(label, 0) + count
-            mapped = map_detections(chunk, mapping, targets)
-            for rows in mapped.chunks(rows=1):
-                image_id = reader.image_ids[rows.image_index[0]]
-                masks = (rows.masks, rows.mask_sizes) if reader.has_masks else ()
-                writer.add(image_id, labels[rows.label_index], rows.scores, rows.boxes, *masks)
-                empty.remove(image_id)
-            written += len(mapped)
-        if counts and not any(label in mapping.targets for label in counts):
+    counts: Counter[str] = Counter()
+
+    def rename(rows: Detections) -> Detections:
+        found = np.bincount(rows.label_index, minlength=len(rows.labels))
+        counts.update(dict(zip(rows.labels, found.tolist(), strict=True)))
+        return map_detections(rows, mapping, targets)
+
+    def check() -> None:
+        if counts and not mapping.targets.keys() & counts.keys():
             raise UserError(
                 f"{args.detections}: none of its labels ({', '.join(list(counts)[:3])}...) is a "
-                f"source label of {args.mapping} "
-                f"({', '.join(list(mapping.targets)[:3])}...)"
+                f"source label of {args.mapping} ({', '.join(list(mapping.targets)[:3])}...)"
             )
-        none = np.zeros((0, 4), np.float32)
-        masks = ([], np.zeros((0, 2), np.int32)) if reader.has_masks else ()
-        for image_id in empty:
-            writer.add(image_id, [], none[:, 0], none, *masks)
+
+    written = rewrite_table(reader, args.output, metadata, rename, finish=check)
     lost = {label: count for label, count in counts.items() if label not in mapping.targets}
     print(f"{args.output}: {written} detections from {reader.num_rows}")
     print(f"labels renamed: {len(counts) - len(lost)}, target classes: {len(targets)}")
     if lost:
-        named = ", ".join(sorted(lost, key=lost.get, reverse=True)[:10])
+        named = ", ".join(sorted(lost, key=lambda label: lost[label], reverse=True)[:10])
         print(f"labels without a target: {len(lost)} with {sum(lost.values())} rows: {named}")
 
 

@@ -14,7 +14,8 @@ from etils import epath
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.tables import DetectionsReader, DetectionsWriter
+from common.tables import Detections, DetectionsReader
+from common.tables.rewrite import rewrite_table
 
 
 def restrict_table(
@@ -34,31 +35,13 @@ def restrict_table(
             f"{split!r} ({len(missing)} of {len(wanted)} are missing)"
         )
     labels = set(dataset.class_labels)
-    masks = reader.has_masks
-    rows = written = 0
-    with DetectionsWriter(output, reader.metadata | {"split": split}, masks=masks) as writer:
-        for chunk in reader.chunks(masks=masks):
-            rows += len(chunk)
-            known = np.array([label in labels for label in chunk.labels], bool)
-            names = np.array(chunk.labels, object)
-            for part in chunk.chunks(rows=1):
-                name = reader.image_ids[part.image_index[0]]
-                if name not in wanted:
-                    continue
-                wanted.remove(name)
-                keep = known[part.label_index] & (part.scores >= min_score)
-                written += int(keep.sum())
-                writer.add(
-                    name,
-                    names[part.label_index[keep]],
-                    part.scores[keep],
-                    part.boxes[keep],
-                    None if part.masks is None else part.masks[keep],
-                    None if part.mask_sizes is None else part.mask_sizes[keep],
-                )
-        for name in sorted(wanted):
-            writer.add_empty(name)
-    return written, rows
+
+    def keep(rows: Detections) -> Detections:
+        known = np.array([label in labels for label in rows.labels], bool)
+        return rows.take(np.flatnonzero(known[rows.label_index] & (rows.scores >= min_score)))
+
+    metadata = reader.metadata | {"split": split}
+    return rewrite_table(reader, output, metadata, keep, image_ids=wanted), reader.num_rows
 
 
 def define_flags() -> None:

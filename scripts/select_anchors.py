@@ -27,6 +27,7 @@ from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.progress import Progress
+from common.tables.ranges import rows_of
 from detection.assign.anchor_selection import (
     AnchorSet,
     Recall,
@@ -142,11 +143,7 @@ def pieces(
     progress = Progress(len(indices), what=task)
     for start in range(0, len(indices), _IMAGES):
         part = indices[start : start + _IMAGES]
-        first = dataset.box_offsets[part]
-        counts = dataset.box_offsets[part + 1] - first
-        owner = np.repeat(np.arange(len(part)), counts)
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows = first[owner] + within
+        owner, rows = rows_of(dataset.box_offsets, part)
         full = fitted_sizes(sizes[start : start + _IMAGES], (canvas[0], canvas[1]))[owner][
             :, [1, 0, 1, 0]
         ]

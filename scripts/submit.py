@@ -14,6 +14,7 @@ takes the best 300 detections of an image. Output names that end in .gz are comp
 `scripts.import_detections` reads all of these back.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,14 +142,13 @@ def _sizes(dataset: Dataset, image_ids) -> dict[str, tuple[int, int]]:
 
 
 def numbers(
-    dataset: Dataset | None, image_ids=None, indices=None
+    dataset: Dataset | None, image_ids: Sequence[str] | None = None
 ) -> tuple[ids.Images, ids.Categories]:
     """Numbers of images and categories as the flags say.
 
     Args:
       dataset: of --dataset.
-      image_ids: ids whose numbers are needed of the dataset; None = those of `indices`.
-      indices: of images of the dataset; None = all.
+      image_ids: ids whose numbers are needed of the dataset; None = all.
     """
     args = flags.FLAGS
     images = categories = None
@@ -158,22 +158,19 @@ def numbers(
         images = ids.read_image_csv(args.image_ids)
     if args.category_ids:
         categories = ids.read_category_csv(args.category_ids)
-    if dataset is None and (images is None or categories is None):
+    if images is not None and categories is not None:
+        return images, categories
+    if dataset is None:
         raise UserError(
             f"--format={args.format} needs numbers of images and categories: give --dataset=DIR "
             "(made of COCO or LVIS files), --annotations=FILE.json, or --image_ids=FILE.csv and "
             "--category_ids=FILE.csv"
         )
-    if images is not None and categories is not None:
-        return images, categories
-    assert dataset is not None
     if images is None:
+        indices = np.arange(dataset.num_images)
         if image_ids is not None:
             indices = dataset.find_images(image_ids)
-            indices = indices[indices >= 0]
-        images = ids.images_of_dataset(
-            dataset, range(dataset.num_images) if indices is None else indices
-        )
+        images = ids.images_of_dataset(dataset, indices[indices >= 0])
     return images, categories or ids.categories_of_dataset(dataset)
 
 

@@ -62,7 +62,7 @@ class ImageTable:
       sizes: index -> (height, width), where the annotations tell it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ids: list[str] = []
         self.files: dict[int, str] = {}
         self.sizes: dict[int, tuple[int, int]] = {}
@@ -119,7 +119,7 @@ class Annotations:
     boxes: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
     files: list[str]
-    search: Path | None = None
+    search: Path = Path()
     mask_spool: Path | None = None
     photo_folder: Path | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)

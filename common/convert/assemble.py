@@ -13,7 +13,7 @@ from common.convert.annotations import Annotations
 from common.convert.cleaning import clean_boxes, clean_labels
 from common.convert.ignore import read_ignore_boxes
 from common.convert.photos import find_photos, read_sizes
-from common.convert.report import DROPPED, REPAIRED, Report
+from common.convert.report import DROPPED, EXAMPLES, REPAIRED, Report
 from common.convert.split import random_split, stratified_split
 from common.data.dataset import DatasetWriter
 from common.io.errors import UserError
@@ -137,8 +137,7 @@ def _splits(
     first_new = len(images)
     for name, ids in _read_splits(options.splits).items():
         members = []
-        for image_id in ids:
-            text = str(image_id)
+        for text in map(str, ids):
             index = images.find(text)
             if index < 0 and text.isdecimal():  # 9 means 000000000009
                 index = numbers.get(text.lstrip("0"), -1)
@@ -257,10 +256,10 @@ def _photos(
             f"looked for names like {next(iter(wanted), '')!r} with .jpg, .jpeg or .png"
         )
     missing = [i for i, path in enumerate(paths) if path is None]
-    source = annotations.source
-    for reason, new in (("photo not found", False), ("split id without photo", True)):
-        which = [images.ids[i] for i in missing if (i in candidates) is new]
-        report.add(reason, DROPPED, str(options.splits) if new else source, which)
+    annotated = [images.ids[i] for i in missing if i not in candidates]
+    report.add("photo not found", DROPPED, annotations.source, annotated)
+    unknown = [images.ids[i] for i in missing if i in candidates]
+    report.add("split id without photo", DROPPED, str(options.splits), unknown)
     ask = options.read_sizes
     if options.check_photos or (len(found) <= _SIZES_UNASKED if ask is None else ask):
         _check_sizes(annotations, options, report, folder, paths, sizes, found)
@@ -277,21 +276,24 @@ def _check_sizes(
     found: list[int],
 ) -> None:
     """Reads the photos' sizes into `sizes`; photos that cannot be read lose their path."""
-    read, readable = read_sizes(folder, [paths[i] for i in found], options.check_photos)
+    read, readable = read_sizes(folder, [paths[i] or "" for i in found], options.check_photos)
     rows = np.array(found)
     bad = rows[~readable]
     report.add(
         "unreadable photo",
         DROPPED,
-        [str(folder / paths[i]) for i in bad],
+        [str(folder / str(paths[i])) for i in bad],
         [annotations.images.ids[i] for i in bad],
     )
     for i in bad:
         paths[i] = None
     told = sizes[rows]
     other = rows[readable & (told > 0).all(1) & (told != read).any(1)]
-    told_of = dict(zip(found, told.tolist(), strict=True))
-    read_of = dict(zip(found, read.tolist(), strict=True))
+    pairs = dict(zip(found, zip(told.tolist(), read.tolist(), strict=True), strict=True))
+    notes = [
+        "annotated {}x{}, photo {}x{} (height x width)".format(*pairs[i][0], *pairs[i][1])
+        for i in other[:EXAMPLES].tolist()
+    ]
     if annotations.mask_spool is None:  # else: polygons are in pixels of the annotated size
         sizes[rows] = read
     else:
@@ -299,11 +301,9 @@ def _check_sizes(
     report.add(
         "size in the annotations is not that of the photo",
         REPAIRED,
-        [str(folder / paths[i]) for i in other],
+        [str(folder / str(paths[i])) for i in other],
         [annotations.images.ids[i] for i in other],
-        lambda k: "annotated {}x{}, photo {}x{} (height x width)".format(
-            *told_of[int(other[k])], *read_of[int(other[k])]
-        ),
+        notes,
     )
 
 

@@ -6,7 +6,7 @@ Shape legend: M boxes (any order); boxes are xmin, ymin, xmax, ymax, normalised.
 import numpy as np
 from jaxtyping import Bool, Float, UInt64
 
-from common.convert.report import DROPPED, REPAIRED, Report
+from common.convert.report import DROPPED, EXAMPLES, REPAIRED, Report
 from common.io.errors import UserError
 
 # Annotations are rounded (COCO to 0.01 pixel, OpenImages to 1e-6): clipping so little is no repair.
@@ -32,10 +32,10 @@ def clean_boxes(
 
     def note(rows: np.ndarray, reason: str, action: str) -> None:
         where = np.flatnonzero(rows)
-        few = where[:20]  # the report keeps no more
+        few = where[:EXAMPLES]
         names = [files[i] for i in table["file"][few]]
-        found = [" ".join(f"{x:.6g}" for x in table["box"][i]) for i in few]
-        report.add(reason, action, names, table["row"][where], lambda i: f"box {found[i]}")
+        found = ["box " + " ".join(f"{x:.6g}" for x in table["box"][i]) for i in few]
+        report.add(reason, action, names, table["row"][where], found)
 
     finite = np.isfinite(box).all(1)
     note(~finite, "number missing or not finite", DROPPED)
@@ -71,9 +71,8 @@ def clean_labels(
 
     def note(rows: np.ndarray, reason: str) -> None:
         where = np.flatnonzero(rows)
-        report.add(
-            reason, DROPPED, [files[i] for i in table["file"][where[:20]]], table["row"][where]
-        )
+        names = [files[i] for i in table["file"][where[:EXAMPLES]]]
+        report.add(reason, DROPPED, names, table["row"][where])
 
     known = table["class"] >= 0
     note(~known, "image label of unknown class")

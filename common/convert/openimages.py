@@ -18,7 +18,7 @@ from common.convert.classes import read_class_list, read_hierarchy
 from common.convert.cleaning import check_layout
 from common.convert.csv_columns import stream_csv
 from common.convert.photos import walk
-from common.convert.report import DROPPED, Report
+from common.convert.report import DROPPED, EXAMPLES, Report
 from common.data.dataset import DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
 from common.io.errors import UserError
 
@@ -33,8 +33,8 @@ _FLAGS = {
     "IsInside": INSIDE,
 }
 _CSV = r"\.csv(\.gz|\.bz2)?"
-# Role -> regular expressions of file names, the first that matches any file wins.
-_PATTERNS = {
+# Task -> role -> regular expressions of file names, the first that matches any file wins.
+_PATTERNS: dict[str, dict[str, tuple[str, ...]]] = {
     "detection": {
         "challenge boxes": (r".*-detection-bbox" + _CSV,),
         "challenge labels": (r".*-detection-human-imagelabels" + _CSV,),
@@ -99,7 +99,7 @@ def read_openimages(
     found = _find_sources(source, task, edition, classes, hierarchy)
     class_labels, class_names = read_class_list(found.classes)
     tree = read_hierarchy(found.hierarchy, class_labels) if found.hierarchy else None
-    images, files = Images(), []
+    images, files = Images(), list[str]()
     splits: dict[str, list[np.ndarray]] = {}
     box_columns, label_columns = Columns(BOX_COLUMNS), Columns(LABEL_COLUMNS)
     class_index = {label: i for i, label in enumerate(class_labels)}
@@ -221,7 +221,7 @@ def _read_boxes(
 ) -> np.ndarray:
     required = {"ImageID": pa.string(), "LabelName": pa.string()}
     required |= {name: pa.float32() for name in _COORDINATES}
-    members = []
+    members: list[np.ndarray] = []
     for line, batch in stream_csv(path, required, {name: pa.int8() for name in _FLAGS}):
         image = _image_indices(batch, images)
         box = np.stack([_floats(batch[name]) for name in _COORDINATES], axis=1)
@@ -257,7 +257,7 @@ def _read_labels(
     report: Report,
 ) -> np.ndarray:
     required = {"ImageID": pa.string(), "LabelName": pa.string(), "Confidence": pa.float32()}
-    members = []
+    members: list[np.ndarray] = []
     for line, batch in stream_csv(path, required):
         image = _image_indices(batch, images)
         confidence = _floats(batch["Confidence"])
@@ -268,7 +268,7 @@ def _read_labels(
             DROPPED,
             str(path),
             wrong + line,
-            lambda i, wrong=wrong, values=confidence: f"Confidence {values[wrong[i]]:.6g}",
+            [f"Confidence {value:.6g}" for value in confidence[wrong[:EXAMPLES]]],
         )
         columns.append(
             **{"image": image[verified], "class": _class_indices(batch, class_index)[verified]},

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from common.convert.annotations import Annotations
 from common.convert.csv_columns import stream_csv
 from common.convert.photos import walk
-from common.convert.report import DROPPED, Report
+from common.convert.report import DROPPED, EXAMPLES, Report
 
 _COORDINATES = ("BoxXMin", "BoxYMin", "BoxXMax", "BoxYMax")
 # Box and mask files print the same box with up to six decimals.
@@ -56,13 +56,8 @@ def attach(
                 names = batch["MaskPath"].to_pylist()
                 there = np.array([name in where for name in names], bool)
                 gone = np.flatnonzero(~there)
-                report.add(
-                    "mask file not found",
-                    DROPPED,
-                    str(path),
-                    gone + line,
-                    lambda i, gone=gone, names=names: names[gone[i]],
-                )
+                few = [names[i] for i in gone[:EXAMPLES]]
+                report.add("mask file not found", DROPPED, str(path), gone + line, few)
                 match = _match(batch, annotations, order, sorted_image, class_index)
                 lost = np.flatnonzero(there & (match < 0))
                 report.add("mask without a box", DROPPED, str(path), lost + line)

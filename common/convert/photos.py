@@ -90,7 +90,7 @@ def read_sizes(
     for i, size in enumerate(results):
         sizes[i] = size
         progress.report(i + 1)
-    return sizes, (sizes > 0).all(1)
+    return sizes, np.all(sizes > 0, axis=1)
 
 
 def _size(path: Path, decode: bool) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a conversion dropped or repaired, by reason, with the first examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from common.io.errors import UserError
 
 DROPPED = "dropped"
 REPAIRED = "repaired"
+EXAMPLES = 20  # of each reason that the report keeps
 
 
 class Report:
@@ -16,12 +17,10 @@ class Report:
 
     Args:
       strict: raise a `UserError` naming file and row instead of counting.
-      max_examples: how many examples of each reason are kept.
     """
 
-    def __init__(self, strict: bool = False, max_examples: int = 20):
+    def __init__(self, strict: bool = False):
         self._strict = strict
-        self._max_examples = max_examples
         self._entries: dict[str, dict[str, Any]] = {}
 
     def add(
@@ -30,7 +29,7 @@ class Report:
         action: str,
         files: Sequence[str] | str,
         rows: Sequence[Any] | np.ndarray,
-        describe: Callable[[int], str] | None = None,
+        found: Sequence[str] = (),
     ) -> None:
         """Counts `len(rows)` rows.
 
@@ -39,7 +38,7 @@ class Report:
           action: DROPPED or REPAIRED.
           files: file of each row, or one for all.
           rows: line numbers, annotation ids or image ids.
-          describe: given the position in `rows`, says what was found.
+          found: what was found in the first EXAMPLES of `rows`.
 
         Raises:
           UserError: there is a row and the report is strict.
@@ -50,17 +49,17 @@ class Report:
             reason, {"reason": reason, "action": action, "count": 0, "examples": []}
         )
         entry["count"] += len(rows)
-        for i in range(min(len(rows), self._max_examples - len(entry["examples"]))):
+        for i in range(min(len(rows), EXAMPLES - len(entry["examples"]))):
             row = rows[i].item() if isinstance(rows[i], np.generic) else rows[i]
             example = {"file": files if isinstance(files, str) else files[i], "row": row}
-            if describe is not None:
-                example["found"] = describe(i)
+            if found:
+                example["found"] = found[i]
             entry["examples"].append(example)
         if self._strict:
             first = entry["examples"][0]
-            found = f" ({first['found']})" if "found" in first else ""
+            text = f" ({first['found']})" if "found" in first else ""
             raise UserError(
-                f"{first['file']}, row {first['row']}: {reason}{found}; --strict refuses it"
+                f"{first['file']}, row {first['row']}: {reason}{text}; --strict refuses it"
             )
 
     def count(self, reason: str) -> int:

@@ -109,7 +109,7 @@ def read_tfds(
 def _find_objects(name: str, features: Any) -> tuple[str, list[str], str]:
     """Key of the sequence of boxes, class names, and format of the boxes."""
     for key, feature in features.items():
-        inner = getattr(feature, "feature", None)  # of a Sequence
+        inner: Any = getattr(feature, "feature", None)  # of a Sequence
         if not hasattr(inner, "keys") or not {"bbox", "label"} <= set(inner.keys()):
             continue
         class_names = getattr(inner["label"], "names", None)
@@ -126,7 +126,8 @@ class _Reader:
     """Collects examples; photos go to disk at once."""
 
     def __init__(self, objects: str, box_format: str, folder: Path, report: Report, source: str):
-        self.images, self.columns, self.files = ImageTable(), Columns(BOX_COLUMNS), []
+        self.images, self.columns = ImageTable(), Columns(BOX_COLUMNS)
+        self.files: list[str] = []
         self._objects, self._format, self._folder = objects, box_format, folder
         self._report, self._source = report, source
 
@@ -183,7 +184,9 @@ def _corners(
     """Normalised xmin, ymin, xmax, ymax from any of TFDS's formats."""
     box = np.asarray(box, np.float32).reshape(-1, 4)
     layout = box_format.lower().removeprefix("rel_")
-    scale = 1.0 if box_format.lower().startswith("rel_") else np.float32([width, height] * 2)
+    scale = (
+        1.0 if box_format.lower().startswith("rel_") else np.array([width, height] * 2, np.float32)
+    )
     if layout == "yxyx":
         box = box[:, [1, 0, 3, 2]]
     elif layout == "xywh":

@@ -57,7 +57,7 @@ def read_voc(
         raise UserError(f"--source={source}: no .xml files below it")
     stems = [Path(path).stem for path in xml_paths]
     unique = len(set(stems)) == len(stems)
-    images, files = ImageTable(), []
+    images, files = ImageTable(), list[str]()
     rows, names, corners, flags, sizes = [], [], [], [], []
     progress = Progress(len(xml_paths), what="reading XML", unit="files")
     for path, stem in zip(xml_paths, stems, strict=True):

@@ -142,7 +142,9 @@ class Dataset:
         if image_root is not None:
             meta["image_root"] = image_root
         labels, names = read_classes(directory / "classes.csv")
-        arrays = {name: _load(directory, name) for name in (*STRINGS, "image_id_order")}
+        arrays: dict[str, Any] = {
+            name: _load(directory, name) for name in (*STRINGS, "image_id_order")
+        }
         for name in INDEX:
             absent = name in OPTIONAL and not meta.get(OPTIONAL[name])
             arrays[name] = None if absent else _load(directory, name)

@@ -21,6 +21,8 @@ from common.io.atomic import atomic_folder, open_atomic
 from common.io.errors import UserError
 from common.io.paths import PathLike
 
+Integers = Sequence[int] | np.ndarray
+
 
 class DatasetWriter:
     """Writes a dataset directory piece by piece; it appears under its name only when complete.
@@ -100,14 +102,14 @@ class DatasetWriter:
         self,
         image_id: str,
         path: str,
-        size: Sequence[int] | np.ndarray = (0, 0),
+        size: Integers = (0, 0),
         boxes: Any = (),
-        classes: Sequence[int] | np.ndarray = (),
-        flags: Sequence[int] | np.ndarray | None = None,
-        label_classes: Sequence[int] | np.ndarray = (),
-        label_confidences: Sequence[int] | np.ndarray = (),
+        classes: Integers = (),
+        flags: Integers | None = None,
+        label_classes: Integers = (),
+        label_confidences: Integers = (),
         masks: Sequence[Any] | None = None,
-        areas: Sequence[int] | np.ndarray | None = None,
+        areas: Sequence[float] | np.ndarray | None = None,
         ignore: Any = (),
     ) -> int:
         """Adds one image with n boxes, returns its index.
@@ -151,17 +153,17 @@ class DatasetWriter:
         image_ids: Sequence[str],
         image_paths: Sequence[str],
         image_sizes: Int32[np.ndarray, "n 2"],
-        box_counts: Sequence[int] | np.ndarray,
+        box_counts: Integers,
         boxes: Float32[np.ndarray, "m 4"],
         box_classes: Int32[np.ndarray, " m"],
         box_flags: UInt8[np.ndarray, " m"],
-        label_counts: Sequence[int] | np.ndarray,
+        label_counts: Integers,
         label_classes: Int32[np.ndarray, " l"],
         label_confidences: UInt8[np.ndarray, " l"],
-        mask_lengths: Sequence[int] | np.ndarray | None = None,
+        mask_lengths: Integers | None = None,
         mask_bytes: bytes = b"",
-        box_areas: Sequence[int] | np.ndarray | None = None,
-        ignore_counts: Sequence[int] | np.ndarray | None = None,
+        box_areas: Sequence[float] | np.ndarray | None = None,
+        ignore_counts: Integers | None = None,
         ignore_boxes: Float32[np.ndarray, "q 4"] | None = None,
     ) -> None:
         """Adds n images with their boxes (labels, ignore boxes) one after the other.
@@ -213,7 +215,7 @@ class DatasetWriter:
         self.num_labels += num_labels
 
     def _add_ignore(
-        self, num_images: int, counts: Sequence[int] | np.ndarray | None, boxes: np.ndarray | None
+        self, num_images: int, counts: Integers | None, boxes: np.ndarray | None
     ) -> None:
         boxes = np.zeros((0, 4), np.float32) if boxes is None else boxes
         counts = [0] * num_images if counts is None else counts
@@ -227,7 +229,7 @@ class DatasetWriter:
         elif len(boxes):
             raise ValueError("ignore boxes given to a writer without has_ignore")
 
-    def add_split(self, name: str, indices: Sequence[int] | np.ndarray) -> None:
+    def add_split(self, name: str, indices: Integers) -> None:
         """Writes a split; an existing one of that name is replaced."""
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
             raise UserError(f"split name {name!r}: use letters, digits, '.', '_' and '-'")

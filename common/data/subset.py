@@ -74,6 +74,7 @@ def write_subset(
             rows, label_classes, label_counts = _kept(
                 dataset.label_offsets, dataset.label_classes, slab, new_class
             )
+            ignore_counts, ignore_boxes = _ignore_boxes(dataset, slab)
             writer.add_images(
                 _texts(dataset.image_ids[slab]),
                 _texts(dataset.image_paths[slab]),
@@ -86,7 +87,8 @@ def write_subset(
                 label_classes,
                 np.asarray(dataset.label_confidences[rows]),
                 box_areas=None if dataset.box_areas is None else dataset.box_areas[boxes],
-                **_ignore_boxes(dataset, slab),
+                ignore_counts=ignore_counts,
+                ignore_boxes=ignore_boxes,
             )
         for split, indices in splits.items():
             writer.add_split(split, np.searchsorted(images, indices))
@@ -103,12 +105,14 @@ def _kept(
     return rows[kept], renamed[kept], np.bincount(owner[kept], minlength=len(images))
 
 
-def _ignore_boxes(dataset: Dataset, images: np.ndarray) -> dict[str, np.ndarray]:
+def _ignore_boxes(
+    dataset: Dataset, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     if dataset.ignore_offsets is None or dataset.ignore_boxes is None:
-        return {}
+        return None, None
     owner, rows = rows_of(dataset.ignore_offsets, images)
     counts = np.bincount(owner, minlength=len(images))
-    return {"ignore_counts": counts, "ignore_boxes": np.asarray(dataset.ignore_boxes[rows])}
+    return counts, np.asarray(dataset.ignore_boxes[rows])
 
 
 def _texts(values: Sequence[bytes]) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import ijson
 
@@ -83,9 +83,8 @@ def _check_empty(path: Path, key: str | None, required: bool) -> None:
 
 def _parse(path: Path, parser: str, *arguments: str) -> Iterator[Any]:
     """Runs a parser of ijson over a file, with errors of one line."""
-    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rb") as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             source = _Source(path, file)
             try:
                 yield from getattr(ijson, parser)(
@@ -102,7 +101,7 @@ def _parse(path: Path, parser: str, *arguments: str) -> Iterator[Any]:
 class _Source:
     """A file that knows how far it has been read."""
 
-    def __init__(self, path: Path, file: IO[bytes]):
+    def __init__(self, path: Path, file: BinaryIO | gzip.GzipFile):
         self._file = file
         self._chunk, self._start, self._end = b"", 0, 0
         size = 0 if path.suffix == ".gz" else os.path.getsize(path)
