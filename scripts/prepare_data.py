@@ -18,9 +18,10 @@ from pathlib import Path
 from absl import flags
 
 from common.convert import openimages
-from common.convert.assemble import Options, write_dataset
+from common.convert.assemble import write_dataset
+from common.convert.options import Options
 from common.convert.report import Report
-from common.convert.split import KINDS, parse_shares
+from common.convert.splits import KINDS, parse_shares
 from common.data.dataset import check_output
 from common.io.commands import run_main
 from common.io.errors import UserError

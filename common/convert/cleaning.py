@@ -115,77 +115,50 @@ def check_layout(boxes: Float[np.ndarray, "M 4"], where: str, columns: str) -> N
         )
 
 
-def check_pixel_xywh(
-    xywh: Float[np.ndarray, "M 4"], height_width: Float[np.ndarray, "M 2"], where: str
+def check_pixels(
+    boxes: Float[np.ndarray, "M 4"],
+    height_width: Float[np.ndarray, "M 2"],
+    where: str,
+    *,
+    corners: bool,
 ) -> None:
-    """Catches corners for widths, fractions for pixels and sizes of other photos, in COCO boxes.
+    """Catches fractions for pixels, corners for widths (or the reverse) and sizes of other photos.
 
     Args:
-      xywh: x, y, width, height as read, supposed to be pixels.
+      boxes: as read, supposed to be pixels: x, y, width, height as in COCO, or corners as in VOC.
       height_width: size of the photo of each box in pixels.
-      where: the file, for the message.
-
-    Raises:
-      UserError: says what the numbers look like.
-    """
-    good = np.isfinite(xywh).all(1) & (height_width > 2).all(1)
-    xywh, size = xywh[good], height_width[good]
-    if len(xywh) < _MIN_BOXES:
-        return
-    fractions = float((xywh <= 1.5).all(1).mean())
-    if fractions > 0.9:
-        raise UserError(
-            f"{where}: bbox looks normalised (no value above 1.5 in {fractions:.0%} of the boxes); "
-            "expected x, y, width, height in pixels"
-        )
-    far = xywh[:, :2] + xywh[:, 2:]
-    limit = size[:, ::-1] * 1.01 + 1  # width, height
-    over = float((far > limit).any(1).mean())
-    if over <= 0.2:
-        return
-    corners = (xywh[:, 2:] > xywh[:, :2]).all(1) & (xywh[:, 2:] <= limit).all(1)
-    if corners.mean() > 0.95:
-        raise UserError(
-            f"{where}: bbox looks like xmin, ymin, xmax, ymax ({over:.0%} of the boxes leave the "
-            "photo when read as x, y, width, height); expected x, y, width, height"
-        )
-    if over > 0.5:
-        raise UserError(
-            f"{where}: {over:.0%} of the boxes leave their photo; are width and height those of "
-            "the photos on which the boxes were drawn?"
-        )
-
-
-def check_pixel_corners(
-    boxes: Float[np.ndarray, "M 4"], height_width: Float[np.ndarray, "M 2"], where: str
-) -> None:
-    """Catches fractions for pixels, widths for corners and sizes of other photos, in VOC boxes.
-
-    Args:
-      boxes: as read, supposed to be corners in pixels.
-      height_width: size of the photo of each box in pixels.
-      where: the folder, for the message.
+      where: the file or folder, for the message.
+      corners: which of the two is expected.
 
     Raises:
       UserError: says what the numbers look like.
     """
     good = np.isfinite(boxes).all(1) & (height_width > 2).all(1)
-    boxes, size = boxes[good], height_width[good]
+    boxes, limit = boxes[good], height_width[good][:, ::-1] * 1.01 + 1  # width, height
     if len(boxes) < _MIN_BOXES:
         return
+    forms = ("x, y, width, height", "xmin, ymin, xmax, ymax")
+    expected = f"expected {forms[corners]} in pixels"
     fractions = float((boxes <= 1.5).all(1).mean())
     if fractions > 0.9:
         raise UserError(
-            f"{where}: boxes look normalised ({fractions:.0%} end below 1.5); expected xmin, ymin, "
-            "xmax, ymax in pixels"
+            f"{where}: boxes look normalised (no value above 1.5 in {fractions:.0%} of them); "
+            f"{expected}"
         )
     inverted = float((boxes[:, 2:] <= boxes[:, :2]).any(1).mean())
-    if inverted > 0.2:
+    if corners and inverted > 0.2:
         raise UserError(
             f"{where}: in {inverted:.0%} of the boxes a maximum is not above its minimum: "
-            "they look like x, y, width, height; expected xmin, ymin, xmax, ymax"
+            f"they look like {forms[0]}; {expected}"
         )
-    over = float((boxes[:, 2:] > size[:, ::-1] * 1.01 + 1).any(1).mean())
+    far = boxes[:, 2:] if corners else boxes[:, :2] + boxes[:, 2:]
+    over = float((far > limit).any(1).mean())
+    like_corners = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= limit).all(1)
+    if not corners and over > 0.2 and like_corners.mean() > 0.95:
+        raise UserError(
+            f"{where}: boxes look like {forms[1]} ({over:.0%} of them leave the photo when read as "
+            f"{forms[0]}); {expected}"
+        )
     if over > 0.5:
         raise UserError(
             f"{where}: {over:.0%} of the boxes leave their photo; are width and height those of "

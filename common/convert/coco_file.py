@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from common.convert.cleaning import check_pixel_xywh
+from common.convert.cleaning import check_pixels
 from common.data.dataset import ABSENT, CROWD, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.io.errors import UserError
 from common.io.json_stream import stream_lists
@@ -96,7 +96,7 @@ class CocoFile:
         image = self.images()
         sizes = np.array([*self.image_sizes, (np.nan, np.nan)], np.float32)[image]
         box = np.array(self.xywh, np.float32).reshape(-1, 4)
-        check_pixel_xywh(box, sizes, str(self.path))
+        check_pixels(box, sizes, str(self.path), corners=False)
         box[:, 2:] += box[:, :2]
         box /= sizes[:, [1, 0, 1, 0]]
         return box

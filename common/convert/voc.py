@@ -18,7 +18,7 @@ import numpy as np
 
 from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, Columns, ImageTable
 from common.convert.classes import read_class_list, read_hierarchy
-from common.convert.cleaning import check_pixel_corners
+from common.convert.cleaning import check_pixels
 from common.convert.photos import walk
 from common.convert.report import Report
 from common.data.dataset import OCCLUDED, TRUNCATED
@@ -95,7 +95,7 @@ def read_voc(
     if rows:
         pixels = np.array(corners, np.float64)
         height_width = np.array(sizes, np.float64)
-        check_pixel_corners(pixels, height_width, str(source))
+        check_pixels(pixels, height_width, str(source), corners=True)
         row_array = np.array(rows, np.int64)
         columns.append(
             **{"class": [class_index.get(name, -1) for name in names]},

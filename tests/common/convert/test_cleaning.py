@@ -5,13 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.convert.cleaning import (
-    check_class_ids,
-    check_layout,
-    check_pixel_corners,
-    check_pixel_xywh,
-    clean_boxes,
-)
+from common.convert.cleaning import check_class_ids, check_layout, check_pixels, clean_boxes
 from common.convert.report import Report
 from common.io.errors import UserError
 from tests.oracles.cleaning import clean_rows
@@ -61,24 +55,24 @@ def test_layout_mix_ups_are_recognised():
     pixels = corners * [400, 300, 400, 300]
     xywh = np.concatenate([pixels[:, :2], pixels[:, 2:] - pixels[:, :2]], 1)
     check_layout(corners, "f", "c")
-    check_pixel_corners(pixels, size, "f")
-    check_pixel_xywh(xywh, size, "f")
+    check_pixels(pixels, size, "f", corners=True)
+    check_pixels(xywh, size, "f", corners=False)
     with pytest.raises(UserError, match="look like pixels"):
         check_layout(pixels, "f", "c")
     with pytest.raises(UserError, match="look like x, y, width, height"):
         check_layout(xywh / [400, 300, 400, 300], "f", "c")
-    with pytest.raises(UserError, match="looks like xmin, ymin, xmax, ymax"):
-        check_pixel_xywh(pixels, size, "f")
-    with pytest.raises(UserError, match="looks normalised"):
-        check_pixel_xywh(corners, size, "f")
-    with pytest.raises(UserError, match="width and height"):
-        check_pixel_xywh(xywh, size / 4, "f")
+    with pytest.raises(UserError, match="look like xmin, ymin, xmax, ymax"):
+        check_pixels(pixels, size, "f", corners=False)
     with pytest.raises(UserError, match="look normalised"):
-        check_pixel_corners(corners, size, "f")
-    with pytest.raises(UserError, match="look like x, y, width, height"):
-        check_pixel_corners(xywh, size, "f")
+        check_pixels(corners, size, "f", corners=False)
     with pytest.raises(UserError, match="width and height"):
-        check_pixel_corners(pixels, size / 4, "f")
+        check_pixels(xywh, size / 4, "f", corners=False)
+    with pytest.raises(UserError, match="look normalised"):
+        check_pixels(corners, size, "f", corners=True)
+    with pytest.raises(UserError, match="look like x, y, width, height"):
+        check_pixels(xywh, size, "f", corners=True)
+    with pytest.raises(UserError, match="width and height"):
+        check_pixels(pixels, size / 4, "f", corners=True)
 
 
 def test_class_ids_off_by_one_are_recognised():

@@ -1,13 +1,18 @@
-"""Divides images into splits of given shares, at random or so that the class distributions match.
+"""Splits of a set: those of the user's file, and images divided anew into splits of given shares.
 
 Shape legend: N images, P pairs of an image and a class that it holds, K classes, S splits.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, Int8
 
+from common.convert.annotations import Annotations
+from common.convert.options import Options
+from common.convert.report import REPAIRED, Report
 from common.io.errors import UserError
 from common.tables.ranges import rows_of
 
@@ -33,6 +38,108 @@ def parse_shares(pairs: Sequence[str]) -> dict[str, float]:
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise UserError(f"--shares: {','.join(pairs)} add up to {sum(shares.values()):g}, not 1")
     return shares
+
+
+def named_splits(
+    annotations: Annotations, path: Path | None, report: Report
+) -> tuple[dict[str, np.ndarray], set[int]]:
+    """Splits of the source with those of the user's file over them.
+
+    Args:
+      annotations: get an image for each id of the file that has no annotations.
+      path: JSON file {"name": [ids]}, None = no such file.
+      report: gets ids that are given twice.
+
+    Returns:
+      Split name -> image indices; and the images that are new: photos without annotations (test
+      sets), which stay only where their photo is.
+
+    Raises:
+      UserError: a broken file, or a split none of whose ids is in the annotations.
+    """
+    splits = dict(annotations.splits)
+    if path is None:
+        return splits, set()
+    images = annotations.images
+    numbers: dict[str, int] = {}
+    for i, image_id in enumerate(images.ids):
+        if image_id.isdecimal():
+            numbers.setdefault(image_id.lstrip("0"), i)
+    first_new = len(images)
+    for name, ids in _read_splits(path).items():
+        members = []
+        for text in map(str, ids):
+            index = images.find(text)
+            if index < 0 and text.isdecimal():  # 9 means 000000000009
+                index = numbers.get(text.lstrip("0"), -1)
+            members.append(images.add(text) if index < 0 else index)
+        if members and min(members) >= first_new and first_new:
+            raise UserError(
+                f"{path}: none of the ids of split {name!r} is in the annotations "
+                f"(first {ids[0]!r}; the annotations have ids like {images.ids[0]!r})"
+            )
+        unique = list(dict.fromkeys(members))
+        report.add("id twice in a split", REPAIRED, str(path), [name] * (len(ids) - len(unique)))
+        splits[name] = np.array(unique, np.int64)
+    return splits, set(range(first_new, len(images)))
+
+
+def _read_splits(path: Path) -> dict[str, list[str | int]]:
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the splits ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON ({error})") from error
+    good = isinstance(splits, dict) and all(
+        isinstance(ids, list) and all(isinstance(i, str | int) for i in ids)
+        for ids in splits.values()
+    )
+    if not good:
+        raise UserError(f'{path}: expected {{"name": [ids], ...}}')
+    return splits
+
+
+def divided_splits(
+    splits: dict[str, np.ndarray],
+    options: Options,
+    kept: Int[np.ndarray, " N"],
+    classes: Int[np.ndarray, " M"],
+    box_counts: Int[np.ndarray, " N"],
+    num_classes: int,
+) -> dict[str, np.ndarray]:
+    """Splits in which those of `options.pool` are divided anew.
+
+    Args:
+      splits: split name -> image indices.
+      options: kind of the division, shares, seed and pool.
+      kept: image indices of the N images that are written, ascending.
+      classes: of the M boxes of these images, one image after the other.
+      box_counts: number of boxes of each image.
+      num_classes: K.
+
+    Raises:
+      UserError: no such splits, or a new one is called like one that stays.
+    """
+    pool = options.pool or list(splits)
+    others = {name: images for name, images in splits.items() if name not in pool}
+    if not set(pool) <= set(splits) or set(others) & set(options.shares):
+        raise UserError(
+            f"--pool={','.join(pool)} --shares={','.join(options.shares)}: the splits are "
+            f"{', '.join(splits)}; expected to pool some of them, and new names unlike the others"
+        )
+    pooled = np.isin(kept, np.concatenate([splits[name] for name in pool]))
+    number = np.cumsum(pooled) - 1  # of each pooled image
+    shares = np.array(list(options.shares.values()))
+    if options.split == "random":
+        split = random_split(int(pooled.sum()), shares, options.seed)
+    else:
+        rows = np.repeat(pooled, box_counts)
+        image = np.repeat(number, box_counts)[rows]
+        split = stratified_split(
+            image, classes[rows], int(pooled.sum()), num_classes, shares, options.seed
+        )
+    return others | {name: kept[pooled][split == i] for i, name in enumerate(options.shares)}
 
 
 def random_split(

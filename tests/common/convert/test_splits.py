@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.convert.split import parse_shares, random_split, stratified_split
+from common.convert.splits import parse_shares, random_split, stratified_split
 from common.io.errors import UserError
 
 SHARES = np.array([0.8, 0.1, 0.1])

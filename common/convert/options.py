@@ -1,0 +1,39 @@
+"""What the user asks of a conversion, whatever the format of the source."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of scripts.prepare_data that all formats have.
+
+    Attributes:
+      output: dataset directory to write.
+      images: folder of the photos or an address such as gs://bucket/folder; None = look for them
+        where the annotations are.
+      image_pattern: path below `images` with {id} in it, taken without looking ('' = look).
+      splits: JSON file {"name": [ids]} that adds or replaces splits.
+      read_sizes: read photo sizes from headers; None = for up to 200,000 photos.
+      check_photos: decode every photo once.
+      overwrite: replace an existing dataset.
+      split: 'random' or 'stratified' divides the images of `pool` anew ('' = do not).
+      shares: split name -> share of the images.
+      seed: of the division.
+      pool: splits to divide, () = all; others stay as they are.
+      ignore: files in COCO form whose boxes on the same photos become ignore boxes.
+    """
+
+    output: Path
+    images: str | None = None
+    image_pattern: str = ""
+    splits: Path | None = None
+    read_sizes: bool | None = None
+    check_photos: bool = False
+    overwrite: bool = False
+    split: str = ""
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    pool: Sequence[str] = ()
+    ignore: Sequence[str] = ()
