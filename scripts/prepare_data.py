@@ -18,10 +18,14 @@ from pathlib import Path
 from absl import flags
 
 from common.convert import openimages
+from common.convert.annotations import Annotations
 from common.convert.assemble import write_dataset
+from common.convert.coco import read_coco
 from common.convert.options import Options
 from common.convert.report import Report
 from common.convert.splits import KINDS, parse_shares
+from common.convert.tfds import read_tfds
+from common.convert.voc import read_voc
 from common.data.dataset import check_output
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -97,78 +101,58 @@ def define_flags() -> None:
 
 
 def main(format_name: str) -> None:
-    started = time.monotonic()
-    output = Path(flags.FLAGS.output)
-    check_output(output.absolute(), flags.FLAGS.overwrite)
+    started, args = time.monotonic(), flags.FLAGS
+    output = Path(args.output)
+    check_output(output.absolute(), args.overwrite)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    report = Report(strict=flags.FLAGS.strict)
+    report = Report(strict=args.strict)
     options = Options(
         output=output,
-        images=flags.FLAGS.images,
-        image_pattern=flags.FLAGS.image_pattern,
-        splits=_path(flags.FLAGS.splits),
-        read_sizes=flags.FLAGS.read_sizes,
-        check_photos=flags.FLAGS.check_photos,
-        overwrite=flags.FLAGS.overwrite,
-        split=flags.FLAGS.split or "",
-        shares=parse_shares(flags.FLAGS.shares),
-        seed=flags.FLAGS.split_seed,
-        pool=flags.FLAGS.pool,
-        ignore=flags.FLAGS.ignore,
+        images=args.images,
+        image_pattern=args.image_pattern,
+        splits=_path(args.splits),
+        read_sizes=args.read_sizes,
+        check_photos=args.check_photos,
+        overwrite=args.overwrite,
+        split=args.split or "",
+        shares=parse_shares(args.shares),
+        seed=args.split_seed,
+        pool=args.pool,
+        ignore=args.ignore,
     )
     # Beside the output: spooled masks and photos move there without a copy.
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.absolute().parent) as spool:
-        annotations = _read(format_name, report, Path(spool))
+        annotations = _read(format_name, args.source, report, Path(spool))
         write_dataset(annotations, options, report)
     print(f"done in {time.monotonic() - started:.1f} s", flush=True)
 
 
-def _read(format_name: str, report: Report, spool: Path):
-    hierarchy, classes = _path(flags.FLAGS.hierarchy), _path(flags.FLAGS.classes)
+def _read(format_name: str, source: str, report: Report, spool: Path) -> Annotations:
+    args = flags.FLAGS
+    hierarchy, classes = _path(args.hierarchy), _path(args.classes)
     if classes is not None and format_name not in ("openimages", "voc"):
         raise UserError(f"--classes: {format_name} brings its own class list")
     if format_name == "openimages":
         return openimages.read_openimages(
-            Path(flags.FLAGS.source),
+            Path(source),
             report,
             spool,
-            task=flags.FLAGS.task,
-            edition=flags.FLAGS.boxes,
+            task=args.task,
+            edition=args.boxes,
             classes=classes,
             hierarchy=hierarchy,
-            mask_folder=_path(flags.FLAGS.masks),
-        )
-    if format_name in ("coco", "lvis", "objects365"):
-        from common.convert.coco import read_coco
-
-        return read_coco(
-            flags.FLAGS.source,
-            report,
-            spool,
-            name=format_name,
-            image_id=flags.FLAGS.image_id,
-            hierarchy=hierarchy,
+            mask_folder=_path(args.masks),
         )
     if format_name == "voc":
-        from common.convert.voc import read_voc
-
+        one_based = args.voc_one_based
         return read_voc(
-            Path(flags.FLAGS.source),
-            report,
-            classes=classes,
-            hierarchy=hierarchy,
-            one_based=flags.FLAGS.voc_one_based,
+            Path(source), report, classes=classes, hierarchy=hierarchy, one_based=one_based
         )
-    # TensorFlow takes seconds to import: only here.
-    from common.convert.tfds import read_tfds
-
-    return read_tfds(
-        flags.FLAGS.source,
-        report,
-        flags.FLAGS.data_dir,
-        spool,
-        download=flags.FLAGS.download,
-        hierarchy=hierarchy,
+    if format_name == "tfds":
+        folder, download = args.data_dir, args.download
+        return read_tfds(source, report, folder, spool, download=download, hierarchy=hierarchy)
+    return read_coco(
+        source, report, spool, name=format_name, image_id=args.image_id, hierarchy=hierarchy
     )
 
 

@@ -45,12 +45,14 @@ def read_class_list(path: Path) -> tuple[list[str], list[str]]:
     return labels, names
 
 
-def read_hierarchy(path: Path, class_labels: Sequence[str]) -> dict[str, Any]:
-    """Reads a hierarchy and hangs classes that it does not mention below the root.
+def read_hierarchy(path: Path | None, class_labels: Sequence[str]) -> dict[str, Any] | None:
+    """Reads a hierarchy and hangs classes that it does not mention below the root; None = flat.
 
     Raises:
       UserError: no JSON, nodes without LabelName, or a tree of other classes.
     """
+    if path is None:
+        return None
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -100,7 +100,7 @@ def read_coco(
         source=source,
         class_labels=class_labels,
         class_names=names,
-        hierarchy=read_hierarchy(hierarchy, class_labels) if hierarchy else None,
+        hierarchy=read_hierarchy(hierarchy, class_labels),
         images=images,
         splits=splits,
         boxes=boxes,
@@ -114,22 +114,22 @@ def read_coco(
 
 def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
     """Split -> file, and the folder in which photos are looked for."""
-    found: list[Path] = []
+    files: list[Path] = []
     for part in source.split(","):
         folder = Path(part)
         if folder.is_dir():
             inside = sorted(folder.glob("*.json")) or sorted(folder.glob("annotations/*.json"))
             if lvis:
                 # Lists of categories lie beside the annotations.
-                found += [p for p in inside if re.match(r"lvis_(?!.*categories)", p.name)]
+                files += [p for p in inside if re.match(r"lvis_(?!.*categories)", p.name)]
                 continue
-            found += [path for path in inside if not path.name.startswith(_OTHER)]
+            files += [path for path in inside if not path.name.startswith(_OTHER)]
         else:
-            found += [Path(name) for name in sorted(glob.glob(part))]
-    if not found:
+            files += [Path(name) for name in sorted(glob.glob(part))]
+    if not files:
         raise UserError(f"--source={source}: no JSON file there")
     paths: dict[str, Path] = {}
-    for path in found:
+    for path in files:
         split = _PREFIX.sub("", path.stem)
         if split in paths:
             raise UserError(
@@ -137,20 +137,20 @@ def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
                 f"such as --source='{path.parent}/instances_*.json'"
             )
         paths[split] = path
-    search = Path(source) if Path(source).is_dir() else found[0].parent
+    search = Path(source) if Path(source).is_dir() else files[0].parent
     return paths, search.parent if search.name == "annotations" else search
 
 
-def _merge_categories(known: dict[int, str], found: dict[int, str], path: Path, first: str) -> None:
-    if not found:
+def _merge_categories(known: dict[int, str], new: dict[int, str], path: Path, first: str) -> None:
+    if not new:
         raise UserError(f"{path}: 'categories' is empty")
     if not known:
-        known.update(found)
-    elif known != found:
-        odd = next(iter(dict(known.items() ^ found.items())))
+        known.update(new)
+    elif known != new:
+        odd = next(iter(dict(known.items() ^ new.items())))
         raise UserError(
             f"{path}: categories differ from those of {first}: id {odd} is "
-            f"{found.get(odd)!r} here and {known.get(odd)!r} there"
+            f"{new.get(odd)!r} here and {known.get(odd)!r} there"
         )
 
 

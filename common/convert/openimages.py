@@ -96,18 +96,17 @@ def read_openimages(
     Raises:
       UserError: a file is missing, found twice or broken.
     """
-    found = _find_sources(source, task, edition, classes, hierarchy)
-    class_labels, class_names = read_class_list(found.classes)
-    tree = read_hierarchy(found.hierarchy, class_labels) if found.hierarchy else None
+    sources = _find_sources(source, task, edition, classes, hierarchy)
+    class_labels, class_names = read_class_list(sources.classes)
     images, files = Images(), list[str]()
     splits: dict[str, list[np.ndarray]] = {}
     box_columns, label_columns = Columns(BOX_COLUMNS), Columns(LABEL_COLUMNS)
     class_index = {label: i for i, label in enumerate(class_labels)}
-    for split, path in found.boxes.items():
+    for split, path in sources.boxes.items():
         members = _read_boxes(path, class_index, images, box_columns, len(files))
         files.append(str(path))
         splits.setdefault(split, []).append(members)
-    for split, path in found.labels.items():
+    for split, path in sources.labels.items():
         members = _read_labels(path, class_index, images, label_columns, len(files), report)
         files.append(str(path))
         splits.setdefault(split, []).append(members)
@@ -117,7 +116,7 @@ def read_openimages(
         source=str(source),
         class_labels=class_labels,
         class_names=class_names,
-        hierarchy=tree,
+        hierarchy=read_hierarchy(sources.hierarchy, class_labels),
         images=images,
         splits={name: np.unique(np.concatenate(parts)) for name, parts in splits.items()},
         boxes=boxes,
@@ -126,10 +125,10 @@ def read_openimages(
         search=source,
         extra={"exhaustive": False},
     )
-    if found.masks:
+    if sources.masks:
         openimages_masks.attach(
             annotations,
-            list(found.masks.values()),
+            list(sources.masks.values()),
             mask_folder or source,
             spool_folder / "masks.spool",
             class_index,

@@ -95,7 +95,7 @@ def read_tfds(
         source=f"tfds {builder.info.full_name}",
         class_labels=class_names,
         class_names=class_names,
-        hierarchy=read_hierarchy(hierarchy, class_names) if hierarchy else None,
+        hierarchy=read_hierarchy(hierarchy, class_names),
         images=state.images,
         splits=splits,
         boxes=boxes,

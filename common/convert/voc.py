@@ -110,7 +110,7 @@ def read_voc(
         source=str(source),
         class_labels=labels,
         class_names=class_names,
-        hierarchy=read_hierarchy(hierarchy, labels) if hierarchy else None,
+        hierarchy=read_hierarchy(hierarchy, labels),
         images=images,
         splits=_splits(source, listing, images),
         boxes=columns.take(),

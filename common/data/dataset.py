@@ -69,6 +69,17 @@ __all__ = [
     "read_classes",
 ]
 
+# Files of the index whose attribute has another name.
+_ATTRIBUTES = {
+    "image_id": "image_ids",
+    "image_path": "image_paths",
+    "image_size": "image_sizes",
+    "box_class": "box_classes",
+    "label_class": "label_classes",
+    "label_confidence": "label_confidences",
+    "box_area": "box_areas",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -156,21 +167,7 @@ class Dataset:
             class_names=names,
             hierarchy=_read_json(directory / "hierarchy.json"),
             splits=sorted(path.stem for path in (directory / "splits").glob("*.npy")),
-            image_ids=arrays["image_id"],
-            image_paths=arrays["image_path"],
-            image_sizes=arrays["image_size"],
-            box_offsets=arrays["box_offsets"],
-            boxes=arrays["boxes"],
-            box_classes=arrays["box_class"],
-            box_flags=arrays["box_flags"],
-            label_offsets=arrays["label_offsets"],
-            label_classes=arrays["label_class"],
-            label_confidences=arrays["label_confidence"],
-            image_id_order=arrays["image_id_order"],
-            mask_offsets=arrays["mask_offsets"],
-            box_areas=arrays["box_area"],
-            ignore_offsets=arrays["ignore_offsets"],
-            ignore_boxes=arrays["ignore_boxes"],
+            **{_ATTRIBUTES.get(name, name): array for name, array in arrays.items()},
         )
 
     @property
@@ -283,29 +280,19 @@ def _load(directory: Path, name: str) -> np.ndarray:
 
 
 def _check_lengths(directory: Path, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
-    images, boxes = meta["num_images"], meta["num_boxes"]
-    labels = meta["num_labels"]
-    expected = {
-        "image_id": images,
-        "image_path": images,
-        "image_size": images,
-        "image_id_order": images,
-        "box_offsets": images + 1,
-        "label_offsets": images + 1,
+    images, boxes, ignored = meta["num_images"], meta["num_boxes"], arrays["ignore_offsets"]
+    rows = {
+        "images": images,
+        "images + 1": images + 1,
         "boxes": boxes,
-        "box_class": boxes,
-        "box_flags": boxes,
-        "label_class": labels,
-        "label_confidence": labels,
-        "mask_offsets": boxes + 1,
-        "box_area": boxes,
-        "ignore_offsets": images + 1,
+        "boxes + 1": boxes + 1,
+        "labels": meta["num_labels"],
+        "ignore boxes": int(ignored[-1]) if ignored is not None and len(ignored) else 0,
     }
-    if arrays["ignore_offsets"] is not None and len(arrays["ignore_offsets"]):
-        expected["ignore_boxes"] = int(arrays["ignore_offsets"][-1])
     for name, array in arrays.items():
-        if array is not None and len(array) != expected.get(name):
+        expected = rows[INDEX[name][2] if name in INDEX else "images"]
+        if array is not None and len(array) != expected:
             raise UserError(
-                f"{directory}/index/{name}.npy: {len(array)} rows, dataset.json says "
-                f"{expected[name]}: prepare the data again"
+                f"{directory}/index/{name}.npy: {len(array)} rows, dataset.json says {expected}: "
+                "prepare the data again"
             )

@@ -15,20 +15,20 @@ ABSENT = 0
 PRESENT = 1
 NOT_EXHAUSTIVE = 2  # present, and not every instance has a box (LVIS)
 
-# File stem -> (dtype, columns or None for a vector); 'S' arrays have their own fixed width.
-INDEX: dict[str, tuple[str, int | None]] = {
-    "image_size": ("int32", 2),
-    "box_offsets": ("int64", None),
-    "boxes": ("float32", 4),
-    "box_class": ("int32", None),
-    "box_flags": ("uint8", None),
-    "label_offsets": ("int64", None),
-    "label_class": ("int32", None),
-    "label_confidence": ("uint8", None),
-    "mask_offsets": ("int64", None),
-    "box_area": ("float64", None),
-    "ignore_offsets": ("int64", None),
-    "ignore_boxes": ("float32", 4),
+# File stem -> dtype, columns (None for a vector), and what there is one row of.
+INDEX: dict[str, tuple[str, int | None, str]] = {
+    "image_size": ("int32", 2, "images"),
+    "box_offsets": ("int64", None, "images + 1"),
+    "boxes": ("float32", 4, "boxes"),
+    "box_class": ("int32", None, "boxes"),
+    "box_flags": ("uint8", None, "boxes"),
+    "label_offsets": ("int64", None, "images + 1"),
+    "label_class": ("int32", None, "labels"),
+    "label_confidence": ("uint8", None, "labels"),
+    "mask_offsets": ("int64", None, "boxes + 1"),
+    "box_area": ("float64", None, "boxes"),
+    "ignore_offsets": ("int64", None, "images + 1"),
+    "ignore_boxes": ("float32", 4, "ignore boxes"),
 }
 # Only there when dataset.json says so under this key.
 OPTIONAL = {
@@ -37,4 +37,5 @@ OPTIONAL = {
     "ignore_offsets": "has_ignore",
     "ignore_boxes": "has_ignore",
 }
+# Strings of one fixed width in each file, and the order that sorts the ids: one an image.
 STRINGS = ("image_id", "image_path")

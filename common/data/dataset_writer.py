@@ -89,7 +89,8 @@ class DatasetWriter:
             (self.temporary / folder).mkdir(parents=True)
         names = [k for k in INDEX if k not in OPTIONAL or self._optional[OPTIONAL[k]]]
         self._arrays = {
-            key: _NpyAppender(self.temporary / "index" / f"{key}.npy", *INDEX[key]) for key in names
+            key: _NpyAppender(self.temporary / "index" / f"{key}.npy", *INDEX[key][:2])
+            for key in names
         }
         for key in names:
             if key.endswith("offsets"):

@@ -119,21 +119,21 @@ def read_classifier(
                 f"{path}: no readable weights ({error}), expected a work directory or a "
                 ".safetensors file"
             ) from error
-    found = [key for key in flat if key == name or key.endswith("/" + name)]
+    kernels = [key for key in flat if key == name or key.endswith("/" + name)]
     if "sibling/" not in name:
-        found = [key for key in found if "/sibling/" not in key]
-    if len(found) != 1:
-        options = found or [key for key, value in flat.items() if np.ndim(value) == 2]
+        kernels = [key for key in kernels if "/sibling/" not in key]
+    if len(kernels) != 1:
+        options = kernels or [key for key, value in flat.items() if np.ndim(value) == 2]
         raise UserError(
-            f"{path}: {len(found)} arrays are called {name}, expected one (choose by "
+            f"{path}: {len(kernels)} arrays are called {name}, expected one (choose by "
             "--classifier); there are "
             f"{', '.join(options[:8]) or 'no matrices'}"
         )
-    kernel = np.asarray(flat[found[0]])
+    kernel = np.asarray(flat[kernels[0]])
     if kernel.ndim != 2 or kernel.shape[1] != num_classes + 1:
         raise UserError(
-            f"{path}: {found[0]} has shape {kernel.shape}, expected (features, {num_classes + 1}): "
-            f"background and the {num_classes} classes of the dataset"
+            f"{path}: {kernels[0]} has shape {kernel.shape}, expected (features, "
+            f"{num_classes + 1}): background and the {num_classes} classes of the dataset"
         )
     return kernel[:, 1:].T.astype(np.float32)
 
