@@ -88,7 +88,7 @@ def main():
     # ---------------------------------------------------------------- C_neg
     confusable, found_by = {}, {}
     for view, (strength, least) in similarities(dataset, args, positive).items():
-        # Classes without training images have nothing to give.
+        # Classes without training images give no background images.
         pairs = selection.negative_classes(dataset, positive, (strength > least) & (with_box > 0))
         confusable[view] = pairs
         for c in np.flatnonzero(pairs.any(axis=0)):

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, UInt64
 from common.convert.report import DROPPED, EXAMPLES, REPAIRED, Report
 from common.io.errors import UserError
 
-# Annotations are rounded (COCO to 0.01 pixel, OpenImages to 1e-6): clipping so little is no repair.
+# Annotations are rounded (COCO to 0.01 pixel, OpenImages to 1e-6): boxes that reach outside the
+# photo by no more than this are clipped and not reported.
 _ROUNDING = 1e-3
-# A whole-set check speaks only when there is enough to see.
+# Checks of a whole set need at least so many boxes.
 _MIN_BOXES = 10
 
 
@@ -51,7 +52,7 @@ def clean_boxes(
         note(reach, "reaches outside the frame", REPAIRED)
         del finite, known, has_area, inside, reach
         np.clip(box, 0, 1, out=box)
-        # Clipping can leave nothing of a box that touched the frame by less than a rounding step.
+        # A box whose part inside the frame is thinner than float32 can tell is empty once clipped.
         flat = keep & ~((box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1]))
     note(flat, "outside the frame", DROPPED)
     keep &= ~flat

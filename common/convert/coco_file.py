@@ -126,7 +126,7 @@ class CocoFile:
         if self._lvis and value.get("coco_url"):
             file = "/".join(str(value["coco_url"]).split("/")[-2:])
         else:
-            # LVIS-like files have only the address of the photo.
+            # Some LVIS files (v1) have the address of the photo instead of its name.
             file = value.get("file_name") or value["coco_url"]
         height, width = _integer(value["height"]), _integer(value["width"])
         if height <= 0 or width <= 0:

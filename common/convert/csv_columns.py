@@ -68,7 +68,7 @@ def stream_csv(
             stream = pa.input_stream(pa.PythonFile(raw, "r"), compression=_compression(path))
             reader = pyarrow.csv.open_csv(
                 stream,
-                # One thread: only then do messages tell the row, and parsing is not the bottleneck.
+                # Messages tell the row only with one thread; parsing is not what takes the time.
                 read_options=pyarrow.csv.ReadOptions(
                     use_threads=False, block_size=_BLOCK_BYTES, column_names=header, skip_rows=1
                 ),

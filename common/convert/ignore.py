@@ -14,11 +14,13 @@ from jaxtyping import Int32
 
 from common.convert.annotations import ImageTable
 from common.convert.coco_file import CocoFile
+from common.convert.photos import photo_name
 from common.io.errors import UserError
 
-# Sizes of resized photos are rounded.
+# Largest difference of log(height / width): sizes of resized photos are rounded.
 _SAME_SHAPE = 0.02
-# Two numberings of different photos give pairs of different shape more often than this.
+# Share of matched images of another shape above which the file is about other photos: image ids of
+# two data sets can be the same numbers by chance.
 _OTHER_PHOTOS = 0.1
 
 
@@ -85,8 +87,8 @@ def _match(content: CocoFile, images: ImageTable) -> np.ndarray:
     """Index in the image table for each image of the file, -1 = none."""
     by_name: dict[str, int] = {}
     for i, image_id in enumerate(images.ids):
-        name = Path(images.files.get(i, image_id)).stem
-        by_name[name] = -1 if name in by_name else i  # two photos of one name tell nothing
+        name = photo_name(image_id, images.files.get(i, ""))
+        by_name[name] = -1 if name in by_name else i  # a name that two photos have matches none
     names = [by_name.get(Path(file).stem, -1) for file in content.image_files]
     if max(names, default=-1) < 0:
         names = [images.find(str(raw_id)) for raw_id in content.image_index]

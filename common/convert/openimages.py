@@ -228,7 +228,7 @@ def _read_boxes(
             check_layout(box, str(path), "XMin, YMin, XMax, YMax")
         flags = np.zeros(len(image), np.uint8)
         for name in set(_FLAGS) & set(batch.schema.names):
-            # -1 means unknown in V4 and later.
+            # -1 means unknown (V4 and later), as does an empty field.
             is_set = batch[name].fill_null(0).to_numpy(False) == 1
             flags |= is_set * np.uint8(_FLAGS[name])
         class_ = _class_indices(batch, class_index)

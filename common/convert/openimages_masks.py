@@ -14,9 +14,10 @@ from common.convert.annotations import Annotations
 from common.convert.csv_columns import stream_csv
 from common.convert.photos import walk
 from common.convert.report import DROPPED, EXAMPLES, Report
+from common.tables.ranges import expand_ranges
 
 _COORDINATES = ("BoxXMin", "BoxYMin", "BoxXMax", "BoxYMax")
-# Box and mask files print the same box with up to six decimals.
+# Largest difference of a coordinate: box and mask files round the same box to six decimals.
 _SAME = 1e-4
 _PAIRS = 200_000  # mask rows matched at once
 
@@ -62,7 +63,7 @@ def attach(
                 lost = np.flatnonzero(there & (match < 0))
                 report.add("mask without a box", DROPPED, str(path), lost + line)
                 for row in np.flatnonzero(there & (match >= 0)):
-                    # Only characters of file names: no JSON escapes but for quotes.
+                    # JSON by hand, since a file name needs no escapes other than these.
                     name = where[names[row]].replace("\\", "/").replace('"', '\\"')
                     text = f'{{"png": "{name}"}}'.encode()
                     out.write(text)
@@ -104,9 +105,8 @@ def _nearest(
 ) -> Int[np.ndarray, " P"]:
     low = np.searchsorted(sorted_image, image, "left")
     counts = np.searchsorted(sorted_image, image, "right") - low
-    mask = np.repeat(np.arange(len(image)), counts)  # all pairs of a mask and a box of its image
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    row = order[np.repeat(low, counts) + within]
+    mask, position = expand_ranges(low, counts)  # all pairs of a mask and a box of its image
+    row = order[position]
     distance = np.abs(table["box"][row] - box[mask]).max(1)
     good = (table["class"][row] == class_[mask]) & (distance < _SAME)
     mask, row, distance = mask[good], row[good], distance[good]

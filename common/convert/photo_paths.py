@@ -1,17 +1,16 @@
 """Where the photos of a set are, and their sizes."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from common.convert.annotations import Annotations, ImageTable
 from common.convert.options import Options
-from common.convert.photos import find_photos, read_sizes
+from common.convert.photos import find_photos, photo_name, read_sizes
 from common.convert.report import DROPPED, EXAMPLES, REPAIRED, Report
 from common.io.errors import UserError
 
-# Up to here the headers of the photos are read without being asked for (about 0.1 ms each).
+# Headers of up to so many photos are read without being asked for (about 0.1 ms each).
 _SIZES_UNASKED = 200_000
 
 
@@ -50,13 +49,7 @@ def locate_photos(
     folder = Path(options.images) if options.images is not None else annotations.search
     if options.images is not None and not folder.is_dir():
         raise UserError(f"--images={folder}: no such folder")
-    wanted: dict[str, list[int]] = {}
-    for i in range(len(images)):
-        file = images.files.get(i, "")
-        stem = os.path.splitext(os.path.basename(file))[0] if file else images.ids[i]
-        wanted.setdefault(stem, []).append(i)
-    hints = images.files
-    paths, seen = find_photos(folder, wanted, lambda i: hints.get(i, ""), len(images))
+    paths, seen = find_photos(folder, images.ids, images.files)
     located = [i for i, path in enumerate(paths) if path is not None]
     if not located and options.images is None:
         print(f"no photos below {folder}: the index is written without them", flush=True)
@@ -65,9 +58,10 @@ def locate_photos(
         paths = [None if i in candidates else _unseen(images, i) for i in range(len(images))]
         return paths, sizes, ""
     if not located:
+        example = photo_name(images.ids[0], images.files.get(0, "")) if images.ids else ""
         raise UserError(
             f"{folder}: none of the {len(images):,} photos is there ({seen:,} other photos seen); "
-            f"looked for names like {next(iter(wanted), '')!r} with .jpg, .jpeg or .png"
+            f"looked for names like {example!r} with .jpg, .jpeg or .png"
         )
     missing = [i for i, path in enumerate(paths) if path is None]
     annotated = [images.ids[i] for i in missing if i not in candidates]

@@ -1,7 +1,7 @@
 """Finding photos below a folder, and reading their sizes from the headers."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,9 @@ from PIL import ExifTags, Image
 from common.io.parallel import map_ordered
 from common.io.progress import Progress
 
-# In order of preference where one folder has several: VOC keeps .png masks beside .jpg photos.
+# In order of preference where files of one name have several: VOC has .png masks beside photos.
 EXTENSIONS = (".jpg", ".jpeg", ".png")
-# Photos come from the user's own folder: very large ones (20,000 x 20,000) are no attack.
+# PIL refuses very large images as attacks; photos of the user's own folder may be that large.
 Image.MAX_IMAGE_PIXELS = None
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -36,21 +36,23 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def find_photos(
-    folder: Path, wanted: dict[str, list[int]], hints: Callable[[int], str], num_images: int
+    folder: Path, ids: Sequence[str], files: Mapping[int, str]
 ) -> tuple[list[str | None], int]:
     """Finds the photo of each image by one listing of a folder.
 
     Args:
       folder: searched with everything below it.
-      wanted: photo name without extension -> indices of the images that it may belong to.
-      hints: index -> path in the source annotations ('' = none). Of several photos of one name,
-        the one that ends with the hint wins, then .jpg before .png, then the first by path.
-      num_images: length of the result.
+      ids: of the images; names of their photos where `files` has none.
+      files: index -> path in the source annotations. Of several photos of one name, the one that
+        ends with that path wins, then .jpg before .png, then the first by path.
 
     Returns:
       Path relative to `folder` (None = not found) of each image, and how many photos were seen.
     """
-    paths: list[str | None] = [None] * num_images
+    wanted: dict[str, list[int]] = {}
+    for i, image_id in enumerate(ids):
+        wanted.setdefault(photo_name(image_id, files.get(i, "")), []).append(i)
+    paths: list[str | None] = [None] * len(ids)
     rank: dict[int, tuple[bool, int]] = {}
     seen = 0
     progress = Progress(0, what=f"listing {folder}", unit="photos")
@@ -62,13 +64,17 @@ def find_photos(
         seen += 1
         progress.report(seen)
         for image in wanted.get(stem, ()):
-            hint = hints(image)
-            fits = bool(hint) and _ends_with(path, hint)
+            fits = image in files and _ends_with(path, files[image])
             quality = (not fits, EXTENSIONS.index(extension))
             if paths[image] is None or quality < rank[image]:
                 paths[image] = path
                 rank[image] = quality
     return paths, seen
+
+
+def photo_name(image_id: str, file: str) -> str:
+    """File name without extension, the id where the source tells no file."""
+    return os.path.splitext(os.path.basename(file))[0] if file else image_id
 
 
 def read_sizes(

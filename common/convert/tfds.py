@@ -59,7 +59,7 @@ def read_tfds(
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    tf.config.set_visible_devices([], "GPU")  # JAX owns the accelerators
+    tf.config.set_visible_devices([], "GPU")  # they are JAX's
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:

@@ -238,7 +238,7 @@ class Dataset:
         """Indices of the images with these ids, -1 where the set has no such image."""
         width = self.image_ids.dtype.itemsize
         encoded = [image_id.encode() for image_id in image_ids]
-        # Longer queries would make NumPy copy the whole table to their width.
+        # A query longer than all ids would make NumPy copy the whole table in that width.
         fits = np.array([len(query) <= width for query in encoded], bool)
         queries = np.array(
             [query if fit else b"" for query, fit in zip(encoded, fits, strict=True)],

@@ -30,12 +30,12 @@ INDEX: dict[str, tuple[str, int | None, str]] = {
     "ignore_offsets": ("int64", None, "images + 1"),
     "ignore_boxes": ("float32", 4, "ignore boxes"),
 }
-# Only there when dataset.json says so under this key.
+# Arrays that a dataset may lack -> key of dataset.json that says whether it has them.
 OPTIONAL = {
     "mask_offsets": "has_masks",
     "box_area": "has_areas",
     "ignore_offsets": "has_ignore",
     "ignore_boxes": "has_ignore",
 }
-# Strings of one fixed width in each file, and the order that sorts the ids: one an image.
+# Byte strings, one an image, each file in the width of its longest.
 STRINGS = ("image_id", "image_path")
