@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from common.data.dataset import Dataset
 from common.data.input import train_batches
-from common.data.plan import train_plan
+from common.data.plans.plan import train_plan
 from common.io.errors import UserError
 from common.io.parallel import behind
 from common.io.progress import Progress
@@ -110,7 +110,7 @@ def recompute_batch_stats(
         process_count=jax.process_count(),
         proposals=open_proposals(settings, dataset, say),
     )
-    key, fields = jax.random.key(settings.seed), train_shapes(settings.data, 1)
+    key, fields = jax.random.key(settings.seed), train_shapes(settings.data, 1, dataset.num_classes)
     started = (
         measure(fixed, jax.random.fold_in(key, number), distributed.to_global(batch, mesh, fields))
         for number, batch in enumerate(batches, start=1)

@@ -106,7 +106,7 @@ def define_flags() -> None:
 def main() -> None:
     settings = read_run(flags.FLAGS.config)
     mesh, say = command.start()
-    dataset = command.open_dataset(settings.data.dir)
+    dataset = command.open_dataset(settings.data.directory)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))
     variables, step = restore_variables(flags.FLAGS.workdir, shapes, mesh, flags.FLAGS.step)

@@ -44,7 +44,7 @@ def main() -> None:
     settings, table, split = read_run(flags.FLAGS.config), flags.FLAGS.proposals, flags.FLAGS.split
     check_flags(settings, table, split)
     mesh, say = command.start()
-    dataset = command.open_dataset(settings.data.dir)
+    dataset = command.open_dataset(settings.data.directory)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))
     variables, step = restore_variables(flags.FLAGS.workdir, shapes, mesh, flags.FLAGS.step)

@@ -60,10 +60,7 @@ def predict_split(
     batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
     predict = compiled_predict_step(model, mesh)
     labels = np.array(dataset.class_labels)
-    indices = dataset.split(split)
     metadata = table_metadata(settings, dataset, split, step)
-    what = f"detect {split}"
-    progress = Progress(-(-len(indices) // batch_size), batch_size, mesh.size, what=what, say=say)
     writer = DetectionsWriter(
         output, metadata, process_index=jax.process_index(), process_count=jax.process_count()
     )
@@ -76,6 +73,8 @@ def predict_split(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        what = f"detect {split}"
+        progress = Progress(batches.num_batches, batch_size, mesh.size, what=what, say=say)
         started = (
             (batch, predict(variables, distributed.to_global(batch, mesh, INFERENCE_FIELDS)))
             for batch in progress.timed(batches)

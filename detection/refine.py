@@ -9,6 +9,7 @@ Shape legend
   n  rows of the table
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from detection.settings import RunSettings
 
 _MATCH_IOU = 0.5  # a box with less has no object to be moved onto
 _CHUNK = 4096  # images scored at a time
+_ROWS = 1 << 16  # boxes handed on at a time
 
 
 class Rows(NamedTuple):
@@ -141,12 +143,18 @@ def refine_table(
         process_count=processes,
         masks=reader.has_masks,
     ) as writer:
-        batches = proposal_batches(dataset, boxes, places, settings.data, batch_size=batch_size)
+        batches, members = proposal_batches(
+            dataset, boxes, places, settings.data, batch_size=batch_size
+        )
         progress = Progress(
             batches.num_batches, batch_size * processes, mesh.size, what="refine", say=say
         )
         _, _, sizes = boxes.pieces(places, settings.data.max_proposals)
-        sizes = np.pad(sizes, (0, -len(sizes) % batch_size)).reshape(-1, batch_size)
+        counts = np.where(members >= 0, sizes[members], 0) if len(sizes) else members
+        # Batches go by canvas, rows by table: the boxes wait in an unnamed file that is mapped.
+        first, total = np.cumsum(sizes) - sizes, int(sizes.sum())
+        new = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(max(total, 1), 4))
+        moved = np.zeros(total, bool)
         predict = compiled_predict_step(model, local_mesh)
 
         def refined() -> Iterator[Rows]:
@@ -159,8 +167,14 @@ def refine_table(
             )
             # The host writes batch i while the devices work on batch i + 1.
             for number, (image_size, results) in enumerate(behind(started)):
-                yield _rows(image_size, results, sizes[number])
-                progress.report(number + 1, {"boxes": int(sizes[: number + 1].sum())})
+                slots = members[number]
+                rows = [first[m] + np.arange(sizes[m]) for m in slots[slots >= 0]]
+                at = np.concatenate(rows)
+                new[at], moved[at] = _rows(image_size, results, counts[number])
+                progress.report(number + 1, {"boxes": int(counts[: number + 1].sum())})
+            for start in range(0, total, _ROWS):
+                end = min(start + _ROWS, total)
+                yield Rows(new[start:end], moved[start:end])
 
         _write(writer, reader, places, refined())
         if batches.skipped_images:

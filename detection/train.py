@@ -11,8 +11,9 @@ import functools
 import jax
 from absl import flags
 
+from common.data.canvases import train_shapes as train_canvases
 from common.data.input import train_batches
-from common.data.plan import train_plan
+from common.data.plans.plan import train_plan
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
@@ -58,17 +59,19 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
     workdir = prepare_workdir(directory, settings.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
-    dataset = command.open_dataset(settings.data.dir)
+    dataset = command.open_dataset(settings.data.directory)
     keep_classes(workdir, dataset)
     batch_size = settings.data.batch_size
     plan = train_plan(dataset, settings.data, settings.seed)
     steps_per_epoch = plan.steps_per_epoch
     num_steps = total_steps(settings.optimizer, steps_per_epoch)
     say(
-        f"data: {dataset.directory}, {len(dataset.split(settings.data.train_split))} training "
-        f"images, {dataset.num_classes} classes, {steps_per_epoch} steps an epoch",
+        f"data: {dataset.directory}, {sum(len(s.images) for s in plan.sources)} training images, "
+        f"{dataset.num_classes} classes, {steps_per_epoch} steps an epoch",
         flush=True,
     )
+    for source in plan.sources if settings.data.sources else ():
+        say(f"source: {source.summary}", flush=True)
     proposals = open_proposals(settings, dataset, say)  # None: the model makes its own
 
     # ---------------------------------------------------------------- model and optimiser
@@ -93,8 +96,10 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
         state = with_trained_detector(state, settings.init_from, dataset.class_labels, mesh, say)
 
     # ---------------------------------------------------------------- loop
+    canvases = ", ".join(f"{height}x{width}" for height, width in train_canvases(settings.data))
+    say(f"programs: one for each canvas, {canvases}; compiled when it first comes", flush=True)
     train_step = jit_train_step(model, tx, mesh)
-    fields = train_shapes(settings.data, 1).keys()
+    fields = train_shapes(settings.data, 1, dataset.num_classes).keys()
     batches = train_batches(
         dataset,
         plan,
@@ -108,7 +113,7 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
     )
     extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": settings.name}
     progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
-    check = MetricsCheck(dataset.image_id)
+    check = MetricsCheck(plan.image_name)
     with (
         RunMetrics(workdir, start_step) as log,
         StallWatchdog(settings.log.stall_seconds) as watchdog,
@@ -146,10 +151,11 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
             watchdog.beat()
 
         checkpoints.close()
-        if batches.skipped_images or batches.dropped_boxes:
+        if batches.skipped_images or batches.dropped_boxes or batches.dropped_ignore_boxes:
             say(
                 f"data: {batches.skipped_images} unreadable photos skipped, "
-                f"{batches.dropped_boxes} boxes beyond config.data.max_boxes",
+                f"{batches.dropped_boxes} boxes beyond config.data.max_boxes ignored, "
+                f"{batches.dropped_ignore_boxes} ignore boxes beyond config.data.max_ignore",
                 flush=True,
             )
         return evaluate(num_steps, state.variables)

@@ -119,7 +119,7 @@ def with_recomputed_statistics(
     from detection.settings import read_run
 
     settings = read_run(config)
-    dataset = command.open_dataset(settings.data.dir)
+    dataset = command.open_dataset(settings.data.directory)
     model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
     _refuse_other_model(variable_shapes(model, init_shapes(settings.data)), variables)
     batch_stats = recompute_batch_stats(

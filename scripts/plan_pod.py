@@ -23,6 +23,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from common.data import canvases
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -50,6 +51,7 @@ class Program(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
     frozen_pattern: str
     optimizer: OptimizerSettings
+    shapes: list[tuple[int, int]]  # height, width of the photos of all programs of the run
 
 
 def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
@@ -65,14 +67,16 @@ def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
             segmentation_setup.train_shapes(config, batch_size),
             segmentation_setup.frozen_pattern(config),
             read_settings(OptimizerSettings, config.optimizer, "config.optimizer"),
+            [tuple(canvas) for canvas in config.data.canvases],
         )
     settings = read_run(config)
     return Program(
         faster_rcnn.build(settings.model, num_classes, distributed.DATA_AXIS),
         batch_fields.init_shapes(settings.data),
-        batch_fields.train_shapes(settings.data, batch_size),
+        batch_fields.train_shapes(settings.data, batch_size, num_classes),
         two_stage.frozen_pattern(settings.model),
         settings.optimizer,
+        canvases.train_shapes(settings.data),
     )
 
 
@@ -84,7 +88,7 @@ def compile_train_step(
     mesh = distributed.make_mesh(devices)
     batch_size = images_per_device * mesh.size
     steps_per_epoch = OPENIMAGES // batch_size
-    model, init_batch, batch, frozen, optimizer = program(config, num_classes, batch_size)
+    model, init_batch, batch, frozen, optimizer, images = program(config, num_classes, batch_size)
     shapes = variable_shapes(model, init_batch)
     schedule = make_schedule(optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
     tx = make_optimizer(optimizer, schedule, shapes["params"], frozen)
@@ -103,6 +107,7 @@ def compile_train_step(
         "images_per_device": images_per_device,
         "global_batch": batch_size,
         "canvas": list(batch["image"].shape[1:3]),
+        "canvases": [list(shape) for shape in images],
         "num_classes": num_classes,
         "parameters": sum(x.size for x in jax.tree.leaves(shapes["params"])),
         "hbm_bytes": int(slice_.hbm_gib * topologies.GIB),
@@ -123,6 +128,8 @@ def print_report(report: dict) -> None:
         f"{report['images_per_device']} images of {height}x{width}, {report['num_classes']} "
         f"classes, {report['parameters'] / 1e6:.1f} M parameters"
     )
+    names = ", ".join(f"{h}x{w}" for h, w in report["canvases"])
+    print(f"  programs of the run: {names}; the figures are those of {height}x{width}")
     for name, size in report["memory_bytes"].items():
         print(f"  memory {name:<12}{size / topologies.GIB:8.3f} GiB per device")
     headroom = report["hbm_bytes"] - report["memory_bytes"]["total"]

@@ -47,7 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
     flags.DEFINE_string("split", "train", "Split of the dataset.")
     flags.DEFINE_string("output", None, "JSON file to write.", required=True)
-    flags.DEFINE_list("canvas", ["800", "1333"], "Height, width that photos are fitted into.")
+    flags.DEFINE_list("canvas", ["800", "1333"], "Short, long side that photos are fitted into.")
     flags.DEFINE_integer("pad_multiple", 32, "The canvas is padded up to multiples of it.")
     flags.DEFINE_list("strides", ["4", "8", "16", "32", "64"], "Of the levels, pixels.")
     flags.DEFINE_float("centre", 0.5, "Of an anchor in its cell (config.model.anchors.centre).")
@@ -61,7 +61,7 @@ def main():
     canvas = _whole_numbers("canvas", f.canvas)
     strides = _whole_numbers("strides", f.strides)
     if len(canvas) != 2:
-        raise UserError(f"--canvas: found {','.join(f.canvas)}, expected height,width")
+        raise UserError(f"--canvas: found {','.join(f.canvas)}, expected short,long side")
     dataset = Dataset.open(f.dataset)
     indices = choose_images(dataset, f.split, f.max_images)
     sizes = photo_sizes(dataset, indices)
@@ -83,7 +83,8 @@ def main():
         AnchorSet("paper 18, h/w", PAPER_SCALES, PAPER_RATIOS, "h/w"),
         AnchorSet("paper 18, w/h", PAPER_SCALES, PAPER_RATIOS, "w/h"),
     ]
-    padded = canvas_shape(tuple(canvas), f.pad_multiple)
+    # Anchors of landscape and of portrait canvases: those of one photo reach as far as either.
+    padded = canvas_shape((max(canvas), max(canvas)), f.pad_multiple)
     recalls = [Recall(s, padded, strides, dataset.num_classes, f.centre) for s in sets]
     for boxes, classes in pieces(dataset, indices, sizes, canvas, "recall"):
         for recall in recalls:

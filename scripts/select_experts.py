@@ -23,7 +23,8 @@ import numpy as np
 from absl import flags
 
 from common.data.dataset import Dataset, check_output
-from common.data.plan import images_by_class
+from common.data.plans.class_index import images_by_class
+from common.data.sources import single_source
 from common.data.subset import write_subset
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -77,8 +78,8 @@ def main():
     if args.split in splits:
         raise UserError(f"--eval_splits: {args.split} is the training split")
     with_box = np.zeros(dataset.num_classes, np.int64)
-    boxed, offsets, _ = images_by_class(dataset, images)
-    with_box[boxed] = np.diff(offsets)
+    boxed, by_class = images_by_class(single_source(dataset, images))
+    with_box[boxed] = np.diff(by_class.offsets)
 
     # ---------------------------------------------------------------- C_pos
     aps = read_class_aps(args.metrics) if args.metrics else {}

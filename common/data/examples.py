@@ -1,23 +1,27 @@
-"""One slot of a batch: photo and boxes on the canvas, augmented, padded. NumPy and Pillow only.
+"""One slot of a batch: photo and annotations on the canvas, augmented. NumPy and Pillow only.
 
-Shape legend: H, W canvas; M = max_boxes; P = max_proposals; n boxes of an image.
+Shape legend: H, W canvas; M = max_boxes; G = max_ignore; P = max_proposals; K classes of the run;
+n boxes of an image.
 """
 
 import dataclasses
 import sys
 import threading
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
 from numpy.typing import DTypeLike
 
 from common.data import images
 from common.data.batches import Example, Fields
-from common.data.dataset import GROUP_OF, Dataset
+from common.data.canvases import Canvas
+from common.data.dataset_format import CROWD, GROUP_OF
+from common.data.labels import VerifiedLabels
 from common.data.photo_errors import PhotoErrors
 from common.data.proposals import TableBoxes
-from common.io.errors import UserError
+from common.data.settings import DataSettings
+from common.data.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,124 +29,52 @@ class Slot:
     """What is to be put into one place of a batch.
 
     Attributes:
-      index: image index, -1 for padding.
+      canvas: height, width, not padded.
+      index: image index in the dataset of its source, -1 for padding.
       drawn_class: class the image was drawn for, -1: none.
-      rng: random numbers of this slot.
+      rng: random numbers of this slot; None: no augmentation.
+      source: place of its source among those of the run.
       first_proposal: the first of the image's proposals that this slot has.
     """
 
+    canvas: Canvas
     index: int
-    drawn_class: int
-    rng: np.random.Generator
+    drawn_class: int = -1
+    rng: np.random.Generator | None = None
+    source: int = 0
     first_proposal: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Checked fields of the data config; see `common.data.input.train_batches`."""
-
-    canvas: tuple[int, int]
-    shape: tuple[int, int]  # canvas padded up to pad_multiple
-    max_boxes: int
-    flip: bool
-    scale_jitter: tuple[float, float]
-    group_of: str
-    on_image_error: str
-    num_threads: int
-    prefetch: int
-    max_proposals: int  # 0: examples have no proposals
-
-    @classmethod
-    def of(cls, config: Any) -> "Settings":
-        """Reads a data config.
-
-        Raises:
-          UserError: a field is out of range.
-        """
-        canvas = tuple(int(side) for side in config.canvas)
-        jitter = tuple(float(value) for value in config.scale_jitter)
-        max_proposals = getattr(config, "max_proposals", 0)
-        requirements = {
-            "canvas": (len(canvas) == 2 and min(canvas) >= 1, "height, width in pixels"),
-            "pad_multiple": (config.pad_multiple >= 1, "at least 1"),
-            "max_boxes": (config.max_boxes >= 1, "at least 1"),
-            "scale_jitter": (len(jitter) == 2 and 0 < jitter[0] <= jitter[-1], "0 < min <= max"),
-            "group_of": (config.group_of in ("ordinary", "drop"), "'ordinary' or 'drop'"),
-            "on_image_error": (config.on_image_error in ("fatal", "skip"), "'fatal' or 'skip'"),
-            "num_threads": (config.num_threads >= 0, "0 (automatic) or more"),
-            "prefetch": (config.prefetch >= 1, "at least 1"),
-            "max_proposals": (max_proposals >= 0, "0 (none) or more"),
-        }
-        for field, (holds, expected) in requirements.items():
-            if not holds:
-                raise UserError(f"data.{field} is {getattr(config, field)!r}: expected {expected}")
-        return cls(
-            canvas=canvas,
-            shape=images.canvas_shape(canvas, config.pad_multiple),
-            max_boxes=config.max_boxes,
-            flip=bool(config.flip),
-            scale_jitter=jitter,
-            group_of=config.group_of,
-            on_image_error=config.on_image_error,
-            num_threads=config.num_threads,
-            prefetch=config.prefetch,
-            max_proposals=max_proposals,
-        )
-
-
-class ExampleLoader:
-    """Makes examples of slots; threads may share it.
+class PhotoLoader:
+    """Makes examples without ground truth: what inference needs. Threads may share it.
 
     Attributes:
       photo_errors: counts the unreadable photos that were left out.
-      dropped_boxes: how many boxes did not fit into `max_boxes`.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        settings: Settings,
-        proposals: TableBoxes | None = None,
-        *,
-        ground_truth: bool = True,
+        self, sources: Sequence[Source], settings: DataSettings, proposals: TableBoxes | None = None
     ):
-        """`ground_truth`: whether examples have the fields of training."""
         self.photo_errors = PhotoErrors(settings.on_image_error)
-        self.dropped_boxes = 0
-        self._lock = threading.Lock()
-        self._dataset = dataset
+        self._sources = sources
         self._settings = settings
         self._proposals = proposals
-        self._ground_truth = ground_truth
-        self._fields = self._all_fields()
 
-    def _all_fields(self) -> Fields:
-        boxes, proposals = self._settings.max_boxes, self._settings.max_proposals
+    def fields(self, slot: Slot) -> Fields:
+        """Shape and type of each field of an example."""
+        shape = images.canvas_shape(slot.canvas, self._settings.pad_multiple)
         fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
-            "image": ((*self._settings.shape, 3), np.uint8),
+            "image": ((*shape, 3), np.uint8),
             "image_size": ((2,), np.float32),
             "original_size": ((2,), np.int32),
             "image_index": ((), np.int32),
             "image_valid": ((), np.bool_),
         }
-        if self._ground_truth:
-            fields |= {
-                "gt_boxes": ((boxes, 4), np.float32),
-                "gt_classes": ((boxes,), np.int32),
-                "gt_group_of": ((boxes,), np.bool_),
-                "gt_valid": ((boxes,), np.bool_),
-                "drawn_class": ((), np.int32),
-            }
-        if proposals:
-            fields |= {
-                "proposals": ((proposals, 4), np.float32),
-                "proposal_valid": ((proposals,), np.bool_),
-            }
+        if self._settings.max_proposals:
+            count = self._settings.max_proposals
+            fields["proposals"] = ((count, 4), np.float32)
+            fields["proposal_valid"] = ((count,), np.bool_)
         return fields
-
-    def fields(self, slot: Slot) -> Fields:
-        """Shape and type of each field of an example."""
-        return self._fields
 
     def load(self, slot: Slot, example: Example) -> None:
         """Writes the example of a slot; leaves it empty when the photo is broken and may be
@@ -151,71 +83,177 @@ class ExampleLoader:
         Raises:
           UserError: the photo cannot be read and the config says 'fatal', or most cannot.
         """
-        example["image_index"][()] = slot.index
-        if self._ground_truth:
-            example["drawn_class"][()] = slot.drawn_class
+        source = self._sources[slot.source]
+        example["image_index"][()] = slot.index + source.first_index if slot.index >= 0 else -1
         # Before anything is known of the photo, so that they depend on the slot alone.
-        scale, top, left, coin = slot.rng.random(4)
+        draws = [] if slot.rng is None else slot.rng.random(4).tolist()
         if slot.index < 0:
             return
         self.photo_errors.count()
-        low, high = self._settings.scale_jitter
+        path = source.dataset.image_file(slot.index)
         try:
-            photo = self._open(slot.index)
-            geometry = images.fit(
-                photo.size,
-                self._settings.canvas,
-                scale=low + (high - low) * scale,
-                crop=(top, left),
-                flip=self._settings.flip and coin < 0.5,
-            )
+            size = source.dataset.image_sizes[slot.index].tolist()
+            photo = images.open_photo(images.read_file(path), tuple(size))
+            geometry = self._fit(photo.size, slot, draws)
             content = images.draw_content(photo, geometry)
         except images.ImageError as error:
-            self.photo_errors.skip(self._dataset.image_file(slot.index), error)
+            self.photo_errors.skip(path, error)
             return
         height, width = geometry.content
         example["image"][:height, :width] = content
         example["image_size"][:] = geometry.content
         example["original_size"][:] = photo.size
         example["image_valid"][()] = True
-        if self._ground_truth:
-            self._add_boxes(example, slot, geometry)
-        if self._proposals is not None:
-            self._add_proposals(example, slot, geometry, self._proposals)
+        self._annotate(example, slot, geometry)
 
-    def _open(self, index: int) -> images.Photo:
-        data = images.read_file(self._dataset.image_file(index))
-        return images.open_photo(data, tuple(self._dataset.image_sizes[index].tolist()))
+    def _fit(self, size: tuple[int, int], slot: Slot, draws: Sequence[float]) -> images.Geometry:
+        if slot.rng is None:
+            return images.fit(size, slot.canvas)
+        scale, top, left, coin = draws
+        low, high = self._settings.scale_jitter
+        return images.fit(
+            size,
+            slot.canvas,
+            scale=low + (high - low) * scale,
+            crop=(top, left),
+            flip=self._settings.flip and coin < 0.5,
+        )
 
-    def _add_boxes(self, example: Example, slot: Slot, geometry: images.Geometry) -> None:
-        boxes, classes, flags = self._dataset.image_boxes(slot.index)
-        boxes, keep = images.transform_boxes(boxes, geometry)
-        group_of = flags & GROUP_OF > 0
-        if self._settings.group_of == "drop":
-            keep &= ~group_of
-        rows = np.flatnonzero(keep)
-        if len(rows) > self._settings.max_boxes:
-            rows = self._subset(rows, classes[rows] == slot.drawn_class, slot)
-        count = len(rows)
-        example["gt_boxes"][:count] = boxes[rows]
-        example["gt_classes"][:count] = classes[rows]
-        example["gt_group_of"][:count] = group_of[rows]
-        example["gt_valid"][:count] = True
-
-    def _add_proposals(
-        self, example: Example, slot: Slot, geometry: images.Geometry, table: TableBoxes
-    ) -> None:
-        first = slot.first_proposal
-        boxes = table.image_boxes(slot.index)[first : first + len(example["proposals"])]
+    def _annotate(self, example: Example, slot: Slot, geometry: images.Geometry) -> None:
+        """Writes what belongs to the photo: proposals."""
+        if self._proposals is None:
+            return
+        first, count = slot.first_proposal, self._settings.max_proposals
+        boxes = self._proposals.image_boxes(slot.index)[first : first + count]
         # In the order of the table, so that what becomes of them can be put beside its rows.
         boxes, keep = images.transform_boxes(boxes, geometry)
         example["proposals"][: len(boxes)] = boxes
         example["proposal_valid"][: len(boxes)] = keep
 
+
+class TrainingLoader(PhotoLoader):
+    """Makes examples with everything that is known of a photo.
+
+    Attributes:
+      dropped_boxes: how many boxes did not fit into `max_boxes`.
+      dropped_ignore_boxes: how many did not fit into `max_ignore`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        settings: DataSettings,
+        proposals: TableBoxes | None = None,
+        labels: VerifiedLabels | None = None,
+    ):
+        """`labels`: of `data.image_labels`."""
+        super().__init__(sources, settings, proposals)
+        self.dropped_boxes = self.dropped_ignore_boxes = 0
+        self._lock = threading.Lock()
+        self._labels = labels
+
+    def fields(self, slot: Slot) -> Fields:
+        """Shape and type of each field of an example."""
+        boxes, ignored = self._settings.max_boxes, self._settings.max_ignore
+        fields = dict(super().fields(slot)) | {
+            "gt_boxes": ((boxes, 4), np.float32),
+            "gt_classes": ((boxes,), np.int32),
+            "gt_group_of": ((boxes,), np.bool_),
+            "gt_valid": ((boxes,), np.bool_),
+            "ignore_boxes": ((ignored, 4), np.float32),
+            "ignore_valid": ((ignored,), np.bool_),
+            "drawn_class": ((), np.int32),
+        }
+        num_classes = self._sources[0].num_classes
+        if self._labels is not None:
+            fields["labels"] = ((num_classes,), np.int8)
+        if self._settings.some_unknown:
+            fields["class_known"] = ((num_classes,), np.bool_)
+        if len(self._sources) > 1:
+            fields["source"] = ((), np.int32)
+        return fields
+
+    def load(self, slot: Slot, example: Example) -> None:
+        """As `PhotoLoader.load`."""
+        example["drawn_class"][()] = slot.drawn_class
+        if self._settings.some_unknown:
+            example["class_known"][:] = self._sources[slot.source].known
+        if len(self._sources) > 1:
+            example["source"][()] = slot.source
+        super().load(slot, example)
+
+    def _annotate(self, example: Example, slot: Slot, geometry: images.Geometry) -> None:
+        super()._annotate(example, slot, geometry)
+        source = self._sources[slot.source]
+        if source.has_boxes:
+            ignored = self._add_boxes(example, slot, source, geometry)
+        else:  # nothing of the photo is known to be background
+            ignored = np.array([[0, 0, *geometry.content[::-1]]], np.float32)
+        self._add_ignore_boxes(example, ignored, slot, source)
+        if self._labels is not None:
+            example["labels"][:] = self._labels.of_image(source, slot.index)
+
+    def _add_boxes(
+        self, example: Example, slot: Slot, source: Source, geometry: images.Geometry
+    ) -> Float32[np.ndarray, "n 4"]:
+        """Writes the objects; returns the ignore boxes, some without area."""
+        annotated, classes, flags = source.dataset.image_boxes(slot.index)
+        boxes, visible = images.transform_boxes(annotated, geometry)
+        classes = source.classes[classes]
+        group_of = flags & GROUP_OF > 0
+        crowd = flags & CROWD > 0
+        # An object that the run has no class for is no background either.
+        ignored = crowd | (classes < 0)
+        no_object = ignored
+        if self._settings.group_of == "ignore":
+            no_object = ignored = ignored | group_of
+        elif self._settings.group_of == "drop":
+            no_object = ignored | group_of
+        rows = np.flatnonzero(visible & ~no_object)
+        if len(rows) > self._settings.max_boxes:
+            chosen = self._subset(rows, classes[rows] == slot.drawn_class, slot, source)
+            ignored = ignored.copy()
+            ignored[np.setdiff1d(rows, chosen, assume_unique=True)] = True
+            rows = chosen
+        count = len(rows)
+        example["gt_boxes"][:count] = boxes[rows]
+        example["gt_classes"][:count] = classes[rows]
+        example["gt_group_of"][:count] = group_of[rows]
+        example["gt_valid"][:count] = True
+        regions = source.dataset.image_ignore_boxes(slot.index)
+        if not len(regions):
+            return boxes[ignored]
+        return np.concatenate([boxes[ignored], images.transform_boxes(regions, geometry)[0]])
+
+    def _add_ignore_boxes(
+        self, example: Example, boxes: Float32[np.ndarray, "n 4"], slot: Slot, source: Source
+    ) -> None:
+        limit = self._settings.max_ignore
+        sides = boxes[:, 2:] - boxes[:, :2]
+        boxes, areas = boxes[(sides > 0).all(axis=1)], sides[(sides > 0).all(axis=1)].prod(axis=1)
+        if len(boxes) > limit:
+            with self._lock:
+                first = self.dropped_ignore_boxes == 0
+                self.dropped_ignore_boxes += len(boxes) - limit
+            if first:
+                _tell(
+                    f"{source.dataset.image_file(slot.index)}: {len(boxes)} ignore boxes, the "
+                    f"largest {limit} are used (data.max_ignore); further such images are not "
+                    "printed"
+                )
+            boxes = boxes[np.sort(np.argsort(-areas, kind="stable")[:limit])]
+        example["ignore_boxes"][: len(boxes)] = boxes
+        example["ignore_valid"][: len(boxes)] = True
+
     def _subset(
-        self, rows: Int64[np.ndarray, " n"], drawn: Bool[np.ndarray, " n"], slot: Slot
+        self,
+        rows: Int64[np.ndarray, " n"],
+        drawn: Bool[np.ndarray, " n"],
+        slot: Slot,
+        source: Source,
     ) -> Int64[np.ndarray, " M"]:
         """A random subset in file order, with a box of the class that the image was drawn for."""
+        assert slot.rng is not None
         limit = self._settings.max_boxes
         priority = slot.rng.random(len(rows))
         if drawn.any():
@@ -225,8 +263,9 @@ class ExampleLoader:
             self.dropped_boxes += len(rows) - limit
         if first:
             _tell(
-                f"{self._dataset.image_file(slot.index)}: {len(rows)} boxes, a random "
-                f"{limit} of them are used (data.max_boxes); further such images are not printed"
+                f"{source.dataset.image_file(slot.index)}: {len(rows)} boxes, a random {limit} of "
+                "them are objects and the others are ignored (data.max_boxes); further such images "
+                "are not printed"
             )
         return rows[np.sort(np.argsort(priority, kind="stable")[:limit])]
 

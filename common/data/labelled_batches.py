@@ -20,7 +20,7 @@ from common.data import images
 from common.data.batches import Batches, Example, Fields, generator, local_batch
 from common.data.labelled_images import LabelledImages
 from common.data.photo_errors import PhotoErrors
-from common.data.plan import UniformPlan
+from common.data.plans.streams import UniformPlan
 from common.io.errors import UserError
 
 _TRAIN = 2  # stream of random numbers; 0 and 1 are those of `common.data.input`
@@ -66,9 +66,9 @@ def train_batches(
     def slot(number: int) -> _Slot:
         step, place = divmod(number, local)
         place += process_index * local
-        index = int(plan.draw(np.array([step * data_config.batch_size + place]))[0])
+        drawn = plan.draw(np.array([step * data_config.batch_size + place]))
         rng = generator(seed, _TRAIN, step, place)
-        return _Slot(index, lambda shape: random_crop(shape, size, data_config, rng))
+        return _Slot(int(drawn.images[0]), lambda shape: random_crop(shape, size, data_config, rng))
 
     numbers = range(start_step * local, (start_step + num_steps) * local)
     return _batches(source, slot, numbers, local, data_config)

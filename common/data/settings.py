@@ -3,10 +3,36 @@
 import dataclasses
 from typing import Literal
 
-from common.data import images
 from common.io.settings import check
 
 Sampler = Literal["uniform", "class_aware", "full_class_batch", "expert"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSettings:
+    """One of the datasets of a training, see `common.data.sources`.
+
+    Attributes:
+      dir: dataset directory; '' for that of the run.
+      split: name of its training split.
+      share: of the slots of the run; shares need not add up to 1.
+      class_map: the run's classes of its labels: '' where the labels are the same, else a shipped
+        map such as coco_to_openimages, or FILE.csv:COLUMN_OF_THE_SOURCE:COLUMN_OF_THE_RUN.
+      annotations: what is used of it. 'labels': image-level labels only; then no place of its
+        photos is background.
+      others: what the run's classes that it lacks are on its photos. 'unknown': batches say so in
+        class_known; 'absent': an object of such a class would be background.
+    """
+
+    dir: str = ""
+    split: str = "train"
+    share: float = 1.0
+    class_map: str = ""
+    annotations: Literal["boxes", "boxes_masks", "labels"] = "boxes"
+    others: Literal["absent", "unknown"] = "absent"
+
+    def __post_init__(self):
+        check(self.share >= 1e-5, "share", self.share, "a positive number (at least 1e-5)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,18 +40,25 @@ class DataSettings:
     """What `config.data` says of the dataset, its sampling and its batches.
 
     Attributes:
-      dir: dataset directory written by scripts.prepare_data.
+      dir: dataset directory written by scripts.prepare_data, whose classes are the run's.
       train_split, eval_split: names of its splits.
-      sampler: which images a step has, see `common.data.plan.make_plan`.
+      sources: what is trained on instead of train_split; (): train_split. With an empty `dir` the
+        run's dataset is that of the first source.
+      sampler: which images a step has, see `common.data.plans.plan.train_plan`.
       positive_share: of the slots of sampler 'expert'; the others are images without boxes.
       batch_size: images of all hosts together.
-      canvas: height and width, pixels, that photos are fitted into, see `images.fit`.
-      pad_multiple: the canvas is padded up to multiples of it.
+      canvas: short and long side, pixels, that photos are fitted into, each in its own
+        orientation, see `common.data.canvases`.
+      scales: short sides of multi-scale training, one a step; (): that of the canvas.
+      pad_multiple: canvases are padded up to multiples of it.
       max_boxes: M. Of an image with more, a random subset (another one each time) is used, with a
-        box of the class that the image was drawn for.
+        box of the class that the image was drawn for; the other boxes are ignored.
+      max_ignore: G, ignore boxes of an image; of more, the largest are kept.
       flip: mirrors half of the images left to right.
       scale_jitter: (min, max) of a uniform factor on the fitted size; above 1 crops at random.
-      group_of: 'ordinary': group-of boxes are boxes, marked in gt_group_of; 'drop': left out.
+      group_of: 'ordinary': group-of boxes are boxes, marked in gt_group_of; 'ignore': ignore boxes;
+        'drop': left out, so that their objects are background. Crowds are always ignore boxes.
+      image_labels: whether batches have `labels`, what was verified of each class.
       proposals: detections table of the training photos, whose boxes a refiner trains on.
       max_proposals: P, proposals of an image at a time; 0: batches have none.
       on_image_error: what a photo that cannot be read does. 'fatal': stops with an error naming it;
@@ -37,15 +70,19 @@ class DataSettings:
     dir: str
     train_split: str
     eval_split: str
+    sources: tuple[SourceSettings, ...]
     sampler: Sampler
     positive_share: float
     batch_size: int
     canvas: tuple[int, int]
+    scales: tuple[int, ...]
     pad_multiple: int
     max_boxes: int
+    max_ignore: int
     flip: bool
     scale_jitter: tuple[float, float]
-    group_of: Literal["ordinary", "drop"]
+    group_of: Literal["ordinary", "ignore", "drop"]
+    image_labels: bool
     proposals: str
     max_proposals: int
     on_image_error: Literal["fatal", "skip"]
@@ -57,20 +94,32 @@ class DataSettings:
         for field, holds, expected in (
             ("positive_share", 0 < self.positive_share < 1, "a number between 0 and 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("canvas", min(self.canvas) >= 1, "height, width in pixels"),
+            ("canvas", 1 <= self.canvas[0] <= self.canvas[1], "(short, long) side in pixels"),
+            ("scales", all(side >= 1 for side in self.scales), "short sides in pixels"),
             ("pad_multiple", self.pad_multiple >= 1, "at least 1"),
             ("max_boxes", self.max_boxes >= 1, "at least 1"),
+            ("max_ignore", self.max_ignore >= 1, "at least 1"),
             ("scale_jitter", 0 < low <= high, "0 < min <= max"),
             ("max_proposals", self.max_proposals >= 0, "0 (none) or more"),
             ("num_threads", self.num_threads >= 0, "0 (automatic) or more"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
+            (
+                "sources",
+                not (self.sources and self.max_proposals),
+                "(): the proposals of a refiner belong to one dataset",
+            ),
         ):
             check(holds, field, getattr(self, field), expected)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of the canvas padded up to `pad_multiple`."""
-        return images.canvas_shape(self.canvas, self.pad_multiple)
+    def directory(self) -> str:
+        """Of the run's dataset."""
+        return self.dir or (self.sources[0].dir if self.sources else "")
+
+    @property
+    def some_unknown(self) -> bool:
+        """Whether some photos may show classes of the run of which their source says nothing."""
+        return any(source.others == "unknown" for source in self.sources)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ Shape legend: B photos of a block, b of them in one batch, H, W padded canvas.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64, UInt8
@@ -103,7 +103,7 @@ def view_batches(
     opened = map_ordered(lambda i: _open(dataset, int(i), errors), indices, threads=num_threads)
     loader = _ViewLoader(dataset, errors)
 
-    def batches() -> Iterator[tuple[dict[str, Any], list[_View]]]:
+    def batches() -> Iterator[tuple[Callable[..., ViewBatch], list[_View]]]:
         for format_, block in _blocks(opened, long_ratios, sum(map(len, rows[0]))):
             index = np.array([-1 if photo is None else photo.index for photo in block])
             parts = [(scale, part) for scale, parts in enumerate(rows) for part in parts]
@@ -111,8 +111,8 @@ def view_batches(
                 canvas = canvases[scale][format_]
                 shape = images.canvas_shape(canvas, pad_multiple)
                 last = number == len(parts)
-                fields = dict(image_index=index, last=last, scale=scale, rows=part)
-                yield fields, [_View(block[row], canvas, shape) for row in part]
+                describe = functools.partial(ViewBatch, index, last, scale, part)
+                yield describe, [_View(block[row], canvas, shape) for row in part]
 
     described, drawn = itertools.tee(batches())
     arrays = stack_examples(
@@ -121,8 +121,8 @@ def view_batches(
         threads=num_threads,
         ahead=2 * thread_count(num_threads),
     )
-    for (fields, _), batch in zip(described, arrays, strict=True):
-        yield ViewBatch(**fields, **batch)
+    for (describe, _), batch in zip(described, arrays, strict=True):
+        yield describe(**batch)
 
 
 @dataclasses.dataclass

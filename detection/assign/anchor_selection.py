@@ -33,8 +33,14 @@ _CHUNK = 1 << 15  # boxes that a compiled step takes
 def fitted_sizes(
     sizes: Int[np.ndarray, "N 2"], canvas: tuple[int, int]
 ) -> Float[np.ndarray, "N 2"]:
-    """Height, width of photos as `common.data.images.fit` puts them on a canvas, all at once."""
-    ratio = (np.array(canvas) / np.maximum(sizes, 1)).min(axis=1, keepdims=True)
+    """Height, width of photos on the canvases of training, all at once.
+
+    Args:
+      sizes: height, width.
+      canvas: short and long side, `config.data.canvas`.
+    """
+    sides = np.maximum(sizes, 1)
+    ratio = np.minimum(canvas[0] / sides.min(axis=1), canvas[1] / sides.max(axis=1))[:, None]
     return np.maximum(1.0, np.floor(sizes * ratio + 0.5))
 
 

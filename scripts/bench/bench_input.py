@@ -1,21 +1,26 @@
-"""Speed of the input pipeline, in three parts.
+"""Speed of the input pipeline, in four parts.
 
-    python -m scripts.bench.bench_input --dataset=DIR --part=plan,decoders,batches
+    python -m scripts.bench.bench_input --dataset=DIR --part=plan,padding,decoders,batches
 
 plan      time per global batch on a generated index of OpenImages' size (1.74 M images, 12.2 M
           boxes, 500 classes), building the plan and its memory; needs no dataset
+padding   share of the canvases' pixels that is padding, and of the photos that reach the short side
+          of the canvas: all photos on the landscape canvas, against canvases of both orientations
 decoders  one photo to one canvas: `common.data.images` against the same steps in tf.image, CPU time
           and the ratio; photos of the dataset as they are, and enlarged to the sizes given
 batches   images/s of `train_batches` as training sees them
 """
 
+import dataclasses
 import functools
 import io
 import itertools
 import resource
 import time
 import types
+import typing
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,20 +28,24 @@ from absl import flags
 from PIL import Image
 
 from common.data import images
+from common.data.canvases import is_portrait, orientations
 from common.data.dataset import Dataset
 from common.data.input import train_batches
-from common.data.plan import SAMPLERS, make_plan
+from common.data.plans.plan import train_plan
+from common.data.settings import DataSettings, Sampler
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.settings import read_settings
+from configs.detection import base
 
-_PARTS = ("plan", "decoders", "batches")
+_PARTS = ("plan", "padding", "decoders", "batches")
 
 
 def define_flags() -> None:
     flags.DEFINE_string("dataset", "", "dataset directory of scripts.prepare_data")
     flags.DEFINE_string("split", "train", "its split")
     flags.DEFINE_list("part", list(_PARTS), f"what to measure: {', '.join(_PARTS)}")
-    flags.DEFINE_list("canvas", ["384x384", "800x1333"], "canvases, HEIGHTxWIDTH")
+    flags.DEFINE_list("canvas", ["384x384", "800x1333"], "canvases, SHORTxLONG")
     flags.DEFINE_list(
         "photo", ["as_is", "768x1024", "3000x4000"], "sizes that the photos are enlarged to first"
     )
@@ -51,10 +60,12 @@ def main() -> None:
         raise UserError(f"--part={','.join(unknown)}: expected some of {','.join(_PARTS)}")
     if "plan" in flags.FLAGS.part:
         bench_plan()
-    if {"decoders", "batches"} & set(flags.FLAGS.part):
+    if {"padding", "decoders", "batches"} & set(flags.FLAGS.part):
         if not flags.FLAGS.dataset:
             raise UserError("--dataset is empty: expected a dataset directory (or --part=plan)")
         dataset = Dataset.open(flags.FLAGS.dataset)
+        if "padding" in flags.FLAGS.part:
+            bench_padding(dataset)
         if "decoders" in flags.FLAGS.part:
             bench_decoders(dataset)
         if "batches" in flags.FLAGS.part:
@@ -67,10 +78,10 @@ def main() -> None:
 def bench_plan() -> None:
     """Plans over an index of OpenImages' size with a long-tailed class distribution."""
     index = generated_index(num_images=1_743_042, num_boxes=12_195_144, num_classes=500)
-    for sampler in SAMPLERS:
+    for sampler in typing.get_args(Sampler):
         before = _peak_mib()
         start = time.perf_counter()
-        plan = make_plan(index, "train", sampler, 0, 1024)
+        plan = train_plan(index, _settings((800, 1333), sampler=sampler, batch_size=1024), 0)
         built = time.perf_counter() - start
         start = time.perf_counter()
         for step in range(50):
@@ -83,8 +94,9 @@ def bench_plan() -> None:
         )
 
 
-def generated_index(num_images: int, num_boxes: int, num_classes: int) -> types.SimpleNamespace:
-    """What a plan reads of a dataset, with class frequencies like 1 / rank."""
+def generated_index(num_images: int, num_boxes: int, num_classes: int) -> Any:
+    """What a plan reads of a dataset, with class frequencies like 1 / rank and a quarter of the
+    photos in portrait format."""
     rng = np.random.default_rng(0)
     counts = rng.multinomial(num_boxes, np.full(num_images, 1 / num_images))
     weights = 1 / np.arange(1, num_classes + 1)
@@ -95,7 +107,36 @@ def generated_index(num_images: int, num_boxes: int, num_classes: int) -> types.
         split=lambda name: np.arange(num_images),
         box_offsets=np.concatenate([[0], np.cumsum(counts)]),
         box_classes=classes,
+        box_flags=np.zeros(num_boxes, np.uint8),
+        image_sizes=np.where(rng.random((num_images, 1)) < 0.25, (1024, 768), (768, 1024)),
     )
+
+
+# -------------------------------------------------------------------------------------- padding
+
+
+def bench_padding(dataset: Dataset) -> None:
+    """Uniform draws of the photos of the split whose size the dataset knows."""
+    sizes = np.asarray(dataset.image_sizes[dataset.split(flags.FLAGS.split)])
+    sizes = sizes[(sizes > 0).all(axis=1)]
+    for text in flags.FLAGS.canvas:
+        landscape, portrait = orientations(_size(text))
+        upright = is_portrait(sizes)
+        for name, canvases in (
+            ("one canvas", np.tile(landscape, (len(sizes), 1))),
+            ("two orientations", np.where(upright[:, None], portrait, landscape)),
+        ):
+            ratio = (canvases / sizes).min(axis=1, keepdims=True)
+            content = np.floor(sizes * ratio + 0.5)
+            shapes = np.array([images.canvas_shape(tuple(c), 32) for c in canvases.tolist()])
+            padding = 1 - content.prod(axis=1).sum() / shapes.prod(axis=1).sum()
+            full = (content.min(axis=1) >= min(landscape)).mean()
+            print(
+                f"padding {text:8} {name:16}: {padding:6.1%} of the pixels, {full:6.1%} of "
+                f"{len(sizes)} photos ({upright.mean():.1%} portraits) at short side "
+                f"{min(landscape)}",
+                flush=True,
+            )
 
 
 # -------------------------------------------------------------------------------------- decoders
@@ -160,21 +201,16 @@ def cpu_time(function: Callable[[bytes], np.ndarray], jpegs: list[bytes]) -> flo
 
 def bench_batches(dataset: Dataset) -> None:
     for canvas in flags.FLAGS.canvas:
-        config = types.SimpleNamespace(
-            canvas=_size(canvas),
-            pad_multiple=32,
-            max_boxes=100,
-            flip=True,
-            scale_jitter=(1.0, 1.0),
-            group_of="ordinary",
-            on_image_error="fatal",
+        settings = _settings(
+            _size(canvas),
+            train_split=flags.FLAGS.split,
+            batch_size=flags.FLAGS.batch_size,
             num_threads=flags.FLAGS.threads,
-            prefetch=2,
         )
-        plan = make_plan(dataset, flags.FLAGS.split, "class_aware", 0, flags.FLAGS.batch_size)
+        plan = train_plan(dataset, settings, 0)
         warm_up = 5
         batches = train_batches(
-            dataset, plan, config, seed=0, num_steps=flags.FLAGS.steps + warm_up
+            dataset, plan, settings, seed=0, num_steps=flags.FLAGS.steps + warm_up
         )
         for _ in range(warm_up):
             next(batches)
@@ -188,6 +224,11 @@ def bench_batches(dataset: Dataset) -> None:
             f"an image, {cpu / wall:.1f} cores busy",
             flush=True,
         )
+
+
+def _settings(canvas: tuple[int, int], **changes: Any) -> DataSettings:
+    settings = read_settings(DataSettings, base.get_config().data, "config.data")
+    return dataclasses.replace(settings, canvas=canvas, **changes)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Int64, UInt64
 
 from common.data.dataset import GROUP_OF, Dataset
-from common.data.plan import permute
+from common.data.plans.permutation import permute
 from common.io.errors import UserError
 from common.tables.ranges import rows_of
 from segmentation.crops.windows import ASSUMED_SIZE

@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from common.data.batches import StepMemo
 from common.data.dataset import Dataset
-from common.data.plan import ClassPlan, UniformPlan, permute, stream_key, uniforms
+from common.data.plans.permutation import permute, stream_key, uniforms
+from common.data.plans.streams import ClassImages, ClassPlan, UniformPlan
 from common.io.errors import UserError
 from segmentation.crops.instances import Instances, find_instances, median_aspects, photo_sizes
 from segmentation.crops.proposals import Matches, match_proposals
@@ -32,7 +33,7 @@ from segmentation.crops.windows import (
 )
 
 SAMPLERS = ("uniform", "class_aware")
-# Streams of random numbers, apart from those of common.data.plan.
+# Streams of random numbers, apart from those of common.data.plans.permutation.
 _CROPS, _STEPS, _PLACES, _SAMPLE = 16, 17, 18, 19
 
 
@@ -88,7 +89,7 @@ class InstancePlan:
         self.num_instances = len(instances)
         self.num_classes = int((np.bincount(instances.classes) > 0).sum())
         self.batch_size = stream.batch_size
-        self.steps_per_epoch = stream.steps_per_epoch
+        self.steps_per_epoch = -(-len(instances) // stream.batch_size)
         self.canvases = [tuple(canvas) for canvas in canvases.tolist()]
         self.augmentation = augmentation
         self._dataset = dataset
@@ -113,8 +114,7 @@ class InstancePlan:
     def _make_group(self, group: int) -> list[PlannedCrops]:
         steps, size = self._group_steps, self.batch_size
         slots = np.arange(group * steps * size, (group + 1) * steps * size, dtype=np.int64)
-        drawn = self._stream.draw(slots)
-        members = drawn[0] if isinstance(drawn, tuple) else drawn
+        members = self._stream.draw(slots).images
         draws = uniforms(NUM_DRAWS + 2, self._stream.seed, _CROPS, slots)
         crops = self._crops(members, draws)
         windows = self.augmentation.windows(
@@ -238,4 +238,4 @@ def _stream(
     counts = np.bincount(instances.classes)
     present = np.flatnonzero(counts)
     offsets = np.concatenate([[0], np.cumsum(counts[present])])
-    return ClassPlan(present.astype(np.int32), offsets, members, count, seed, batch_size, 0)
+    return ClassPlan(present.astype(np.int32), ClassImages(offsets, members), seed, batch_size)

@@ -12,7 +12,7 @@ import pytest
 
 from common.data.dataset import Dataset
 from common.data.input import train_batches
-from common.data.plan import make_plan
+from common.data.plans.plan import train_plan
 from common.io.errors import UserError
 from common.nn.layers.norm import Norm
 from common.training import distributed
@@ -169,8 +169,8 @@ def test_recomputed_statistics_are_those_of_the_batches(tmp_path):
         3,
         say=lambda *_, **__: None,
     )
-    plan = make_plan(dataset, "train", "uniform", 0, 4)
-    batches = train_batches(dataset, plan, config.data, seed=0, num_steps=3)
+    data = read_run(config).data
+    batches = train_batches(dataset, train_plan(dataset, data, 0), data, seed=0, num_steps=3)
     first, second = [], []  # moments of each batch
     for batch in batches:
         x = (batch["image"].astype(np.float64) - 100) / 50

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.data import images
+from common.data.canvases import orientations
 from common.data.dataset import DatasetWriter
 from detection.assign.anchor_selection import (
     AnchorSet,
@@ -85,7 +86,11 @@ def test_planted_anchors_are_found():
 
 def test_sizes_are_those_of_training():
     sizes = np.random.default_rng(3).integers(1, 3000, (200, 2))
-    expected = [images.fit(tuple(size), (800, 1333)).full for size in sizes.tolist()]
+    landscape, portrait = orientations((800, 1333))
+    expected = [
+        images.fit((height, width), portrait if height > width else landscape).full
+        for height, width in sizes.tolist()
+    ]
     np.testing.assert_array_equal(fitted_sizes(sizes, (800, 1333)), expected)
 
 

@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 from common.data.dataset import Dataset, DatasetWriter
-from common.data.plan import make_plan
+from common.data.plans.plan import train_plan
 from common.tables import DetectionsWriter
+from detection.settings import read_run
 
 ROOT = Path(__file__).parents[2]
 LABELS = ["/m/fork", "/m/knife", "/m/cup", "/m/car"]
@@ -77,11 +78,8 @@ def test_three_views_make_a_dataset_and_a_config(folder):
     config = runpy.run_path(path)["get_config"]()
     assert config.data.dir == str(folder / "expert")
     assert config.model.drop_background_rois and config.model.backbone == "efficientnet_lite0"
-    data = config.data
-    plan = make_plan(
-        expert, data.train_split, data.sampler, 0, 8, positive_share=data.positive_share
-    )
-    images, drawn = plan.batch(0)
+    config.data.batch_size = 8
+    images, drawn, _ = train_plan(expert, read_run(config).data, 0).batch(0)
     assert (drawn >= 0).sum() == 2 and len(images) == 8
 
 

@@ -1,9 +1,9 @@
 """Batches: exact resume, any number of hosts, exactly-once evaluation, bad photos."""
 
+import dataclasses
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +12,22 @@ from PIL import Image
 
 from common.data import input as inputs
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
-from common.data.plan import make_plan
+from common.data.plans.plan import train_plan
+from common.data.settings import DataSettings, SourceSettings
 from common.io.errors import UserError
+from tests.common.data.factories import data_settings
 
 NUM_IMAGES = 21
 CROWDED = 4  # the image with 2,000 boxes
 
 
-def config(**changes) -> types.SimpleNamespace:
-    fields = {
-        "canvas": (48, 64),
-        "pad_multiple": 32,
-        "max_boxes": 10,
-        "flip": True,
-        "scale_jitter": (0.8, 1.3),
-        "group_of": "ordinary",
-        "on_image_error": "fatal",
-        "num_threads": 3,
-        "prefetch": 2,
-    }
-    return types.SimpleNamespace(**(fields | changes))
+def config(**changes) -> DataSettings:
+    return data_settings(**{"canvas": (64, 64), "sampler": "class_aware"} | changes)
+
+
+def plan_of(dataset, split, sampler, seed, batch_size, **changes):
+    settings = config(train_split=split, sampler=sampler, batch_size=batch_size, **changes)
+    return train_plan(dataset, settings, seed)
 
 
 def write_dataset(directory, broken=()) -> Dataset:
@@ -68,9 +64,12 @@ def dataset(tmp_path_factory) -> Dataset:
 
 
 def train(dataset, sampler="class_aware", batch_size=6, data_config=None, **options):
-    plan = make_plan(dataset, "train", sampler, 3, batch_size)
+    settings = dataclasses.replace(
+        data_config or config(), train_split="train", sampler=sampler, batch_size=batch_size
+    )
     options = {"seed": 5, "num_steps": 5} | options
-    return list(inputs.train_batches(dataset, plan, data_config or config(), **options))
+    plan = train_plan(dataset, settings, 3)
+    return list(inputs.train_batches(dataset, plan, settings, **options))
 
 
 def assert_equal(batches, expected):
@@ -91,6 +90,8 @@ def test_batch_fields_have_the_documented_shapes_and_types(dataset):
         "gt_classes": ((6, 10), "int32"),
         "gt_group_of": ((6, 10), "bool"),
         "gt_valid": ((6, 10), "bool"),
+        "ignore_boxes": ((6, 8, 4), "float32"),
+        "ignore_valid": ((6, 8), "bool"),
         "image_index": ((6,), "int32"),
         "image_valid": ((6,), "bool"),
         "drawn_class": ((6,), "int32"),
@@ -98,10 +99,14 @@ def test_batch_fields_have_the_documented_shapes_and_types(dataset):
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "class_aware", "full_class_batch"])
-def test_resume_at_any_step_gives_the_same_bytes(dataset, sampler):
-    whole = train(dataset, sampler, num_steps=8)
+@pytest.mark.parametrize("changes", [{}, {"canvas": (32, 64), "scales": (24, 32)}])
+def test_resume_at_any_step_gives_the_same_bytes(dataset, sampler, changes):
+    settings = config(**changes)
+    whole = train(dataset, sampler, data_config=settings, num_steps=8)
+    assert len({batch["image"].shape for batch in whole}) == (2 if changes else 1)
     for step in (1, 5, 8):
-        assert_equal(train(dataset, sampler, start_step=step, num_steps=8 - step), whole[step:])
+        options = {"start_step": step, "num_steps": 8 - step}
+        assert_equal(train(dataset, sampler, data_config=settings, **options), whole[step:])
 
 
 def test_thread_and_prefetch_counts_do_not_change_the_batches(dataset):
@@ -117,11 +122,9 @@ def test_seeds_change_the_augmentation(dataset):
 
 @pytest.mark.parametrize("hosts", [2, 3, 8])
 def test_slices_of_the_hosts_are_the_batch_of_one_host(dataset, hosts):
-    single = train(dataset, batch_size=24, num_steps=2)
-    slices = [
-        train(dataset, batch_size=24, num_steps=2, process_index=p, process_count=hosts)
-        for p in range(hosts)
-    ]
+    options = {"batch_size": 24, "num_steps": 2, "data_config": config(canvas=(32, 64))}
+    single = train(dataset, **options)
+    slices = [train(dataset, **options, process_index=p, process_count=hosts) for p in range(hosts)]
     joined = [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*slices, strict=True)
@@ -136,7 +139,7 @@ def test_evaluation_covers_every_image_once_on_any_number_of_hosts(dataset, host
         inputs.eval_batches(
             dataset,
             split,
-            config(),
+            config(canvas=(32, 64)),
             batch_size=2 * hosts if hosts < 8 else 8,
             process_index=p,
             process_count=hosts,
@@ -156,17 +159,19 @@ def test_evaluation_covers_every_image_once_on_any_number_of_hosts(dataset, host
     assert sorted(seen) == sorted(dataset.split(split).tolist())
 
 
-def test_evaluation_does_not_augment(dataset):
-    for batch in inputs.eval_batches(dataset, "train", config(), batch_size=7):
-        for size, original in zip(batch["image_size"], batch["original_size"], strict=True):
-            ratio = min(48 / original[0], 64 / original[1])
+@pytest.mark.parametrize("canvas", [(64, 64), (48, 64)])
+def test_evaluation_does_not_augment(dataset, canvas):
+    for batch in inputs.eval_batches(dataset, "train", config(canvas=canvas), batch_size=7):
+        for slot in np.flatnonzero(batch["image_valid"]):
+            size, original = batch["image_size"][slot], batch["original_size"][slot]
+            ratio = min(canvas[0] / original.min(), canvas[1] / original.max())
             np.testing.assert_allclose(size, np.maximum(1, original * ratio), atol=0.5001)
-        sizes = dataset.image_sizes[batch["image_index"]]
-        np.testing.assert_array_equal(batch["original_size"], sizes)
+        sizes = dataset.image_sizes[batch["image_index"][batch["image_valid"]]]
+        np.testing.assert_array_equal(batch["original_size"][batch["image_valid"]], sizes)
 
 
 def test_boxes_of_training_lie_on_the_canvas_as_their_photo_does(dataset):
-    plan = make_plan(dataset, "few", "uniform", 0, 2)
+    plan = plan_of(dataset, "few", "uniform", 0, 2)
     plain = config(scale_jitter=(1.0, 1.0), flip=False)
     batch = next(inputs.train_batches(dataset, plan, plain, seed=0, num_steps=1))
     slot = batch["image_index"].tolist().index(7)
@@ -180,7 +185,7 @@ def test_boxes_of_training_lie_on_the_canvas_as_their_photo_does(dataset):
 
 
 def test_half_of_the_training_images_are_mirrored(dataset):
-    plan = make_plan(dataset, "few", "uniform", 0, 40)
+    plan = plan_of(dataset, "few", "uniform", 0, 40)
     fixed = config(scale_jitter=(1.0, 1.0))
     plain = next(inputs.eval_batches(dataset, "few", fixed, batch_size=2))
     batch = next(inputs.train_batches(dataset, plan, fixed, seed=1, num_steps=1))
@@ -197,7 +202,7 @@ def test_half_of_the_training_images_are_mirrored(dataset):
 
 
 def test_of_too_many_boxes_a_random_part_with_the_drawn_class_is_used(dataset, capfd):
-    plan = make_plan(dataset, "train", "class_aware", 3, 24)
+    plan = plan_of(dataset, "train", "class_aware", 3, 24)
     batches = inputs.train_batches(dataset, plan, config(), seed=0, num_steps=8)
     subsets, crowded = set(), 0
     for batch in batches:
@@ -235,6 +240,40 @@ def test_fatal_photo_is_named_with_the_reason(tmp_path):
     assert "\n" not in str(e.value)
 
 
+def test_portraits_reach_the_short_side_in_training_and_evaluation(tmp_path):
+    """On a canvas of 800 x 1333 a portrait of 3:4 is drawn at 800 x 1067, not at 600 x 800."""
+    sizes = [(48, 36), (36, 48), (36, 48), (36, 48)]
+    with DatasetWriter(tmp_path / "set", "x", ["a"], ["a"], None, str(tmp_path)) as writer:
+        for i, (height, width) in enumerate(sizes):
+            Image.new("RGB", (width, height), (9, 9, 9)).save(tmp_path / f"{i}.png")
+            writer.add_image(f"{i}", f"{i}.png", (height, width), [[0, 0, 1, 1]], [0])
+        writer.add_split("train", range(4))
+    dataset = Dataset.open(tmp_path / "set")
+    settings = config(canvas=(800, 1333), batch_size=1, sampler="uniform", scale_jitter=(1.0, 1.0))
+    plan = train_plan(dataset, settings, 0)
+    training = list(inputs.train_batches(dataset, plan, settings, seed=0, num_steps=4))
+    evaluation = list(inputs.eval_batches(dataset, "train", settings, batch_size=1))
+    for batches in (training, evaluation):
+        assert sorted(int(batch["image_index"][0]) for batch in batches) == [0, 1, 2, 3]
+        for batch in batches:
+            portrait = batch["image_index"][0] == 0
+            size = (1067, 800) if portrait else (800, 1067)
+            assert tuple(batch["image_size"][0]) == size
+            assert batch["image"].shape[1:3] == ((1344, 800) if portrait else (800, 1344))
+
+
+def test_photos_whose_size_is_wrong_or_unknown_are_fitted_whole(tmp_path):
+    with DatasetWriter(tmp_path / "set", "x", ["a"], ["a"], None, str(tmp_path)) as writer:
+        for i, size in enumerate([(0, 0), (48, 36)]):  # in truth 60 x 30 and 30 x 60
+            Image.new("RGB", ((30, 60), (60, 30))[i], (9, 9, 9)).save(tmp_path / f"{i}.png")
+            writer.add_image(f"{i}", f"{i}.png", size)
+        writer.add_split("train", range(2))
+    dataset = Dataset.open(tmp_path / "set")
+    first, second = inputs.eval_batches(dataset, "train", config(canvas=(32, 64)), batch_size=1)
+    assert first["image"].shape[1:3] == (32, 64) and tuple(first["image_size"][0]) == (32, 16)
+    assert second["image"].shape[1:3] == (64, 32) and tuple(second["image_size"][0]) == (16, 32)
+
+
 def test_an_error_comes_in_the_place_of_its_batch(tmp_path):
     dataset = write_dataset(tmp_path, broken=(20,))
     batches = inputs.eval_batches(dataset, "train", config(num_threads=8), batch_size=3)
@@ -248,7 +287,7 @@ def test_an_error_comes_in_the_place_of_its_batch(tmp_path):
 def test_skipped_photos_leave_marked_slots_and_are_told_once(tmp_path, capfd):
     dataset = write_dataset(tmp_path, broken=(5,))
     (tmp_path / "photos" / "9.jpg").unlink()
-    plan = make_plan(dataset, "train", "uniform", 3, 21)
+    plan = plan_of(dataset, "train", "uniform", 3, 21)
     batches = inputs.train_batches(
         dataset, plan, config(on_image_error="skip"), seed=0, num_steps=2
     )
@@ -264,7 +303,7 @@ def test_skipped_photos_leave_marked_slots_and_are_told_once(tmp_path, capfd):
 
 def test_skipping_does_not_hide_a_wrong_photo_folder(dataset, tmp_path):
     lost = Dataset.open(dataset.directory, image_root=str(tmp_path))
-    plan = make_plan(lost, "train", "uniform", 3, 50)
+    plan = plan_of(lost, "train", "uniform", 3, 50)
     with pytest.raises(UserError, match="image_root"):
         for _ in inputs.train_batches(
             lost, plan, config(on_image_error="skip"), seed=0, num_steps=5
@@ -273,18 +312,20 @@ def test_skipping_does_not_hide_a_wrong_photo_folder(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, text",
+    "changes, field",
     [
-        ({"on_image_error": "ignore"}, "data.on_image_error is 'ignore': expected 'fatal' or"),
-        ({"group_of": "none"}, "data.group_of"),
-        ({"scale_jitter": (1.5, 0.5)}, "data.scale_jitter"),
-        ({"canvas": (0, 10)}, "data.canvas"),
-        ({"max_boxes": 0}, "data.max_boxes"),
+        ({"scale_jitter": (1.5, 0.5)}, "scale_jitter"),
+        ({"canvas": (0, 10)}, "canvas"),
+        ({"canvas": (64, 48)}, "canvas"),
+        ({"scales": (0,)}, "scales"),
+        ({"max_boxes": 0}, "max_boxes"),
+        ({"max_ignore": 0}, "max_ignore"),
+        ({"sources": (SourceSettings(),), "max_proposals": 3}, "sources"),
     ],
 )
-def test_wrong_settings_are_refused(dataset, changes, text):
-    with pytest.raises(UserError, match=text):
-        train(dataset, data_config=config(**changes))
+def test_wrong_settings_are_refused(changes, field):
+    with pytest.raises(UserError, match=f"^{field}: found"):
+        config(**changes)
 
 
 def test_batch_that_the_hosts_cannot_share_is_refused(dataset):
@@ -296,11 +337,10 @@ READS_AHEAD_AT_EXIT = """
 import sys
 from common.data import input as inputs
 from common.data.dataset import Dataset
-from common.data.plan import make_plan
-from tests.common.data.test_input import config
+from tests.common.data.test_input import config, plan_of
 
 dataset = Dataset.open(sys.argv[1])
-plan = make_plan(dataset, "train", "uniform", 0, 2)
+plan = plan_of(dataset, "train", "uniform", 0, 2)
 batches = inputs.train_batches(dataset, plan, config(prefetch=50), seed=0, num_steps=10**6)
 next(batches)
 cycle = [batches]

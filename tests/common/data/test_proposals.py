@@ -1,5 +1,6 @@
 """Boxes of a detections table beside the annotated ones, in training and piece by piece."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from common.data.dataset import Dataset
 from common.data.input import proposal_batches, train_batches
-from common.data.plan import make_plan
+from common.data.plans.plan import train_plan
 from common.data.proposals import TableBoxes
 from common.tables import DetectionsReader, DetectionsWriter
 from tests import tiny
@@ -18,10 +19,8 @@ def dataset(tmp_path_factory) -> Dataset:
     return Dataset.open(tiny.write_dataset(tmp_path_factory.mktemp("data") / "tiny"))
 
 
-def data_config():
-    config = tiny.get_config("refine").data
-    config.num_threads = 2
-    return config
+def data_settings(**changes):
+    return dataclasses.replace(tiny.settings("refine").data, num_threads=2, **changes)
 
 
 def write(path: Path, boxes: dict[str, np.ndarray]) -> DetectionsReader:
@@ -37,11 +36,10 @@ def test_proposals_are_mirrored_and_scaled_like_the_annotated_boxes(dataset, tmp
         dataset.image_id(i): dataset.image_boxes(i)[0] for i in range(0, dataset.num_images, 2)
     }
     boxes = TableBoxes(write(tmp_path / "x.parquet", annotated), dataset)
-    plan = make_plan(dataset, "train", "uniform", 0, 4)
-    config = data_config()
-    config.scale_jitter = (0.7, 1.3)
+    data = data_settings(scale_jitter=(0.7, 1.3))
+    plan = train_plan(dataset, data, 0)
     some = 0
-    for batch in train_batches(dataset, plan, config, seed=0, num_steps=5, proposals=boxes):
+    for batch in train_batches(dataset, plan, data, seed=0, num_steps=5, proposals=boxes):
         assert batch["proposals"].shape == (4, 8, 4)
         for slot, image in enumerate(batch["image_index"]):
             proposals = batch["proposals"][slot][batch["proposal_valid"][slot]]
@@ -59,10 +57,9 @@ def test_the_best_proposals_are_trained_on(dataset, tmp_path):
     low = np.linspace(0, 0.5, 30)[:, None]
     many = np.concatenate([low, low, low + 0.3, low + 0.3], axis=1)
     boxes = TableBoxes(write(tmp_path / "x.parquet", {dataset.image_id(2): many}), dataset)
-    config = data_config()
-    config.flip = False
-    plan = make_plan(dataset, "train", "uniform", 0, 4)
-    for batch in train_batches(dataset, plan, config, seed=0, num_steps=3, proposals=boxes):
+    data = data_settings(flip=False)
+    plan = train_plan(dataset, data, 0)
+    for batch in train_batches(dataset, plan, data, seed=0, num_steps=3, proposals=boxes):
         for slot in np.flatnonzero(batch["image_index"] == 2):
             np.testing.assert_allclose(batch["proposals"][slot], many[:8] * 64, rtol=1e-5)
             return
@@ -79,8 +76,9 @@ def test_pieces_put_together_are_the_table(dataset, tmp_path):
     for places in (range(4), range(1, 3)):
         boxes = TableBoxes(reader, dataset, places)
         images, first, sizes = boxes.pieces(places, 8)
-        config = data_config()
-        batches = list(proposal_batches(dataset, boxes, places, config, batch_size=2))
+        batches, members = proposal_batches(dataset, boxes, places, data_settings(), batch_size=2)
+        batches = list(batches)
+        np.testing.assert_array_equal(members.ravel()[: len(images)], np.arange(len(images)))
         assert len(batches) == -(-len(images) // 2)
         fields = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
         np.testing.assert_array_equal(fields["image_index"][: len(images)], images)

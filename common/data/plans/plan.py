@@ -1,0 +1,250 @@
+"""Which images make up the batch of a training step, and its canvas: functions of (seed, step).
+
+All photos of a step lie on one canvas. Landscape and portrait photos have canvases of their own;
+steps of either orientation alternate in the proportion in which photos are drawn, and each
+orientation has streams of its own (`common.data.plans.streams`), cut into batches by the steps that
+have it. So every image is still drawn as often as without orientations, up to the rounding of
+steps. With a square canvas there is one orientation.
+
+Shape legend: B slots of a global batch, K classes with at least one image, n images.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from common.data.canvases import Canvas, is_portrait, step_canvases
+from common.data.dataset import Dataset
+from common.data.dataset_format import CROWD, GROUP_OF
+from common.data.plans.class_index import annotated_classes, images_by_class, of_orientation
+from common.data.plans.permutation import PORTRAIT, SCALES, SOURCE, permute, stream_key
+from common.data.plans.streams import DENOMINATOR, ClassPlan, Drawn, Stream, UniformPlan, mix
+from common.data.settings import DataSettings
+from common.data.sources import Source, open_sources
+from common.io.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """The plan of a run, see `train_plan`.
+
+    Attributes:
+      sources: the datasets that the images are of.
+      streams: of the landscape steps and of the portrait steps; one of them may be None.
+      portrait: share of the portrait steps.
+      canvases: (landscape, portrait) for each short side.
+      seed: of the run.
+      batch_size: B, images of all hosts together.
+      steps_per_epoch: steps that draw as many images as the sources have.
+    """
+
+    sources: tuple[Source, ...]
+    streams: tuple[Stream | None, Stream | None]
+    portrait: Fraction
+    canvases: Sequence[tuple[Canvas, Canvas]]
+    seed: int
+    batch_size: int
+    steps_per_epoch: int
+
+    def batch(self, step: int) -> Drawn:
+        place, own_step = self._orientation(step)
+        stream = self.streams[place]
+        assert stream is not None  # its share of the steps would be 0
+        return stream.batch(own_step)
+
+    def canvas(self, step: int) -> Canvas:
+        """Every short side comes once in a round of steps, in a random order."""
+        count = len(self.canvases)
+        rounds, place = divmod(step, count)
+        key = stream_key(self.seed, SCALES, rounds)
+        scale = int(permute(np.array([place]), count, key)[0]) if count > 1 else 0
+        return self.canvases[scale][self._orientation(step)[0]]
+
+    def image_name(self, index: int) -> str:
+        """Id of an `image_index` of the batches; with several sources after its dataset."""
+        source = next(s for s in reversed(self.sources) if s.first_index <= index)
+        name = source.dataset.image_id(index - source.first_index)
+        return name if len(self.sources) == 1 else f"{source.dataset.directory}: {name}"
+
+    def _orientation(self, step: int) -> tuple[int, int]:
+        """0 or 1 for portrait, and the number of earlier steps that have it."""
+        p = self.portrait
+        before, after = (s * p.numerator // p.denominator for s in (step, step + 1))
+        return (1, before) if after > before else (0, step - before)
+
+
+class _Part(NamedTuple):
+    """Images that are drawn in one way: a stream for each orientation, if there are such images.
+
+    Attributes:
+      streams: landscape, portrait; only the first with a square canvas.
+      portrait: share of the images, by how often they are drawn, that are portraits.
+    """
+
+    streams: tuple[Stream | None, Stream | None]
+    portrait: Fraction
+
+
+def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
+    """The plan of a training.
+
+    `data.sampler` is one of
+      'uniform': an endless stream of permutations of the images.
+      'class_aware': an endless stream of permutations of the classes; a class takes the next image
+        of its own endless stream of permuted images (without replacement).
+      'full_class_batch': the same, and every batch of at least K slots holds every class.
+      'expert': images with boxes by class, mixed with images that have none (paper section 5.4), of
+        which the share `data.positive_share` has boxes.
+    Each source is sampled so on its own, and has its share of the slots.
+
+    Args:
+      dataset: that of the run, whose classes are the run's.
+      data: `config.data`.
+      seed: of the run.
+
+    Raises:
+      UserError: as `common.data.sources.open_sources`; a class sampler without any box, an expert
+        without images that have none, or full class batches of several sources.
+    """
+    sources = open_sources(dataset, data)
+    canvases = step_canvases(data)
+    oriented = any(landscape != portrait for landscape, portrait in canvases)
+    if data.sampler == "full_class_batch" and len(sources) > 1:
+        raise UserError(
+            f"config.data.sampler: found 'full_class_batch' with {len(sources)} sources, whose "
+            "shares of the slots leave no room for every class: expected 'class_aware'"
+        )
+    parts = [_part(source, data, _source_seed(seed, source.place), oriented) for source in sources]
+    pairs = list(zip(sources, parts, strict=True))
+    total = sum(source.share for source in sources)
+    portrait = sum((source.share * part.portrait for source, part in pairs), Fraction()) / total
+    portrait = portrait.limit_denominator(DENOMINATOR)
+    streams: list[Stream | None] = []
+    for place, steps in enumerate((1 - portrait, portrait)):
+        # A source's share of the steps of an orientation is that of its images which have it.
+        shares = [s.share * (p.portrait if place else 1 - p.portrait) for s, p in pairs]
+        there = [
+            (stream, share)
+            for part, share in zip(parts, shares, strict=True)
+            if share and (stream := part.streams[place]) is not None
+        ]
+        streams.append(mix(there, _seeds(seed)[place], data.batch_size) if steps else None)
+    images = sum(len(source.images) for source in sources)
+    return TrainPlan(
+        sources,
+        (streams[0], streams[1]),
+        portrait,
+        canvases,
+        seed,
+        data.batch_size,
+        steps_per_epoch=-(-images // data.batch_size),
+    )
+
+
+def ignored_flags(data: DataSettings) -> int:
+    """Bits of the boxes that are no objects in training: an image is not drawn for them."""
+    return CROWD | (0 if data.group_of == "ordinary" else GROUP_OF)
+
+
+def _part(source: Source, data: DataSettings, seed: int, oriented: bool) -> _Part:
+    """How the images of a source are drawn."""
+    if data.sampler == "uniform":
+        return _uniform(source, np.ones(len(source.images), bool), data, seed, oriented)
+    where = f"{source.dataset.directory}: its {len(source.images)} training images"
+    classes = _by_class(source, data, seed, oriented, where)
+    if data.sampler != "expert":
+        return classes
+    empty = np.diff(source.dataset.box_offsets)[source.images] == 0
+    if not empty.any():
+        raise UserError(
+            f"{where} all have boxes, sampler 'expert' mixes in images without: use sampler "
+            "'class_aware'"
+        )
+    background = _uniform(source, empty, data, seed, oriented)
+    return _expert(classes, background, data, seed)
+
+
+def _expert(classes: _Part, background: _Part, data: DataSettings, seed: int) -> _Part:
+    """Both kinds in the steps of either orientation, by the same share; a kind that has no image of
+    an orientation takes its others."""
+    share = Fraction(data.positive_share).limit_denominator(DENOMINATOR)
+    portrait = share * classes.portrait + (1 - share) * background.portrait
+    streams: list[Stream | None] = []
+    for place, steps in enumerate((1 - portrait, portrait)):
+        kinds = [part.streams[place] or part.streams[1 - place] for part in (classes, background)]
+        pairs = [(k, s) for k, s in zip(kinds, (share, 1 - share), strict=True) if k is not None]
+        streams.append(mix(pairs, _seeds(seed)[place], data.batch_size) if steps else None)
+    return _Part((streams[0], streams[1]), portrait)
+
+
+def _uniform(
+    source: Source, chosen: Bool[np.ndarray, " n"], data: DataSettings, seed: int, oriented: bool
+) -> _Part:
+    images = source.images[chosen]
+    portrait = source.portrait[chosen] if oriented else np.zeros(len(images), bool)
+    streams = [
+        UniformPlan(part, key, data.batch_size, source.place) if len(part) else None
+        for part, key in zip((images[~portrait], images[portrait]), _seeds(seed), strict=True)
+    ]
+    return _Part((streams[0], streams[1]), Fraction(int(portrait.sum()), len(images)))
+
+
+def _by_class(source: Source, data: DataSettings, seed: int, oriented: bool, where: str) -> _Part:
+    classes, images = images_by_class(source, ignored_flags(data))
+    if not len(classes):
+        raise UserError(
+            f"{where} have no boxes, sampler {data.sampler!r} draws images by the classes of their "
+            "boxes: use sampler 'uniform'"
+        )
+    full_rounds = data.batch_size // len(classes) if data.sampler == "full_class_batch" else 0
+    fixed = (data.batch_size, full_rounds, source.place)
+    sizes = source.dataset.image_sizes
+    portrait = is_portrait(sizes)[images.members] if oriented else np.zeros(1, bool)
+    if not portrait.any():
+        return _Part((ClassPlan(classes, images, seed, *fixed), None), Fraction())
+    of_class = np.add.reduceat(portrait, images.offsets[:-1]) / np.diff(images.offsets)
+    share = Fraction(float(of_class.mean())).limit_denominator(DENOMINATOR)
+    streams: list[Stream | None] = [None, None]
+    for place, steps in enumerate((1 - share, share)):
+        if steps:
+            chosen = portrait if place else ~portrait
+            own, others, units = of_orientation(images, chosen, float(steps))
+            key = _seeds(seed)[place]
+            streams[place] = ClassPlan(classes, own, key, *fixed, own=units, others=others)
+    return _Part((streams[0], streams[1]), share)
+
+
+def _seeds(seed: int) -> tuple[int, int]:
+    """Of the landscape streams, and of the portrait streams."""
+    return seed, int(stream_key(seed, PORTRAIT)[0])
+
+
+def _source_seed(seed: int, place: int) -> int:
+    return int(stream_key(seed, SOURCE, place)[0]) if place else seed
+
+
+class ClassHistogram(NamedTuple):
+    """How often classes were seen; each array is (num_classes,) int64."""
+
+    drawn: np.ndarray  # slots drawn for the class
+    images: np.ndarray  # images that contain it
+    boxes: np.ndarray  # boxes of it
+
+
+def class_histogram(plan: TrainPlan, steps: Iterable[int]) -> ClassHistogram:
+    """Realised class frequencies of some steps of a plan (all boxes of each image counted)."""
+    count = plan.sources[0].num_classes
+    counts = ClassHistogram(*(np.zeros(count, np.int64) for _ in range(3)))
+    for step in steps:
+        images, drawn, places = plan.batch(step)
+        counts.drawn[:] += np.bincount(drawn[drawn >= 0], minlength=count)
+        for source in plan.sources:
+            slot, classes = annotated_classes(source, images[places == source.place])
+            counts.boxes[:] += np.bincount(classes, minlength=count)
+            once = np.unique(slot * count + classes) % count
+            counts.images[:] += np.bincount(once, minlength=count)
+    return counts

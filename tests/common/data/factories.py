@@ -1,0 +1,35 @@
+"""Settings of `config.data` for tests."""
+
+import dataclasses
+from typing import Any
+
+from common.data.settings import DataSettings
+
+DATA = DataSettings(
+    dir="",
+    train_split="train",
+    eval_split="validation",
+    sources=(),
+    sampler="uniform",
+    positive_share=0.25,
+    batch_size=6,
+    canvas=(64, 64),
+    scales=(),
+    pad_multiple=32,
+    max_boxes=10,
+    max_ignore=8,
+    flip=True,
+    scale_jitter=(0.8, 1.3),
+    group_of="ordinary",
+    image_labels=False,
+    proposals="",
+    max_proposals=0,
+    on_image_error="fatal",
+    num_threads=3,
+    prefetch=2,
+)
+
+
+def data_settings(**changes: Any) -> DataSettings:
+    """Small batches on a square canvas, but for `changes`."""
+    return dataclasses.replace(DATA, **changes)

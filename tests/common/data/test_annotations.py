@@ -1,0 +1,291 @@
+"""What a training batch says of its photos: objects, ignore regions, verified labels, sources."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.data import input as inputs
+from common.data.dataset import CROWD, GROUP_OF, Dataset, DatasetWriter
+from common.data.dataset_format import ABSENT, NOT_EXHAUSTIVE, PRESENT
+from common.data.plans.plan import train_plan
+from common.data.settings import SourceSettings
+from common.io.errors import UserError
+from tests.common.data.factories import data_settings
+
+SIZE = 64
+# One level below: Animal > Dog > Puppy, Animal > Cat; Tree.
+LABELS = ["Animal", "Dog", "Puppy", "Cat", "Tree"]
+HIERARCHY = {
+    "LabelName": "root",
+    "Subcategory": [
+        {
+            "LabelName": "Animal",
+            "Subcategory": [
+                {"LabelName": "Dog", "Subcategory": [{"LabelName": "Puppy"}]},
+                {"LabelName": "Cat"},
+            ],
+        },
+        {"LabelName": "Tree"},
+    ],
+}
+
+
+def write(folder, name, photos, labels=LABELS, hierarchy=HIERARCHY, size=SIZE) -> Dataset:
+    """`photos`: for each keyword arguments of `DatasetWriter.add_image` after the size."""
+    folder.mkdir(exist_ok=True)
+    extra = {"has_ignore": True} if any("ignore" in photo for photo in photos) else {}
+    with DatasetWriter(
+        folder / name, name, labels, labels, hierarchy, str(folder), **extra
+    ) as writer:
+        for i, photo in enumerate(photos):
+            pixels = np.random.default_rng(i).integers(0, 255, (size, size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+            writer.add_image(f"{name}{i}", f"{name}{i}.png", (size, size), **photo)
+        writer.add_split("train", range(len(photos)))
+    return Dataset.open(folder / name)
+
+
+def read(dataset, num_steps=1, start_step=0, **changes):
+    settings = data_settings(**{"flip": False, "scale_jitter": (1.0, 1.0)} | changes)
+    plan = train_plan(dataset, settings, 3)
+    return list(
+        inputs.train_batches(
+            dataset, plan, settings, seed=5, num_steps=num_steps, start_step=start_step
+        )
+    )
+
+
+def boxes_of(batch, slot, kind):
+    valid = batch[f"{kind}_valid"][slot]
+    return sorted(tuple(box) for box in (batch[f"{kind}_boxes"][slot][valid] / SIZE).tolist())
+
+
+BOXES = np.array([[0, 0, 0.25, 0.25], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 0.75, 1]])
+
+
+@pytest.mark.parametrize(
+    ("group_of", "objects", "ignored"),
+    [("ordinary", (0, 1), (2,)), ("ignore", (0,), (1, 2)), ("drop", (0,), (2,))],
+)
+def test_crowds_are_ignored_and_group_of_boxes_by_choice(tmp_path, group_of, objects, ignored):
+    flags = [0, GROUP_OF, GROUP_OF | CROWD]
+    dataset = write(tmp_path, "x", [{"boxes": BOXES[:3], "classes": [1, 1, 1], "flags": flags}])
+    (batch,) = read(dataset, batch_size=1, group_of=group_of)
+    assert boxes_of(batch, 0, "gt") == sorted(tuple(BOXES[i]) for i in objects)
+    assert boxes_of(batch, 0, "ignore") == sorted(tuple(BOXES[i]) for i in ignored)
+    assert batch["gt_group_of"][0].sum() == (group_of == "ordinary")
+
+
+def test_boxes_beyond_the_limit_are_ignored_not_background(tmp_path):
+    dataset = write(tmp_path, "x", [{"boxes": BOXES, "classes": [0, 1, 2, 3]}])
+    for batch in read(dataset, num_steps=5, batch_size=1, max_boxes=3):
+        objects, ignored = boxes_of(batch, 0, "gt"), boxes_of(batch, 0, "ignore")
+        assert len(objects) == 3
+        assert sorted(objects + ignored) == sorted(map(tuple, BOXES.tolist()))
+
+
+def test_of_too_many_ignore_boxes_the_largest_are_kept_and_the_others_counted(tmp_path, capfd):
+    flags = [GROUP_OF | CROWD] * 4
+    dataset = write(tmp_path, "x", [{"boxes": BOXES, "classes": [0] * 4, "flags": flags}])
+    settings = data_settings(flip=False, scale_jitter=(1.0, 1.0), batch_size=1, max_ignore=2)
+    batches = inputs.train_batches(
+        dataset, train_plan(dataset, settings, 0), settings, seed=0, num_steps=3
+    )
+    for batch in batches:
+        assert boxes_of(batch, 0, "ignore") == sorted([tuple(BOXES[1]), tuple(BOXES[2])])
+    assert batches.dropped_ignore_boxes == 3 * 2
+    assert capfd.readouterr().err.count("4 ignore boxes, the largest 2 are used") == 1
+
+
+def test_ignore_boxes_of_the_dataset_move_with_the_photo(tmp_path):
+    """An object and a region at the same place stay together through flips, scales and crops."""
+    photo = {"boxes": BOXES[3:], "classes": [0], "ignore": BOXES[3:]}
+    dataset = write(tmp_path, "x", [photo])
+    seen = set()
+    for batch in read(dataset, num_steps=30, batch_size=1, flip=True, scale_jitter=(0.5, 1.5)):
+        if batch["gt_valid"][0].any():
+            assert boxes_of(batch, 0, "gt") == boxes_of(batch, 0, "ignore")
+            seen.add(boxes_of(batch, 0, "gt")[0])
+    assert len(seen) > 20
+
+
+def expanded(boxes, labels):
+    """What is known of each class, by walking from class to class."""
+    parents = {"Dog": "Animal", "Puppy": "Dog", "Cat": "Animal"}
+
+    def line(name):
+        return [name, *(line(parents[name]) if name in parents else [])]
+
+    present = {a for name in boxes for a in line(name)}
+    present |= {a for name, state in labels.items() if state != ABSENT for a in line(name)}
+    absent = {
+        name for name in LABELS for a in line(name) if labels.get(a, PRESENT) == ABSENT
+    } - present
+    return [1 if name in present else -1 if name in absent else 0 for name in LABELS]
+
+
+def test_verified_labels_are_those_of_the_walk_along_the_hierarchy(tmp_path):
+    rng = np.random.default_rng(0)
+    photos, expected = [], []
+    for _ in range(40):
+        boxes = rng.choice(LABELS, rng.integers(0, 3)).tolist()
+        states = rng.choice([ABSENT, PRESENT, NOT_EXHAUSTIVE], 5).tolist()
+        labels = dict(
+            itertools.compress(zip(LABELS, states, strict=True), (rng.random(5) < 0.5).tolist())
+        )
+        photos.append(
+            {
+                "boxes": np.tile(BOXES[:1], (len(boxes), 1)),
+                "classes": [LABELS.index(name) for name in boxes],
+                "label_classes": [LABELS.index(name) for name in labels],
+                "label_confidences": list(labels.values()),
+            }
+        )
+        expected.append(expanded(boxes, labels))
+    dataset = write(tmp_path, "x", photos)
+    assert {value for row in expected for value in row} == {-1, 0, 1}
+    (batch,) = read(dataset, batch_size=40, image_labels=True)
+    assert batch["labels"].dtype == np.int8
+    for slot, image in enumerate(batch["image_index"]):
+        assert batch["labels"][slot].tolist() == expected[image]
+    assert "labels" not in read(dataset)[0]
+
+
+# -------------------------------------------------------------------------------------- sources
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> tuple[Dataset, Dataset]:
+    """The run's set, and one of other classes: 'hound' is a Dog, 'car' is nothing of the run."""
+    folder = tmp_path_factory.mktemp("sources")
+    photo = {"boxes": BOXES[:2], "classes": [1, 3]}
+    run = write(folder, "run", [photo] * 7)
+    other = write(
+        folder,
+        "other",
+        [{"boxes": BOXES[:2], "classes": [0, 1], "label_classes": [0], "label_confidences": [1]}]
+        * 5,
+        ["hound", "car"],
+        None,
+    )
+    (folder / "map.csv").write_text("mine,theirs\nDog,hound\nLorry,car\n")
+    return run, other
+
+
+def sources_of(datasets, **changes):
+    run, other = datasets
+    fields = {"class_map": f"{run.directory.parent / 'map.csv'}:theirs:mine", "others": "unknown"}
+    return (
+        SourceSettings(str(run.directory), share=3.0),
+        SourceSettings(str(other.directory), **fields | changes),
+    )
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "class_aware"])
+def test_sources_have_their_shares_and_say_what_they_know(datasets, sampler):
+    run, _ = datasets
+    batches = read(run, num_steps=10, sources=sources_of(datasets), sampler=sampler, batch_size=8)
+    for batch in batches:
+        assert (batch["source"] == 1).sum() == 2  # a quarter
+        for slot, source in enumerate(batch["source"]):
+            index, valid = batch["image_index"][slot], batch["gt_valid"][slot]
+            if source == 0:
+                assert index < 7 and batch["class_known"][slot].all()
+                assert sorted(batch["gt_classes"][slot][valid]) == [1, 3]
+                assert not batch["ignore_valid"][slot].any()
+            else:
+                assert 7 <= index < 12
+                assert batch["class_known"][slot].tolist() == [False, True, False, False, False]
+                assert batch["gt_classes"][slot][valid].tolist() == [1]
+                assert boxes_of(batch, slot, "ignore") == [tuple(BOXES[1])]  # the car
+    seen = np.concatenate([batch["image_index"] for batch in batches])
+    assert set(seen) == set(range(12))
+
+
+def test_every_source_goes_through_all_its_images(datasets):
+    run, _ = datasets
+    settings = data_settings(sources=sources_of(datasets), batch_size=4)
+    plan = train_plan(run, settings, 3)
+    assert plan.steps_per_epoch == 3  # 12 images
+    drawn = [plan.batch(step) for step in range(35)]
+    images, sources = (np.concatenate([d[i] for d in drawn]) for i in (0, 2))
+    for place, count in ((0, 7), (1, 5)):
+        stream = images[sources == place]
+        for start in range(0, len(stream) // count * count, count):
+            assert len(set(stream[start : start + count])) >= count - 3  # slots are shuffled
+        assert np.ptp(np.bincount(stream)) <= 1
+    assert plan.image_name(0).endswith("run: run0") and plan.image_name(11).endswith("other4")
+
+
+def test_a_source_of_image_labels_has_no_background(datasets):
+    run, _ = datasets
+    sources = sources_of(datasets, annotations="labels")
+    batches = read(
+        run, num_steps=4, sources=sources, batch_size=8, image_labels=True, sampler="class_aware"
+    )
+    for batch in batches:
+        other = batch["source"] == 1
+        assert not batch["gt_valid"][other].any()
+        np.testing.assert_array_equal(batch["drawn_class"][other], 1)
+        for slot in np.flatnonzero(other):
+            assert boxes_of(batch, slot, "ignore") == [(0, 0, 1, 1)]
+            assert batch["labels"][slot].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_sources_resume_exactly_and_hosts_share_their_batches(datasets):
+    run, _ = datasets
+    settings = data_settings(sources=sources_of(datasets), batch_size=8, sampler="class_aware")
+    plan = train_plan(run, settings, 3)
+
+    def batches(start, count, **hosts):
+        return list(
+            inputs.train_batches(
+                run, plan, settings, seed=1, start_step=start, num_steps=count, **hosts
+            )
+        )
+
+    whole = batches(0, 6)
+    halves = [batches(4, 2, process_index=p, process_count=2) for p in range(2)]
+    for step, parts in enumerate(zip(*halves, strict=True), start=4):
+        for name, value in whole[step].items():
+            joined = np.concatenate([part[name] for part in parts])
+            np.testing.assert_array_equal(joined, value, err_msg=name)
+
+
+def test_one_source_of_the_run_is_the_run_without_sources(datasets):
+    run, _ = datasets
+    plain = read(run, num_steps=5)
+    listed = read(run, num_steps=5, sources=(SourceSettings(str(run.directory)),))
+    for batch, expected in zip(listed, plain, strict=True):
+        assert batch.keys() == expected.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_map": ""}, r"sources\[1\]: no class of the source becomes one of the run"),
+        ({"class_map": "map.csv"}, "class map 'map.csv': expected FILE:SOURCE_COLUMN"),
+        ({"split": "test"}, "no split 'test'"),
+        ({"dir": "nowhere"}, "nowhere is no dataset directory"),
+    ],
+)
+def test_wrong_sources_are_refused_in_one_line(datasets, changes, message):
+    first, second = sources_of(datasets)
+    second = SourceSettings(**(vars(second) | changes))
+    with pytest.raises(UserError, match=message) as error:
+        read(datasets[0], sources=(first, second))
+    assert "\n" not in str(error.value)
+
+
+def test_empty_sources_and_shares_that_are_not_positive_are_refused(datasets, tmp_path):
+    with pytest.raises(UserError, match="share: found 0.0, expected a positive number"):
+        SourceSettings("x", share=0.0)
+    empty = write(tmp_path, "empty", [])
+    with pytest.raises(UserError, match="split 'train' has no images, expected some"):
+        read(datasets[0], sources=(SourceSettings(str(empty.directory)),))
+    with pytest.raises(UserError, match="'full_class_batch' with 2 sources"):
+        read(datasets[0], sources=sources_of(datasets), sampler="full_class_batch")
