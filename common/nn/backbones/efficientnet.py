@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from common.nn.layers.conv import Conv
 from common.nn.layers.norm import Norm, frozen_pattern
+from common.nn.layers.squeeze_excite import squeeze_excite
 
 # name -> (width multiplier, depth multiplier)
 EFFICIENTNETS = {
@@ -122,10 +123,7 @@ class MBConv(nn.Module):
         )(y)
         y = self.activation(self.norm(name="depthwise_norm")(y, train))
         if self.se_features:
-            squeezed = jnp.mean(y, (1, 2), keepdims=True, dtype=jnp.float32).astype(y.dtype)
-            gate = self.conv(self.se_features, 1, use_bias=True, name="se_reduce")(squeezed)
-            gate = self.conv(expanded, 1, use_bias=True, name="se_expand")(self.activation(gate))
-            y = y * nn.sigmoid(gate)
+            y = squeeze_excite(self.conv, y, self.se_features, self.activation)
         y = self.conv(self.features, 1, name="project_conv")(y)
         y = self.norm(name="project_norm")(y, train)
         if y.shape == x.shape and self.stride == 1:

@@ -47,6 +47,8 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut; output has 4 x `width` channels.
 
+    The blocks of `common.nn.backbones.senet` differ in what the methods below `__call__` return.
+
     Attributes:
       conv3x3: makes the middle convolution, ordinary or deformable.
       groups: of the middle convolution.
@@ -63,14 +65,31 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"], train: bool) -> Float[Array, "B _h _w D"]:
-        inner = self.width * self.base_width // 64 * self.groups
-        y = self.conv(inner, 1, padding=0, name="conv1")(x)
+        (first, inner), (first_stride, stride) = self.widths(), self.strides()
+        y = self.conv(first, 1, first_stride, padding=0, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y, train))
-        y = self.conv3x3(inner, 3, self.stride, padding=1, groups=self.groups, name="conv2")(y)
+        y = self.conv3x3(inner, 3, stride, padding=1, groups=self.groups, name="conv2")(y)
         y = nn.relu(self.norm(name="norm2")(y, train))
         y = self.conv(4 * self.width, 1, padding=0, name="conv3")(y)
-        y = self.norm(name="norm3")(y, train)
-        return relu_of_sum(y + shortcut(self, x, y.shape, train))
+        y = self.gate(self.norm(name="norm3")(y, train))
+        return relu_of_sum(y + shortcut(self, x, y.shape, train, self.shortcut_kernel_size()))
+
+    def widths(self) -> tuple[int, int]:
+        """Output channels of the first two convolutions."""
+        inner = self.width * self.base_width // 64 * self.groups
+        return inner, inner
+
+    def strides(self) -> tuple[int, int]:
+        """Strides of the first two convolutions."""
+        return 1, self.stride
+
+    def shortcut_kernel_size(self) -> int:
+        """Kernel side of the projection where the shapes of input and output differ."""
+        return 1
+
+    def gate(self, y: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        """What is done to the branch before the shortcut is added."""
+        return y
 
 
 def shortcut(block, x, out_shape, train, kernel_size=1):
@@ -92,7 +111,9 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w 64"]:
         x = self.conv(64, 7, 2, padding=3, name="conv")(x)
-        x = nn.relu(self.norm(name="norm")(x, train))
+        return self.pool(nn.relu(self.norm(name="norm")(x, train)))
+
+    def pool(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
         return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 

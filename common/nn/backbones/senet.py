@@ -9,91 +9,44 @@ Shapes: B batch, H W input height and width, h w those of a block, C D channels 
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from common.nn.backbones.resnet import Layout, shortcut
-from common.nn.xla_cpu.shortcut import relu_of_sum
+from common.nn.backbones.resnet import BottleneckBlock, Layout, Stem
+from common.nn.layers.squeeze_excite import squeeze_excite
 
 _REDUCTION = 16  # channels of a block over those of its squeeze
 
 
-class SENetBlock(nn.Module):
+class SEBottleneckBlock(BottleneckBlock):
+    """Bottleneck of SE-ResNet (`groups` 1, strides in its first convolution) and SE-ResNeXt
+    (strides in the grouped 3x3 one)."""
+
+    def strides(self) -> tuple[int, int]:
+        return (self.stride, 1) if self.groups == 1 else (1, self.stride)
+
+    def gate(self, y: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        return squeeze_excite(self.conv, y, y.shape[-1] // _REDUCTION, nn.relu)
+
+
+class SENetBlock(SEBottleneckBlock):
     """SENet-154's bottleneck: 2 x and 4 x `width` channels before and after the grouped 3x3.
 
     Strides in the 3x3 convolution; projects the shortcut by a 3x3 convolution where it strides.
-    Fields as `common.nn.backbones.resnet.BottleneckBlock`.
     """
 
-    width: int
-    stride: int
-    conv: Callable
-    conv3x3: Callable
-    norm: Callable
-    groups: int = 64
-    base_width: int = 64
+    def widths(self) -> tuple[int, int]:
+        return 2 * self.width, 4 * self.width
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"], train: bool) -> Float[Array, "B _h _w D"]:
-        y = self.conv(2 * self.width, 1, padding=0, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y, train))
-        y = self.conv3x3(
-            4 * self.width, 3, self.stride, padding=1, groups=self.groups, name="conv2"
-        )(y)
-        y = nn.relu(self.norm(name="norm2")(y, train))
-        y = self.conv(4 * self.width, 1, padding=0, name="conv3")(y)
-        y = self.norm(name="norm3")(y, train)
-        y = squeeze_excite(self, y)
-        kernel_size = 3 if self.stride > 1 else 1
-        return relu_of_sum(y + shortcut(self, x, y.shape, train, kernel_size))
+    def shortcut_kernel_size(self) -> int:
+        return 3 if self.stride > 1 else 1
 
 
-class SEBottleneckBlock(nn.Module):
-    """Bottleneck of SE-ResNet (`groups` 1, strides in its first convolution) and SE-ResNeXt
-    (strides in the grouped 3x3 one). Fields as `common.nn.backbones.resnet.BottleneckBlock`."""
-
-    width: int
-    stride: int
-    conv: Callable
-    conv3x3: Callable
-    norm: Callable
-    groups: int = 1
-    base_width: int = 64
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"], train: bool) -> Float[Array, "B _h _w D"]:
-        inner = self.width * self.base_width // 64 * self.groups
-        first, second = (self.stride, 1) if self.groups == 1 else (1, self.stride)
-        y = self.conv(inner, 1, first, padding=0, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y, train))
-        y = self.conv3x3(inner, 3, second, padding=1, groups=self.groups, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y, train))
-        y = self.conv(4 * self.width, 1, padding=0, name="conv3")(y)
-        y = self.norm(name="norm3")(y, train)
-        y = squeeze_excite(self, y)
-        return relu_of_sum(y + shortcut(self, x, y.shape, train))
-
-
-def squeeze_excite(block, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-    """Weighs channels by a function of their means. Runs in the scope of `block`."""
-    squeezed = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
-    channels = x.shape[-1]
-    gate = block.conv(channels // _REDUCTION, 1, use_bias=True, name="se_reduce")(squeezed)
-    gate = block.conv(channels, 1, use_bias=True, name="se_expand")(nn.relu(gate))
-    return x * nn.sigmoid(gate)
-
-
-class SEStem(nn.Module):
+class SEStem(Stem):
     """7x7 convolution of stride 2 and Caffe's max-pooling."""
 
-    conv: Callable
-    norm: Callable
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W 3"], train: bool) -> Float[Array, "B h w 64"]:
-        x = self.conv(64, 7, 2, padding=3, name="conv")(x)
-        return caffe_max_pool(nn.relu(self.norm(name="norm")(x, train)))
+    def pool(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        return caffe_max_pool(x)
 
 
 class SENetStem(nn.Module):

@@ -88,7 +88,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        size, strides = _pair(self.kernel_size), _pair(self.strides)
+        size, strides = as_pair(self.kernel_size), as_pair(self.strides)
         shape = (*size, inputs.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init or he_normal_fan_out(self.groups), shape)
         outputs = conv2d(
@@ -100,5 +100,5 @@ class Conv(nn.Module):
         return outputs
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value

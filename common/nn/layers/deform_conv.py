@@ -10,7 +10,6 @@ D output channels, k kernel side, T = k * k kernel elements ("taps") row by row,
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from common.geometry import bilinear
-from common.nn.layers.conv import Conv, Padding, he_normal_fan_out
+from common.nn.layers.conv import Conv, Padding, as_pair, he_normal_fan_out
 
 _BORDER = "zero"
 # Input channels of a matmul where groups are merged.
@@ -59,7 +58,7 @@ def deform_conv2d(
       ValueError: unknown method, or offsets or mask of another shape than the output's.
     """
     bilinear.check_method(method)
-    sides, strides, dilations = kernel.shape[:2], _pair(stride), _pair(dilation)
+    sides, strides, dilations = kernel.shape[:2], as_pair(stride), as_pair(dilation)
     reach = [(side - 1) * step + 1 for side, step in zip(sides, dilations, strict=True)]
     if isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
@@ -91,10 +90,6 @@ def deform_conv2d(
         mask = jnp.moveaxis(mask.astype(jnp.float32).reshape(x.shape[0], -1, taps), 2, 1)
     kernel = jnp.swapaxes(kernel.reshape(taps, *kernel.shape[2:]), 1, 2)
     return _deform_conv(method, size, groups, x, y_points, x_points, mask, kernel)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -196,33 +191,23 @@ def _times_transposed(a, b):
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())))
 
 
-class DeformConv(nn.Module):
-    """Takes the place of `Conv`: same parameter `kernel`, and a convolution `offset` beside it.
+class DeformConv(Conv):
+    """Takes the place of `Conv`: same fields and parameters, and a convolution `offset` beside it.
 
     The offsets start at zero, as an ordinary convolution; in version 2 the factors of the samples
     start at sigmoid(0) = 0.5, which halves the output (Zhu et al. 2019, section 3.2).
 
     Attributes:
       version: 1 offsets, 2 offsets and a factor for each sample.
-      others: as of `Conv`.
     """
 
-    features: int
-    kernel_size: int | tuple[int, int] = 3
-    strides: int | tuple[int, int] = 1
-    padding: Padding = "SAME"
-    groups: int = 1
     version: int = 1
-    use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
-    kernel_init: Callable | None = None
-    bias_init: Callable = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         if self.version not in (1, 2):
             raise ValueError(f"deformable convolution version {self.version}, expected 1 or 2")
-        size = _pair(self.kernel_size)
+        size = as_pair(self.kernel_size)
         taps = size[0] * size[1]
         shape = (*size, inputs.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init or he_normal_fan_out(self.groups), shape)
