@@ -115,7 +115,7 @@ class Fuse(nn.Module):
 
 
 def upsample(
-    x: Float[Array, "B h w C"], size: tuple[int, int], factor: int, method: str
+    x: Float[Array, "B h w C"], size: tuple[int, ...], factor: int, method: str
 ) -> Float[Array, "B H W C"]:
     """'nearest': each cell `factor` x `factor` times, cut to `size`. 'bilinear': resized to `size`
     with half-pixel centres (`align_corners=False`)."""

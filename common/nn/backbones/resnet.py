@@ -206,11 +206,11 @@ class ResNet(nn.Module):
         taps = {}
         for i in range(self.first_stage, self.last_stage + 1):
             frozen = i <= self.frozen_stages
-            block: Callable[..., nn.Module] = layout.block
+            block_class = layout.block
             if self.remat and not frozen:
-                block = nn.remat(block, static_argnums=(2,))
+                block_class = nn.remat(block_class, static_argnums=(2,))
             block = functools.partial(
-                block, width=layout.width * 2 ** (i - 1), conv=conv, norm=norm, **self._options(i)
+                block_class, width=layout.width * 2 ** (i - 1), conv=conv, norm=norm, **self._options(i)
             )
             stage = Stage(block, layout.depths[i - 1], stride=1 if i == 1 else 2, name=f"stage{i}")
             x = stage(x, train and not frozen)
@@ -228,7 +228,7 @@ class ResNet(nn.Module):
             if version:
                 raise UserError(f"deform: found {self.deform}, expected (0, 0, 0) for basic blocks")
             return {}
-        conv3x3: Callable[..., nn.Module] = functools.partial(Conv, dtype=self.dtype)
+        conv3x3: Callable = functools.partial(Conv, dtype=self.dtype)
         if version:
             conv3x3 = functools.partial(DeformConv, version=version, dtype=self.dtype)
         return {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from common.nn.xla_cpu.dense_conv import dense_conv
+from common.nn.xla_cpu.dense_conv import Pads, dense_conv, general_conv
 from common.nn.xla_cpu.depthwise import depthwise_conv
 from common.nn.xla_cpu.grouped_conv import grouped_conv
 
@@ -41,12 +41,23 @@ def conv2d(
     `padding`: 'SAME' (TensorFlow's rule: depends on the size, extra row below), 'VALID', an int
     (that many rows on each side, torch's rule) or explicit ((top, bottom), (left, right)).
     """
-    if isinstance(padding, int):
-        padding = ((padding, padding), (padding, padding))
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(inputs.shape[1:3], kernel.shape[:2], strides, padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
+    pads = explicit_pads(padding, inputs.shape[1:3], kernel.shape[:2], strides)
     return _conv2d(inputs, kernel, tuple(strides), pads, groups)
+
+
+def explicit_pads(
+    padding: Padding, size: Sequence[int], window: Sequence[int], strides: Sequence[int]
+) -> Pads:
+    """((top, bottom), (left, right)) of `padding` as `conv2d` takes it.
+
+    `size` is the input's height and width, `window` the kernel's (its reach, if dilated).
+    """
+    if isinstance(padding, int):
+        return ((padding, padding), (padding, padding))
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(size, window, strides, padding)
+    (top, bottom), (left, right) = padding
+    return (int(top), int(bottom)), (int(left), int(right))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -55,22 +66,13 @@ def _conv2d(inputs, kernel, strides, pads, groups):
     if groups == 1:
         return dense_conv(inputs, kernel, strides, pads)
 
-    def general(inputs, kernel):
-        return jax.lax.conv_general_dilated(
-            inputs,
-            kernel,
-            window_strides=strides,
-            padding=pads,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
-        )
-
     def on_cpu(inputs, kernel):
         if kernel.shape[2] == 1 and kernel.shape[3] == groups:
             return depthwise_conv(inputs, kernel, strides, pads)
         return grouped_conv(inputs, kernel, strides, pads, groups)
 
-    return jax.lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=general)
+    default = functools.partial(general_conv, strides=strides, pads=pads, groups=groups)
+    return jax.lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=default)
 
 
 class Conv(nn.Module):

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from common.geometry import bilinear
-from common.nn.layers.conv import Conv, Padding, as_pair, he_normal_fan_out
+from common.nn.layers.conv import Conv, Padding, as_pair, explicit_pads, he_normal_fan_out
 
 _BORDER = "zero"
 # Input channels of a matmul where groups are merged.
@@ -60,13 +60,9 @@ def deform_conv2d(
     bilinear.check_method(method)
     sides, strides, dilations = kernel.shape[:2], as_pair(stride), as_pair(dilation)
     reach = [(side - 1) * step + 1 for side, step in zip(sides, dilations, strict=True)]
-    if isinstance(padding, int):
-        padding = ((padding, padding), (padding, padding))
-    elif isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
+    pads = explicit_pads(padding, x.shape[1:3], reach, strides)
     size = tuple(
-        (x.shape[axis + 1] + sum(padding[axis]) - reach[axis]) // strides[axis] + 1
-        for axis in (0, 1)
+        (x.shape[axis + 1] + sum(pads[axis]) - reach[axis]) // strides[axis] + 1 for axis in (0, 1)
     )
     taps = sides[0] * sides[1]
     for name, array, channels in (("offsets", offsets, 2 * taps), ("mask", mask, taps)):
@@ -79,7 +75,7 @@ def deform_conv2d(
     y_points, x_points = jnp.moveaxis(offsets, (3, 2), (0, 2))
     rows, columns = (
         jnp.arange(size[axis])[:, None] * strides[axis]
-        - padding[axis][0]
+        - pads[axis][0]
         + jnp.arange(sides[axis]) * dilations[axis]
         for axis in (0, 1)
     )

@@ -17,28 +17,32 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Below this many input channels the kernel's elements share one matmul: one each would be too thin.
 _THIN = 16
 
 
-def _general(x, kernel, strides, pads):
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)
+def general_conv(x, kernel, strides, pads, groups=1):
+    """The convolution as XLA computes it by itself."""
+    return lax.conv_general_dilated(
+        *(x, kernel, strides, pads),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def _pointwise(x, kernel, strides, pads):
-    """`_general` of a 1x1 kernel without padding."""
+    """`general_conv` of a 1x1 kernel without padding."""
     del pads
     x = x[:, :: strides[0], :: strides[1]]
-    found = _dot(x.reshape(-1, x.shape[-1]), kernel[0, 0])
-    return found.reshape(*x.shape[:-1], -1).astype(x.dtype)
+    product = _dot(x.reshape(-1, x.shape[-1]), kernel[0, 0])
+    return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _convolve(x, kernel, strides, pads):
     if kernel.shape[:2] != (1, 1) or any(low or high for low, high in pads):
-        return _general(x, kernel, strides, pads)
+        return general_conv(x, kernel, strides, pads)
     matmul, general = (
-        functools.partial(form, strides=strides, pads=pads) for form in (_pointwise, _general)
+        functools.partial(form, strides=strides, pads=pads) for form in (_pointwise, general_conv)
     )
     return lax.platform_dependent(x, kernel, cpu=matmul, default=general)
 
@@ -67,7 +71,7 @@ def _backward(strides, pads, saved, grad):
         grad,
         cpu=lambda x, kernel, grad: _kernel_grad(x, kernel.shape, grad, strides, pads),
         default=lambda x, kernel, grad: jax.vjp(
-            lambda kernel: _general(x, kernel, strides, pads), kernel
+            lambda kernel: general_conv(x, kernel, strides, pads), kernel
         )[1](grad)[0],
     )
     return x_grad, kernel_grad.astype(kernel.dtype)
@@ -122,7 +126,7 @@ def _kernel_grad_at_once(x, kernel_shape, grad, pads):
         product = product.reshape(rows, d, columns, c).transpose(0, 2, 3, 1)
     else:
         over_positions = (((0,), (0,)), ((), ()))
-        product = lax.dot_general(x, grad, over_positions, preferred_element_type=jnp.float32)
+        product = lax.dotgeneral_conv(x, grad, over_positions, preferred_element_type=jnp.float32)
         product = product.reshape(columns, c, rows, d).transpose(2, 0, 1, 3)
     return product.astype(x.dtype)
 
