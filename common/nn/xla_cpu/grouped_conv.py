@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from common.nn.xla_cpu.dense_conv import Pads, dense_conv
+from common.nn.xla_cpu.dense_conv import Pads, dense_conv, general_conv
 
 # Input channels of a part: where fewer zeros and wider matmuls balance.
 _PART_CHANNELS = 16
@@ -79,13 +79,15 @@ def _backward(strides, pads, groups, saved, grad):
     merged = _merged_groups(groups, kernel.shape[2])
     num_parts = groups // merged
 
-    def gradients(part):
+    def kernel_gradient(part):
         x, kernel, grad = part
-        return jax.vjp(lambda x, kernel: dense_conv(x, kernel, strides, pads), x, kernel)[1](grad)
+        return jax.vjp(lambda kernel: dense_conv(x, kernel, strides, pads), kernel)[1](grad)[0]
 
     parts = (_split(x, num_parts), _block_diagonal(kernel, groups, merged), _split(grad, num_parts))
-    x_grad, kernel_grad = lax.map(gradients, parts)
-    return _join(x_grad), _diagonal_blocks(kernel_grad, kernel.shape, groups)
+    kernel_grad = lax.map(kernel_gradient, parts)
+    # XLA's own input gradient is the fast one: 4 to 7 times as fast as one of parts in the loop.
+    (x_grad,) = jax.vjp(lambda x: general_conv(x, kernel, strides, pads, groups), x)[1](grad)
+    return x_grad, _diagonal_blocks(kernel_grad, kernel.shape, groups)
 
 
 grouped_conv.defvjp(_forward, _backward)
