@@ -68,7 +68,9 @@ def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Ima
       UserError: it is missing or broken.
     """
     try:
-        photo = images.open_photo(images.read_file(path), (annotated_size[0], annotated_size[1]))
+        photo = images.open_photo(
+            images.read_file(path), (int(annotated_size[0]), int(annotated_size[1]))
+        )
         geometry = images.fit(photo.size, (side, side))
         return Image.fromarray(images.draw(photo, geometry, geometry.content))
     except images.ImageError as error:
@@ -86,7 +88,7 @@ def fill_masks(photo: Image.Image, drawing: Drawing) -> Image.Image:
         padded = np.pad(inside, 1)
         within = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         opacity = np.where(within, OPACITY, 1.0)[inside, None]
-        pixels[inside] += opacity * (np.array(colour, np.float32) - pixels[inside])
+        pixels[inside] += opacity * (np.asarray(colour, np.float32) - pixels[inside])
     return Image.fromarray(pixels.astype(np.uint8))
 
 
@@ -152,11 +154,11 @@ def choose_images(dataset: Dataset, split: str, image_ids: Sequence[str], limit:
     """
     members = dataset.split(split)
     if image_ids:
-        found = dataset.find_images(image_ids)
-        for image_id, index in zip(image_ids, found, strict=True):
+        indices = dataset.find_images(image_ids).tolist()
+        for image_id, index in zip(image_ids, indices, strict=True):
             if index < 0 or index not in members:
                 raise UserError(f"--image_ids: {image_id!r} is not in split {split!r}")
-        return [int(index) for index in found]
+        return indices
     counts = dataset.box_offsets[members + 1] - dataset.box_offsets[members]
     classes = [len(np.unique(dataset.image_boxes(index)[1])) for index in members]
     order = np.lexsort((-counts, -np.array(classes, int)))
@@ -200,11 +202,12 @@ def draw_split(
     pictures, paths = [], []
     for index in indices:
         photo = open_photo(dataset.image_file(index), dataset.image_sizes[index], side)
-        truth, found = ground_truth(dataset, index, masks, photo.size[::-1]), detections[index]
+        truth = ground_truth(dataset, index, masks, (photo.height, photo.width))
+        detected = detections[index]
         picture = side_by_side(
             [
-                (f"ground truth: {len(truth[0])} boxes", draw_boxes(photo, truth)),
-                (f"detections: {len(found[0])} boxes", draw_boxes(photo, found)),
+                (f"ground truth: {len(truth.boxes)} boxes", draw_boxes(photo, truth)),
+                (f"detections: {len(detected.boxes)} boxes", draw_boxes(photo, detected)),
             ]
         )
         name = re.sub(r"[^A-Za-z0-9._-]", "_", dataset.image_id(index))  # ids may hold slashes
@@ -243,15 +246,11 @@ def read_drawings(
                 f"{dataset.class_names[c]} {score:.2f}"
                 for c, score in zip(classes, chunk.scores[rows], strict=True)
             ]
-            numbers, masks = classes.tolist(), []
+            colours, masks = [class_colour(number) for number in classes], []
             if chunk.masks is not None and chunk.mask_sizes is not None:
-                numbers = list(range(len(rows)))
-                sizes = chunk.mask_sizes[rows].tolist()
-                masks = [
-                    rle.decode(counts, (height, width))
-                    for counts, (height, width) in zip(chunk.masks[rows], sizes, strict=True)
-                ]
-            colours = [class_colour(number) for number in numbers]
+                pairs = zip(chunk.masks[rows], chunk.mask_sizes[rows].tolist(), strict=True)
+                masks = [rle.decode(counts, (height, width)) for counts, (height, width) in pairs]
+                colours = [class_colour(number) for number in range(len(rows))]
             drawings[index_of[code]] = Drawing(chunk.boxes[rows], colours, texts, masks)
     return drawings
 

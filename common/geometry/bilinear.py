@@ -166,16 +166,18 @@ def locate(
     y: Float[Array, " N"],
     x: Float[Array, " N"],
 ) -> Place:
-    """Finds the points in the table of maps of these sizes; `levels` None: there is one map."""
+    """Rows of the table and weights of the points, on maps of these sizes.
+
+    `levels` says on which map each point lies; None: there is one map.
+    """
     margin = 1 if method == "quads" else 0
     areas = [(height + margin) * (width + margin) for height, width in sizes]
     starts = [sum(areas[:level]) for level in range(len(sizes))]
-    if levels is None:
-        start: int | Array = 0
-        height: int | Array
-        width: int | Array
-        height, width = sizes[0]
-    else:
+    start: int | Array = 0
+    height: int | Array
+    width: int | Array
+    height, width = sizes[0]
+    if levels is not None:
         start = jnp.array(starts)[levels]
         height, width = (jnp.array(side)[levels] for side in zip(*sizes, strict=True))
     row, row_weights, row_slopes = _locate_on_axis(border, y, height)
@@ -284,8 +286,8 @@ def add(
 def interpolate(weights: Four, cells: Sequence[Float[Array, "N C"]]) -> Float[Array, "N C"]:
     """Weighted sum of the four cells, float32."""
     # One addend per cell keeps channels innermost in XLA's loop, which vectorises it on CPU.
-    products = [w[:, None] * c.astype(jnp.float32) for w, c in zip(weights, cells, strict=True)]
-    return functools.reduce(operator.add, products)
+    addends = (w[:, None] * c.astype(jnp.float32) for w, c in zip(weights, cells, strict=True))
+    return functools.reduce(jnp.add, addends)
 
 
 def contract(cells: Sequence[Float[Array, "N C"]], grad: Float[Array, "N C"]) -> Four:
@@ -295,4 +297,4 @@ def contract(cells: Sequence[Float[Array, "N C"]], grad: Float[Array, "N C"]) ->
 
 def dot(a: Four, b: Four) -> Float[Array, " N"]:
     """Sum over the four cells of products."""
-    return functools.reduce(operator.add, [u * v for u, v in zip(a, b, strict=True)])
+    return functools.reduce(jnp.add, map(jnp.multiply, a, b))

@@ -1,4 +1,5 @@
-"""The two diagrams of the page as SVG; colours come from its style sheet.
+"""The two diagrams of the page as SVG elements of the page itself, not by matplotlib: their dots
+link to the rows of the classes, and the style sheet gives them colours, light or dark.
 
 Shape legend: K classes, R recalls.
 """
@@ -59,7 +60,7 @@ def rarity_scatter(
     x_label: str,
 ) -> str:
     """AP over the number of training boxes (logarithmic; 0 stands at the left edge)."""
-    known = np.flatnonzero(~np.isnan(aps[0]))
+    known = np.flatnonzero(~np.isnan(aps[0])).tolist()
     top = max(1, int(np.ceil(np.log10(boxes[known].max() + 1)))) if len(known) else 1
     edge = np.log10(10**top + 1)
     share = np.log10(np.maximum(boxes, 0) + 1) / edge

@@ -115,14 +115,14 @@ def class_data(
     by_predicted = _top(confusions, confusions.predicted, confusions.actual)
     classes = {}
     for index in np.flatnonzero(scope.counts > 0).tolist():
-        entry: dict[str, Any] = {"truth": int(scope.counts[index]), "tables": []}
+        of_tables = []
         for number, table in enumerate(tables):
             counts = table.status_counts[index]
             found = int(table.found[index])
             wrong = int(counts[list(errors.ERRORS)].sum())
             precision = table.curves.precision[index]
             points = np.round(1000 * precision[: int(np.count_nonzero(precision))]).astype(int)
-            entry["tables"].append(
+            of_tables.append(
                 {
                     "ap": round(float(table.curves.aps[index]), 4),
                     "score": round(float(table.thresholds[index]), 3),
@@ -134,7 +134,7 @@ def class_data(
                     "reallyIs": by_predicted.get((number, index), []),
                 }
             )
-        classes[index] = entry
+        classes[index] = {"truth": int(scope.counts[index]), "tables": of_tables}
     return {
         "recalls": RECALLS,
         "errors": [errors.STATUS_NAMES[error] for error in errors.ERRORS],

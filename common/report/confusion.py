@@ -67,7 +67,7 @@ def count_confusions(scope: Scope, tables: Sequence[TableReport]) -> Confusions:
     ]
     pairs = np.unique(np.concatenate(kept))
     counted, unverified = (
-        np.stack([_look_up(pairs, found[0], found[column]) for found in counts])
+        np.stack([_look_up(pairs, of_table[0], of_table[column]) for of_table in counts])
         for column in (1, 2)
     )
     order = np.lexsort((pairs, -unverified.sum(0), -counted.sum(0)))

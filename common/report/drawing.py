@@ -35,9 +35,9 @@ def draw(scope: Scope, table: TableReport, picture: Picture, pairs: dict, limit:
     size = np.array([picture.width, picture.height] * 2)
     first, last = scope.dataset.box_offsets[picture.image : picture.image + 2]
     parts, texts = [], []
-    found = np.isin(np.arange(first, last), table.found_rows)
+    is_found = np.isin(np.arange(first, last), table.found_rows)
     boxes, classes, flags = scope.dataset.image_boxes(picture.image)
-    for box, index, flag, hit in zip(boxes, classes, flags, found, strict=True):
+    for box, index, flag, hit in zip(boxes, classes, flags, is_found, strict=True):
         name = names[index] + (" (group)" if flag & GROUP_OF else "")
         status = "found" if hit else "missed"
         parts.append(_path(box * size, status, f"truth: {name}, {status}"))
@@ -64,7 +64,7 @@ def draw(scope: Scope, table: TableReport, picture: Picture, pairs: dict, limit:
 def drawn_rows(scope: Scope, table: TableReport, image: int, limit: int) -> Sequence[int]:
     """Judged detections to draw, best score first; copies for parent classes are left out."""
     rows = np.flatnonzero(table.judged.images == image)
-    rows = rows[~np.isin(table.judged.status[rows], HIDDEN)]
+    rows = rows[np.asarray(np.isin(table.judged.status[rows], HIDDEN, invert=True))]
     rows = rows[np.lexsort((table.judged.status[rows], -table.judged.scores[rows]))]
     groups: dict[tuple, list[int]] = {}
     for row in rows:

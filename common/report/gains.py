@@ -103,11 +103,11 @@ def curves(entries: ScoredEntries, counts: Float[np.ndarray, " K"]) -> Curves:
         hits = (kinds != openimages.FALSE).astype(np.float64)
         aps[index] = openimages.average_precision(hits, counts[index])
         threshold[index] = _best_threshold(scores, hits, counts[index])
-        found = np.cumsum(hits)
+        true_positives = np.cumsum(hits)
         ranks = np.arange(1, len(hits) + 1)
-        ceiling = np.maximum.accumulate((found / ranks)[::-1])[::-1]
+        ceiling = np.maximum.accumulate((true_positives / ranks)[::-1])[::-1]
         # First entry that reaches each recall; 1e-9 absorbs the rounding of 0.07 * 100.
-        place = np.searchsorted(found, grid * counts[index] - 1e-9)
+        place = np.searchsorted(true_positives, grid * counts[index] - 1e-9)
         precision[index] = np.append(ceiling, 0.0)[np.minimum(place, len(hits))]
     known = counts[entries.classes] > 0
     order = np.argsort(-entries.scores[known], kind="stable")
@@ -171,8 +171,8 @@ def repair_gains(
     result["missed"] = _mean_ap(entries, counts - missed, counts) - before
     wrong = entries.kinds == openimages.FALSE
     result["false positives"] = _mean_ap(entries.take(~wrong), counts, counts) - before
-    found = np.bincount(entries.classes[~wrong], minlength=len(counts)).astype(np.float64)
-    result["false negatives"] = _mean_ap(entries, found, counts) - before
+    detected = np.bincount(entries.classes[~wrong], minlength=len(counts)).astype(np.float64)
+    result["false negatives"] = _mean_ap(entries, detected, counts) - before
     return {name: float(gain) for name, gain in result.items()}
 
 

@@ -99,7 +99,7 @@ def controls(names: Sequence[str]) -> str:
             f'<div class="buttons" id="layers" role="group" aria-label="Boxes of">{buttons}</div>'
         )
     parts.append('<div class="buttons" id="boxes" role="group" aria-label="Boxes shown">')
-    for key, on, kinds in (
+    for key, on, styles in (
         ("truth", True, {"found": "found truth"}),
         ("missed", True, {"missed": "missed truth"}),
         ("correct", True, {"correct": "correct"}),
@@ -118,7 +118,7 @@ def controls(names: Sequence[str]) -> str:
         checked = " checked" if on else ""
         swatches = "".join(
             (f'<i class="swatch {style}"></i>' if style else "") + text
-            for style, text in kinds.items()
+            for style, text in styles.items()
         )
         parts.append(f'<label><input type="checkbox" value="{key}"{checked}>{swatches}</label>')
     parts.append("</div>")

@@ -59,8 +59,8 @@ def draw_matrix(
     axes.set_yticks(range(size), labels, fontsize=8)
     for row, column in np.argwhere(known).tolist():
         share = matrix[row, column]
-        style: dict[str, Any] = {"fontsize": 5, "ha": "center", "va": "center"}
-        axes.text(column, row, f"{100 * share:.0f}", color="w" if share > 0.5 else "k", **style)
+        colour, text = "w" if share > 0.5 else "k", f"{100 * share:.0f}"
+        axes.text(column, row, text, color=colour, fontsize=5, ha="center", va="center")
     for row, column in np.argwhere(frame).tolist() if frame is not None else ():
         corner = (column - 0.45, row - 0.45)
         axes.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=COLOURS[1], linewidth=1.5))

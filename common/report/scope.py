@@ -58,7 +58,7 @@ def open_scope(
     Raises:
       UserError: as `evaluate_openimages`, or tables of different images.
     """
-    images = None
+    images: np.ndarray | None = None
     for reader in readers:
         indices, notes = split_images(dataset, split, reader, allow_partial)
         for line in notes:
@@ -70,6 +70,8 @@ def open_scope(
                 f"the {len(images)} of {readers[0].path}: compare tables of the same images"
             )
         images = covered
+    if images is None:
+        raise ValueError("no tables")
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     counts = openimages.count_truth(dataset, images, parents, 1.0)
     if not counts.any():

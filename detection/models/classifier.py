@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.backbones.hrnet import HRNETS
+from common.nn.layers.canvas import standardise
 
 
 class Classifier(nn.Module):
@@ -79,8 +80,7 @@ class Classifier(nn.Module):
 
     def logits(self, images: Array, train: bool) -> Array:
         """(B, K) float32 of uint8 images."""
-        mean, std = (jnp.array(v, jnp.float32) for v in preprocessing(self.backbone_name))
-        x = ((images.astype(jnp.float32) - mean) * (1.0 / std)).astype(self.dtype)
+        x = standardise(images, *preprocessing(self.backbone_name), self.dtype)
         taps = self.backbone(x, train)
         # HRNet's taps are siblings: with the last one alone, parts of it would never be trained.
         names = sorted(taps) if self.backbone_name in HRNETS else ["c5"]

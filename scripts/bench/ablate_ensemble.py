@@ -56,9 +56,7 @@ def main():
 
     def score(table: Path) -> list[dict[str, float]]:
         # Each table covers both splits; the note that it covers more than one would be said often.
-        return [
-            evaluate_openimages(dataset, split, table, say=lambda line: None) for split in splits
-        ]
+        return [evaluate_openimages(dataset, split, table, say=lambda _: None) for split in splits]
 
     def means(table: Path) -> list[float]:
         return [figures[MEAN_AP.format(0.5)] for figures in score(table)]
@@ -67,11 +65,11 @@ def main():
     for name, path in zip(names, paths, strict=True):
         table = work / f"{name}.parquet"
         expand_table(path, dataset, table)
-        found = score(table)
-        write_text(work / f"{name}.json", json.dumps(found[0]))
+        of_splits = score(table)
+        write_text(work / f"{name}.json", json.dumps(of_splits[0]))
         inputs.append(f"{name}={table}")
         metrics.append(str(work / f"{name}.json"))
-        rows[f"single {name}"] = [figures[MEAN_AP.format(0.5)] for figures in found]
+        rows[f"single {name}"] = [figures[MEAN_AP.format(0.5)] for figures in of_splits]
     for number, (step, config) in enumerate(merge_configs(",".join(metrics)).items()):
         table = work / f"merged{number}.parquet"
         merge_tables(inputs, config, table)

@@ -210,7 +210,7 @@ class NASNet(nn.Module):
             for name in names:
                 made += 1
                 reduces = name.startswith(("stem_cell", "reduction"))
-                cell_class = ReductionCell if reduces else NormalCell
+                cell_class: type[nn.Module] = ReductionCell if reduces else NormalCell
                 if self.remat and not frozen:
                     cell_class = nn.remat(cell_class, static_argnums=(3,))
                 cell = cell_class(

@@ -210,7 +210,11 @@ class ResNet(nn.Module):
             if self.remat and not frozen:
                 block_class = nn.remat(block_class, static_argnums=(2,))
             block = functools.partial(
-                block_class, width=layout.width * 2 ** (i - 1), conv=conv, norm=norm, **self._options(i)
+                block_class,
+                width=layout.width * 2 ** (i - 1),
+                conv=conv,
+                norm=norm,
+                **self._options(i),
             )
             stage = Stage(block, layout.depths[i - 1], stride=1 if i == 1 else 2, name=f"stage{i}")
             x = stage(x, train and not frozen)

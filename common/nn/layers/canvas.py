@@ -16,6 +16,18 @@ def content(shape: tuple[int, ...], image_size: Float[Array, "B 2"]) -> Bool[Arr
     )
 
 
+def standardise(
+    images: UInt8[Array, "B H W 3"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: jnp.dtype = jnp.float32,
+) -> Float[Array, "B H W 3"]:
+    """(pixel - mean) / std."""
+    # Multiplying by 1 / std: a division a pixel is what the TPU's vector unit is slow at.
+    scale = 1.0 / jnp.asarray(std, jnp.float32)
+    return ((images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) * scale).astype(dtype)
+
+
 def normalise(
     images: UInt8[Array, "B H W 3"],
     image_size: Float[Array, "B 2"],
@@ -25,10 +37,7 @@ def normalise(
 ) -> Float[Array, "B H W 3"]:
     """(pixel - mean) / std inside the content, exactly 0 in the padding."""
     inside = content(images.shape[1:3], image_size)
-    # Multiplying by 1 / std: a division a pixel is what the TPU's vector unit is slow at.
-    scale = 1.0 / jnp.asarray(std, jnp.float32)
-    x = (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) * scale
-    return jnp.where(inside[..., None], x, 0.0).astype(dtype)
+    return jnp.where(inside[..., None], standardise(images, mean, std), 0.0).astype(dtype)
 
 
 def mirror(
