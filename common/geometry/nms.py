@@ -8,6 +8,9 @@ The fix point is unique and equals the greedy result (induction over the rank), 
 rounds reach it. So boxes of different classes meet only inside a tile or at its borders, where a
 mask separates them; shifting each class to coordinates of its own would cost float32 resolution.
 
+`ensemble.operators.kernels` has greedy NMS in another form, for groups of one class of one image,
+a few sorted boxes each: a loop over the ranks that visits thousands of groups side by side.
+
 Shape legend:
   N: boxes   R: proposals   K: classes (1 when shared)   T: tile
   M: max_candidates   D: max_detections or max_outputs

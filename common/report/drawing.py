@@ -64,7 +64,7 @@ def draw(scope: Scope, table: TableReport, picture: Picture, pairs: dict, limit:
 def drawn_rows(scope: Scope, table: TableReport, image: int, limit: int) -> Sequence[int]:
     """Judged detections to draw, best score first; copies for parent classes are left out."""
     rows = np.flatnonzero(table.judged.images == image)
-    rows = rows[np.asarray(np.isin(table.judged.status[rows], HIDDEN, invert=True))]
+    rows = rows[np.isin(table.judged.status[rows], HIDDEN, invert=True)]
     rows = rows[np.lexsort((table.judged.status[rows], -table.judged.scores[rows]))]
     groups: dict[tuple, list[int]] = {}
     for row in rows:
@@ -73,7 +73,7 @@ def drawn_rows(scope: Scope, table: TableReport, image: int, limit: int) -> Sequ
     kept = []
     for group in groups.values():
         classes = [int(table.judged.classes[row]) for row in group]
-        inherited = np.any(scope.parents[classes], axis=0).tolist()
+        inherited = np.any(scope.parents[classes], axis=0)
         kept += [row for row, index in zip(group, classes, strict=True) if not inherited[index]]
     return kept[:limit]
 

@@ -199,7 +199,8 @@ class HRNet(nn.Module):
         block = functools.partial(
             self._stored(BottleneckBlock, frozen), width=64, conv=conv, conv3x3=conv, norm=norm
         )
-        xs = [Stage(block, self.layout.blocks, stride=1, name="stage1")(x, train and not frozen)]
+        stage1 = Stage(block, self.layout.blocks, stride=1, name="stage1")
+        xs: Sequence[Array] = [stage1(x, train and not frozen)]
         if frozen:
             xs = jax.lax.stop_gradient(xs)
         for i in (2, 3, 4):

@@ -1,7 +1,8 @@
-"""Depthwise convolution as a sum of shifted products: what XLA:CPU computes quickly.
+"""Depthwise convolution, computed on CPU as a sum of shifted products, one a kernel element.
 
-XLA:CPU runs a grouped convolution with one channel a group through a generic loop, several times
-slower than these elementwise sums, forward and backward. TPU and GPU have kernels of their own.
+XLA:CPU runs a convolution with one channel a group through a generic loop. For the shapes of
+EfficientNet-B0 ours takes 0.07 to 0.08 of its time forward and 0.03 to 0.16 backward (AMD EPYC, jax
+0.10.2; `python -m scripts.bench.bench_conv`). TPU and GPU have kernels of their own.
 
 Shapes: B batch, H W input height and width, h w output height and width, C channels, k kernel side.
 """
@@ -51,8 +52,11 @@ def _forward(x, kernel, strides, pads):
 
 
 def _kernel_grad(padded, grad, kernel_shape, strides):
-    """(k * k, C) sums of view * grad. Image by image, keeping the columns until the end, the sums
-    run along memory and stay in cache: half the time of one reduction over the whole batch."""
+    """(k * k, C): sums over images and positions of view * grad.
+
+    Rows are summed image by image and columns at the end, so that the sums run along memory and
+    stay in the cache: half the time of one reduction over the whole batch.
+    """
 
     def add_image(total, image):
         x, g = image

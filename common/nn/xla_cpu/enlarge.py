@@ -1,7 +1,7 @@
 """Bilinear enlargement by a whole factor, with half-pixel centres (`align_corners=False`).
 
-What `jax.image.resize` computes by products with matrices, each output from all inputs of its row,
-is here a weighted sum of two neighbours, and so is its gradient.
+`jax.image.resize` computes each output from all inputs of its row, as a product with a matrix. Here
+it is a weighted sum of two neighbours, and so is the gradient. It is used on every platform.
 
 Shapes: B batch, h w map, f factor, H W = f h, f w, C channels.
 """
@@ -38,7 +38,7 @@ def _places(factor):
 
 
 def _along(x, factor, axis):
-    """One axis. Beyond the border the outermost cell goes on."""
+    """Enlarges one axis. Beyond the border the outermost cell is repeated."""
     count = x.shape[axis]
     padding = [(0, 0)] * x.ndim
     padding[axis] = (1, 1)
@@ -54,7 +54,7 @@ def _along(x, factor, axis):
 
 
 def _transposed(grad, factor, axis):
-    """Transpose of `_along`."""
+    """Transpose of `_along`, from gradients of the enlarged cells to those of the old ones."""
     count = grad.shape[axis] // factor
     parts = grad.reshape(*grad.shape[:axis], count, factor, *grad.shape[axis + 1 :])
     own = before = after = 0.0
@@ -69,7 +69,7 @@ def _transposed(grad, factor, axis):
     def cells(values, start, stop):
         return jax.lax.slice_in_dim(values, start, stop, axis=axis)
 
-    # What went to a neighbour beyond the border stays with the outermost cell.
+    # Beyond the border the neighbour was the outermost cell itself.
     from_left = jnp.concatenate([cells(before, 0, 1), cells(after, 0, count - 1)], axis)
     from_right = jnp.concatenate([cells(before, 1, count), cells(after, count - 1, count)], axis)
     return own + from_left + from_right
