@@ -160,7 +160,7 @@ def bench_roi_pooling() -> float:
     flat_gradient = gradient.reshape(-1, BINS, BINS, CHANNELS).transpose(0, 3, 1, 2)
     theirs = torch_calls(aligned, tensors, torch.from_numpy(flat_gradient.copy()))
 
-    levels = np.asarray(roi_align.assign_levels(jnp.asarray(boxes))) - 2
+    levels = np.asarray(roi_align.assign_levels(jax.numpy.asarray(boxes))) - 2
     groups = [
         (b, level, torch.from_numpy(np.flatnonzero(levels[b] == level)))
         for b, level in np.ndindex(BATCH, len(STRIDES))

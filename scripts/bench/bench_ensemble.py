@@ -71,8 +71,8 @@ def draw_image(
     low = np.minimum(boxes[..., :2], boxes[..., 2:])
     high = np.maximum(boxes[..., 2:], low + 1e-3)
     scores = confidence[where, what] * rng.random((models, n)) ** 0.3 + 1e-3
-    boxes = np.concatenate([low, high.clip(0, 1.001)], -1)
-    return labels, scores.astype(np.float32), boxes.astype(np.float32)
+    corners = np.concatenate([low, high.clip(0, 1.001)], -1)
+    return labels, scores.astype(np.float32), corners.astype(np.float32)
 
 
 def write_tables(folder: Path) -> list[str]:
@@ -127,7 +127,7 @@ def cases(models: int) -> list[tuple[str, Operator, Callable | None]]:
     return [(name, operator, call if peer else None) for name, operator, call in pairs]
 
 
-def to_lists(rows: Rows, image: np.ndarray) -> Iterator[tuple[list, list, list]]:
+def to_lists(rows: Rows, image: np.ndarray) -> Iterator[tuple[list, ...]]:
     """Boxes, scores and labels for each image, a list entry a model, float64.
 
     Labels are classes, not groups: the package rounds labels to float32 (exact up to 2^24).

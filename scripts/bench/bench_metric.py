@@ -57,7 +57,7 @@ class Masks:
 
     def __init__(self, folder: Path, rng: np.random.Generator):
         shapes = random_blobs(rng, SHAPES, TRUTH)
-        boxes = rle.tight_boxes(rle.encode(shapes), [TRUTH] * SHAPES)
+        boxes = rle.tight_boxes(rle.encode(shapes), np.tile(TRUTH, (SHAPES, 1)))
         self._truth = boxes / np.array([TRUTH[1], TRUTH[0]] * 2)
         counts: list[bytes] = []
         for number, shape in enumerate(shapes):
@@ -69,7 +69,7 @@ class Masks:
                 sized = moved.resize(PHOTO[::-1], Image.Resampling.NEAREST)
                 counts += rle.encode(np.asarray(sized)[None])
         self._masks = np.array([*counts, None], object)[:-1]
-        tight = rle.tight_boxes(counts, [PHOTO] * len(counts))
+        tight = rle.tight_boxes(counts, np.tile(PHOTO, (len(counts), 1)))
         self._tight = tight / np.array([PHOTO[1], PHOTO[0]] * 2)
         self.options = {"has_masks": True, "extra": {"mask_root": str(folder)}}
 
@@ -87,7 +87,7 @@ class Masks:
         return (
             self._tight[chosen],
             self._masks[chosen],
-            np.tile(np.array(PHOTO, np.int32), (len(near), 1)),
+            np.tile(np.asarray(PHOTO, np.int32), (len(near), 1)),
         )
 
 
@@ -110,15 +110,24 @@ def generate(folder: Path, masks: bool) -> None:
             boxes, bits, others = objects.draw(rng)
             truth = rng.choice(classes, OBJECTS, p=frequencies)
             verified = np.unique([*truth, *rng.choice(classes, LABELS - OBJECTS)])
-            known = (verified, np.isin(verified, truth))
-            photo = (image_id, f"{image_id}.jpg", PHOTO)
-            dataset.add_image(*photo, boxes, truth, bits, *known, **others)
+            dataset.add_image(
+                image_id,
+                f"{image_id}.jpg",
+                PHOTO,
+                boxes,
+                truth.tolist(),
+                bits.tolist(),
+                verified.tolist(),
+                np.isin(verified, truth).tolist(),
+                **others,
+            )
             near = rng.integers(OBJECTS, size=count)
             right = rng.random(count) < 0.5
             detected = np.where(right, truth[near], rng.choice(verified, count))
             judged = rng.random(count) < flags.FLAGS.verified
             detected = np.where(judged, detected, rng.integers(classes, size=count))
-            table.add(image_id, names[detected], rng.random(count), *objects.detect(rng, near))
+            shapes: tuple[Any, ...] = objects.detect(rng, near)
+            table.add(image_id, names[detected], rng.random(count), *shapes)
         dataset.add_split("validation", range(flags.FLAGS.images))
 
 
@@ -167,8 +176,8 @@ def score_with_twin(folder: Path) -> float:
     subset = folder / "subset.parquet"
     with DetectionsWriter(subset, {}) as table:
         for image_id, image in images.items():
-            listed = list(zip(*image["detections"], strict=True))
-            table.add(image_id, listed[0], np.array(listed[1]), np.array(listed[2]))
+            names_of, scores, places = zip(*image["detections"], strict=True)
+            table.add(image_id, names_of, np.array(scores), np.array(places))
     figures = openimages.evaluate_openimages(
         dataset, "validation", subset, allow_partial=True, say=lambda _: None
     )

@@ -56,15 +56,15 @@ def generate(directory: Path, num_images: int, num_classes: int) -> None:
                 ids,
                 ids,
                 np.zeros((count, 2), np.int32),
-                sizes,
+                sizes.tolist(),
                 np.concatenate([low, low + side], axis=1).astype(np.float32),
                 classes.astype(np.int32),
                 np.zeros(total, np.uint8),
-                np.bincount(keys // num_classes, minlength=count),
+                np.bincount(keys // num_classes, minlength=count).tolist(),
                 (keys % num_classes).astype(np.int32),
                 (np.arange(len(keys)) < len(present)).astype(np.uint8)[order],
             )
-        writer.add_split("train", np.arange(num_images))
+        writer.add_split("train", range(num_images))
 
 
 def main():

@@ -59,7 +59,8 @@ def compare(coco, size: tuple[int, int]) -> None:
     assert np.array_equal(rle.iou(ours, ours, size), coco.iou(theirs, theirs, [0] * number))
     for both in (False, True):
         assert rle.merge(ours, size, intersect=both) == coco.merge(theirs, both)["counts"]
-    windows, corners = [], rle.tight_boxes(ours, [size] * number)
+    sizes = np.tile(size, (number, 1))
+    windows, corners = [], rle.tight_boxes(ours, sizes)
     for mask, (x0, y0, x1, y1) in zip(masks, corners.tolist(), strict=True):
         windows.append(mask[y0:y1, x0:x1].copy())
     pasted = np.zeros((*size, number), np.uint8, order="F")
@@ -70,7 +71,6 @@ def compare(coco, size: tuple[int, int]) -> None:
             pasted[y0:y1, x0:x1, i] = windows[i]
         return coco.encode(pasted)
 
-    sizes = [size] * number
     places = corners[:, [1, 0]]
     assert rle.encode_windows(windows, places, sizes) == [mask["counts"] for mask in paste()]
     rows = masks.view(np.uint8)

@@ -84,8 +84,8 @@ def main() -> int:
         return output
 
     expected = torch_both().detach().numpy().transpose(0, 2, 3, 1)
-    torch_gradients = [feature.grad for feature in maps.values() if feature.grad is not None]
-    expected_gradients = [grad.numpy().transpose(0, 2, 3, 1) for grad in torch_gradients]
+    grads = [torch.as_tensor(feature.grad).numpy() for feature in maps.values()]
+    expected_gradients = [grad.transpose(0, 2, 3, 1) for grad in grads]
     arguments = jax.device_put((features, boxes))
     device_gradient = jax.device_put(gradient)
     worst = 0.0

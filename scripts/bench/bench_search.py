@@ -47,8 +47,16 @@ def generate(folder: Path, rng: np.random.Generator) -> list[str]:
             labels = rng.choice(num_classes, BOXES, p=frequencies)
             group_of = np.where(rng.random(BOXES) < 0.1, GROUP_OF, 0)
             verified = np.unique([*labels, *rng.choice(num_classes, LABELS - BOXES)])
-            known = (verified, np.isin(verified, labels).astype(int))
-            dataset.add_image(image_id, "x.jpg", (768, 1024), boxes, labels, group_of, *known)
+            dataset.add_image(
+                image_id,
+                "x.jpg",
+                (768, 1024),
+                boxes,
+                labels.tolist(),
+                group_of.tolist(),
+                verified.tolist(),
+                np.isin(verified, labels).tolist(),
+            )
             # All models see the same: objects, some of them hard, and things taken for objects.
             things = np.concatenate([boxes, generated.random_boxes(rng, BOXES)])
             things_classes = np.concatenate([labels, rng.choice(verified, BOXES)])
