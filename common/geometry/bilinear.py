@@ -26,7 +26,6 @@ Shape legend:
 """
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -66,7 +66,7 @@ def rarity_scatter(
     share = np.log10(np.maximum(boxes, 0) + 1) / edge
     dots = []
     for number, values in enumerate(aps[:MAX_SCATTERED]):
-        for index in known.tolist():
+        for index in known:
             x, y = _place(share[index], values[index])
             title = escape(f"{names[index]}: AP {values[index]:.3f}, {boxes[index]:.0f} boxes")
             dots.append(

@@ -5,10 +5,8 @@
 Needs torch and torchvision in the same environment. Batch 2, float32. Convolutions: the 3x3 ones of
 ResNet-50's c3, c4 and c5 for images of 512 x 512, offsets of about one cell, forward alone and with
 the gradients of all arrays. RoI pooling: 512 RoIs per image over P2 to P5, 7 x 7 bins of 2 x 2
-samples, offsets of about 5 % of the RoI. torchvision has no such operator; the peers are
-
-  roi_align    its MultiScaleRoIAlign: as many samples, none of them moved, no gradient of offsets
-  grid_sample  the operator put together from grid_sample, level after level
+samples, offsets of about 5 % of the RoI. torchvision has no such operator; its peer is put together
+from grid_sample, level after level.
 
 Prints the medians of each side, taken in turns in one process, and their ratio (below 1: ours is
 faster), and exits with status 1 when values or gradients differ by more than 0.001 of the largest.
@@ -18,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -131,9 +128,8 @@ def bench_convolution(name: str, side: int, channels: int, groups: int, version:
 
 
 def bench_roi_pooling() -> float:
-    """Times the pooling against both peers; returns the largest difference from grid_sample's."""
+    """Times the pooling; returns the largest difference."""
     import torch
-    import torchvision
 
     rng = np.random.default_rng(0)
     maps = [
@@ -151,15 +147,7 @@ def bench_roi_pooling() -> float:
         )
 
     ours = our_calls(pool, [*maps, offsets], gradient)
-    align = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], BINS, SAMPLES)
-
-    def aligned(*maps):
-        named = {str(i): feature for i, feature in enumerate(maps)}
-        return align(named, torch_boxes, [(SIZE, SIZE)] * BATCH)
-
     flat_gradient = gradient.reshape(-1, BINS, BINS, CHANNELS).transpose(0, 3, 1, 2)
-    theirs = torch_calls(aligned, tensors, torch.from_numpy(flat_gradient.copy()))
-
     levels = np.asarray(roi_align.assign_levels(jax.numpy.asarray(boxes))) - 2
     groups = [
         (b, level, torch.from_numpy(np.flatnonzero(levels[b] == level)))
@@ -202,8 +190,7 @@ def bench_roi_pooling() -> float:
     values, our_gradients = ours[1]()
     values = np.asarray(values).reshape(-1, BINS, BINS, CHANNELS)[order]
     error = difference([values, *our_gradients], [output.numpy().transpose(0, 2, 3, 1), *expected])
-    report("deformable RoI pooling, peer roi_align (does less)", ours, theirs, error)
-    report("deformable RoI pooling, peer grid_sample", ours, composed, error)
+    report("deformable RoI pooling", ours, composed, error)
     return error
 
 
