@@ -13,7 +13,11 @@ import numpy as np
 from common.io.memory import keep_freed_memory
 
 
-def time_in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[np.ndarray]:
+def time_in_turns(
+    calls: Sequence[Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[np.ndarray]:
     """Returns the seconds of each call, (repeats,) per callable.
 
     The callables take turns, so that whatever else the machine does meets all of them alike. Each
@@ -22,23 +26,31 @@ def time_in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[n
     seconds = [np.zeros(repeats) for _ in calls]
     for repeat in range(repeats):
         for call, slots in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             call()
-            slots[repeat] = time.perf_counter() - start
+            slots[repeat] = clock() - start
     return seconds
 
 
-def compare(title: str, sides: Mapping[str, Callable[[], object]], repeats: int) -> None:
+def compare(
+    title: str,
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Times callables in turns after one untimed call each; prints medians and ratios in one line.
 
     Args:
       title: printed first.
       sides: name -> callable as for `time_in_turns`; the first one is ours.
       repeats: timed calls of each.
+      clock: `time.process_time` counts the processor time of all threads.
     """
     for call in sides.values():
         call()
-    medians = [float(np.median(taken)) for taken in time_in_turns([*sides.values()], repeats)]
+    medians = [
+        float(np.median(taken)) for taken in time_in_turns([*sides.values()], repeats, clock)
+    ]
     columns = [f"{name} {1e3 * t:8.2f} ms" for name, t in zip(sides, medians, strict=True)]
     ratios = [f"ratio {medians[0] / other:.3f}" for other in medians[1:]]
     print(f"  {title:30s} {'   '.join(columns + ratios)}", flush=True)

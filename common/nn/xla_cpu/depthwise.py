@@ -1,7 +1,7 @@
 """Depthwise convolution, computed on CPU as a sum of shifted products, one a kernel element.
 
 XLA:CPU runs a convolution with one channel a group through a generic loop. For the shapes of
-EfficientNet-B0 ours takes 0.07 to 0.08 of its time forward and 0.03 to 0.16 backward (AMD EPYC, jax
+EfficientNet-B0 ours takes 0.07 to 0.12 of its time forward and 0.03 to 0.16 backward (AMD EPYC, jax
 0.10.2; `python -m scripts.bench.bench_conv`). TPU and GPU have kernels of their own.
 
 Shapes: B batch, H W input height and width, h w output height and width, C channels, k kernel side.
