@@ -78,7 +78,7 @@ def main():
         expand_predictions=values.expand_predictions,
         image_labels=values.image_labels,
     )
-    print(f"wrote {page}, {page.stat().st_size / 1e6:.1f} MB", flush=True)
+    print(f"wrote {page}, {page.stat().length / 1e6:.1f} MB", flush=True)
 
 
 def report(
