@@ -122,9 +122,8 @@ def fit(
     """Places a photo on a canvas.
 
     The photo is resized, keeping its aspect, to the largest size that fits. On an 800x1333 canvas
-    a landscape photo gets the usual short side 800, long side at most 1333. A portrait photo is
-    limited by the canvas height: its *long* side becomes 800. Shapes are static, so a canvas
-    that serves portraits as well as landscapes is a square one, e.g. 1333x1333 (or 1024x1024).
+    a landscape photo gets the usual short side 800, long side at most 1333; a portrait photo gets
+    it on 1333x800 (`common.data.canvases`).
 
     Args:
       size: height, width of the photo as displayed.
