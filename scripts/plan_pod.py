@@ -27,7 +27,7 @@ from common.data import canvases
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.io.settings import read_settings
+from common.nn.layers import norm
 from common.training import distributed
 from common.training.optimizer import OptimizerSettings, make_optimizer, make_schedule, total_steps
 from common.training.pod import flops, topologies
@@ -35,7 +35,9 @@ from common.training.step import init_state, jit_train_step, variable_shapes
 from detection import batch_fields
 from detection.models import faster_rcnn, two_stage
 from detection.settings import read_run
-from segmentation import setup as segmentation_setup
+from segmentation import batch_fields as crop_fields
+from segmentation import settings as segmentation_settings
+from segmentation.models import segmenter
 
 OPENIMAGES = 1_743_042  # training photos
 # Share of the slice's peak that a run is thought to reach. The images/s that MLPerf published of
@@ -61,13 +63,14 @@ def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
       UserError: another task, or a field that is out of range.
     """
     if config.task == "segmentation":
+        run = segmentation_settings.read_run(config)
         return Program(
-            segmentation_setup.build_model(config, num_classes),
-            segmentation_setup.init_batch(config),
-            segmentation_setup.train_shapes(config, batch_size),
-            segmentation_setup.frozen_pattern(config),
-            read_settings(OptimizerSettings, config.optimizer, "config.optimizer"),
-            [tuple(canvas) for canvas in config.data.canvases],
+            segmenter.build(run.model, num_classes, distributed.DATA_AXIS),
+            crop_fields.init_shapes(),
+            crop_fields.train_shapes(run.data, batch_size),
+            norm.frozen_pattern([], run.model.norm),
+            run.optimizer,
+            list(run.data.canvases),
         )
     settings = read_run(config)
     return Program(

@@ -18,22 +18,25 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float64
-from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.parallel import behind
 from common.io.progress import Progress
 from common.training import command, distributed
-from segmentation import setup
+from common.training.restore import restore_variables
+from common.training.step import variable_shapes
+from segmentation.batch_fields import init_shapes
 from segmentation.crops.batches import eval_batches
 from segmentation.inference import FIGURES, evaluation_step
-from segmentation.models.segmenter import Segmenter
+from segmentation.models.segmenter import Segmenter, build
+from segmentation.settings import RunSettings, read_run
 
 
 def evaluate_variables(
-    config: ConfigDict,
+    settings: RunSettings,
     model: Segmenter,
     dataset: Dataset,
     mesh: Mesh,
@@ -44,37 +47,35 @@ def evaluate_variables(
     split: str | None = None,
     say: Callable = print,
 ) -> dict[str, float]:
-    """Figures of a split with ground-truth boxes, cut as `config.test` says; writes them, too.
+    """Figures of a split with ground-truth boxes, cut as `settings.test` says; writes them, too.
 
     Raises:
       UserError: the split has no instance with a mask.
     """
-    split = split or config.data.eval_split
-    batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
-    measure = evaluation_step(model, dataset.num_classes, bool(config.test.flip), mesh)
-    fields = tuple(setup.batch_shapes((1, 1), 1))
+    split = split or settings.data.eval_split
+    batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
+    measure = evaluation_step(model, dataset.num_classes, settings.test.flip, mesh)
     batches = eval_batches(
         dataset,
         split,
-        setup.evaluation_data(config),
+        settings.evaluation_data,
         batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    progress = Progress(batches.num_batches, batch_size, mesh.size)
+    progress = Progress(
+        batches.num_batches, batch_size, mesh.size, what=f"evaluate {split}", unit="crops", say=say
+    )
     totals = np.zeros((dataset.num_classes, len(FIGURES)))
-    ahead = None  # the host adds batch i while the devices work on i + 1
-    for number, host_batch in enumerate(progress.timed(batches), start=1):
-        batch = distributed.to_global({k: host_batch[k] for k in fields}, mesh)
-        found = measure(variables, batch)
-        if ahead is not None:
-            totals += distributed.to_host(ahead)
-        ahead = found
-        progress.step_done(number)
-        if number % max(batches.num_batches // 10, 1) == 0:
-            say(f"evaluate {split}: {progress.line(number, {})}", flush=True)
-    if ahead is not None:
-        totals += distributed.to_host(ahead)
+    fields = tuple(init_shapes())
+    started = (
+        measure(variables, distributed.to_global(batch, mesh, fields))
+        for batch in progress.timed(batches)
+    )
+    # The host adds the figures of batch i while the devices work on batch i + 1.
+    for number, figures in enumerate(behind(started), start=1):
+        totals += distributed.to_host(figures)
+        progress.report(number, last=number == batches.num_batches)
     results = summary(totals)
     if not results:
         raise UserError(f"{dataset.directory}: found no readable instance with a mask in {split}")
@@ -92,7 +93,7 @@ def evaluate_variables(
 
 
 def summary(totals: Float64[np.ndarray, "K F"]) -> dict[str, float]:
-    """Figures of classes together from their sums (`predict.FIGURES`); {} without an instance."""
+    """Figures of classes together from their sums (`inference.FIGURES`); {} without an instance."""
     sums = dict(zip(FIGURES, totals.sum(axis=0).tolist(), strict=True))
     instances, pixels = sums["instances"], max(sums["pixels"], 1.0)
     if not instances:
@@ -114,14 +115,15 @@ def define_flags() -> None:
 
 
 def main():
-    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    settings, workdir = read_run(flags.FLAGS.config), flags.FLAGS.workdir
     mesh, say = command.start()
-    dataset = command.open_dataset(config.data.dir)
-    model = setup.build_model(config, dataset.num_classes)
-    variables, step = setup.restore_variables(config, model, workdir, mesh, flags.FLAGS.step)
+    dataset = command.open_dataset(settings.data.dir)
+    model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
+    shapes = variable_shapes(model, init_shapes())
+    variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
     folder = epath.Path(workdir) / "evaluation" / f"{step}"
     evaluate_variables(
-        config, model, dataset, mesh, variables, step, folder, split=flags.FLAGS.split, say=say
+        settings, model, dataset, mesh, variables, step, folder, split=flags.FLAGS.split, say=say
     )
 
 

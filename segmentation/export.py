@@ -14,141 +14,50 @@ With several hosts each writes the shard of its part of the photos into the fold
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import Int, Int64
-from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.parallel import map_ordered
+from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.masks import rle
 from common.tables import DetectionsReader, DetectionsWriter
 from common.tables.table import Detections
 from common.training import command, distributed
-from common.training.workdir import read_config
-from segmentation import setup, vote
-from segmentation.crops.batches import BoxBatch, View, box_batches
-from segmentation.inference import Voter, vote_step
-from segmentation.models.segmenter import Segmenter
+from segmentation import vote
+from segmentation.crops.batches import BoxBatch, box_batches
+from segmentation.inference import Voter
 from segmentation.paste import CropMaps, paste, pixel_window
+from segmentation.settings import RunSettings, read_run
+from segmentation.voters import Network, Panel, open_network, open_voters
 
 _CHUNK_ROWS = 1 << 17  # of the table in memory at once, with their masks
 PASTING_THREADS = 4  # NumPy lets them run side by side
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A trained network and how its crops are cut."""
-
-    name: str
-    step: int
-    model: Segmenter
-    variables: dict
-    test: ConfigDict
-
-    @property
-    def view(self) -> str:
-        """Equal texts: the same crops."""
-        crop = setup.crop_of(self.test).to_dict() | {"canvases": self.test.canvases}
-        return json.dumps(crop, sort_keys=True)
-
-
-class Panel:
-    """All voters, sorted by the crops that they look at."""
-
-    def __init__(self, networks: list[Network], voters: list[Voter], mean: bool, mesh: Mesh):
-        """`mean`: only the mean of the voters is wanted."""
-        self.views: list[View] = []
-        self.weights: list[int] = []  # voters behind each probability map
-        self._steps = []
-        self._mesh = mesh
-        for key in dict.fromkeys(networks[v.network].view for v in voters):
-            members = [v for v in voters if networks[v.network].view == key]
-            chosen = sorted({v.network for v in members})
-            places = {network: i for i, network in enumerate(chosen)}
-            step = vote_step(
-                tuple(networks[i].model for i in chosen),
-                tuple(Voter(places[v.network], v.flip) for v in members),
-                mean,
-                mesh,
-            )
-            self._steps.append((step, tuple(networks[i].variables for i in chosen)))
-            test = networks[chosen[0]].test
-            self.views.append(View(setup.crop_of(test), test.canvases))
-            self.weights += [len(members)] if mean else [1] * len(members)
-
-    def start(self, batch: BoxBatch, classes: np.ndarray) -> jax.Array:
-        """Sets the devices to work on one view of a batch of boxes."""
-        step, variables = self._steps[batch.view]
-        fields = {
-            "image": batch.image,
-            "image_size": batch.image_size,
-            "image_valid": batch.image_valid,
-            "classes": classes,
-        }
-        return step(variables, distributed.to_global(fields, self._mesh))
-
-
-def open_voters(
-    config: ConfigDict, names: list[str], dataset: Dataset, mesh: Mesh
-) -> tuple[list[Network], list[Voter]]:
-    """Restores the networks of --voters, each once, on the devices of this process.
-
-    Raises:
-      UserError: a folder is no work directory of a segmenter.
-    """
-    places: dict[str, int] = {}
-    networks, voters = [], []
-    for name in names:
-        workdir, flip = name.removesuffix(":flip"), name.endswith(":flip")
-        if workdir not in places:
-            places[workdir] = len(networks)
-            networks.append(open_network(_config_of(workdir), workdir, None, dataset, mesh))
-        voters.append(Voter(places[workdir], flip or networks[places[workdir]].test.flip))
-    return networks, voters
-
-
-def _config_of(workdir: str) -> ConfigDict:
-    config = ConfigDict(read_config(workdir))
-    if not ("test" in config and "model" in config and "class_specific" in config.model):
-        raise UserError(f"{workdir}/config.json: not the config of a segmentation run")
-    return config
-
-
-def open_network(
-    config: ConfigDict, workdir: str, step: int | None, dataset: Dataset, mesh: Mesh
-) -> Network:
-    model = setup.build_model(config, dataset.num_classes)
-    variables, step = setup.restore_variables(config, model, workdir, distributed.make_mesh(), step)
-    if mesh.size < len(jax.devices()):
-        variables = distributed.to_local(variables, mesh)
-    return Network(config.name, step, model, variables, config.test)
-
-
 def add_masks(
-    config: ConfigDict,
+    settings: RunSettings,
     dataset: Dataset,
     networks: list[Network],
     voters: list[Voter],
     mesh: Mesh,
-    boxes: Path,
-    output: Path,
+    boxes: PathLike,
+    output: PathLike,
     *,
     say: Callable = print,
 ) -> int:
     """Writes the table `output` with the rows of `boxes` and their masks; returns their number.
 
     Args:
-      config: vote and threshold of `test`, `evaluation.batch_size`, `data.on_image_error`,
+      settings: vote and threshold of `test`, `evaluation.batch_size`, `data.on_image_error`,
         `data.num_threads`.
       dataset: where the photos are.
       networks: trained networks.
@@ -159,17 +68,16 @@ def add_masks(
       say: where progress lines go.
 
     Raises:
-      UserError: bad rule of voting, table without rows, photo or label that the dataset lacks.
+      UserError: table without rows, photo or label that the dataset lacks.
     """
-    rule, threshold = config.test.vote, config.test.threshold
-    vote.check(rule, threshold)
+    rule, threshold = settings.test.vote, settings.test.threshold
     reader = DetectionsReader(boxes)
     if not reader.num_rows:
         raise UserError(f"{boxes}: found a table without rows, expected boxes to segment")
     image_rows = find_photos(dataset, reader)
     own = _part(len(reader.image_ids), jax.process_index(), jax.process_count())
-    panel = Panel(networks, voters, rule == "mean", mesh)
-    batch_size = -(-config.evaluation.batch_size // mesh.size) * mesh.size
+    panel = Panel(networks, voters, rule, mesh)
+    batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
     metadata = {
         **reader.metadata,
         "segmentation": {
@@ -177,8 +85,8 @@ def add_masks(
                 {
                     "model": networks[v.network].name,
                     "step": networks[v.network].step,
-                    "flip": bool(v.flip),
-                    "crop": setup.crop_of(networks[v.network].test).to_dict(),
+                    "flip": v.flip,
+                    "crop": dataclasses.asdict(networks[v.network].test.crop),
                 }
                 for v in voters
             ],
@@ -208,8 +116,8 @@ def add_masks(
                 chunk.boxes,
                 panel.views,
                 batch_size=batch_size,
-                on_image_error=config.data.on_image_error,
-                num_threads=config.data.num_threads,
+                on_image_error=settings.data.on_image_error,
+                num_threads=settings.data.num_threads,
             )
             pasted = map_ordered(
                 functools.partial(
@@ -226,8 +134,8 @@ def add_masks(
             last = int(chunk.image_index[-1]) + 1
             write_rows(writer, chunk, range(written, last), masks, sizes)
             written = last
-        for image in range(written, own.stop):
-            writer.add(reader.image_ids[image], [], [], np.zeros((0, 4)), [], np.zeros((0, 2)))
+        for image in range(written, own.stop):  # photos without boxes
+            writer.add_empty(reader.image_ids[image])
     distributed.barrier("add_masks")
     return reader.num_rows
 
@@ -272,7 +180,7 @@ def started_blocks(
 def block_masks(
     started: tuple[list[BoxBatch], list[jax.Array]],
     weights: Sequence[int],
-    rule: str,
+    rule: vote.Rule,
     threshold: float,
 ) -> tuple[Int64[np.ndarray, " n"], list[bytes], Int[np.ndarray, "n 2"]]:
     """Row, run lengths of the mask, and photo size of each of the n real boxes of a block.
@@ -329,20 +237,21 @@ def define_flags() -> None:
 
 def main():
     values = flags.FLAGS
-    config = values.config
+    settings = read_run(values.config)
     if bool(values.workdir) == bool(values.voters):
         raise UserError("--workdir, --voters: expected one of them")
     _, say = command.start()
     mesh = distributed.make_mesh(jax.local_devices())
-    dataset = command.open_dataset(config.data.dir)
+    dataset = command.open_dataset(settings.data.dir)
     if values.voters:
-        networks, voters = open_voters(config, values.voters, dataset, mesh)
+        networks, voters = open_voters(values.voters, dataset, mesh)
     else:
-        networks = [open_network(config, values.workdir, values.step, dataset, mesh)]
-        voters = [Voter(0, bool(config.test.flip))]
-    output = Path(values.output)
-    count = add_masks(config, dataset, networks, voters, mesh, Path(values.boxes), output, say=say)
-    say(f"wrote {output}: {count} boxes with masks, {len(voters)} voters", flush=True)
+        networks = [open_network(settings, values.workdir, values.step, dataset, mesh)]
+        voters = [Voter(0, settings.test.flip)]
+    count = add_masks(
+        settings, dataset, networks, voters, mesh, values.boxes, values.output, say=say
+    )
+    say(f"wrote {values.output}: {count} boxes with masks, {len(voters)} voters", flush=True)
 
 
 if __name__ == "__main__":

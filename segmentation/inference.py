@@ -6,6 +6,7 @@ Shapes: B crops, H W canvas, V voters, K classes.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +36,22 @@ FIGURES = (
 def probabilities(
     model: Segmenter, variables: dict, batch: Mapping[str, Array], mirrored: bool
 ) -> list[Float[Array, "B H W"]]:
-    """Of foreground: [as the crop is], with `mirrored` also [of the mirrored crop, turned back]."""
+    """Foreground probabilities of the crops; with `mirrored` also those of the mirrored crops,
+    mirrored back."""
     if not mirrored:
-        return [jax.nn.sigmoid(model.apply(variables, batch, train=False)["logits"])]
+        return [_foreground(model, variables, batch)]
     widths = batch["image_size"][:, 1]
     other = {**batch, "image": mirror(batch["image"], widths)}
     both = {name: jnp.concatenate([batch[name], other[name]]) for name in batch}
-    plain, turned = jnp.split(
-        jax.nn.sigmoid(model.apply(variables, both, train=False)["logits"]), 2
-    )
+    plain, turned = jnp.split(_foreground(model, variables, both), 2)
     return [plain, mirror(turned, widths)]
+
+
+def _foreground(
+    model: Segmenter, variables: dict, batch: Mapping[str, Array]
+) -> Float[Array, "B H W"]:
+    outputs: Any = model.apply(variables, batch, train=False)
+    return jax.nn.sigmoid(outputs["logits"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +72,19 @@ def vote_step(
     """
 
     def step(variables, batch):
-        seen = []
+        by_network = []
         for i, model in enumerate(models):
             mirrored = any(voter.flip for voter in voters if voter.network == i)
-            seen.append(probabilities(model, variables[i], batch, mirrored))
-        found = jnp.stack(
-            [sum(seen[v.network]) / 2 if v.flip else seen[v.network][0] for v in voters], axis=1
+            by_network.append(probabilities(model, variables[i], batch, mirrored))
+        maps = jnp.stack(
+            [
+                sum(by_network[v.network]) / 2 if v.flip else by_network[v.network][0]
+                for v in voters
+            ],
+            axis=1,
         )
-        found = found.mean(axis=1, keepdims=True) if mean else found
-        return jnp.round(found * PROBABILITY_ONE).astype(jnp.uint16)
+        maps = maps.mean(axis=1, keepdims=True) if mean else maps
+        return jnp.round(maps * PROBABILITY_ONE).astype(jnp.uint16)
 
     return jax.jit(
         jax.shard_map(
@@ -94,7 +105,8 @@ def evaluation_step(
             mean = sum(probabilities(model, variables, inputs, True)) / 2
             logits = jax.scipy.special.logit(jnp.clip(mean, 1e-7, 1 - 1e-7))
         else:
-            logits = model.apply(variables, inputs, train=False)["logits"]
+            outputs: Any = model.apply(variables, inputs, train=False)
+            logits = outputs["logits"]
         sums = pixel_losses(logits, batch["mask"], known_pixels(batch))
         real = batch["image_valid"]
         # Without foreground in both, nothing is wrong.

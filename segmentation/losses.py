@@ -24,12 +24,12 @@ def pixel_losses(
     """
     logits, truth = logits.astype(jnp.float32), truth != 0
     loss = jax.nn.softplus(jnp.where(truth, -logits, logits))
-    found = logits > 0
+    predicted = logits > 0
     sums = {
         "loss": loss * known,
         "pixels": known,
-        "correct": known & (found == truth),
-        "intersection": known & found & truth,
-        "union": known & (found | truth),
+        "correct": known & (predicted == truth),
+        "intersection": known & predicted & truth,
+        "union": known & (predicted | truth),
     }
     return {name: jnp.sum(value, (1, 2), dtype=jnp.float32) for name, value in sums.items()}

@@ -63,7 +63,7 @@ class CropMaps:
 def paste(
     crops: Sequence[CropMaps],
     pixels: Int[np.ndarray, " 4"],
-    rule: str,
+    rule: vote.Rule,
     threshold: float,
     weights: Sequence[int] | None = None,
 ) -> Bool[np.ndarray, "H W"]:

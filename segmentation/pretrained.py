@@ -6,6 +6,7 @@ Files of ours have the keys of the network (`params/backbone/...`, `params/head/
 backbone (`params/stem/...`), as written by `scripts.convert_weights`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -59,7 +60,8 @@ def convert_segmenter(state: State, backbone: str, **fields) -> tuple[State, Rep
     converted, report = convert_state_dict(trunk, backbone, **fields)
     result = {_inside(name, "backbone"): value for name, value in converted.items()}
     unused = list(report.unused)
-    two_logits = np.shape(state.get("last_layer.3.weight"))[:1] == (2,)
+    logits = state.get("last_layer.3.weight")
+    two_logits = logits is not None and logits.shape[0] == 2
     for name in state.keys() - trunk.keys():
         path = _HEAD.get(name.removeprefix("last_layer."))
         if path is None or (path.startswith(_LOGITS) and not two_logits):
@@ -97,7 +99,9 @@ def with_pretrained(state: TrainState, path: str, mesh: Mesh, say: Callable) -> 
     loaded = traverse_util.flatten_dict(distributed.replicate(loaded, mesh), sep="/")
     flat |= loaded if whole else {_inside(k, "backbone"): v for k, v in loaded.items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")
-    return state.replace(params=variables["params"], batch_stats=variables.get("batch_stats", {}))
+    return dataclasses.replace(
+        state, params=variables["params"], batch_stats=variables.get("batch_stats", {})
+    )
 
 
 def _inside(path: str, module: str) -> str:

@@ -12,32 +12,27 @@ import functools
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.progress import Progress
-from common.io.settings import read_settings
+from common.nn.layers import norm
 from common.training import command, distributed
 from common.training.checkpoint import Checkpoints
-from common.training.optimizer import (
-    OptimizerSettings,
-    make_optimizer,
-    make_schedule,
-    total_steps,
-    trained_mask,
-)
+from common.training.distributed import DATA_AXIS
+from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
 from common.training.restore import first_state
 from common.training.run_metrics import RunMetrics, log_parameter_overview
-from common.training.settings import CheckpointSettings, LogSettings
-from common.training.step import init_state, jit_train_step
+from common.training.step import init_state, jit_train_step, variable_shapes
 from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import prepare_workdir
-from segmentation import setup
+from segmentation.batch_fields import init_shapes
 from segmentation.crops.batches import train_batches
 from segmentation.crops.plan import make_plan
 from segmentation.evaluate import evaluate_variables
+from segmentation.models.segmenter import build
 from segmentation.pretrained import with_pretrained
+from segmentation.settings import RunSettings, read_run
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
@@ -53,55 +48,51 @@ MAY_DIFFER = (
 )
 
 
-def train(config: ConfigDict, directory: str) -> dict[str, float]:
+def train(settings: RunSettings, directory: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the figures of the last evaluation."""
 
-    optimizer = read_settings(OptimizerSettings, config.optimizer, "config.optimizer")
-    checkpoint = read_settings(CheckpointSettings, config.checkpoint, "config.checkpoint")
-    log_settings = read_settings(LogSettings, config.log, "config.log")
-
     # ---------------------------------------------------------------- devices and work directory
-    mesh, say = command.start(data=config.data.batch_size)
-    workdir = prepare_workdir(directory, config.to_dict(), may_differ=MAY_DIFFER)
+    mesh, say = command.start(data=settings.data.batch_size)
+    workdir = prepare_workdir(directory, settings.to_dict(), may_differ=MAY_DIFFER)
 
     # ---------------------------------------------------------------- data
-    dataset = command.open_dataset(config.data.dir)
-    plan = make_plan(dataset, config.data, config.seed)
+    dataset = command.open_dataset(settings.data.dir)
+    plan = make_plan(dataset, settings.data, settings.seed)
     steps_per_epoch = plan.steps_per_epoch
-    num_steps = total_steps(optimizer, steps_per_epoch)
+    num_steps = total_steps(settings.optimizer, steps_per_epoch)
     say(
         f"data: {dataset.directory}, {plan.num_instances} instances with masks in "
-        f"{config.data.train_split}, {dataset.num_classes} classes, {plan.steps_per_epoch} steps "
+        f"{settings.data.train_split}, {dataset.num_classes} classes, {steps_per_epoch} steps "
         "an epoch",
         flush=True,
     )
 
     # ---------------------------------------------------------------- model and optimiser
-    model = setup.build_model(config, dataset.num_classes)
+    model = build(settings.model, dataset.num_classes, DATA_AXIS)
     schedule = make_schedule(
-        optimizer, batch_size=config.data.batch_size, steps_per_epoch=plan.steps_per_epoch
+        settings.optimizer, batch_size=settings.data.batch_size, steps_per_epoch=steps_per_epoch
     )
 
-    shapes = setup.variable_shapes(config, model)
-    frozen = setup.frozen_pattern(config)
-    tx = make_optimizer(optimizer, schedule, shapes["params"], frozen)
+    shapes = variable_shapes(model, init_shapes())
+    frozen = norm.frozen_pattern([], settings.model.norm)
+    tx = make_optimizer(settings.optimizer, schedule, shapes["params"], frozen)
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     # ---------------------------------------------------------------- state
     # In this order: the work directory's newest checkpoint, pretrained weights, random values.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last)
-    init = functools.partial(init_state, model, tx, config.seed, setup.init_batch(config))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=settings.checkpoint.keep_last)
+    init = functools.partial(init_state, model, tx, settings.seed, init_shapes())
     state, start_step = first_state(checkpoints, init, mesh, say)
-    if not start_step and config.model.pretrained:
-        state = with_pretrained(state, config.model.pretrained, mesh, say)
+    if not start_step and settings.model.pretrained:
+        state = with_pretrained(state, settings.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
     train_step = jit_train_step(model, tx, mesh)  # compiles once for each canvas
-    fields = setup.batch_shapes((1, 1), 1).keys()
+    fields = tuple(init_shapes())
     batches = train_batches(
         dataset,
         plan,
-        config.data,
+        settings.data,
         start_step=start_step,
         num_steps=num_steps - start_step,
         process_index=jax.process_index(),
@@ -109,40 +100,40 @@ def train(config: ConfigDict, directory: str) -> dict[str, float]:
     )
     extra = {
         "steps_per_epoch": steps_per_epoch,
-        "batch_size": config.data.batch_size,
-        "config": config.name,
+        "batch_size": settings.data.batch_size,
+        "config": settings.name,
     }
     progress = Progress(
-        num_steps, config.data.batch_size, mesh.size, steps_per_epoch=steps_per_epoch
+        num_steps, settings.data.batch_size, mesh.size, steps_per_epoch=steps_per_epoch
     )
     check = MetricsCheck(functools.partial(instance_name, dataset))
     with (
         RunMetrics(workdir, start_step) as log,
-        StallWatchdog(log_settings.stall_seconds) as watchdog,
+        StallWatchdog(settings.log.stall_seconds) as watchdog,
     ):
 
         def evaluate(step: int, variables: dict) -> dict[str, float]:
             folder = workdir / "evaluation" / f"{step}"
             results = evaluate_variables(
-                config, model, dataset, mesh, variables, step, folder, say=say
+                settings, model, dataset, mesh, variables, step, folder, say=say
             )
             log.write(step, {f"evaluation/{name}": value for name, value in results.items()})
             return results
 
-        every = config.evaluation.every_steps
+        every = settings.evaluation.every_steps
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
-            on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
+            on_devices = distributed.to_global(batch, mesh, fields)
             state, metrics = train_step(state, on_devices)
             progress.step_done(step)
             check.one_behind(step, metrics, batch["instance_index"])
 
-            if log_settings.is_due(step, start_step + 1, num_steps):
+            if settings.log.is_due(step, start_step + 1, num_steps):
                 figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
                 say(progress.line(step, figures), flush=True)
                 log.write(step, figures | progress.rates(step))
                 checkpoints.check()
 
-            if checkpoint.is_due(step, steps_per_epoch, num_steps):
+            if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
                 check.latest()  # nothing that is not finite is kept
                 with progress.pause():
                     checkpoints.save(step, state, extra)
@@ -165,7 +156,7 @@ def instance_name(dataset: Dataset, row: int) -> str:
 
 
 def main():
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
+    train(read_run(flags.FLAGS.config), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,17 @@ Shapes: V maps, H W pixels of a box.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from common.io.errors import UserError
-
-VOTES = ("mean", "hard")
-
-
-def check(vote: str, threshold: float) -> None:
-    """Raises a `UserError` for an unknown rule or a threshold that no probability can pass."""
-    if vote not in VOTES:
-        raise UserError(f"config.test.vote: found {vote!r}, expected one of {', '.join(VOTES)}")
-    if not 0 <= threshold < 1:
-        raise UserError(
-            f"config.test.threshold: found {threshold}, expected 0 or more and less than 1"
-        )
+Rule = Literal["mean", "hard"]
 
 
 def combine(
     probabilities: Float[np.ndarray, "V H W"],
-    vote: str,
+    rule: Rule,
     threshold: float,
     weights: Sequence[int] | None = None,
 ) -> Bool[np.ndarray, "H W"]:
@@ -37,14 +26,14 @@ def combine(
 
     Args:
       probabilities: of foreground, by voter.
-      vote: one of VOTES.
+      rule: see the head of the module.
       threshold: that a probability must exceed; a mean that decides a tie may equal it.
       weights: how many voters each map is the mean of; only for 'mean'.
     """
     if len(probabilities) == 1:
         return probabilities[0] > threshold
     mean = np.average(probabilities, axis=0, weights=weights)
-    if vote == "mean":
+    if rule == "mean":
         return mean > threshold
     votes = 2 * np.count_nonzero(probabilities > threshold, axis=0)
     voters = len(probabilities)

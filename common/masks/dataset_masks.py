@@ -46,7 +46,7 @@ class MaskReader:
         """
         if dataset.mask_offsets is None:
             raise UserError(f"{dataset.directory}: the dataset has no masks")
-        self._dataset = dataset
+        self._dataset, self._offsets = dataset, dataset.mask_offsets
         self._root = dataset.meta.get("mask_root") or str(dataset.directory)
         self._offsets = dataset.mask_offsets
         # An empty file cannot be mapped.
@@ -207,8 +207,8 @@ class MaskReader:
             raise self._error(
                 row, f"mask {json.dumps(entry)[:80]}, expected polygons or size and counts"
             ) from error
-        if (found := rle.find_broken([counts], np.array([[height, width]]))) is not None:
-            raise self._error(row, found[1])
+        if (broken := rle.find_broken([counts], np.array([[height, width]]))) is not None:
+            raise self._error(row, broken[1])
         self._check_shape(row, "", (height, width))
         return counts, (height, width)
 

@@ -8,12 +8,12 @@
 
 import ml_collections
 
-from configs.segmentation import hrnet_w48_112
+from configs.segmentation import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of steps, default 600."""
-    config = hrnet_w48_112.get_config()
+    config = base.get_config("112")
     config.name = "hrnet_w18_demo"
     config.data.batch_size = 16
     config.model.backbone = "hrnet_w18"

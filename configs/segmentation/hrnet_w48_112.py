@@ -10,16 +10,13 @@ Paper:    public leaderboard 53.02 (table 5).
 
 import ml_collections
 
-from configs.segmentation import hrnet_w48_256
+from configs.segmentation import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: as of hrnet_w48_256."""
-    config = hrnet_w48_256.get_config(arg)
+    config = base.get_config("112", arg)
     config.name = "hrnet_w48_112"
     config.data.batch_size = 128
-    config.data.crop = dict(short=None, long=None, fixed=(112, 112))
-    config.data.canvases = ((112, 112),)
     config.evaluation.batch_size = 128
-    config.test.update(short=None, long=None, fixed=(112, 112), canvases=((112, 112),))
     return config

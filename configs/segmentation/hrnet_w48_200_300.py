@@ -10,18 +10,13 @@ Paper:    public leaderboard 49.02, on detections weaker than those of the other
 
 import ml_collections
 
-from configs.segmentation import hrnet_w48_256
+from configs.segmentation import base
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: as of hrnet_w48_256."""
-    config = hrnet_w48_256.get_config(arg)
+    config = base.get_config("200_300", arg)
     config.name = "hrnet_w48_200_300"
     config.data.batch_size = 48
     config.data.max_instances = 400_000
-    config.data.crop.short = (200, 300)
-    config.data.canvases = ((320, 320), (320, 448), (448, 320), (448, 448), (320, 608), (608, 320))
-    config.test.short = 250
-    config.test.long = 550
-    config.test.canvases = ((256, 256), (256, 384), (384, 256), (256, 576), (576, 256))
     return config

@@ -11,25 +11,24 @@ measured.
 
 import ml_collections
 
-from configs.segmentation import hrnet_w48_112, hrnet_w48_200_300, hrnet_w48_256
+from configs.segmentation import base
 
-SIZES = {  # name -> base, its argument, crops of a training and of an evaluation batch
-    "112": (hrnet_w48_112.get_config, None, 32, 32),
-    "200_300": (hrnet_w48_200_300.get_config, None, 12, 8),
-    "256": (hrnet_w48_256.get_config, None, 16, 8),
-    "256_flip": (hrnet_w48_256.get_config, "flip", 16, 8),
+BATCH_SIZES = {  # of training and evaluation
+    "112": (32, 32),
+    "200_300": (12, 8),
+    "256": (16, 8),
+    "256_flip": (16, 8),
 }
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: crop size, and after a comma the number of steps; default "112,600"."""
     size, _, steps = (arg or "112").partition(",")
-    if size not in SIZES:
-        raise ValueError(f"config argument {size!r}, expected one of {', '.join(SIZES)}")
-    base, base_arg, batch_size, evaluation_batch_size = SIZES[size]
-    config = base(base_arg)
+    if size not in BATCH_SIZES:
+        raise ValueError(f"config argument {size!r}, expected one of {', '.join(BATCH_SIZES)}")
+    config = base.get_config(size.removesuffix("_flip"), "flip" if "flip" in size else None)
     config.name = f"photos_lite0_{size}"
-    config.data.batch_size = batch_size
+    config.data.batch_size, config.evaluation.batch_size = BATCH_SIZES[size]
     config.model.backbone = "efficientnet_lite0"
     config.model.dtype = "float32"
     config.optimizer.update(learning_rate=0.0, learning_rate_per_image=0.02 / 32)
@@ -37,6 +36,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.num_steps = int(steps or 600)
     config.optimizer.clip_norm = 5.0
     config.checkpoint.every_steps = 200
-    config.evaluation.batch_size = evaluation_batch_size
     config.log.every_steps = 20
     return config

@@ -23,16 +23,11 @@ from configs.segmentation import hrnet_w48_112, hrnet_w48_200_300, hrnet_w48_256
 from scripts.bench.timing import time_in_turns
 from segmentation import vote
 from segmentation.crops.batches import BoxBatch
-from segmentation.crops.windows import (
-    CropSize,
-    choose_canvas,
-    clip_boxes,
-    read_canvases,
-    windows_of,
-)
+from segmentation.crops.windows import choose_canvas, clip_boxes, windows_of
 from segmentation.export import PASTING_THREADS, block_masks
 from segmentation.inference import PROBABILITY_ONE
 from segmentation.paste import pixel_window
+from segmentation.settings import read_run
 
 PHOTO = (768, 1024)
 _THRESHOLD = 0.5
@@ -57,7 +52,7 @@ def main():
     for size, sides in (("small", (0.1, 0.4)), ("large", (0.4, 0.8))):
         for name, views in VIEWS.items():
             blocks = random_blocks(np.random.default_rng(0), number, sides, views)
-            rule = "mean" if len(views) == 1 else "hard"
+            rule: vote.Rule = "mean" if len(views) == 1 else "hard"
             weights = [1] * sum(voters for _, voters in views)
             ours = functools.partial(block_masks, weights=weights, rule=rule, threshold=_THRESHOLD)
             calls = [
@@ -102,9 +97,9 @@ def random_block(rng, boxes: np.ndarray, shapes: np.ndarray, views: list) -> Blo
     pixels = clip_boxes(boxes, photo_sizes)
     batches, maps = [], []
     for number, (module, voters) in enumerate(views):
-        test = module.get_config().test
-        canvases = read_canvases(test.canvases)
-        windows = windows_of(pixels, CropSize.of(test, "config.test"))
+        test = read_run(module.get_config()).test
+        canvases = np.array(test.canvases)
+        windows = windows_of(pixels, test.crop)
         canvas = canvases.max(axis=0)
         content = windows.on_canvas(canvases[choose_canvas(windows.content, canvases)]).content
         values = np.zeros((len(boxes), voters, *canvas), np.uint16)
@@ -132,7 +127,7 @@ def random_block(rng, boxes: np.ndarray, shapes: np.ndarray, views: list) -> Blo
     return batches, maps
 
 
-def plain(block: Block, rule: str) -> list[bytes]:
+def plain(block: Block, rule: vote.Rule) -> list[bytes]:
     """Interpolates every pixel of every map."""
     from tests.oracles import segmentation as oracle
 

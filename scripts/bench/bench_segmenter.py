@@ -96,18 +96,20 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
     """Like `torch_calls`."""
     import jax
 
-    from common.io.settings import read_settings
     from common.training import distributed
-    from common.training.optimizer import OptimizerSettings, make_optimizer
-    from common.training.step import init_state, make_train_step
+    from common.training.optimizer import make_optimizer
+    from common.training.step import init_state, make_train_step, variable_shapes
     from configs.segmentation import hrnet_w48_112
-    from segmentation import setup
+    from segmentation.batch_fields import INFERENCE_FIELDS, init_shapes
     from segmentation.inference import PROBABILITY_ONE, Voter, vote_step
+    from segmentation.models.segmenter import build
+    from segmentation.settings import read_run
 
     config = hrnet_w48_112.get_config()
     config.model.update(backbone=backbone, upsampling="nearest", dtype="float32")
+    settings = read_run(config)
     mesh = distributed.make_mesh(jax.devices()[:1])
-    model = setup.build_model(config, 1)
+    model = build(settings.model, 1, distributed.DATA_AXIS)
     count, height, width = data["mask"].shape
     batch = dict(
         data,
@@ -116,15 +118,12 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
         classes=np.zeros(count, np.int32),
         mask_valid=np.ones(data["mask"].shape, bool),
     )
-    shapes = setup.variable_shapes(config, model)
-    optimizer = read_settings(OptimizerSettings, config.optimizer, "config.optimizer")
-    tx = make_optimizer(optimizer, lambda step: LEARNING_RATE, shapes["params"])
+    shapes = variable_shapes(model, init_shapes())
+    tx = make_optimizer(settings.optimizer, lambda step: LEARNING_RATE, shapes["params"])
     replicated = distributed.replicated(mesh)
-    state = jax.jit(
-        lambda: init_state(model, tx, 0, setup.init_batch(config)), out_shardings=replicated
-    )()
+    state = jax.jit(lambda: init_state(model, tx, 0, init_shapes()), out_shardings=replicated)()
     batch = jax.device_put(batch, distributed.batch_sharded(mesh))
-    seen = {name: batch[name] for name in setup.INFERENCE_FIELDS}
+    seen = {name: batch[name] for name in INFERENCE_FIELDS}
     train_step = jax.jit(make_train_step(model, tx, mesh), donate_argnums=0)
     predict = vote_step((model,), (Voter(0, False),), True, mesh)
 

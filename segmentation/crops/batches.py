@@ -27,32 +27,28 @@ from common.data.batches import Batches, StepMemo, local_batch
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
 from common.io.parallel import map_ordered
-from segmentation.crops.examples import (
-    CropLoader,
-    CropSlot,
-    Settings,
-    check_on_image_error,
-    open_photo,
-)
+from segmentation.crops.examples import CropLoader, CropSlot, open_photo
 from segmentation.crops.instances import find_instances, photo_sizes
 from segmentation.crops.plan import InstancePlan
+from segmentation.crops.settings import DataSettings
 from segmentation.crops.windows import (
     CropSize,
     Cut,
     choose_canvas,
     clip_boxes,
     on_canvas,
-    read_canvases,
     windows_of,
 )
 
 _CHUNK = 1 << 16  # instances whose canvases are found at once
 
+Crop = UInt8[np.ndarray, "h w 3"]
+
 
 def train_batches(
     dataset: Dataset,
     plan: InstancePlan,
-    data_config: Any,
+    settings: DataSettings,
     *,
     start_step: int = 0,
     num_steps: int,
@@ -63,19 +59,15 @@ def train_batches(
 
     Args:
       dataset: with masks.
-      plan: from `instance_plan.make_plan`; its batch_size is that of all hosts together.
-      data_config: ConfigDict with the fields
-        on_image_error: what a photo or mask that cannot be read does. 'fatal': stops with an error
-          naming it; 'skip': leaves an empty slot, image_valid False, and prints the file once.
-        num_threads: 0: twice as many as there are cores, at most 64.
-        prefetch: batches made ahead.
+      plan: from `crops.plan.make_plan`; its batch_size is that of all hosts together.
+      settings: of on_image_error, num_threads and prefetch.
       start_step: first step.
       num_steps: number of batches to make.
       process_index: this host; it gets slots [p b, (p + 1) b) of each batch.
       process_count: number of hosts.
 
     Raises:
-      UserError: bad config; while iterating: a photo or mask that cannot be read (unless 'skip').
+      UserError: while iterating: a photo or mask that cannot be read (unless 'skip').
     """
     local = local_batch(plan.batch_size, process_index, process_count)
     planned = StepMemo(plan.batch)
@@ -95,7 +87,6 @@ def train_batches(
             crops.draws[place],
         )
 
-    settings = Settings.of(data_config)
     loader = CropLoader(dataset, plan.augmentation, settings.on_image_error)
     numbers = range(start_step * local, (start_step + num_steps) * local)
     return _batches(loader, slot, numbers, local, settings)
@@ -104,7 +95,7 @@ def train_batches(
 def eval_batches(
     dataset: Dataset,
     split: str,
-    data_config: Any,
+    settings: DataSettings,
     *,
     batch_size: int,
     process_index: int = 0,
@@ -117,28 +108,27 @@ def eval_batches(
     canvas lacks is padded with instance_index -1, image_valid False. Of a range of short sides the
     middle is taken.
 
-    Args and errors: as `train_batches`, besides of `data_config` crop and canvases
-    (`instance_plan.make_plan`); batch_size counts the crops of all hosts together.
+    Args and errors: as `train_batches`; batch_size counts the crops of all hosts together, and
+    that of the settings plays no part.
     """
     local = local_batch(batch_size, process_index, process_count)
-    settings = Settings.of(data_config)
-    size = CropSize.of(data_config.crop)
-    canvases = read_canvases(data_config.canvases)
+    size = settings.crop
+    canvases = np.array(settings.canvases)
     instances = find_instances(dataset, split)
-    choice = [
+    chosen_canvases = [
         _canvas_of(dataset, instances.rows[part], instances.images[part], size, canvases)
         for part in (slice(i, i + _CHUNK) for i in range(0, len(instances), _CHUNK))
     ]
-    choice = np.concatenate(choice)
+    choice = np.concatenate(chosen_canvases)
     # One row a batch, -1: padding.
-    members, canvas_of_batch = [], []
+    rows_of_canvas, canvas_of_batch = [], []
     for number in range(len(canvases)):
         chosen = np.flatnonzero(choice == number)
         padded = np.full(-(-len(chosen) // batch_size) * batch_size, -1, np.int64)
         padded[: len(chosen)] = chosen
-        members.append(padded.reshape(-1, batch_size))
-        canvas_of_batch += [number] * len(members[-1])
-    members = np.concatenate(members)
+        rows_of_canvas.append(padded.reshape(-1, batch_size))
+        canvas_of_batch += [number] * len(rows_of_canvas[-1])
+    members = np.concatenate(rows_of_canvas)
 
     def slot(number: int) -> CropSlot:
         batch, place = divmod(number, local)
@@ -155,7 +145,7 @@ def eval_batches(
 
 
 def _batches(
-    loader: CropLoader, slot: Any, numbers: range, batch_size: int, settings: Settings
+    loader: CropLoader, slot: Any, numbers: range, batch_size: int, settings: DataSettings
 ) -> Batches:
     return Batches(
         loader,
@@ -184,12 +174,12 @@ class View:
     """One way of cutting.
 
     Attributes:
-      crop: fields short (of a range the middle is taken), long and fixed, as in the config.
+      crop: size of the crops; of a range of short sides the middle is taken.
       canvases: allowed heights and widths.
     """
 
-    crop: Any
-    canvases: Sequence[tuple[int, int]]
+    crop: CropSize
+    canvases: tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +237,10 @@ def box_batches(
       num_threads: 0: twice as many as there are cores, at most 64.
 
     Raises:
-      UserError: bad config, or a photo that cannot be read (unless 'skip').
+      UserError: a photo that cannot be read (unless 'skip').
     """
-    check_on_image_error(on_image_error)
-    sizes = [CropSize.of(view.crop, "crop").middle for view in views]
-    canvases = [read_canvases(view.canvases, "canvases") for view in views]
+    sizes = [view.crop.middle for view in views]
+    canvases = [np.array(view.canvases) for view in views]
     image_index, boxes = np.asarray(image_index, np.int64), np.asarray(boxes, np.float32)
     errors = PhotoErrors(on_image_error)
     starts = np.flatnonzero(np.diff(image_index, prepend=-1))
@@ -283,7 +272,7 @@ class _Box:
     window: np.ndarray
     photo_size: tuple[int, int]
     canvases: tuple[int, ...]
-    crops: Sequence[UInt8[np.ndarray, "h w 3"] | None]
+    crops: Sequence[Crop | None]
 
 
 def _cut_photo(
@@ -309,7 +298,7 @@ def _cut_photo(
         size = tuple(dataset.image_sizes[index].tolist())
         windows = np.zeros((last - first, 4), np.float32)
         chosen = np.zeros((len(sizes), last - first), np.int64)
-        crops = np.full(chosen.shape, None, object)
+        crops = [[None] * (last - first) for _ in sizes]
     return [
         _Box(
             first + row,
@@ -317,7 +306,7 @@ def _cut_photo(
             windows[row],
             size,
             tuple(chosen[:, row].tolist()),
-            list(crops[:, row]),
+            [view[row] for view in crops],
         )
         for row in range(last - first)
     ]
@@ -328,36 +317,34 @@ def _plan_cuts(
     boxes: Float32[np.ndarray, "n 4"],
     sizes: Sequence[CropSize],
     canvases: Sequence[Int64[np.ndarray, "c 2"]],
-) -> tuple[Float32[np.ndarray, "n 4"], Int64[np.ndarray, "v n"], np.ndarray]:
+) -> tuple[Float32[np.ndarray, "n 4"], Int64[np.ndarray, "v n"], list[list[Cut | None]]]:
     """Windows of the boxes of a photo, number of the canvas and `Cut` in each of v views.
 
     A box without area in the photo has a window of zeros and None for a cut.
     """
     windows = clip_boxes(boxes, np.broadcast_to(photo_size, (len(boxes), 2)))
-    real = (windows[:, 2:] > windows[:, :2]).all(axis=1)
-    cuts = np.full((len(sizes), len(boxes)), None, object)
+    real = np.all(windows[:, 2:] > windows[:, :2], axis=1)
+    cuts: list[list[Cut | None]] = [[None] * len(boxes) for _ in sizes]
     chosen = np.zeros((len(sizes), len(boxes)), np.int64)
     for view, (size, allowed) in enumerate(zip(sizes, canvases, strict=True)):
         whole = windows_of(windows[real], size)
         chosen[view, real] = choose_canvas(whole.content, allowed)
         fitted = whole.on_canvas(allowed[chosen[view, real]])
         for place, row in enumerate(np.flatnonzero(real)):
-            cuts[view, row] = Cut.of(fitted, place, photo_size)
+            cuts[view][row] = Cut.of(fitted, place, photo_size)
     return np.where(real[:, None], windows, 0).astype(np.float32), chosen, cuts
 
 
-def _cut(photo: images.Photo, cuts: np.ndarray) -> np.ndarray:
-    """The crops of `Cut`s, from one decoding of the photo; None stays None."""
-    crops = np.full(cuts.shape, None, object)
-    real = [place for place in np.ndindex(cuts.shape) if cuts[place] is not None]
-    if real:
-        full = np.max([cuts[place].photo_size for place in real], axis=0)
-        areas = np.array([cuts[place].area for place in real])
-        area = (*areas[:, :2].min(axis=0).tolist(), *areas[:, 2:].max(axis=0).tolist())
-        pixels = images.decode(photo, tuple(full.tolist()), area)
-        for place in real:
-            crops[place] = cuts[place].image(pixels)
-    return crops
+def _cut(photo: images.Photo, cuts: list[list[Cut | None]]) -> list[list[Crop | None]]:
+    """The crops of each view, from one decoding of the photo; None stays None."""
+    real = [cut for view in cuts for cut in view if cut is not None]
+    if not real:
+        return [[None for _ in view] for view in cuts]
+    full = np.max([cut.photo_size for cut in real], axis=0)
+    areas = np.array([cut.area for cut in real])
+    area = (*areas[:, :2].min(axis=0).tolist(), *areas[:, 2:].max(axis=0).tolist())
+    pixels = images.decode(photo, tuple(full.tolist()), area)
+    return [[None if cut is None else cut.image(pixels) for cut in view] for view in cuts]
 
 
 def _block_batches(

@@ -4,7 +4,6 @@ Shape legend: H, W canvas.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,37 +12,8 @@ from common.data import images
 from common.data.batches import Example, Fields
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
-from common.io.errors import UserError
 from common.masks.dataset_masks import MaskError, MaskReader
 from segmentation.crops.windows import Augmentation, CropSize, Cut, Windows, clip_boxes, windows_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Checked fields of the data config that reading needs."""
-
-    on_image_error: str
-    num_threads: int
-    prefetch: int
-
-    @classmethod
-    def of(cls, config: Any) -> "Settings":
-        """Reads a data config.
-
-        Raises:
-          UserError: a field is out of range.
-        """
-        check_on_image_error(config.on_image_error)
-        for field, least in (("num_threads", 0), ("prefetch", 1)):
-            value = getattr(config, field)
-            if value < least:
-                raise UserError(f"data.{field} is {value!r}: expected at least {least}")
-        return cls(config.on_image_error, config.num_threads, config.prefetch)
-
-
-def check_on_image_error(value: str) -> None:
-    if value not in ("fatal", "skip"):
-        raise UserError(f"data.on_image_error is {value!r}: expected 'fatal' or 'skip'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +49,7 @@ class CropLoader:
     """
 
     def __init__(self, dataset: Dataset, how: Augmentation | CropSize, on_image_error: str):
-        """`how`: of slots with draws the augmentation, else the size of the crops."""
+        """`how`: the augmentation of slots with draws, or the size of crops cut as they are."""
         self.photo_errors = PhotoErrors(on_image_error)
         self._dataset = dataset
         self._how = how
@@ -130,8 +100,9 @@ class CropLoader:
 
     def _windows(self, slot: CropSlot, photo_size: tuple[int, int]) -> Windows:
         box, size = np.asarray(slot.box)[None], np.array(photo_size)[None]
-        if slot.draws is None:
+        if isinstance(self._how, CropSize):
             return windows_of(clip_boxes(box, size), self._how)
+        assert slot.draws is not None, "augmented crops need random numbers"
         return self._how.windows(
             box, size, np.array([slot.jittered]), np.array([slot.deviation]), slot.draws[None]
         )

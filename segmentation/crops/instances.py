@@ -54,37 +54,38 @@ def find_instances(dataset: Dataset, split: str) -> Instances:
       UserError: no such split, or it has no instance.
     """
     images = np.asarray(dataset.split(split), np.int64)
-    if dataset.mask_offsets is None:
+    offsets = dataset.mask_offsets
+    if offsets is None:
         raise UserError(
             f"{dataset.directory}: the dataset has no masks, expected one prepared from files with "
             "masks (scripts.prepare_data openimages|coco|lvis)"
         )
-    found: list[tuple[np.ndarray, ...]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     for first in range(0, len(images), _CHUNK):
         part = images[first : first + _CHUNK]
         owner, rows = rows_of(dataset.box_offsets, part)
-        keep = np.flatnonzero(_is_instance(dataset, rows))
+        has_mask = offsets[rows + 1] > offsets[rows]
+        keep = np.flatnonzero(has_mask & _may_have_mask(dataset, rows))
         owner, rows = owner[keep], rows[keep]
-        found.append((rows, part[owner].astype(np.int32), dataset.box_classes[rows]))
-    if not sum(len(rows) for rows, *_ in found):
+        parts.append((rows, part[owner].astype(np.int32), dataset.box_classes[rows]))
+    if not sum(len(rows) for rows, *_ in parts):
         raise UserError(
             f"{dataset.directory}: split {split!r} has no box with a mask that is not group-of, "
             f"expected instances to cut ({len(images)} images)"
         )
-    return Instances(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    return Instances(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _is_instance(dataset: Dataset, rows: Int64[np.ndarray, " m"]) -> Bool[np.ndarray, " m"]:
-    has_mask = dataset.mask_offsets[rows + 1] > dataset.mask_offsets[rows]
+def _may_have_mask(dataset: Dataset, rows: Int64[np.ndarray, " m"]) -> Bool[np.ndarray, " m"]:
     boxes = np.clip(dataset.boxes[rows], 0.0, 1.0)
     has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    return has_mask & has_area & (dataset.box_flags[rows] & GROUP_OF == 0)
+    return has_area & (dataset.box_flags[rows] & GROUP_OF == 0)
 
 
 def photo_sizes(dataset: Dataset, images: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n 2"]:
     """Heights and widths of photos, assumed ones where the dataset does not know them."""
     sizes = dataset.image_sizes[images]
-    return np.where((sizes > 0).all(axis=1, keepdims=True), sizes, np.int32(ASSUMED_SIZE))
+    return np.where((sizes > 0).all(axis=1, keepdims=True), sizes, np.array(ASSUMED_SIZE, np.int32))
 
 
 def median_aspects(dataset: Dataset, instances: Instances) -> Float[np.ndarray, " K"]:

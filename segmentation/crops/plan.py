@@ -11,7 +11,6 @@ the proposals that match an instance.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Int64
@@ -20,19 +19,11 @@ from common.data.batches import StepMemo
 from common.data.dataset import Dataset
 from common.data.plans.permutation import permute, stream_key, uniforms
 from common.data.plans.streams import ClassImages, ClassPlan, UniformPlan
-from common.io.errors import UserError
 from segmentation.crops.instances import Instances, find_instances, median_aspects, photo_sizes
 from segmentation.crops.proposals import Matches, match_proposals
-from segmentation.crops.windows import (
-    NUM_DRAWS,
-    Augmentation,
-    CropSize,
-    choose_canvas,
-    read_canvases,
-    rotation_deviations,
-)
+from segmentation.crops.settings import DataSettings
+from segmentation.crops.windows import NUM_DRAWS, Augmentation, choose_canvas, rotation_deviations
 
-SAMPLERS = ("uniform", "class_aware")
 # Streams of random numbers, apart from those of common.data.plans.permutation.
 _CROPS, _STEPS, _PLACES, _SAMPLE = 16, 17, 18, 19
 
@@ -166,64 +157,36 @@ class InstancePlan:
         }
 
 
-def make_plan(dataset: Dataset, data_config: Any, seed: int) -> InstancePlan:
+def make_plan(dataset: Dataset, settings: DataSettings, seed: int) -> InstancePlan:
     """Plans the crops of a run.
 
     Args:
       dataset: with masks.
-      data_config: ConfigDict with the fields
-        train_split: name of the split.
-        sampler: 'uniform': an endless stream of permutations of the instances; 'class_aware': of
-          permutations of the classes, each taking the next of its own permuted instances.
-        max_instances: train on a random sample of that many instances, a function of the seed; 0:
-          on all.
-        batch_size: B, crops of all hosts together.
-        crop: short, long, fixed: see `crops.CropSize`.
-        canvases: allowed (height, width); of crops that none holds the size is reduced.
-        group_steps: G; more steps sort better and need more crops to be planned at once.
-        jitter: share of its length by which a side of an annotated box may move, below 0.5.
-        rotate: turn crops, those of classes of long boxes more (`crops.rotation_deviations`).
-        flip: mirror half of the crops.
-        proposals: path of a detections table, or '' for none. Its boxes that match an instance (of
-          the same label, IoU at least 0.5) are cut as they are, instead of the annotated box,
-        proposal_share: of the time.
+      settings: of the run.
       seed: of the run.
 
     Raises:
-      UserError: a field is out of range, no instances, or a bad table.
+      UserError: no instances, or a bad table of proposals.
     """
-    requirements = {
-        "sampler": (data_config.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
-        "max_instances": (data_config.max_instances >= 0, "at least 0"),
-        "batch_size": (data_config.batch_size >= 1, "at least 1"),
-        "group_steps": (data_config.group_steps >= 1, "at least 1"),
-        "jitter": (0 <= data_config.jitter < 0.5, "a share from 0 to below 0.5"),
-        "proposal_share": (0 <= data_config.proposal_share <= 1, "a share between 0 and 1"),
-    }
-    for field, (holds, expected) in requirements.items():
-        if not holds:
-            raise UserError(f"data.{field} is {getattr(data_config, field)!r}: expected {expected}")
-    size = CropSize.of(data_config.crop)
-    canvases = read_canvases(data_config.canvases)
-    instances = find_instances(dataset, data_config.train_split)
-    if data_config.max_instances:
-        instances = instances.sample(data_config.max_instances, stream_key(seed, _SAMPLE))
+    instances = find_instances(dataset, settings.train_split)
+    if settings.max_instances:
+        instances = instances.sample(settings.max_instances, stream_key(seed, _SAMPLE))
     deviations = np.zeros(dataset.num_classes)
-    if data_config.rotate:
+    if settings.rotate:
         deviations = rotation_deviations(median_aspects(dataset, instances))
     matches = None
-    if data_config.proposals:
-        matches = match_proposals(data_config.proposals, dataset, instances)
+    if settings.proposals:
+        matches = match_proposals(settings.proposals, dataset, instances)
     return InstancePlan(
         dataset,
         instances,
-        _stream(instances, data_config.sampler, seed, data_config.batch_size),
-        Augmentation(size, float(data_config.jitter), bool(data_config.flip)),
-        canvases,
-        data_config.group_steps,
+        _stream(instances, settings.sampler, seed, settings.batch_size),
+        Augmentation(settings.crop, settings.jitter, settings.flip),
+        np.array(settings.canvases),
+        settings.group_steps,
         deviations,
         matches,
-        float(data_config.proposal_share),
+        settings.proposal_share,
     )
 
 

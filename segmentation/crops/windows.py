@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from common.data import images
-from common.io.errors import UserError
+from common.io.settings import check
 
 NUM_DRAWS = 8  # random numbers of a crop
 # Of photos whose size the dataset does not know, until they are opened: most are like this.
@@ -32,47 +32,41 @@ _ASPECTS, _DEGREES = (2.0, 6.0), (5.0, 30.0)
 
 @dataclasses.dataclass(frozen=True)
 class CropSize:
-    """How large boxes are drawn.
+    """How large boxes are drawn: `config.data.crop`.
 
     Attributes:
-      short: range of the short side in pixels; None with `fixed`.
-      long: longer crops are shrunk to it.
+      short: short side in pixels, or the range that it is drawn from; None with `fixed`.
+      long: longer crops are shrunk to it; None with `fixed`.
       fixed: height, width of all crops, whatever the aspect of the box, or None.
     """
 
-    short: tuple[float, float] | None
-    long: float
+    short: float | tuple[float, float] | None
+    long: float | None
     fixed: tuple[int, int] | None
 
-    @classmethod
-    def of(cls, config: Any, field: str = "data.crop") -> "CropSize":
-        """Reads the fields short (a number or a range), long and fixed of a config.
+    def __post_init__(self):
+        one = bool(self.short) != bool(self.fixed)
+        check(one, "short", self.short, f"a size in pixels, or None beside fixed {self.fixed}")
+        if self.fixed is not None:
+            check(min(self.fixed) >= 1, "fixed", self.fixed, "height, width in pixels")
+            return
+        low, high = self.range
+        check(1 <= low <= high, "short", self.short, "1 <= min <= max, in pixels")
+        check((self.long or 0) >= high, "long", self.long, f"at least short, {high:g}")
 
-        Raises:
-          UserError: they are out of range, or not exactly one of short and fixed is given.
-        """
-        short, long, fixed = config.short, config.long, config.fixed
-        if bool(short) == bool(fixed):
-            raise UserError(
-                f"{field}: short is {short!r} and fixed is {fixed!r}, expected one of them"
-            )
-        if fixed:
-            if len(fixed) != 2 or min(fixed) < 1:
-                raise UserError(f"{field}.fixed is {fixed!r}: expected height, width in pixels")
-            return cls(None, 0.0, (int(fixed[0]), int(fixed[1])))
-        low, high = (short, short) if isinstance(short, (int, float)) else short
-        if not 1 <= low <= high:
-            raise UserError(f"{field}.short is {short!r}: expected 1 <= min <= max, in pixels")
-        if not long or long < high:
-            raise UserError(f"{field}.long is {long!r}: expected at least short, {high}")
-        return cls((float(low), float(high)), float(long), None)
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest short side."""
+        if isinstance(self.short, tuple):
+            return self.short
+        return self.short or 0.0, self.short or 0.0
 
     @property
     def middle(self) -> "CropSize":
         """The same without a range: what evaluation cuts."""
-        if self.short is None:
+        if self.fixed is not None:
             return self
-        return dataclasses.replace(self, short=(sum(self.short) / 2,) * 2)
+        return dataclasses.replace(self, short=sum(self.range) / 2)
 
     def content(
         self, sides: Float[np.ndarray, "n 2"], draws: Float[np.ndarray, " n"]
@@ -80,22 +74,10 @@ class CropSize:
         """Height, width of crops of windows of height, width `sides`; `draws` in [0, 1)."""
         if self.fixed is not None:
             return np.broadcast_to(np.array(self.fixed), sides.shape)
-        low, high = self.short
+        low, high = self.range
         scale = (low + (high - low) * draws) / sides.min(axis=1)
-        scale = np.minimum(scale, self.long / sides.max(axis=1))
+        scale = np.minimum(scale, (self.long or np.inf) / sides.max(axis=1))
         return np.maximum(np.floor(sides * scale[:, None] + 0.5), 1).astype(np.int64)
-
-
-def read_canvases(canvases: Any, field: str = "data.canvases") -> Int[np.ndarray, "c 2"]:
-    """Checked heights and widths of canvases.
-
-    Raises:
-      UserError: there is none, or one is no pair of positive sides.
-    """
-    sizes = [tuple(canvas) for canvas in canvases]
-    if not sizes or any(len(s) != 2 or min(s) < 1 for s in sizes):
-        raise UserError(f"{field} is {canvases!r}: expected pairs (height, width) in pixels")
-    return np.array(sizes, np.int64)
 
 
 def choose_canvas(

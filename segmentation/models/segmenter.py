@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.backbones.hrnet import HRNETS, Layout, upsample
@@ -28,6 +27,7 @@ from common.nn.layers.canvas import content, normalise
 from common.nn.layers.conv import conv2d, he_normal_fan_out
 from common.nn.layers.norm import Norm
 from segmentation.losses import pixel_losses
+from segmentation.settings import ModelSettings
 
 NUM_LOGITS = 2  # background, foreground
 
@@ -43,7 +43,7 @@ class MixedBranches(nn.Module):
         width = sum(widths)
         kernel = self.param("kernel", he_normal_fan_out(), (1, 1, width, width))
         bias = self.param("bias", nn.initializers.zeros_init(), (width,))
-        size = branches[0].shape[1:3]
+        size = (branches[0].shape[1], branches[0].shape[2])
         total, start = bias.astype(self.dtype), 0
         for i, x in enumerate(branches):
             part = kernel[:, :, start : start + x.shape[-1]].astype(self.dtype)
@@ -70,18 +70,15 @@ class ClassLogits(nn.Module):
         offsets = bias.reshape(self.num_classes, NUM_LOGITS)
         weights, offsets = weights[..., 1] - weights[..., 0], offsets[:, 1] - offsets[:, 0]
         if self.num_classes == 1:
-            found = jnp.einsum(
-                "bhwd,d->bhw", x, weights[:, 0].astype(x.dtype), preferred_element_type=jnp.float32
-            )
-            return found + offsets[0]
-        classes = jnp.clip(classes, 0, self.num_classes - 1)  # empty slots have class -1
-        found = jnp.einsum(
-            "bhwd,db->bhw",
-            x,
-            weights[:, classes].astype(x.dtype),
-            preferred_element_type=jnp.float32,
+            equation, weights, offsets = "bhwd,d->bhw", weights[:, 0], offsets[0]
+        else:
+            classes = jnp.clip(classes, 0, self.num_classes - 1)  # empty slots have class -1
+            equation, weights = "bhwd,db->bhw", weights[:, classes]
+            offsets = offsets[classes][:, None, None]
+        logits = jnp.einsum(
+            equation, x, weights.astype(x.dtype), preferred_element_type=jnp.float32
         )
-        return found + offsets[classes][:, None, None]
+        return logits + offsets
 
 
 class Head(nn.Module):
@@ -179,18 +176,18 @@ class Segmenter(nn.Module):
 
 def known_pixels(batch: Mapping[str, Array]) -> Array:
     """(B, H, W) pixels of real crops that lie in the content and whose truth is known."""
-    known = content(batch["mask"].shape[1:3], batch["image_size"])
+    _, height, width = batch["mask"].shape
+    known = content((height, width), batch["image_size"])
     known &= batch["image_valid"][:, None, None]
     return known & batch["mask_valid"] if "mask_valid" in batch else known
 
 
-def build(settings: ConfigDict, num_classes: int, axis_name: str | None) -> Segmenter:
+def build(settings: ModelSettings, num_classes: int, axis_name: str | None) -> Segmenter:
     """The network of `config.model` for a dataset with `num_classes` classes."""
-    layout = settings.get("layout")
     return Segmenter(
         num_classes if settings.class_specific else 1,
         settings.backbone,
-        layout=Layout(layout.width, tuple(layout.modules), layout.blocks) if layout else None,
+        layout=settings.layout,
         upsampling=settings.upsampling,
         norm=settings.norm,
         remat=settings.remat,

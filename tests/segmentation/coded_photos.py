@@ -4,14 +4,16 @@ So a crop tells by itself which part of the photo it shows. Each box holds an el
 """
 
 import json
-import types
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
+from common.io.settings import read_settings
 from common.masks import rle
+from segmentation.crops.settings import DataSettings
+from segmentation.crops.windows import CropSize
 
 LABELS = ["a", "b", "c"]
 SIZES = ((60, 90), (90, 60), (64, 64), (40, 120), (100, 80))  # height, width
@@ -80,17 +82,18 @@ def _mask(photos: Path, name: str, box: np.ndarray, size: tuple[int, int], kind:
     return json.loads(json.dumps([points.ravel().tolist()]))
 
 
-def config(**changes) -> types.SimpleNamespace:
-    """A data config: short side 24 to 36, long 72."""
-    crop = types.SimpleNamespace(short=(24, 36), long=72, fixed=None)
+def config(**changes) -> DataSettings:
+    """`config.data`: short side 24 to 36, long 72."""
     fields = {
+        "dir": "",
         "train_split": "train",
+        "eval_split": "train",
         "sampler": "uniform",
+        "max_instances": 0,
         "batch_size": 4,
-        "crop": crop,
+        "crop": {"short": (24, 36), "long": 72, "fixed": None},
         "canvases": ((40, 40), (40, 72), (72, 40)),
         "group_steps": 3,
-        "max_instances": 0,
         "jitter": 0.1,
         "rotate": True,
         "flip": True,
@@ -100,8 +103,10 @@ def config(**changes) -> types.SimpleNamespace:
         "num_threads": 2,
         "prefetch": 1,
     }
-    return types.SimpleNamespace(**(fields | changes))
+    return read_settings(DataSettings, fields | changes, "config.data")
 
 
-def size(**fields) -> types.SimpleNamespace:
-    return types.SimpleNamespace(**({"short": None, "long": None, "fixed": None} | fields))
+def size(**fields) -> CropSize:
+    """`config.data.crop`; what is not given is None."""
+    whole = {"short": None, "long": None, "fixed": None} | fields
+    return read_settings(CropSize, whole, "config.data.crop")

@@ -240,13 +240,19 @@ def test_detections_that_match_an_instance_are_cut_as_they_are(dataset, tmp_path
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"sampler": "full"}, "data.sampler is 'full': expected one of uniform, class_aware"),
-        ({"jitter": 0.5}, "data.jitter is 0.5: expected"),
-        ({"max_instances": -1}, "data.max_instances is -1: expected at least 0"),
-        ({"group_steps": 0}, "data.group_steps is 0: expected at least 1"),
-        ({"canvases": ()}, r"data.canvases is \(\): expected pairs"),
+        (
+            {"sampler": "full"},
+            "data.sampler: found 'full', expected one of 'uniform', 'class_aware'",
+        ),
+        ({"jitter": 0.5}, "data.jitter: found 0.5, expected"),
+        ({"max_instances": -1}, "data.max_instances: found -1, expected 0"),
+        ({"group_steps": 0}, "data.group_steps: found 0, expected at least 1"),
+        ({"canvases": ()}, r"data.canvases: found \(\), expected pairs"),
         ({"train_split": "x"}, "no split 'x'"),
-        ({"on_image_error": "stop"}, "data.on_image_error is 'stop': expected 'fatal' or 'skip'"),
+        (
+            {"on_image_error": "stop"},
+            "data.on_image_error: found 'stop', expected one of 'fatal', 'skip'",
+        ),
     ],
 )
 def test_bad_fields_are_named(dataset, changes, found):

@@ -16,9 +16,7 @@ SIZE = (80, 120)  # of the photo, height and width
 
 def content(size, *sides, draws=None):
     sides = np.array(sides, float)
-    return windows.CropSize.of(size).content(
-        sides, np.zeros(len(sides)) if draws is None else draws
-    )
+    return size.content(sides, np.zeros(len(sides)) if draws is None else draws)
 
 
 def test_short_side_is_drawn_and_the_long_side_is_limited():
@@ -36,21 +34,21 @@ def test_fixed_size_ignores_the_aspect():
 @pytest.mark.parametrize(
     ("fields", "found"),
     [
-        (dict(), "short is None and fixed is None"),
-        (dict(short=(2, 3), long=4, fixed=(1, 1)), "expected one of them"),
+        (dict(), "short: found None, expected a size in pixels, or None beside fixed None"),
+        (dict(short=(2, 3), long=4, fixed=(1, 1)), "or None beside fixed (1, 1)"),
         (dict(short=(30, 20), long=40), "expected 1 <= min <= max"),
-        (dict(short=30, long=20), "long is 20: expected at least short, 30"),
-        (dict(fixed=(0, 5)), "fixed is (0, 5): expected height, width"),
+        (dict(short=30, long=20), "long: found 20.0, expected at least short, 30"),
+        (dict(fixed=(0, 5)), "fixed: found (0, 5), expected height, width"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(fields, found):
     with pytest.raises(UserError) as error:
-        windows.CropSize.of(coded.size(**fields))
-    assert found in str(error.value) and str(error.value).startswith("data.crop")
+        coded.size(**fields)
+    assert found in str(error.value) and str(error.value).startswith("config.data.crop.")
 
 
 def test_the_smallest_canvas_that_holds_the_content_is_chosen():
-    canvases = windows.read_canvases([(64, 64), (32, 96), (96, 32), (96, 96)])
+    canvases = np.array([(64, 64), (32, 96), (96, 32), (96, 96)])
     sizes = np.random.default_rng(0).integers(1, 96, (200, 2))
     for (height, width), choice in zip(sizes, windows.choose_canvas(sizes, canvases), strict=True):
         holding = [c for c in canvases.tolist() if c[0] >= height and c[1] >= width]
@@ -72,9 +70,9 @@ def decoded(image: np.ndarray, size=SIZE):
     return image[..., 0] / 255 * size[1], image[..., 1] / 255 * size[0]
 
 
-def cut(windows, row=0, size=SIZE, **options):
+def cut(planned, row=0, size=SIZE, **options):
     photo = images.open_photo(png(coded.photo(size)))
-    part = windows.Cut.of(windows, row, size, **options)
+    part = windows.Cut.of(planned, row, size, **options)
     return part, part.image(images.decode(photo, part.photo_size))
 
 
@@ -122,7 +120,7 @@ def test_pixels_beyond_the_photo_are_marked():
 
 
 def augmented(box, draws, jitter=0.1, deviation=0.0, size=None, moved=True):
-    size = windows.CropSize.of(size or coded.size(short=(24, 36), long=72))
+    size = size or coded.size(short=(24, 36), long=72)
     how = windows.Augmentation(size, jitter, flip=True)
     count = len(draws)
     return how.windows(

@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 
 from common.io.errors import UserError
+from common.io.settings import read_settings
+from configs.segmentation import hrnet_w48_256
 from segmentation import vote
 from segmentation.inference import PROBABILITY_ONE
 from segmentation.paste import CropMaps, PixelGrid, paste, pixel_window
+from segmentation.settings import InferenceSettings
 from tests.oracles import segmentation as oracle
 
 
@@ -118,5 +121,7 @@ def test_means_count_each_voter_once():
     [("most", 0.5, "vote"), ("mean", 1.0, "threshold"), ("hard", -0.1, "threshold")],
 )
 def test_rules_that_make_no_sense_are_refused(rule, threshold, field):
+    test = hrnet_w48_256.get_config().test
+    test.update(vote=rule, threshold=threshold)
     with pytest.raises(UserError, match=f"config.test.{field}"):
-        vote.check(rule, threshold)
+        read_settings(InferenceSettings, test, "config.test")

@@ -1,5 +1,6 @@
 """Segmentation through the command line: kills, resumes, masks for a table, voters, bad input."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -15,6 +16,8 @@ from common.tables import DetectionsWriter, read_detections
 from common.training import distributed
 from segmentation import export
 from segmentation.inference import Voter
+from segmentation.settings import read_run
+from segmentation.voters import open_voters
 from tests import tiny_masks
 from tests.commands import ROOT, losses, run, run_two_processes, start
 
@@ -124,26 +127,29 @@ def rows_of(path: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def setting(dataset, finished, tmp_path_factory):
-    """What `add_masks` takes: config, dataset, networks, mesh, table."""
+    """What `add_masks` takes: settings, dataset, networks, mesh, table."""
     config = tiny_masks.get_config()
     config.data.dir = str(dataset)
+    settings = read_run(config)
     opened = Dataset.open(dataset)
     mesh = distributed.make_mesh()
-    networks, _ = export.open_voters(config, [str(finished)], opened, mesh)
+    networks, _ = open_voters([str(finished)], opened, mesh)
     boxes = tiny_masks.write_boxes(
         tmp_path_factory.mktemp("boxes") / "x.parquet", opened, opened.split("train")
     )
-    return config, opened, networks, mesh, boxes
+    return settings, opened, networks, mesh, boxes
 
 
 def masks_of(setting, output: Path, voters, **test) -> list[bytes]:
-    config, dataset, networks, mesh, boxes = setting
-    config = type(config)(config.to_dict())
-    batch_size = test.pop("batch_size", None)
-    config.evaluation.batch_size = batch_size or config.evaluation.batch_size
-    config.test.update(test)
+    settings, dataset, networks, mesh, boxes = setting
+    batch_size = test.pop("batch_size", settings.evaluation.batch_size)
+    settings = dataclasses.replace(
+        settings,
+        evaluation=dataclasses.replace(settings.evaluation, batch_size=batch_size),
+        test=dataclasses.replace(settings.test, **test),
+    )
     export.add_masks(
-        config, dataset, networks, voters, mesh, boxes, output, say=lambda *_, **__: None
+        settings, dataset, networks, voters, mesh, boxes, output, say=lambda *_, **__: None
     )
     return list(read_detections(output, masks=True).masks)
 
@@ -173,23 +179,23 @@ def test_masks_do_not_depend_on_batches_nor_on_repeated_voters(setting, tmp_path
     ],
 )
 def test_tables_that_do_not_fit_are_one_line(setting, tmp_path, rows, text):
-    config, dataset, networks, mesh, _ = setting
+    settings, dataset, networks, mesh, _ = setting
     boxes = tmp_path / "x.parquet"
     with DetectionsWriter(boxes, {}) as writer:
         for image_id, label, box in rows:
             writer.add(image_id, [label], [0.5], [box])
     with pytest.raises(UserError, match=text) as error:
         export.add_masks(
-            config, dataset, networks, [Voter(0, False)], mesh, boxes, tmp_path / "y.parquet"
+            settings, dataset, networks, [Voter(0, False)], mesh, boxes, tmp_path / "y.parquet"
         )
     assert "x.parquet" in str(error.value) and "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["x.parquet"]
 
 
 def test_a_folder_that_is_no_segmentation_run_is_refused(setting, tmp_path):
-    config, dataset, _, mesh, _ = setting
+    _, dataset, _, mesh, _ = setting
     with pytest.raises(UserError, match="config.json: no such file"):
-        export.open_voters(config, [str(tmp_path)], dataset, mesh)
+        open_voters([str(tmp_path)], dataset, mesh)
     (tmp_path / "config.json").write_text('{"model": {"backbone": "resnet50"}}')
     with pytest.raises(UserError, match="not the config of a segmentation run"):
-        export.open_voters(config, [f"{tmp_path}:flip"], dataset, mesh)
+        open_voters([f"{tmp_path}:flip"], dataset, mesh)

@@ -2,14 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from common.io.errors import UserError
+from common.io.settings import read_settings
 from common.nn.backbones.hrnet import Layout
 from common.nn.layers.canvas import mirror
 from segmentation.inference import probabilities
 from segmentation.losses import pixel_losses
 from segmentation.models.segmenter import Head, Segmenter, build
+from segmentation.settings import ModelSettings
 from tests.oracles import segmentation as oracle
 from tests.oracles.variables import random_values
 
@@ -122,8 +123,10 @@ def test_pixel_figures_of_an_easy_case():
 
 
 def test_settings_choose_the_network():
-    settings = ConfigDict(
+    settings = read_settings(
+        ModelSettings,
         dict(
+            pretrained="",
             backbone="hrnet_w18",
             class_specific=True,
             upsampling="nearest",
@@ -131,7 +134,7 @@ def test_settings_choose_the_network():
             remat=True,
             dtype="bfloat16",
             layout=dict(width=4, modules=(1, 0, 0), blocks=1),
-        )
+        ),
     )
     model = build(settings, 5, None)
     assert (model.num_classes, model.layout) == (5, TINY)
