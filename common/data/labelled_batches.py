@@ -12,7 +12,6 @@ A batch is a dictionary (b: images of this host, S: image_size):
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from common.data.batches import Batches, Example, Fields, generator, local_batch
 from common.data.labelled_images import LabelledImages
 from common.data.photo_errors import PhotoErrors
 from common.data.plans.streams import UniformPlan
+from common.data.settings import LabelledDataSettings
 from common.io.errors import UserError
 
 _TRAIN = 2  # stream of random numbers; 0 and 1 are those of `common.data.input`
@@ -29,7 +29,7 @@ _TRIES = 10  # random crops until one fits into the photo
 
 def train_batches(
     source: LabelledImages,
-    data_config: Any,
+    data_config: LabelledDataSettings,
     *,
     seed: int,
     start_step: int,
@@ -41,14 +41,7 @@ def train_batches(
 
     Args:
       source: training images.
-      data_config: ConfigDict with the fields
-        batch_size: images of all hosts together.
-        image_size: S.
-        crop_area: (min, max) of a random crop's share of the photo's area.
-        crop_aspect: (min, max) of its width over height.
-        flip: mirror half of the images left to right.
-        num_threads: 0: twice as many as there are cores, at most 64.
-        prefetch: batches made ahead.
+      data_config: of the run; `image_size` is S.
       seed: of permutations, crops and flips.
       start_step: first step.
       num_steps: number of batches to make.
@@ -58,7 +51,6 @@ def train_batches(
     Raises:
       UserError: bad config; while iterating: a photo that cannot be read.
     """
-    _check(data_config)
     local = local_batch(data_config.batch_size, process_index, process_count)
     plan = UniformPlan(np.arange(len(source)), seed, data_config.batch_size)
     size = data_config.image_size
@@ -76,7 +68,7 @@ def train_batches(
 
 def eval_batches(
     source: LabelledImages,
-    data_config: Any,
+    data_config: LabelledDataSettings,
     *,
     batch_size: int,
     process_index: int = 0,
@@ -86,7 +78,6 @@ def eval_batches(
 
     Host p gets images [p b, (p + 1) b) of each batch; the last one is padded.
     """
-    _check(data_config)
     local = local_batch(batch_size, process_index, process_count)
     size = data_config.image_size
 
@@ -103,7 +94,7 @@ def eval_batches(
 
 
 def random_crop(
-    shape: tuple[int, int], size: int, config: Any, rng: np.random.Generator
+    shape: tuple[int, int], size: int, config: LabelledDataSettings, rng: np.random.Generator
 ) -> images.Geometry:
     """A crop of random area and aspect (Szegedy et al. 2015), resized to size x size.
 
@@ -188,7 +179,7 @@ def _batches(
     slot: Callable[[int], _Slot],
     numbers: range,
     batch_size: int,
-    config: Any,
+    config: LabelledDataSettings,
 ) -> Batches:
     return Batches(
         _LabelledLoader(source, config.image_size),
@@ -198,17 +189,3 @@ def _batches(
         num_threads=config.num_threads,
         prefetch=config.prefetch,
     )
-
-
-def _check(config: Any) -> None:
-    requirements = {
-        "image_size": (config.image_size >= 1, "at least 1"),
-        "crop_area": (0 < config.crop_area[0] <= config.crop_area[1] <= 1, "0 < min <= max <= 1"),
-        "crop_aspect": (0 < config.crop_aspect[0] <= config.crop_aspect[1], "0 < min <= max"),
-        "eval_crop": (0 < config.eval_crop <= 1, "more than 0, at most 1"),
-        "num_threads": (config.num_threads >= 0, "0 (automatic) or more"),
-        "prefetch": (config.prefetch >= 1, "at least 1"),
-    }
-    for field, (holds, expected) in requirements.items():
-        if not holds:
-            raise UserError(f"data.{field} is {getattr(config, field)!r}: expected {expected}")
