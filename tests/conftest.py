@@ -4,6 +4,8 @@ import os
 import sys
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 # torch imports triton where it is installed, and triton crashes in a process that has TensorFlow.
@@ -26,3 +28,11 @@ def pytest_configure(config):
         folder = tempfile.TemporaryDirectory(prefix="compiled-programs-")
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees the programs of a file's tests: kept, they make a worker grow to 6 GiB."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
