@@ -41,6 +41,7 @@ MAY_DIFFER = (
     "test_time",
     "optimizer.num_epochs",
     "data.dir",
+    "data.sources.*.dir",
     "data.num_threads",
     "data.prefetch",
     "data.eval_split",
@@ -60,6 +61,7 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
 
     # ---------------------------------------------------------------- data
     dataset = command.open_dataset(settings.data.directory)
+    dataset.split(settings.data.eval_split)  # refused now rather than after the training
     keep_classes(workdir, dataset)
     batch_size = settings.data.batch_size
     plan = train_plan(dataset, settings.data, settings.seed)

@@ -57,6 +57,7 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
 
     # ---------------------------------------------------------------- data
     dataset = command.open_dataset(settings.data.dir)
+    dataset.split(settings.data.eval_split)  # refused now rather than after the training
     plan = make_plan(dataset, settings.data, settings.seed)
     steps_per_epoch = plan.steps_per_epoch
     num_steps = total_steps(settings.optimizer, steps_per_epoch)

@@ -6,6 +6,7 @@ hierarchy.json  tree of the labels
 metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines
 """
 
+import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ def prepare_workdir(
       directory: local folder or `gs://` prefix.
       config: of this run, as nested dictionaries.
       may_differ: fields, or prefixes of fields, that may change between starts of one run, such as
-        'num_epochs' or 'log'; `config.json` then takes the new values.
+        'num_epochs', 'log' or 'data.sources.*.dir'; `config.json` then takes the new values.
 
     Returns:
       the path of the work directory.
@@ -127,6 +128,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        tree = {str(place): item for place, item in enumerate(tree)}
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     flat = {}
@@ -139,7 +142,11 @@ def _refuse_differences(
     workdir: epath.Path, old: dict[str, Any], new: dict[str, Any], may_differ: Sequence[str]
 ) -> None:
     def allowed(field: str) -> bool:
-        return any(field == prefix or field.startswith(prefix + ".") for prefix in may_differ)
+        return any(
+            fnmatch.fnmatchcase(field, pattern)
+            for prefix in may_differ
+            for pattern in (prefix, f"{prefix}.*")
+        )
 
     absent = object()
 

@@ -6,7 +6,7 @@
         --config.model.pretrained=lite0.safetensors --workdir=WORK
 
 `photos_lite0.py:uniform` draws images uniformly instead of by class.
-For a thousand or so photos with OpenImages labels; the README has measured results.
+For a thousand or so photos with OpenImages labels; docs/results.md has measured results.
 """
 
 import ml_collections

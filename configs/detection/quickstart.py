@@ -9,7 +9,7 @@ which, once data and weights are there, runs
         --config.model.pretrained=quickstart_output/lite0.safetensors
         --workdir=quickstart_output/run
 
-Hardware: two CPU cores. The README has the time and the metric as measured.
+Hardware: two CPU cores. README.md has the time and the metric as measured.
 """
 
 import ml_collections

@@ -5,8 +5,8 @@
 
 `:112`, `:256` and `:200_300` are the crop sizes of the paper's table 5, `:256_flip` the test of 256
 with mirrored crops; a number behind a comma is that of the steps, as in `:112,400` (default 600).
-ImageNet weights are those that the quick start converts. The README has time and figures as
-measured.
+ImageNet weights are those that the quick start converts. docs/results.md has time and figures
+as measured.
 """
 
 import ml_collections

@@ -27,6 +27,8 @@ from common.data.settings import DataSettings
 from common.data.sources import Source, open_sources
 from common.io.errors import UserError
 
+_PORTRAIT_DENOMINATOR = 10**9  # of the share of portrait steps, so that few portraits do not vanish
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
@@ -97,8 +99,8 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
       'class_aware': an endless stream of permutations of the classes; a class takes the next image
         of its own endless stream of permuted images (without replacement).
       'full_class_batch': the same, and every batch of at least K slots holds every class.
-      'expert': images with boxes by class, mixed with images that have none (paper section 5.4), of
-        which the share `data.positive_share` has boxes.
+      'expert': images with boxes by class, mixed with images that have none (paper section 5.4);
+        the share `data.positive_share`, over the steps of both orientations, has boxes.
     Each source is sampled so on its own, and has its share of the slots.
 
     Args:
@@ -119,25 +121,14 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
             "shares of the slots leave no room for every class: expected 'class_aware'"
         )
     parts = [_part(source, data, _source_seed(seed, source.place), oriented) for source in sources]
-    pairs = list(zip(sources, parts, strict=True))
-    total = sum(source.share for source in sources)
-    portrait = sum((source.share * part.portrait for source, part in pairs), Fraction()) / total
-    portrait = portrait.limit_denominator(DENOMINATOR)
-    streams: list[Stream | None] = []
-    for place, steps in enumerate((1 - portrait, portrait)):
-        # A source's share of the steps of an orientation is that of its images which have it.
-        shares = [s.share * (p.portrait if place else 1 - p.portrait) for s, p in pairs]
-        there = [
-            (stream, share)
-            for part, share in zip(parts, shares, strict=True)
-            if share and (stream := part.streams[place]) is not None
-        ]
-        streams.append(mix(there, _seeds(seed)[place], data.batch_size) if steps else None)
+    mixed = _mix_parts(
+        [(part, source.share) for part, source in zip(parts, sources, strict=True)], data, seed
+    )
     images = sum(len(source.images) for source in sources)
     return TrainPlan(
         sources,
-        (streams[0], streams[1]),
-        portrait,
+        mixed.streams,
+        mixed.portrait,
         canvases,
         seed,
         data.batch_size,
@@ -158,26 +149,38 @@ def _part(source: Source, data: DataSettings, seed: int, oriented: bool) -> _Par
     classes = _by_class(source, data, seed, oriented, where)
     if data.sampler != "expert":
         return classes
-    empty = np.diff(source.dataset.box_offsets)[source.images] == 0
+    if source.has_boxes:
+        empty = np.diff(source.dataset.box_offsets)[source.images] == 0
+    else:
+        empty = np.ones(len(source.images), bool)
+        empty[annotated_classes(source, source.images)[0]] = False
     if not empty.any():
         raise UserError(
             f"{where} all have boxes, sampler 'expert' mixes in images without: use sampler "
             "'class_aware'"
         )
     background = _uniform(source, empty, data, seed, oriented)
-    return _expert(classes, background, data, seed)
-
-
-def _expert(classes: _Part, background: _Part, data: DataSettings, seed: int) -> _Part:
-    """Both kinds in the steps of either orientation, by the same share; a kind that has no image of
-    an orientation takes its others."""
     share = Fraction(data.positive_share).limit_denominator(DENOMINATOR)
-    portrait = share * classes.portrait + (1 - share) * background.portrait
+    return _mix_parts([(classes, share), (background, 1 - share)], data, seed)
+
+
+def _mix_parts(parts: Sequence[tuple[_Part, Fraction]], data: DataSettings, seed: int) -> _Part:
+    """Parts by their shares of the slots.
+
+    Of the steps of an orientation a part has the share of its images which have it. So each image
+    is drawn as often as without orientations; the shares hold over the steps of both together.
+    """
+    total = sum((share for _, share in parts), Fraction())
+    portrait = sum((share * part.portrait for part, share in parts), Fraction()) / total
+    portrait = portrait.limit_denominator(_PORTRAIT_DENOMINATOR)
     streams: list[Stream | None] = []
     for place, steps in enumerate((1 - portrait, portrait)):
-        kinds = [part.streams[place] or part.streams[1 - place] for part in (classes, background)]
-        pairs = [(k, s) for k, s in zip(kinds, (share, 1 - share), strict=True) if k is not None]
-        streams.append(mix(pairs, _seeds(seed)[place], data.batch_size) if steps else None)
+        there = [
+            (stream, share * (part.portrait if place else 1 - part.portrait))
+            for part, share in parts
+            if (stream := part.streams[place]) is not None
+        ]
+        streams.append(mix(there, _seeds(seed)[place], data.batch_size) if steps else None)
     return _Part((streams[0], streams[1]), portrait)
 
 
@@ -207,7 +210,7 @@ def _by_class(source: Source, data: DataSettings, seed: int, oriented: bool, whe
     if not portrait.any():
         return _Part((ClassPlan(classes, images, seed, *fixed), None), Fraction())
     of_class = np.add.reduceat(portrait, images.offsets[:-1]) / np.diff(images.offsets)
-    share = Fraction(float(of_class.mean())).limit_denominator(DENOMINATOR)
+    share = Fraction(float(of_class.mean())).limit_denominator(_PORTRAIT_DENOMINATOR)
     streams: list[Stream | None] = [None, None]
     for place, steps in enumerate((1 - share, share)):
         if steps:

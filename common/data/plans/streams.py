@@ -28,7 +28,7 @@ from common.data.plans.permutation import (
 )
 
 DENOMINATOR = 10**6  # of shares
-SHARES = 1000  # that `ClassPlan.own` counts in
+SHARES = 10**6  # that `ClassPlan.own` counts in
 
 
 class Drawn(NamedTuple):
@@ -229,11 +229,13 @@ class Mixture:
 
 
 def mix(streams: Sequence[tuple[Stream, Fraction]], seed: int, batch_size: int) -> Stream:
-    """One stream of several, by their shares, which are positive and need not add up to 1."""
+    """One stream of several, by their shares, which are positive and need not add up to 1; none
+    gets less than 1 / DENOMINATOR of the slots that it divides with the next."""
     *rest, (mixed, weight) = streams
     for stream, share in reversed(rest):
         weight += share
         part = (share / weight).limit_denominator(DENOMINATOR)
+        part = min(max(part, Fraction(1, DENOMINATOR)), 1 - Fraction(1, DENOMINATOR))
         mixed = Mixture(stream, mixed, part, seed, batch_size)
     return mixed
 

@@ -101,15 +101,31 @@ def test_classes_draw_photos_of_the_orientation_of_the_step(dataset, sampler):
             assert np.ptp(own[own > 0]) <= 1
 
 
-def test_expert_steps_mix_both_kinds_in_each_orientation(dataset):
-    plan = plan_of(dataset, "expert", batch_size=8)
-    upright = is_portrait(dataset.image_sizes)
-    for step in range(60):
-        images, classes, _ = plan.batch(step)
-        assert (classes >= 0).sum() == 2  # a quarter
-        background = images[classes < 0]
-        assert (upright[background] == (plan.canvas(step) == PORTRAIT)).all()
-        assert not np.diff(dataset.box_offsets)[background].any()
+@pytest.mark.parametrize("portraits", [(5, 90), (50, 1), (40, 20), (0, 30)])
+def test_an_expert_draws_photos_of_either_orientation_equally_often(tmp_path, portraits):
+    """However many of those with objects, and of those without, are portraits."""
+    count, labels = 100, ["a", "b"]
+    with DatasetWriter(tmp_path / "set", "set", labels, labels, None) as writer:
+        for kind, upright in enumerate(portraits):
+            for i in range(count):
+                size, boxes = (40, 30) if i < upright else (30, 40), np.zeros((0, 4))
+                classes = [] if kind else [i % 2]
+                if classes:
+                    boxes = np.array([[0.1, 0.1, 0.5, 0.5]])
+                writer.add_image(f"{kind}-{i}", f"{kind}-{i}.jpg", size, boxes, classes)
+        writer.add_split("train", range(2 * count))
+    plan = plan_of(Dataset.open(tmp_path / "set"), "expert", positive_share=0.25)
+    steps = 1000
+    draws = np.zeros(2 * count)
+    for step in range(steps):
+        np.add.at(draws, plan.batch(step).images, 1)
+    for kind, share in enumerate((0.25, 0.75)):
+        average = share * 8 * steps / count
+        of_kind = draws[kind * count : (kind + 1) * count]
+        upright = portraits[kind]
+        assert abs(of_kind.sum() - share * 8 * steps) < 16
+        for part in (of_kind[:upright], of_kind[upright:]):
+            assert not len(part) or abs(part.mean() / average - 1) < 0.1
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "class_aware"])

@@ -94,3 +94,13 @@ def test_a_fresh_start_begins_an_empty_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
     MetricsLog(tmp_path, start_step=0).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_fields_of_a_list_may_differ_one_by_one(tmp_path):
+    def sources(folder, share):
+        return config() | {"data": {"sources": [{"dir": folder, "share": share}]}}
+
+    prepare_workdir(tmp_path, sources("a", 1))
+    prepare_workdir(tmp_path, sources("b", 1), may_differ=("data.sources.*.dir",))
+    with pytest.raises(UserError, match=r"config.data.sources.0.share: work directory has 1"):
+        prepare_workdir(tmp_path, sources("b", 2), may_differ=("data.sources.*.dir",))
