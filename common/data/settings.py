@@ -1,6 +1,7 @@
 """`config.data`: what is read, and how photos become training batches."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from common.io.settings import check
@@ -32,7 +33,8 @@ class SourceSettings:
     others: Literal["absent", "unknown"] = "absent"
 
     def __post_init__(self):
-        check(self.share >= 1e-5, "share", self.share, "a positive number (at least 1e-5)")
+        holds = self.share >= 1e-5 and math.isfinite(self.share)
+        check(holds, "share", self.share, "a positive number (at least 1e-5, finite)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ class DataSettings:
             ("pad_multiple", self.pad_multiple >= 1, "at least 1"),
             ("max_boxes", self.max_boxes >= 1, "at least 1"),
             ("max_ignore", self.max_ignore >= 1, "at least 1"),
-            ("scale_jitter", 0 < low <= high, "0 < min <= max"),
+            ("scale_jitter", 0 < low <= high < math.inf, "0 < min <= max, both finite"),
             ("max_proposals", self.max_proposals >= 0, "0 (none) or more"),
             ("num_threads", self.num_threads >= 0, "0 (automatic) or more"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
@@ -159,7 +161,7 @@ class LabelledDataSettings:
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("image_size", self.image_size >= 1, "at least 1"),
             ("crop_area", 0 < low <= high <= 1, "0 < min <= max <= 1"),
-            ("crop_aspect", 0 < narrow <= wide, "0 < min <= max"),
+            ("crop_aspect", 0 < narrow <= wide < math.inf, "0 < min <= max, both finite"),
             ("eval_crop", 0 < self.eval_crop <= 1, "more than 0, at most 1"),
             ("num_threads", self.num_threads >= 0, "0 (automatic) or more"),
             ("prefetch", self.prefetch >= 1, "at least 1"),

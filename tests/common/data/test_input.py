@@ -315,6 +315,7 @@ def test_skipping_does_not_hide_a_wrong_photo_folder(dataset, tmp_path):
     "changes, field",
     [
         ({"scale_jitter": (1.5, 0.5)}, "scale_jitter"),
+        ({"scale_jitter": (float("inf"), float("inf"))}, "scale_jitter"),
         ({"canvas": (0, 10)}, "canvas"),
         ({"canvas": (64, 48)}, "canvas"),
         ({"scales": (0,)}, "scales"),
