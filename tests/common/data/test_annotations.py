@@ -9,8 +9,10 @@ from PIL import Image
 from common.data import input as inputs
 from common.data.dataset import CROWD, GROUP_OF, Dataset, DatasetWriter
 from common.data.dataset_format import ABSENT, NOT_EXHAUSTIVE, PRESENT
+from common.data.labels import VerifiedLabels
 from common.data.plans.plan import train_plan
 from common.data.settings import SourceSettings
+from common.data.sources import open_sources
 from common.io.errors import UserError
 from tests.common.data.factories import data_settings
 
@@ -62,6 +64,7 @@ def boxes_of(batch, slot, kind):
     return sorted(tuple(box) for box in (batch[f"{kind}_boxes"][slot][valid] / SIZE).tolist())
 
 
+NO_BOXES = {"boxes": np.zeros((0, 4)), "classes": []}
 BOXES = np.array([[0, 0, 0.25, 0.25], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 0.75, 1]])
 
 
@@ -151,6 +154,35 @@ def test_verified_labels_are_those_of_the_walk_along_the_hierarchy(tmp_path):
     for slot, image in enumerate(batch["image_index"]):
         assert batch["labels"][slot].tolist() == expected[image]
     assert "labels" not in read(dataset)[0]
+
+
+def test_a_class_of_several_source_classes_is_absent_only_if_all_of_them_are(tmp_path):
+    """A photo without babies may show a person."""
+    run = write(tmp_path, "run", [NO_BOXES], ["person", "car"], None)
+    labels = ["baby", "adult", "car"]
+    absent = ([0], [0, 1], [0, 2], [])
+    photos = [
+        NO_BOXES | {"label_classes": classes, "label_confidences": [ABSENT] * len(classes)}
+        for classes in absent
+    ]
+    photos.append(NO_BOXES | {"label_classes": [0, 1], "label_confidences": [ABSENT, PRESENT]})
+    other = write(tmp_path, "other", photos, labels, None)
+    path = tmp_path / "map.csv"
+    path.write_text("theirs,ours\nbaby,person\nadult,person\ncar,car\n")
+    (source,) = open_sources(
+        run,
+        data_settings(
+            sources=(SourceSettings(str(other.directory), class_map=f"{path}:theirs:ours"),)
+        ),
+    )
+    verified = VerifiedLabels(run)
+    assert [verified.of_image(source, i).tolist() for i in range(5)] == [
+        [0, 0],
+        [-1, 0],
+        [0, -1],
+        [0, 0],
+        [1, 0],
+    ]
 
 
 # -------------------------------------------------------------------------------------- sources
@@ -282,8 +314,9 @@ def test_wrong_sources_are_refused_in_one_line(datasets, changes, message):
 
 
 def test_empty_sources_and_shares_that_are_not_positive_are_refused(datasets, tmp_path):
-    with pytest.raises(UserError, match="share: found 0.0, expected a positive number"):
-        SourceSettings("x", share=0.0)
+    for share in (0.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"share: found {share}, expected a positive number"):
+            SourceSettings("x", share=share)
     empty = write(tmp_path, "empty", [])
     with pytest.raises(UserError, match="split 'train' has no images, expected some"):
         read(datasets[0], sources=(SourceSettings(str(empty.directory)),))
