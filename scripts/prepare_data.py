@@ -57,7 +57,7 @@ def define_flags() -> None:
         "shares", ["train=0.8", "validation=0.1", "test=0.1"], "NAME=SHARE of --split's results."
     )
     flags.DEFINE_list("pool", [], "Splits that --split divides (default: all); others stay.")
-    flags.DEFINE_integer("split_seed", 0, "The same gives the same splits.")
+    flags.DEFINE_integer("split_seed", 0, "The same gives the same splits.", lower_bound=0)
     flags.DEFINE_list(
         "ignore",
         [],
@@ -102,6 +102,7 @@ def define_flags() -> None:
 
 def main(format_name: str) -> None:
     started, args = time.monotonic(), flags.FLAGS
+    _refuse_division_without_split()
     output = Path(args.output)
     check_output(output.absolute(), args.overwrite)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +126,13 @@ def main(format_name: str) -> None:
         annotations = _read(format_name, args.source, report, Path(spool))
         write_dataset(annotations, options, report)
     print(f"done in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _refuse_division_without_split() -> None:
+    for name in ("shares", "pool", "split_seed"):
+        if not (flags.FLAGS.split or flags.FLAGS[name].using_default_value):
+            kinds = "|".join(KINDS)
+            raise UserError(f"--{name}: found no --split, expected --split={kinds} with it")
 
 
 def _read(format_name: str, source: str, report: Report, spool: Path) -> Annotations:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int32
 
 from common.convert.annotations import Annotations
 from common.convert.options import Options
@@ -144,9 +144,9 @@ def divided_splits(
 
 def random_split(
     num_images: int, shares: Float[np.ndarray, " S"], seed: int
-) -> Int8[np.ndarray, " N"]:
+) -> Int32[np.ndarray, " N"]:
     """Split of each image, drawn without regard to classes; sizes are exact up to rounding."""
-    split = np.repeat(np.arange(len(shares), dtype=np.int8), _apportion(num_images, shares))
+    split = np.repeat(np.arange(len(shares), dtype=np.int32), _apportion(num_images, shares))
     return np.random.default_rng(seed).permutation(split)
 
 
@@ -157,7 +157,7 @@ def stratified_split(
     num_classes: int,
     shares: Float[np.ndarray, " S"],
     seed: int,
-) -> Int8[np.ndarray, " N"]:
+) -> Int32[np.ndarray, " N"]:
     """Split of each image, so that the images of each class divide like the shares.
 
     Iterative stratification (Sechidis et al. 2011), a class at a time: the class with the fewest
@@ -182,7 +182,7 @@ def stratified_split(
     left = np.bincount(class_, minlength=num_classes)  # images of each class to be placed
     ends = np.cumsum(left)
     lacking = _wanted(left, shares)
-    split = np.full(num_images, -1, np.int8)
+    split = np.full(num_images, -1, np.int32)
     while left.any():
         rarest = int(np.argmin(np.where(left > 0, left, num_images + 1)))
         members = by_class[ends[rarest - 1] if rarest else 0 : ends[rarest]]

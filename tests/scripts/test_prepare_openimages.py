@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from common.data.dataset import DEPICTION, GROUP_OF, OCCLUDED
@@ -319,6 +320,20 @@ def test_v5_files_beside_those_of_the_challenge_are_a_choice(tmp_path, capsys):
     (tmp_path / "s" / "challenge-2019-train-detection-bbox.csv").unlink()
     with pytest.raises(UserError, match="no box file of --boxes=challenge"):
         prepare("openimages", source=source, output=tmp_path / "f", boxes="challenge")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("shares", ["a=1"]), ("pool", ["train"]), ("split_seed", 1)]
+)
+def test_how_to_divide_without_a_division_is_refused(tmp_path, flag, value):
+    openimages_source(tmp_path / "s", ["x,/m/a,0,1,0,1,0"])
+    with pytest.raises(UserError, match=f"--{flag}: found no --split, expected --split=random"):
+        prepare("openimages", source=tmp_path / "s", output=tmp_path / "d", **{flag: value})
+
+
+def test_a_negative_seed_of_the_division_is_refused(tmp_path):
+    with pytest.raises(flags.IllegalFlagValueError, match="split_seed.*non-negative"):
+        prepare("openimages", source=tmp_path, output=tmp_path / "d", split_seed=-1)
 
 
 def test_splits_are_pooled_and_divided_anew(tmp_path):

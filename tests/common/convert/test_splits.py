@@ -53,6 +53,16 @@ def test_images_of_no_class_even_out_the_sizes():
     assert set(split[:2]) == {0, 1}
 
 
+def test_images_divide_into_as_many_splits_as_are_asked_for():
+    shares = np.full(200, 1 / 200)
+    image = np.arange(1000)
+    for split in (
+        random_split(1000, shares, 0),
+        stratified_split(image, np.zeros(1000, int), 1000, 1, shares, 0),
+    ):
+        assert np.bincount(split).tolist() == [5] * 200
+
+
 @pytest.mark.parametrize("text", ["train", "train=0.8", "train=0.8,train=0.2", "a=1.5", "=1"])
 def test_shares_that_are_none_are_refused(text):
     with pytest.raises(UserError, match="--shares"):
