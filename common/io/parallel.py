@@ -26,8 +26,8 @@ def map_ordered(
     """Yields function(item) for each item, in order, computed in threads.
 
     Items are drawn in the caller's thread, as results are asked for. An exception of `function` is
-    raised at the place of its result. Closing the iterator early cancels the calls that have not
-    begun and waits for the others.
+    raised at the place of its result, one of `items` after the results of all items before it.
+    Closing the iterator early cancels the calls that have not begun and waits for the others.
 
     Args:
       function: of one item; called from several threads.
@@ -41,14 +41,27 @@ def map_ordered(
     pool = ThreadPoolExecutor(threads)
     pending: collections.deque[Future[Result]] = collections.deque()
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
+        for call in _calls(pool, function, items):
+            pending.append(call)
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _calls(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Future[Result]]:
+    """The call for each item; if `items` raises, the last call is one that failed so."""
+    try:
+        for item in items:
+            yield pool.submit(function, item)
+    except Exception as error:
+        failed: Future[Result] = Future()
+        failed.set_exception(error)
+        yield failed
 
 
 def prefetch(items: Iterable[Item], ahead: int = 1) -> Iterator[Item]:

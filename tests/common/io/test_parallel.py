@@ -31,6 +31,18 @@ def test_an_exception_is_raised_at_its_place():
         next(results)
 
 
+def test_an_exception_of_the_items_is_raised_after_all_results_before_it():
+    def items():
+        yield from range(5)
+        raise KeyError
+
+    for ahead in (0, 2, 10):
+        results = map_ordered(str, items(), threads=2, ahead=ahead)
+        assert [next(results) for _ in range(5)] == list("01234")
+        with pytest.raises(KeyError):
+            next(results)
+
+
 def test_closing_early_cancels_waiting_calls_and_leaves_no_thread():
     called = []
     results = map_ordered(lambda n: called.append(n), range(100), threads=1, ahead=50)
