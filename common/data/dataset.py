@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 
 from common.data.dataset_format import (
@@ -50,7 +49,7 @@ from common.data.dataset_format import (
 )
 from common.data.dataset_writer import DatasetWriter, check_output, flat_hierarchy
 from common.io.errors import UserError
-from common.io.paths import PathLike
+from common.io.paths import PathLike, to_epath
 
 __all__ = [
     "ABSENT",
@@ -254,7 +253,7 @@ class Dataset:
 def read_classes(path: PathLike) -> tuple[list[str], list[str]]:
     """Labels and names of a classes.csv (header label,name), local or gs://."""
     try:
-        rows = list(csv.reader(io.StringIO(epath.Path(path).read_text())))
+        rows = list(csv.reader(io.StringIO(to_epath(path).read_text())))
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
     if not rows or rows[0] != ["label", "name"] or any(len(row) != 2 for row in rows):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import IO, Any
 from etils import epath
 
 from common.io.errors import UserError
-from common.io.paths import PathLike, is_remote
+from common.io.paths import PathLike, is_remote, to_epath
 from common.io.storage_errors import is_store_error
 
 
@@ -27,7 +28,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     Raises:
       UserError: `path` is a folder, or it cannot be written (an OSError in the block included).
     """
-    output = epath.Path(path)
+    output = to_epath(path)
     beside = output.with_name(_temporary_name(output))
     with contextlib.ExitStack() as stack:
         try:
@@ -88,14 +89,13 @@ def atomic_folder(path: PathLike) -> Iterator[epath.Path]:
     Raises:
       UserError: it cannot be written (an OSError in the block included).
     """
-    output = epath.Path(path)
+    output = to_epath(path)
     temporary, old = output.with_name(_temporary_name(output)), None
     try:
-        temporary.rmtree(missing_ok=True)
         temporary.mkdir(parents=True)
         yield temporary
         if output.exists():
-            old = output.rename(output.with_name(f"{output.name}.old-{os.getpid()}"))
+            old = output.rename(output.with_name(_temporary_name(output, "old")))
         temporary.rename(output)
         if old is not None:
             old.rmtree()
@@ -107,8 +107,9 @@ def atomic_folder(path: PathLike) -> Iterator[epath.Path]:
         raise
 
 
-def _temporary_name(path: epath.Path) -> str:
-    return f"{path.name}.tmp-{os.getpid()}"
+def _temporary_name(path: epath.Path, kind: str = "tmp") -> str:
+    """A name of no other process, and of no other thread that writes the same output."""
+    return f"{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
+from common.io.errors import UserError
 from common.io.storage_errors import is_store_error
 
 PathLike = str | os.PathLike[str]
@@ -23,6 +24,20 @@ def resolved(path: PathLike) -> str:
     return os.fspath(path) if is_remote(path) else os.path.realpath(path)
 
 
+def to_epath(path: PathLike) -> epath.Path:
+    """The path, on whichever storage it lies.
+
+    Raises:
+      UserError: an address that no storage here serves, such as https://.
+    """
+    try:
+        return epath.Path(path)
+    except KeyError as error:
+        raise UserError(
+            f"{path}: found an address of an unknown kind, expected a local path or gs://"
+        ) from error
+
+
 @contextlib.contextmanager
 def local_copy(path: PathLike) -> Iterator[Path]:
     """Gives a local file with the content of `path`, for libraries that map or seek in files.
@@ -32,12 +47,13 @@ def local_copy(path: PathLike) -> Iterator[Path]:
 
     Raises:
       OSError: no such file, or it cannot be copied.
+      UserError: as `to_epath`.
     """
     if not is_remote(path):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        source = epath.Path(path)
+        source = to_epath(path)
         target = Path(folder, source.name)
         try:
             source.copy(target)
@@ -53,6 +69,7 @@ def read_text(path: PathLike) -> str:
 
     Raises:
       OSError: no such file, or it cannot be read.
+      UserError: as `to_epath`.
     """
     with local_copy(path) as local:
         return local.read_text(encoding="utf-8")

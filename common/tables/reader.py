@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from common.io.errors import UserError
-from common.io.paths import PathLike
+from common.io.paths import PathLike, to_epath
 from common.tables.table import Detections, shard_name
 from common.tables.table_file import TableFile, concatenate
 
@@ -34,7 +34,7 @@ class DetectionsReader:
         Raises:
           UserError: no table there, or a broken one; the text names the file.
         """
-        self.path = epath.Path(path)
+        self.path = to_epath(path)
         self.files = [TableFile(file) for file in _table_files(self.path)]
         first = self.files[0]
         self.metadata = first.metadata

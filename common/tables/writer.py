@@ -11,12 +11,11 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from etils import epath
 from jaxtyping import Float32, Int32
 
 from common.io.atomic import atomic_file
 from common.io.errors import UserError
-from common.io.paths import PathLike
+from common.io.paths import PathLike, to_epath
 from common.tables.table import (
     COLUMNS,
     COORDINATES,
@@ -75,7 +74,7 @@ class DetectionsWriter:
         Raises:
           UserError: a folder lies where a file shall be or the reverse, or no place to write to.
         """
-        self.path = epath.Path(path)
+        self.path = to_epath(path)
         self._metadata = dict(metadata)
         json.dumps(self._metadata)
         self._masks = masks

@@ -18,7 +18,7 @@ from common.data.dataset import Dataset, read_classes
 from common.data.dataset_writer import write_classes
 from common.io.atomic import write_text
 from common.io.errors import UserError
-from common.io.paths import PathLike
+from common.io.paths import PathLike, to_epath
 
 _MAX_NAMED = 5  # differing fields spelled out in an error
 
@@ -43,7 +43,7 @@ def prepare_workdir(
       UserError: the directory holds a run of another config (names the fields that differ), an
         unreadable `config.json`, or cannot be written.
     """
-    workdir = epath.Path(directory)
+    workdir = to_epath(directory)
     path = workdir / "config.json"
     new = _plain(config)
     if path.exists():

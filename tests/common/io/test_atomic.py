@@ -62,6 +62,25 @@ def test_failures_of_the_file_system_name_the_output(root):
         raise OSError(28, "No space left on device")
 
 
+def test_writers_of_one_path_do_not_disturb_each_other(root):
+    with open_atomic(f"{root}/a.txt") as first, open_atomic(f"{root}/a.txt") as second:
+        first.write("first")
+        second.write("second")
+    assert epath.Path(f"{root}/a.txt").read_text() == "first"  # the last to end
+    with atomic_folder(f"{root}/d") as one, atomic_folder(f"{root}/d") as two:
+        (one / "one.txt").write_text("one")
+        (two / "two.txt").write_text("two")
+    assert names(f"{root}/d") == ["one.txt"]
+    assert names(root) == ["a.txt", "d"]
+
+
+def test_outputs_at_an_address_that_no_storage_serves_are_refused():
+    with pytest.raises(UserError, match="https://x/a.txt: found an address of an unknown kind"):
+        write_text("https://x/a.txt", "")
+    with pytest.raises(UserError, match="found an address"), atomic_folder("https://x/d"):
+        pass
+
+
 def test_json_writes_null_for_numbers_that_are_not_finite(root):
     write_json(f"{root}/a.json", {"map": float("nan"), "aps": [0.5, float("inf")]})
     assert json.loads(epath.Path(f"{root}/a.json").read_text()) == {"map": None, "aps": [0.5, None]}
