@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from common.io.errors import UserError
 from common.nn.weights.fine_tuning import (
@@ -103,6 +104,20 @@ def test_weights_file_keeps_values_and_labels(tmp_path, monkeypatch, address):
     assert found.labels == list(OLD) and found.weights.keys() == model.weights.keys()
     for name, value in model.weights.items():
         np.testing.assert_array_equal(found.weights[name], value)
+
+
+@pytest.mark.parametrize("labels", ["red, blue", '{"red": 1}', "[1, 2, 3]", '["a", "b", "a"]'])
+def test_a_weights_file_of_other_labels_than_unique_texts_is_refused(tmp_path, labels):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors_numpy.save(head(3, 5), {"labels": labels}))
+    with pytest.raises(UserError, match="x.safetensors: found labels .*expected a JSON list"):
+        read_trained_model(path)
+
+
+def test_a_folder_with_the_name_of_a_weights_file_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="no readable safetensors file .*directory") as error:
+        read_trained_model(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from etils import epath
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
 from common.io.atomic import open_atomic
 from common.io.errors import UserError
+from common.io.paths import to_epath
 from common.nn.backbones import make_backbone
 from common.nn.weights.torch_names import module_path
 from common.nn.weights.unpickle import read_torch_checkpoint
@@ -106,10 +106,10 @@ def read_safetensors(path: str | Path, data: bytes | None = None) -> State:
       UserError: no such file, or an unreadable one.
     """
     try:
-        return safetensors_numpy.load(epath.Path(path).read_bytes() if data is None else data)
+        return safetensors_numpy.load(to_epath(path).read_bytes() if data is None else data)
     except FileNotFoundError as error:
         raise UserError(f"{path}: found no such file, expected a .safetensors file") from error
-    except (safetensors.SafetensorError, KeyError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError) as error:
         raise UserError(f"{path}: found no readable safetensors file ({error})") from error
 
 

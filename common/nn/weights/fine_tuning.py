@@ -202,7 +202,8 @@ def read_trained_model(path: str | Path) -> TrainedModel:
     """Reads a file of `save_trained_model`.
 
     Raises:
-      UserError: no such file, no readable one, or one without the labels of its classes.
+      UserError: no such file, no readable one, or one without the labels of its classes (a JSON
+        list of texts, each once).
     """
     weights = read_safetensors(path)
     with epath.Path(path).open("rb") as file:
@@ -213,4 +214,18 @@ def read_trained_model(path: str | Path) -> TrainedModel:
             f"{path}: found no labels of classes in the metadata, expected a whole detector of "
             "scripts.export_weights (a backbone alone is config.model.pretrained)"
         )
-    return TrainedModel(str(path), json.loads(labels), weights)
+    return TrainedModel(str(path), _unique_texts(path, labels), weights)
+
+
+def _unique_texts(path: str | Path, text: str) -> list[str]:
+    try:
+        labels = json.loads(text)
+    except ValueError:
+        labels = None
+    is_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not is_texts or len(set(labels)) != len(labels):
+        raise UserError(
+            f"{path}: found labels {text[:80]!r} in the metadata, expected a JSON list of texts, "
+            "none of them twice"
+        )
+    return labels
