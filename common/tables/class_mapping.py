@@ -8,7 +8,8 @@ Any two columns make a mapping; a row that is empty in one of them says nothing 
 source labels may mean one target label. Where one source label has several target labels, a rule
 decides: 'error' refuses, 'first' takes the first row, 'all' takes each.
 
-Maps between COCO, LVIS, Objects365 and OpenImages are shipped by name (class_maps/README.md).
+Maps between COCO, LVIS, Objects365 and OpenImages, in either direction, are shipped by name, but
+for one pair: LVIS and Objects365 (class_maps/README.md).
 """
 
 import csv
@@ -25,7 +26,12 @@ from common.tables import Detections
 
 RULES = ("error", "first", "all")
 SHIPPED = Path(__file__).parent / "class_maps"
-VOCABULARIES = ("coco", "lvis", "objects365", "openimages")
+# Each with the vocabularies that its table, such as class_maps/lvis.csv, has columns of.
+SHIPPED_PAIRS = {
+    "coco": ("openimages",),
+    "lvis": ("coco", "openimages"),
+    "objects365": ("coco", "openimages"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +75,9 @@ def find_class_mapping(
     """Reads a class map that a user names.
 
     Args:
-      text: name of a shipped map, SOURCE_to_TARGET of two of VOCABULARIES such as
-        coco_to_openimages, or FILE:SOURCE_COLUMN:TARGET_COLUMN; either may end with :RULE.
+      text: name of a shipped map, SOURCE_to_TARGET such as coco_to_openimages (a pair of
+        SHIPPED_PAIRS, in either direction), or FILE:SOURCE_COLUMN:TARGET_COLUMN; either may end
+        with :RULE.
       rule: where the text has none.
       where: as in `read_class_mapping`.
 
@@ -83,15 +90,15 @@ def find_class_mapping(
     if text.count(":") >= 2:
         return read_class_mapping(*text.rsplit(":", 2), rule=rule, where=where)
     source, _, target = text.partition("_to_")
-    if source == target or not {source, target} <= set(VOCABULARIES):
-        raise UserError(
-            f"class map {text!r}: expected FILE:SOURCE_COLUMN:TARGET_COLUMN or "
-            f"SOURCE_to_TARGET of two of {', '.join(VOCABULARIES)}"
-        )
-    # The table of a vocabulary has columns of those behind it.
-    table = next(name for name in ("objects365", "lvis", "coco") if name in (source, target))
-    path = SHIPPED / f"{table}.csv"
-    return read_class_mapping(path, source, target, rule=rule, where=where)
+    for table, others in SHIPPED_PAIRS.items():
+        if (source == table and target in others) or (target == table and source in others):
+            path = SHIPPED / f"{table}.csv"
+            return read_class_mapping(path, source, target, rule=rule, where=where)
+    pairs = ", ".join(f"{a}_to_{b}" for a, others in SHIPPED_PAIRS.items() for b in others)
+    raise UserError(
+        f"class map {text!r}: expected FILE:SOURCE_COLUMN:TARGET_COLUMN or one of {pairs}, or one "
+        "of these the other way round"
+    )
 
 
 def read_class_mapping(

@@ -9,6 +9,7 @@ from common.io.errors import UserError
 from common.tables import Detections
 from common.tables.class_mapping import (
     SHIPPED,
+    SHIPPED_PAIRS,
     find_class_mapping,
     map_detections,
     read_class_mapping,
@@ -109,6 +110,24 @@ def test_shipped_maps(name, classes, example):
     assert len(set(mids)) == len(mids) == 500
     if name.endswith("openimages"):
         assert {label for group in targets.values() for label in group} <= set(mids)
+
+
+@pytest.mark.parametrize("name", ["lvis_to_objects365", "objects365_to_lvis", "coco_to_coco", "x"])
+def test_pairs_that_are_not_shipped_are_refused_with_those_that_are(name):
+    with pytest.raises(UserError, match=f"class map '{name}': expected .*objects365_to_coco"):
+        find_class_mapping(name)
+
+
+def test_every_shipped_pair_is_there_in_both_directions():
+    for table, others in SHIPPED_PAIRS.items():
+        for other in others:
+            for name in (f"{table}_to_{other}", f"{other}_to_{table}"):
+                assert find_class_mapping(name, rule="all").targets
+
+
+def test_an_address_that_no_storage_serves_is_refused():
+    with pytest.raises(UserError, match="https://x/map.csv: found an address of an unknown kind"):
+        find_class_mapping("https://x/map.csv:coco:openimages")
 
 
 def test_rows_of_shipped_tables_are_unique():
