@@ -9,7 +9,7 @@ from jaxtyping import Int8, Int32, Int64
 from common.data.dataset import Dataset
 from common.data.dataset_format import ABSENT
 from common.data.sources import Source
-from common.tables.hierarchy import ancestors
+from common.tables.hierarchy import ancestors, transitive_closure
 
 
 class VerifiedLabels:
@@ -24,7 +24,8 @@ class VerifiedLabels:
 
     def __init__(self, run: Dataset):
         """`run`: the dataset whose classes and hierarchy are those of the run."""
-        self._up = ancestors(run.hierarchy, run.class_labels) | np.eye(run.num_classes, dtype=bool)
+        above = transitive_closure(ancestors(run.hierarchy, run.class_labels))
+        self._up = above | np.eye(run.num_classes, dtype=bool)
         self._down = np.ascontiguousarray(self._up.T)
 
     def of_image(self, source: Source, index: int) -> Int8[np.ndarray, " K"]:

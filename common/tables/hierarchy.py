@@ -24,6 +24,11 @@ def ancestors(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> Bool
     Every occurrence of a label counts: a class listed under two parents has the ancestors of both.
     Nodes that are no class of the list are passed through. `Part` lists are no ancestry.
 
+    Only paths of the file count, as in the official expansion that the metric is defined by
+    (oid_hierarchical_labels_expansion.py of the TF Object Detection API): where the children of
+    such a class are listed at one of its nodes, they have the ancestors of that node alone. See
+    `transitive_closure`.
+
     Args:
       hierarchy: nested {"LabelName", "Subcategory": [...]} under a virtual root (any label).
       class_labels: labels in the dataset's order.
@@ -47,6 +52,18 @@ def ancestors(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> Bool
         pending.extend((child, above) for child in node.get("Subcategory", ()))
     np.fill_diagonal(matrix, False)
     return matrix
+
+
+def transitive_closure(parents: Bool[np.ndarray, "K K"]) -> Bool[np.ndarray, "K K"]:
+    """`ancestors` with the ancestors of ancestors, which differs where a class has several nodes.
+
+    By Warshall's algorithm; the same matrix where the hierarchy is a tree.
+    """
+    closed = parents.copy()
+    for parent in np.flatnonzero(parents.any(axis=0)):
+        closed[closed[:, parent]] |= closed[parent]
+    np.fill_diagonal(closed, False)
+    return closed
 
 
 def repeat_with(

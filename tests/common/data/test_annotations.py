@@ -12,7 +12,7 @@ from common.data.dataset_format import ABSENT, NOT_EXHAUSTIVE, PRESENT
 from common.data.labels import VerifiedLabels
 from common.data.plans.plan import train_plan
 from common.data.settings import SourceSettings
-from common.data.sources import open_sources
+from common.data.sources import open_sources, single_source
 from common.io.errors import UserError
 from tests.common.data.factories import data_settings
 
@@ -154,6 +154,22 @@ def test_verified_labels_are_those_of_the_walk_along_the_hierarchy(tmp_path):
     for slot, image in enumerate(batch["image_index"]):
         assert batch["labels"][slot].tolist() == expected[image]
     assert "labels" not in read(dataset)[0]
+
+
+def test_labels_follow_every_node_of_a_class_with_two_parents(tmp_path):
+    """Dog is listed below Pet too, where its children are not: a puppy is a pet all the same."""
+    labels = [*LABELS, "Pet"]
+    pet = {"LabelName": "Pet", "Subcategory": [{"LabelName": "Dog"}]}
+    hierarchy = {"LabelName": "root", "Subcategory": [*HIERARCHY["Subcategory"], pet]}
+    photos = [
+        NO_BOXES | {"label_classes": [label], "label_confidences": [state]}
+        for label, state in ((2, PRESENT), (5, ABSENT))
+    ]
+    dataset = write(tmp_path, "x", photos, labels, hierarchy)
+    source = single_source(dataset, dataset.split("train"))
+    verified = VerifiedLabels(dataset)
+    assert verified.of_image(source, 0).tolist() == [1, 1, 1, 0, 0, 1]
+    assert verified.of_image(source, 1).tolist() == [0, -1, -1, 0, 0, -1]
 
 
 def test_a_class_of_several_source_classes_is_absent_only_if_all_of_them_are(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from common.io.errors import UserError
 from common.tables import Detections
-from common.tables.hierarchy import ancestors, expand_detections
+from common.tables.hierarchy import ancestors, expand_detections, transitive_closure
 
 LABELS = ["person", "man", "animal", "dog", "puppy"]
 HIERARCHY = {
@@ -46,6 +46,29 @@ def test_a_class_under_two_parents_has_the_ancestors_of_both():
     matrix = ancestors(HIERARCHY, labels)
     assert {labels[i] for i in np.flatnonzero(matrix[1])} == {"person", "pet"}
     assert {labels[i] for i in np.flatnonzero(matrix[3])} == {"animal", "pet"}
+
+
+def test_the_closure_has_the_ancestors_of_all_nodes_of_a_class():
+    puppy = {"LabelName": "puppy"}
+    hierarchy = {
+        "Subcategory": [
+            {"LabelName": "pet", "Subcategory": [{"LabelName": "dog"}]},
+            {"LabelName": "animal", "Subcategory": [{"LabelName": "dog", "Subcategory": [puppy]}]},
+            {"LabelName": "man", "Subcategory": [{"LabelName": "pet"}]},
+        ]
+    }
+    labels = [*LABELS, "pet"]
+    matrix = ancestors(hierarchy, labels)
+    closed = transitive_closure(matrix)
+
+    def above(relation, label):
+        return {labels[i] for i in np.flatnonzero(relation[labels.index(label)])}
+
+    assert above(matrix, "puppy") == {"dog", "animal"}, "as the official expansion of the metric"
+    assert above(closed, "puppy") == {"dog", "animal", "pet", "man"}
+    assert above(closed, "dog") == {"animal", "pet", "man"}
+    tree = ancestors(HIERARCHY, LABELS)
+    np.testing.assert_array_equal(transitive_closure(tree), tree)
 
 
 def test_a_flat_list_or_an_empty_hierarchy_has_no_ancestors():
