@@ -18,10 +18,9 @@ from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.layers import norm
 from common.training import command, distributed
-from common.training.checkpoint import Checkpoints
 from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
-from common.training.restore import first_state
+from common.training.restore import first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import init_state, jit_train_step, variable_shapes
 from common.training.watchdog import MetricsCheck, StallWatchdog
@@ -81,14 +80,16 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
 
     # ---------------------------------------------------------------- state
     # In this order: the work directory's newest checkpoint, pretrained weights, random values.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=settings.checkpoint.keep_last)
+    checkpoints = open_checkpoints(workdir, settings.checkpoint, steps_per_epoch)
     init = functools.partial(init_state, model, tx, settings.seed, init_shapes())
     state, start_step = first_state(checkpoints, init, mesh, say)
     if not start_step and settings.model.pretrained:
         state = with_pretrained(state, settings.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    train_step = jit_train_step(model, tx, mesh)  # compiles once for each canvas
+    canvases = ", ".join(f"{height}x{width}" for height, width in settings.data.canvases)
+    say(f"programs: one for each canvas, {canvases}; compiled when it first comes", flush=True)
+    train_step = jit_train_step(model, tx, mesh)
     fields = tuple(init_shapes())
     batches = train_batches(
         dataset,
