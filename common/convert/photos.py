@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int32
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
+from common.data.image_file import BROKEN, open_image
 from common.io.parallel import map_ordered
 from common.io.progress import Progress
 
 # In order of preference where files of one name have several: VOC has .png masks beside photos.
 EXTENSIONS = (".jpg", ".jpeg", ".png")
-# PIL refuses very large images as attacks; photos of the user's own folder may be that large.
-Image.MAX_IMAGE_PIXELS = None
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
@@ -101,15 +100,14 @@ def read_sizes(
 
 def _size(path: Path, decode: bool) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             # PIL decodes a whole PNG to look for EXIF behind its pixels: that is not read.
             exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
             sideways = exif.get(ExifTags.Base.Orientation) in _SIDEWAYS
             if decode:
                 image.load()
-    # Broken photos raise these (PIL: SyntaxError for PNG chunks); the caller reports their names.
-    except (OSError, ValueError, SyntaxError, EOFError):
+    except BROKEN:  # the caller reports their names; an ImageError is a ValueError
         return 0, 0
     return (width, height) if sideways else (height, width)
 

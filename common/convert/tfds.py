@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, Columns, ImageTable
 from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_layout
 from common.convert.report import DROPPED, Report
 from common.data.dataset import CROWD, DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
+from common.data.image_file import ImageError, open_image
 from common.io.errors import UserError
 from common.io.progress import Progress
 
@@ -138,9 +138,9 @@ class _Reader:
         if self.images.find(image_id) >= 0:
             image_id = f"{split}/{image_id}"
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(io.BytesIO(data)) as image:
                 width, height = image.size
-        except OSError:
+        except ImageError:
             self._report.add("unreadable photo", DROPPED, f"{self._source} {split}", [image_id])
             return None
         if data[:2] not in _MAGIC:

@@ -14,26 +14,21 @@ xmin, ymin, xmax, ymax.
 import dataclasses
 import io
 import math
-import struct
 import threading
-import zlib
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 from PIL import ExifTags, Image
 
-from common.io.errors import UserError
+from common.data.image_file import BROKEN, ImageError, open_image, reason
 
-MAX_PIXELS = 1 << 29  # of a photo: 1.5 GiB decoded; the guard against decompression bombs
 MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the box is dropped
 
 _WORTH_PART = 0.6  # share of a photo above which all of it is decoded
 _PART_MARGIN = 16  # pixels around a part; the outermost ones lack their neighbours' colour
 
 _TENSORFLOW = threading.Lock()  # held while it is imported and told to leave the accelerators
-
-Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here instead, on the size that is decoded
 
 # EXIF orientation -> Pillow operation from stored to displayed, and the way back of a point:
 # displayed (x, y) in [0, 1] -> stored: swap the axes?, then mirror the first?, the second?
@@ -46,12 +41,6 @@ _ORIENTATIONS = {
     7: (Image.Transpose.TRANSVERSE, True, True, True),
     8: (Image.Transpose.ROTATE_90, True, True, False),
 }
-# What Pillow raises on damaged data, depending on the format.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-
-
-class ImageError(UserError):
-    """A photo that cannot be read; the text is the reason, the caller adds the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +173,7 @@ def read_file(path: str) -> bytes:
         except tf.errors.OpError as error:
             raise ImageError(error.message) from error
     except OSError as error:
-        raise ImageError(error.strerror or _reason(error)) from error
+        raise ImageError(error.strerror or reason(error)) from error
 
 
 def open_photo(data: bytes, annotated_size: tuple[int, int] = (0, 0)) -> Photo:
@@ -201,14 +190,10 @@ def open_photo(data: bytes, annotated_size: tuple[int, int] = (0, 0)) -> Photo:
     Raises:
       ImageError: not a photo, or too large.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-    except _BROKEN as error:
-        reason = "empty file" if not data else f"no readable image ({_reason(error)})"
-        raise ImageError(reason) from error
+    if not data:
+        raise ImageError("empty file")
+    image = open_image(io.BytesIO(data))
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width}x{height} pixels, at most {MAX_PIXELS} are read")
     orientation = _orientation(image)
     if orientation == 1:
         return Photo(image, 1, (height, width), data)
@@ -250,8 +235,8 @@ def decode(
         # Reduced sizes are rounded up: the photo ends inside the last row and column.
         extent = reduced[1][2:] if reduced else image.size
         return Pixels(_to_rgb(image), photo.orientation, (extent[0], extent[1]))
-    except _BROKEN as error:
-        raise ImageError(_reason(error)) from error
+    except BROKEN as error:
+        raise ImageError(reason(error)) from error
 
 
 def _tensorflow() -> Any:
@@ -391,11 +376,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-    except _BROKEN:
+    except BROKEN:
         return 1  # a damaged EXIF block says nothing, the pixels may be whole
     return orientation if orientation in _ORIENTATIONS else 1
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).replace("<_io.BytesIO object at ", "").split("0x")[0].strip()
-    return text or type(error).__name__

@@ -22,13 +22,13 @@ from PIL import Image
 
 from common.data import images
 from common.data.dataset import Dataset
+from common.data.image_file import BROKEN, open_image
 from common.io.errors import UserError
 from common.masks import rle
 
 _MODES = ("1", "L", "P")  # of PNG files: one channel of at most 8 bits; all but 0 is foreground
 # Photos and masks of rounded sizes differ by less, other crops and turned photos by more.
 _SHAPE_TOLERANCE = 0.1
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises on damaged files
 
 
 class MaskError(UserError):
@@ -157,13 +157,13 @@ class MaskReader:
         path = os.path.join(self._root, path)
         try:
             data = images.read_file(path)
-            image = Image.open(io.BytesIO(data))
+            image = open_image(io.BytesIO(data))
             mode = image.mode
             if mode in _MODES:
                 image.load()
         except images.ImageError as error:
             raise self._error(row, f"{path}: {error}") from error
-        except _BROKEN as error:
+        except BROKEN as error:
             raise self._error(row, f"{path}: no readable mask file") from error
         if mode not in _MODES:
             bits = " (16 bits)" if mode.startswith("I") else ""

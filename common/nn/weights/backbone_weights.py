@@ -6,7 +6,6 @@ A file of ours is a `.safetensors` file whose keys are '/'-joined paths that beg
 
 import dataclasses
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import safetensors
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
+from common.io.archive import Archive
 from common.io.atomic import open_atomic
 from common.io.errors import UserError
 from common.io.paths import to_epath
@@ -25,6 +25,8 @@ from common.nn.weights.torch_names import module_path
 from common.nn.weights.unpickle import read_torch_checkpoint
 
 State = dict[str, np.ndarray]
+
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +74,15 @@ def read_state_dict(path: str | Path) -> State:
 
 
 def _read_wheel(path: Path) -> State:
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: found no zip file, expected a wheel")
-    with zipfile.ZipFile(path) as archive:
-        members = [
-            name
-            for name in archive.namelist()
-            if Path(name).suffix in (".pth", ".pt", ".safetensors")
-        ]
-        if len(members) != 1:
-            raise UserError(f"{path}: found {len(members)} weight files, expected one")
-        data = archive.read(members[0])
+    with open(path, "rb") as file:
+        try:
+            archive = Archive(file)
+            members = [name for name in archive.names if Path(name).suffix in _WEIGHT_SUFFIXES]
+            if len(members) != 1:
+                raise UserError(f"found {len(members)} weight files, expected one")
+            data = archive.read(members[0])
+        except UserError as error:
+            raise UserError(f"{path}: {error}; expected a wheel") from error
     return _read_state_dict(path / members[0], Path(members[0]).suffix, data)
 
 
@@ -93,10 +93,14 @@ def _read_state_dict(path: Path, suffix: str, data: bytes | None) -> State:
     for key in ("state_dict", "model"):  # what training scripts wrap the state dict in
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
-    if not isinstance(saved, dict) or not all(isinstance(v, np.ndarray) for v in saved.values()):
-        found = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved)
+    is_state = isinstance(saved, dict) and all(
+        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in saved.items()
+    )
+    if not is_state:
+        keys = [f"{key!r:.40}" for key in list(saved)[:5]] if isinstance(saved, dict) else []
+        found = ", ".join(keys) or type(saved).__name__
         raise UserError(f"{path}: found {found}, expected a state dict of tensors")
-    return {str(name).removeprefix("module."): value for name, value in saved.items()}
+    return {name.removeprefix("module."): value for name, value in saved.items()}
 
 
 def read_safetensors(path: str | Path, data: bytes | None = None) -> State:

@@ -229,15 +229,29 @@ def test_damaged_photos_are_told_with_a_reason():
         assert "\n" not in str(caught.value)
 
 
-def test_decompression_bomb_is_refused_by_its_header():
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+@pytest.mark.parametrize("size", [(100_000, 100_000), (1, 1 << 29), (1 << 29, 1)])
+def test_decompression_bomb_is_refused_by_its_header(size):
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
         for name, body in chunks
     )
-    with pytest.raises(images.ImageError, match="100000x100000"):
+    with pytest.raises(images.ImageError, match="{}x{}".format(*size)):
         images.open_photo(data)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "PPM", "ICO", "TGA"])
+def test_formats_that_no_photo_has_stay_closed(kind):
+    data = encode(Image.new("RGB", (32, 32), (10, 200, 30)), kind)
+    with pytest.raises(images.ImageError, match="no readable image"):
+        images.open_photo(data)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "TIFF", "GIF", "MPO"])
+def test_other_formats_of_photos_are_read(kind):
+    canvas = drawn(encode(Image.new("RGB", CANVAS[::-1], (10, 200, 30)), kind))
+    assert np.abs(canvas.astype(int) - [10, 200, 30]).max() <= 5
 
 
 def test_damaged_exif_does_not_spoil_a_good_photo():

@@ -165,7 +165,12 @@ def test_reads_what_torch_writes(tmp_path, legacy):
     }
     path = tmp_path / "x.pth"
     torch.save(
-        {"state_dict": saved, "epoch": 3, "accuracy": np.float64(0.5)},
+        {
+            "state_dict": saved,
+            "epoch": 3,
+            "accuracy": np.float64(0.5),
+            "curve": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        },
         path,
         _use_new_zipfile_serialization=not legacy,
     )
@@ -175,6 +180,9 @@ def test_reads_what_torch_writes(tmp_path, legacy):
         np.testing.assert_array_equal(
             found[name].astype(np.float32), value.detach().float().numpy()
         )
+    whole = read_torch_checkpoint(path)
+    assert (whole["epoch"], whole["accuracy"]) == (3, 0.5)
+    np.testing.assert_array_equal(whole["curve"], np.arange(6).reshape(2, 3).T)
 
 
 # ------------------------------------------------------------------------------------------------
