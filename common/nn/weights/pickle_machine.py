@@ -71,6 +71,7 @@ def run_pickle(
             )
         return names[module, name]
 
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count >= _MAX_INSTRUCTIONS:
             raise UserError(f"found more than {_MAX_INSTRUCTIONS:,} instructions in the pickle")
@@ -100,9 +101,7 @@ def run_pickle(
             case "TUPLE":
                 stack.append(tuple(above_mark()))
             case name if name in _TUPLES:
-                values = tuple(stack[-_TUPLES[name] :])
-                del stack[-_TUPLES[name] :]
-                stack.append(values)
+                stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
             case "DICT":
                 values = above_mark()
                 stack.append({})
