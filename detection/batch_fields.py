@@ -29,6 +29,9 @@ def train_shapes(
         "ignore_boxes": jax.ShapeDtypeStruct((b, g, 4), jnp.float32),
         "ignore_valid": jax.ShapeDtypeStruct((b, g), jnp.bool_),
     }
+    if s := data.mask_size:
+        fields["gt_masks"] = jax.ShapeDtypeStruct((b, m, s, s // 8), jnp.uint8)
+        fields["gt_has_mask"] = jax.ShapeDtypeStruct((b, m), jnp.bool_)
     if data.image_labels:
         fields["labels"] = jax.ShapeDtypeStruct((b, k), jnp.int8)
     if data.some_unknown:

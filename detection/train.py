@@ -153,13 +153,8 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
             watchdog.beat()
 
         checkpoints.close()
-        if batches.skipped_images or batches.dropped_boxes or batches.dropped_ignore_boxes:
-            say(
-                f"data: {batches.skipped_images} unreadable photos skipped, "
-                f"{batches.dropped_boxes} boxes beyond config.data.max_boxes ignored, "
-                f"{batches.dropped_ignore_boxes} ignore boxes beyond config.data.max_ignore",
-                flush=True,
-            )
+        if batches.left_out:
+            say(f"data: {batches.left_out}", flush=True)
         return evaluate(num_steps, state.variables)
 
 

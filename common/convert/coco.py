@@ -5,6 +5,8 @@ COCO form need. Image ids are those of the file, as text. Crowd regions get the 
 GROUP_OF, Objects365's `isfake` the flag DEPICTION. The `area` of a segment is kept for COCO and
 LVIS, whose metrics tell small from large objects by it.
 
+Masks that cannot be drawn are left out and listed (`common.convert.coco_masks`); their boxes stay.
+
 COCO and Objects365 label all classes on every photo, so there are no image-level labels
 (`"exhaustive": true` in dataset.json). LVIS checks only some classes on a photo: those with boxes,
 `neg_category_ids` (image-level labels of confidence ABSENT) and, of those with boxes,
@@ -19,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
 from common.convert.annotations import (
     AREA_COLUMNS,
@@ -32,7 +35,7 @@ from common.convert.annotations import (
 from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_class_ids
 from common.convert.coco_file import CocoFile
-from common.convert.report import DROPPED, Report
+from common.convert.report import DROPPED, REPAIRED, Report
 from common.io.errors import UserError
 
 _PREFIX = re.compile(
@@ -193,9 +196,23 @@ def _add_boxes(
         area=content.areas()[keep],
         flags=np.frombuffer(content.flags, np.uint8)[keep],
         file=np.full(int(keep.sum()), number, np.int32),
-        mask_start=np.frombuffer(content.mask_start, np.int64)[keep],
-        mask_length=np.frombuffer(content.mask_length, np.int32)[keep],
+        **_masks(content, report, keep),
     )
+
+
+def _masks(
+    content: CocoFile, report: Report, keep: Bool[np.ndarray, " m"]
+) -> dict[str, np.ndarray]:
+    """Columns of the masks; those that were left out or lost parts are reported."""
+    masks, rows = content.masks, np.frombuffer(content.row, np.int64)
+    assert masks is not None, "the file was read without masks"
+    wrong = masks.drop_other_shapes(content.photo_sizes(), rows)
+    start, length = np.frombuffer(masks.start, np.int64), np.frombuffer(masks.length, np.int32)
+    length = np.where(wrong, np.int32(0), length)
+    if length.any():  # else: a set of boxes, whose segmentations are empty lists
+        for reason, found in masks.repairs.items():
+            report.add(reason, REPAIRED, str(content.path), found)
+    return {"mask_start": start[keep], "mask_length": length[keep]}
 
 
 def _add_labels(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from common.convert.cleaning import check_pixels
+from common.convert.coco_masks import MaskSpool
 from common.data.dataset import ABSENT, CROWD, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.io.errors import UserError
 from common.io.json_stream import stream_lists
@@ -37,8 +38,7 @@ class CocoFile:
       flags: (m) bits as in `dataset_format`.
       row: (m) annotation ids, for messages.
       area: (m) area of the segment in pixels, NaN = missing.
-      mask_start: (m) where the mask's JSON text begins in the spool file.
-      mask_length: (m) its length, 0 = no mask.
+      masks: where the masks are, None where they are left out.
       labels: image, category id and confidence of the image-level labels (LVIS).
     """
 
@@ -54,7 +54,8 @@ class CocoFile:
           UserError: names the annotation that lacks a field or has a wrong value.
         """
         self.path = path
-        self._masks, self._lvis = masks, lvis
+        self.masks = None if masks is None else MaskSpool(masks)
+        self._lvis = lvis
         self.categories: dict[int, str] = {}
         self.frequencies: dict[int, str] = {}
         self.image_index: dict[Any, int] = {}
@@ -64,7 +65,6 @@ class CocoFile:
         self.xywh, self.flags, self.row = array("f"), array("B"), array("q")
         self.area = array("d")
         self.labels = (array("i"), array("q"), array("B"))
-        self.mask_start, self.mask_length = array("q"), array("i")
         counts = dict.fromkeys(_LISTS, 0)
         readers = dict(
             zip(_LISTS, (self._read_image, self._read_annotation, self._read_category), strict=True)
@@ -104,6 +104,10 @@ class CocoFile:
     def images(self) -> Int32[np.ndarray, " m"]:
         """Position of each annotation's image, -1 = not listed."""
         return np.frombuffer(self.image, np.int32)
+
+    def photo_sizes(self) -> Int32[np.ndarray, "m 2"]:
+        """Height and width of each annotation's image in pixels, 0 where it is not listed."""
+        return np.array([*self.image_sizes, (0, 0)], np.int32)[self.images()]
 
     def areas(self) -> np.ndarray:
         """(m) areas of the segments as shares of their images, NaN = missing."""
@@ -159,13 +163,8 @@ class CocoFile:
         self.area.append(float("nan") if area is None else area)
         row = value.get("id")
         self.row.append(row if isinstance(row, int) else len(self.row) + 1)
-        if self._masks is None:
-            return
-        mask = value.get("segmentation")
-        text = json.dumps(mask, separators=(",", ":")).encode() if mask else b""
-        self.mask_start.append(self._masks.tell() if text else 0)
-        self.mask_length.append(len(text))
-        self._masks.write(text)
+        if self.masks is not None:
+            self.masks.add(value.get("segmentation"), self.row[-1])
 
 
 def _integer(value: Any) -> int:

@@ -18,6 +18,7 @@ from common.data.batches import Example, Fields
 from common.data.canvases import Canvas
 from common.data.dataset_format import CROWD, GROUP_OF
 from common.data.labels import VerifiedLabels
+from common.data.object_masks import ObjectMasks
 from common.data.photo_errors import PhotoErrors
 from common.data.proposals import TableBoxes
 from common.data.settings import DataSettings
@@ -137,6 +138,7 @@ class TrainingLoader(PhotoLoader):
     Attributes:
       dropped_boxes: how many boxes did not fit into `max_boxes`.
       dropped_ignore_boxes: how many did not fit into `max_ignore`.
+      masks: of the objects; None where the run has none.
     """
 
     def __init__(
@@ -151,6 +153,8 @@ class TrainingLoader(PhotoLoader):
         self.dropped_boxes = self.dropped_ignore_boxes = 0
         self._lock = threading.Lock()
         self._labels = labels
+        size, on_error = settings.mask_size, settings.on_image_error
+        self.masks = ObjectMasks(sources, size, on_error) if size else None
 
     def fields(self, slot: Slot) -> Fields:
         """Shape and type of each field of an example."""
@@ -164,6 +168,8 @@ class TrainingLoader(PhotoLoader):
             "ignore_valid": ((ignored,), np.bool_),
             "drawn_class": ((), np.int32),
         }
+        if self.masks is not None:
+            fields |= self.masks.fields(boxes)
         num_classes = self._sources[0].num_classes
         if self._labels is not None:
             fields["labels"] = ((num_classes,), np.int8)
@@ -220,6 +226,8 @@ class TrainingLoader(PhotoLoader):
         example["gt_classes"][:count] = classes[rows]
         example["gt_group_of"][:count] = group_of[rows]
         example["gt_valid"][:count] = True
+        if self.masks is not None:
+            self.masks.write(example, source, slot.index, rows, boxes[rows], geometry)
         regions = source.dataset.image_ignore_boxes(slot.index)
         if not len(regions):
             return boxes[ignored]

@@ -5,7 +5,8 @@ an uninterrupted one and the slices of the hosts put together are the batch of a
 Annotations are looked up in the memory-mapped index image by image; nothing is copied ahead.
 
 A batch is a dictionary (b: images of this host, M: data.max_boxes, G: data.max_ignore,
-P: data.max_proposals, K: classes of the run, H, W: the canvas of the step, padded):
+P: data.max_proposals, S: data.mask_size, K: classes of the run, H, W: the canvas of the step,
+padded):
   image          uint8   (b, H, W, 3)  RGB, content top left, padding 0 (the model normalises)
   image_size     float32 (b, 2)        height, width of the content on the canvas
   original_size  int32   (b, 2)        height, width of the photo as displayed (after EXIF rotation)
@@ -20,6 +21,10 @@ and in training
   gt_classes     int32   (b, M)
   gt_group_of    bool    (b, M)
   gt_valid       bool    (b, M)        which boxes are real
+  gt_masks       uint8   (b, M, S, S/8)  with data.mask_size: the object's mask, cropped to its box
+                                       on the canvas; bits along the last axis (np.packbits)
+  gt_has_mask    bool    (b, M)        with data.mask_size: whether it has one; False in sources
+                                       without masks, and where the box shows nothing of it
   ignore_boxes   float32 (b, G, 4)     in canvas pixels, where nothing is background: crowds,
                                        group-of boxes on demand, boxes beyond M, boxes of classes
                                        that the run lacks, whole photos of sources without boxes
@@ -80,6 +85,22 @@ class PhotoBatches(Batches):
     def dropped_ignore_boxes(self) -> int:
         """Ignore boxes so far that did not fit into max_ignore (those loaded ahead too)."""
         return self._loader.dropped_ignore_boxes
+
+    @property
+    def skipped_masks(self) -> int:
+        """Masks left out so far because they cannot be read (those loaded ahead too)."""
+        return 0 if self._loader.masks is None else self._loader.masks.errors.skipped
+
+    @property
+    def left_out(self) -> str:
+        """What was left out so far, in words; '' if nothing was."""
+        counts = {
+            "unreadable photos skipped": self.skipped_images,
+            "unreadable masks skipped": self.skipped_masks,
+            "boxes beyond config.data.max_boxes ignored": self.dropped_boxes,
+            "ignore boxes beyond config.data.max_ignore": self.dropped_ignore_boxes,
+        }
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def train_batches(

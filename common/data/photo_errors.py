@@ -1,4 +1,4 @@
-"""What becomes of photos that cannot be read."""
+"""What becomes of photos, and masks, that cannot be read."""
 
 import sys
 import threading
@@ -36,7 +36,7 @@ class PhotoErrors:
         if self._fatal:
             raise UserError(
                 f"{path}: cannot read the {what}: {error} "
-                "(data.on_image_error='skip' goes on without such images)"
+                f"(data.on_image_error='skip' goes on without such {what}s)"
             ) from error
         with self._lock:
             self.skipped += 1
@@ -47,6 +47,6 @@ class PhotoErrors:
             print(f"{path}: skipped, cannot read the {what}: {error}", file=sys.stderr, flush=True)
         if tried >= _MIN_TRIED and skipped > tried // 2:
             raise UserError(
-                f"{path}: cannot read the {what}: {error}; {skipped} of {tried} images could not "
-                "be read: is the dataset's image_root the folder of the photos?"
+                f"{path}: cannot read the {what}: {error}; {skipped} of {tried} {what}s could not "
+                f"be read: is the dataset's {what}_root their folder?"
             ) from error

@@ -19,8 +19,8 @@ class SourceSettings:
       share: of the slots of the run; shares need not add up to 1.
       class_map: the run's classes of its labels: '' where the labels are the same, else a shipped
         map such as coco_to_openimages, or FILE.csv:COLUMN_OF_THE_SOURCE:COLUMN_OF_THE_RUN.
-      annotations: what is used of it. 'labels': image-level labels only; then no place of its
-        photos is background.
+      annotations: what is used of it. 'boxes_masks': masks too, where the run has masks; 'labels':
+        image-level labels only; then no place of its photos is background.
       others: what the run's classes that it lacks are on its photos. 'unknown': batches say so in
         class_known; 'absent': an object of such a class would be background.
     """
@@ -60,6 +60,7 @@ class DataSettings:
       scale_jitter: (min, max) of a uniform factor on the fitted size; above 1 crops at random.
       group_of: 'ordinary': group-of boxes are boxes, marked in gt_group_of; 'ignore': ignore boxes;
         'drop': left out, so that their objects are background. Crowds are always ignore boxes.
+      mask_size: S, pixels of the side of the objects' masks, each of its box; 0: batches have none.
       image_labels: whether batches have `labels`, what was verified of each class.
       proposals: detections table of the training photos, whose boxes a refiner trains on.
       max_proposals: P, proposals of an image at a time; 0: batches have none.
@@ -84,6 +85,7 @@ class DataSettings:
     flip: bool
     scale_jitter: tuple[float, float]
     group_of: Literal["ordinary", "ignore", "drop"]
+    mask_size: int
     image_labels: bool
     proposals: str
     max_proposals: int
@@ -103,6 +105,11 @@ class DataSettings:
             ("max_ignore", self.max_ignore >= 1, "at least 1"),
             ("scale_jitter", 0 < low <= high < math.inf, "0 < min <= max, both finite"),
             ("max_proposals", self.max_proposals >= 0, "0 (none) or more"),
+            (
+                "mask_size",
+                self.mask_size >= 0 and self.mask_size % 8 == 0,
+                "0 (no masks) or a positive multiple of 8",
+            ),
             ("num_threads", self.num_threads >= 0, "0 (automatic) or more"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
             (

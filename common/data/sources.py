@@ -34,6 +34,7 @@ class Source:
       classes: (C,) class of the run of each class of the dataset, -1: none.
       known: (K,) of which classes of the run it says whether they are on an image.
       has_boxes: False: only image-level labels are used, and no place of a photo is background.
+      has_masks: whether the masks of its boxes are used, by a run with masks.
     """
 
     place: int
@@ -45,6 +46,7 @@ class Source:
     classes: Int32[np.ndarray, " C"]
     known: Bool[np.ndarray, " K"]
     has_boxes: bool
+    has_masks: bool
 
     @property
     def portrait(self) -> Bool[np.ndarray, " n"]:
@@ -59,6 +61,7 @@ class Source:
             f"{np.count_nonzero(self.classes >= 0)} of its {len(self.classes)} classes are classes "
             f"of the run, {np.count_nonzero(~self.known)} of the run's are unknown there"
             + ("" if self.has_boxes else ", image labels only")
+            + (", masks" if self.has_masks else "")
         )
 
 
@@ -74,6 +77,11 @@ def open_sources(dataset: Dataset, data: DataSettings) -> tuple[Source, ...]:
     """
     if not data.sources:
         images = dataset.split(data.train_split)
+        if data.mask_size and dataset.mask_offsets is None:
+            raise UserError(
+                f"{dataset.directory}: the dataset has no masks, config.data.mask_size is "
+                f"{data.mask_size}, expected a set with masks (or mask_size 0)"
+            )
         return (single_source(dataset, _some(dataset, data.train_split, images)),)
     opened: list[Source] = []
     first_index = 0
@@ -81,6 +89,11 @@ def open_sources(dataset: Dataset, data: DataSettings) -> tuple[Source, ...]:
         source = _open(dataset, settings, place, first_index)
         first_index += source.dataset.num_images
         opened.append(source)
+    if data.mask_size and not any(source.has_masks for source in opened):
+        raise UserError(
+            "config.data.sources: none has annotations 'boxes_masks', config.data.mask_size is "
+            f"{data.mask_size}, expected at least one (or mask_size 0)"
+        )
     return tuple(opened)
 
 
@@ -97,6 +110,7 @@ def single_source(dataset: Dataset, images: Int64[np.ndarray, " n"]) -> Source:
         classes=np.arange(count, dtype=np.int32),
         known=np.ones(count, bool),
         has_boxes=True,
+        has_masks=dataset.mask_offsets is not None,
     )
 
 
@@ -105,6 +119,11 @@ def _open(run: Dataset, settings: SourceSettings, place: int, first_index: int) 
     dataset = run if same else Dataset.open(settings.dir)
     images = _some(dataset, settings.split, dataset.split(settings.split))
     field = f"config.data.sources[{place}]"
+    if settings.annotations == "boxes_masks" and dataset.mask_offsets is None:
+        raise UserError(
+            f"{field}: annotations 'boxes_masks', but {dataset.directory} has no masks, expected "
+            "a set with masks or annotations 'boxes'"
+        )
     classes = map_classes(dataset.class_labels, run.class_labels, settings.class_map, field)
     known = np.ones(run.num_classes, bool)
     if settings.others == "unknown":
@@ -120,6 +139,7 @@ def _open(run: Dataset, settings: SourceSettings, place: int, first_index: int) 
         classes=classes,
         known=known,
         has_boxes=settings.annotations != "labels",
+        has_masks=settings.annotations == "boxes_masks",
     )
 
 

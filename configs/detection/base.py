@@ -66,6 +66,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         flip=True,
         scale_jitter=(1.0, 1.0),  # shrinks or enlarges the photo before it is fitted
         group_of="ordinary",  # ordinary | ignore | drop: what a group-of box is in training
+        mask_size=0,  # pixels of the side of an object's mask in batches, such as 112; 0: none
         image_labels=False,  # batches say which classes were verified as present or absent
         proposals="",  # of a refiner: detections table of the training photos
         max_proposals=0,  # of a refiner: boxes of a photo at a time; training takes the best

@@ -189,3 +189,49 @@ def test_two_files_of_one_split_are_refused(tmp_path):
         prepare("coco", source=tmp_path, output=tmp_path / "d")
     dataset = prepare("coco", source=f"{tmp_path}/boxes_*.json", output=tmp_path / "d")
     assert len(dataset.boxes) == 20
+
+
+def test_masks_that_cannot_be_drawn_are_left_out_and_listed(tmp_path):
+    triangle = [0, 0, 30, 0, 30, 40]
+    whole = [[0, 20000]] * 2  # uncompressed and empty, uncompressed and full
+    masks = [
+        [triangle, [5, 5, 9, 9]],  # the line goes, the triangle stays
+        [[5, 5, 9, 9], [1, 2, 3, 4, 5]],
+        [],
+        {"size": [100, 200], "counts": [20000]},
+        {"size": [100, 200], "counts": "PPd0"},  # the same compressed
+        {"size": [200, 100], "counts": whole[0]},
+        {"size": [50, 100], "counts": [0, 5000]},  # half the photo's resolution
+        triangle,  # no list around the only polygon
+        None,
+    ]
+    annotations = [
+        _annotation(n, 1, 7, [0, 0, 40 + n, 50], **({} if m is None else {"segmentation": m}))
+        for n, m in enumerate(masks, start=1)
+    ]
+    source = _write(tmp_path / "instances_x.json", annotations)
+    dataset = prepare("coco", source=source, output=tmp_path / "d")
+    assert dataset.image_masks(0) == [
+        *([triangle], None, None, None, None, None),
+        *(masks[6], [triangle], None),
+    ]
+    assert reasons(dataset) == {
+        "polygon with fewer than 3 points": 2,
+        "empty mask": 4,
+        "mask of another shape than its photo": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("abc", "expected polygons or size and counts"),
+        ({"counts": "PPd0"}, "expected size and counts"),
+        ([{"x": 1}], "expected lists of coordinates"),
+    ],
+)
+def test_what_is_no_mask_is_refused(tmp_path, mask, message):
+    annotation = _annotation(4, 1, 7, [0, 0, 50, 50], segmentation=mask)
+    source = _write(tmp_path / "x.json", [annotation])
+    with pytest.raises(UserError, match=f"annotations number 1 has a wrong value.*{message}"):
+        prepare("coco", source=source, output=tmp_path / "d")

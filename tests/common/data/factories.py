@@ -21,6 +21,7 @@ DATA = DataSettings(
     flip=True,
     scale_jitter=(0.8, 1.3),
     group_of="ordinary",
+    mask_size=0,
     image_labels=False,
     proposals="",
     max_proposals=0,
