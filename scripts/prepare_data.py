@@ -5,6 +5,7 @@
     python -m scripts.prepare_data lvis       --source='DIR/lvis_v*.json' --images=DIR --output=DIR
     python -m scripts.prepare_data objects365 --source=DIR --images=DIR --output=DIR
     python -m scripts.prepare_data voc        --source=DIR --output=DIR
+    python -m scripts.prepare_data yolo       --source=DIR/data.yaml --output=DIR
     python -m scripts.prepare_data tfds       --source=NAME[:VERSION] --data_dir=DIR --output=DIR
 
 Rows that mean nothing are dropped or repaired, counted by reason on the screen and listed in
@@ -26,11 +27,12 @@ from common.convert.report import Report
 from common.convert.splits import KINDS, parse_shares
 from common.convert.tfds import read_tfds
 from common.convert.voc import read_voc
+from common.convert.yolo import read_yolo
 from common.data.dataset import check_output
 from common.io.commands import run_main
 from common.io.errors import UserError
 
-FORMATS = ("openimages", "coco", "lvis", "objects365", "voc", "tfds")
+FORMATS = ("openimages", "coco", "lvis", "objects365", "voc", "yolo", "tfds")
 
 
 def define_flags() -> None:
@@ -43,6 +45,13 @@ def define_flags() -> None:
     )
     flags.DEFINE_string(
         "image_pattern", "", "Path of a photo below --images, such as 'train/{id}.jpg': no listing."
+    )
+    flags.DEFINE_enum(
+        "match_photos",
+        None,
+        ["path", "name"],
+        "What tells a photo: with 'path' one in another folder than the annotations store is "
+        "another photo; 'name' where no two photos have one name (default: name for objects365).",
     )
     flags.DEFINE_string("splits", None, 'JSON {"name": [ids]} that adds or replaces splits.')
     flags.DEFINE_enum(
@@ -70,7 +79,7 @@ def define_flags() -> None:
         "read_sizes", None, "Read photo sizes from headers (default: for up to 200,000 photos)."
     )
     flags.DEFINE_bool("check_photos", False, "Decode every photo once, to find cut ones.")
-    flags.DEFINE_string("classes", None, "Class list (label,name); openimages and voc.")
+    flags.DEFINE_string("classes", None, "Class list (label,name); openimages, voc and yolo.")
     flags.DEFINE_string("hierarchy", None, "Hierarchy JSON.")
     flags.DEFINE_enum(
         "task",
@@ -94,7 +103,11 @@ def define_flags() -> None:
         "where <source><database> says that the file is of the official VOC.",
     )
     flags.DEFINE_enum(
-        "image_id", "id", ["id", "file_stem"], "coco, lvis, objects365: what identifies a photo."
+        "image_id",
+        "auto",
+        ["auto", "id", "file_stem"],
+        "coco, lvis, objects365: what identifies a photo; auto = file_stem where each split is a "
+        "folder with _annotations.coco.json, else the id.",
     )
     flags.DEFINE_string("data_dir", None, "tfds: folder of the prepared TFDS data sets.")
     flags.DEFINE_bool("download", False, "tfds: download and prepare the set if needed.")
@@ -111,6 +124,7 @@ def main(format_name: str) -> None:
         output=output,
         images=args.images,
         image_pattern=args.image_pattern,
+        match_photos=args.match_photos or ("name" if format_name == "objects365" else "path"),
         splits=_path(args.splits),
         read_sizes=args.read_sizes,
         check_photos=args.check_photos,
@@ -138,7 +152,7 @@ def _refuse_division_without_split() -> None:
 def _read(format_name: str, source: str, report: Report, spool: Path) -> Annotations:
     args = flags.FLAGS
     hierarchy, classes = _path(args.hierarchy), _path(args.classes)
-    if classes is not None and format_name not in ("openimages", "voc"):
+    if classes is not None and format_name not in ("openimages", "voc", "yolo"):
         raise UserError(f"--classes: {format_name} brings its own class list")
     if format_name == "openimages":
         return openimages.read_openimages(
@@ -156,6 +170,8 @@ def _read(format_name: str, source: str, report: Report, spool: Path) -> Annotat
         return read_voc(
             Path(source), report, classes=classes, hierarchy=hierarchy, one_based=one_based
         )
+    if format_name == "yolo":
+        return read_yolo(Path(source), report, spool, classes=classes, hierarchy=hierarchy)
     if format_name == "tfds":
         folder, download = args.data_dir, args.download
         return read_tfds(source, report, folder, spool, download=download, hierarchy=hierarchy)

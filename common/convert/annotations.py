@@ -27,8 +27,8 @@ LABEL_COLUMNS = {
 }
 # Area of the segment as a share of the image's pixels, where the source tells it.
 AREA_COLUMNS = {"area": "float64"}
-# Where the JSON text of a box's mask lies in the spool file; length 0 = no mask.
-MASK_COLUMNS = {"mask_start": "int64", "mask_length": "int32"}
+# Where the JSON text of a box's mask lies in the spool file (length 0 = no mask), and its checksum.
+MASK_COLUMNS = {"mask_start": "int64", "mask_length": "int32", "mask_check": "uint32"}
 
 
 class Columns:
@@ -105,6 +105,9 @@ class Annotations:
       files: names of the source files.
       search: folder in which photos are looked for when none is given by the user.
       mask_spool: file with the JSON texts of the masks.
+      near: image -> path of its file of annotations, where the photo lies near that (VOC).
+      other_files: image -> second name of its photo, where the annotations tell two (VOC).
+      unsized: images of unknown size, whose boxes and areas are in pixels until it is known.
       photo_folder: folder of photos that moves into the dataset (TFDS).
       extra: further fields of dataset.json.
     """
@@ -121,5 +124,8 @@ class Annotations:
     files: list[str]
     search: Path = Path()
     mask_spool: Path | None = None
+    near: dict[int, str] | None = None
+    other_files: dict[int, str] = dataclasses.field(default_factory=dict)
+    unsized: set[int] = dataclasses.field(default_factory=set)
     photo_folder: Path | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -10,8 +10,8 @@ from common.convert.cleaning import clean_boxes, clean_labels
 from common.convert.ignore import read_ignore_boxes
 from common.convert.options import Options
 from common.convert.photo_paths import locate_photos
-from common.convert.report import Report
-from common.convert.splits import divided_splits, named_splits
+from common.convert.report import DROPPED, Report
+from common.convert.splits import divided_splits, named_splits, note_overlaps
 from common.data.dataset import DatasetWriter
 from common.io.errors import UserError
 from common.io.progress import Progress
@@ -25,14 +25,24 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
     Raises:
       UserError: no image or no box is left, photos or ids of splits are not there, ...
     """
-    box_table = clean_boxes(annotations.boxes, annotations.files, report)
-    label_table = clean_labels(annotations.labels, annotations.files, report)
-    annotations.boxes = annotations.labels = {}
     splits, candidates = named_splits(annotations, options.splits, report)
     paths, sizes, root = locate_photos(annotations, options, report, candidates)
+    if annotations.unsized:
+        _normalise(annotations, sizes, paths, report)
+    num_rows = len(annotations.boxes["image"])
+    box_table = clean_boxes(annotations.boxes, annotations.files, report)
+    if num_rows and not len(box_table["image"]):
+        raise UserError(
+            f"{annotations.source}: found {num_rows:,} boxes and none that can be used "
+            f"({report.most_frequent()})"
+        )
+    label_table = clean_labels(annotations.labels, annotations.files, report)
+    annotations.boxes = annotations.labels = {}
     kept = np.array([i for i, path in enumerate(paths) if path is not None], np.int64)
     if not len(kept):
-        raise UserError(f"{annotations.source}: no image is left")
+        raise UserError(
+            f"{annotations.source}: found no image that can be used ({report.most_frequent()})"
+        )
     place = np.full(len(paths), -1, np.int64)  # of each image among those that are written
     place[kept] = np.arange(len(kept))
     boxes = _Rows(box_table, place, len(kept))
@@ -62,11 +72,13 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
         _write_images(
             writer, ids, files, sizes[kept], boxes, labels, ignore, annotations.mask_spool
         )
-        sizes_of_splits = {}
+        sizes_of_splits, written = {}, {}
         for name, indices in splits.items():
             members = place[indices][place[indices] >= 0]
             sizes_of_splits[name] = len(members)
+            written[name] = members
             writer.add_split(name, members)
+        note_overlaps(written, ids, annotations.source, report)
         if annotations.photo_folder is not None:
             os.replace(annotations.photo_folder, writer.temporary / "images")
         writer.write_json("report.json", report.as_json())
@@ -78,6 +90,30 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
         f"{report.summary()}",
         flush=True,
     )
+
+
+def _normalise(
+    annotations: Annotations, sizes: np.ndarray, paths: list[str | None], report: Report
+) -> None:
+    """Divides boxes and areas in pixels by the sizes of their photos, which are known by now."""
+    images = np.array(sorted(annotations.unsized), np.int64)
+    known = (sizes[images] > 0).all(1)
+    lost = [i for i in images[~known].tolist() if paths[i] is not None]
+    for i in lost:
+        paths[i] = None
+    report.add(
+        "size neither in the annotations nor to be read from the photo",
+        DROPPED,
+        annotations.source,
+        [annotations.images.ids[i] for i in lost],
+    )
+    divisor = np.ones((len(sizes), 2))
+    divisor[images[known]] = sizes[images[known]]
+    boxes = annotations.boxes
+    size = divisor[boxes["image"]]
+    boxes["box"] = (boxes["box"] / size[:, [1, 0, 1, 0]]).astype(np.float32)
+    if "area" in boxes:
+        boxes["area"] = boxes["area"] / size.prod(1)
 
 
 class _Rows:
@@ -96,7 +132,7 @@ class _Rows:
         self.counts = np.bincount(image[order], minlength=num_images)
         self._offsets = np.concatenate([[0], np.cumsum(self.counts)])
         del image
-        written = [name for name in table if name not in ("file", "row")]
+        written = [name for name in table if name not in ("file", "row", "mask_check")]
         self.columns = {name: table.pop(name)[order] for name in written}
 
     def of(self, name: str, images: slice) -> np.ndarray:

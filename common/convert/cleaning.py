@@ -3,6 +3,9 @@
 Shape legend: M boxes (any order); boxes are xmin, ymin, xmax, ymax, normalised.
 """
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, UInt64
 
@@ -167,8 +170,8 @@ def check_pixels(
         )
 
 
-def check_class_ids(used: set[int], known: set[int], where: str) -> None:
-    """Catches class ids that are off by one.
+def check_class_ids(used: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Catches class ids that are off by one, and ids none of which is known.
 
     Args:
       used: ids of the boxes.
@@ -176,32 +179,37 @@ def check_class_ids(used: set[int], known: set[int], where: str) -> None:
       where: the file, for the message.
 
     Raises:
-      UserError: some ids are unknown, and all would be known one higher or lower.
+      UserError: some ids are unknown, and all would be known one higher or lower; or all are.
     """
-    unknown = used - known
+    unknown = [i for i in used if i not in set(known)]
     if not unknown or not known:
         return
-    for shift in (1, -1):
-        if all(i + shift in known for i in used):
-            raise UserError(
-                f"{where}: category ids look off by one: {sorted(unknown)[:3]} not among the "
-                f"categories {min(known)}..{max(known)}, but every id {shift:+d} is"
-            )
-    if unknown == used:
+    categories = f"the categories {known[0]}..{known[-1]}"
+    if all(re.fullmatch(r"-?[0-9]{1,18}", i) for i in (*used, *known)):
+        numbers = set(map(int, known))
+        for shift in (1, -1):
+            if all(int(i) + shift in numbers for i in used):
+                raise UserError(
+                    f"{where}: category ids look off by one: {', '.join(unknown[:3])} not among "
+                    f"{categories}, but every id {shift:+d} is"
+                )
+    if len(unknown) == len(used):
         raise UserError(
-            f"{where}: none of the category ids ({sorted(unknown)[:3]} ...) is among the "
-            f"categories {min(known)}..{max(known)}"
+            f"{where}: none of the category ids ({', '.join(unknown[:3])} ...) is among "
+            f"{categories}"
         )
 
 
 def _repeated(table: dict[str, np.ndarray], rows: Bool[np.ndarray, " M"]) -> Bool[np.ndarray, " m"]:
-    """True for each selected row whose image, class, box and flags occurred before."""
+    """True for each selected row whose image, class, box, flags and mask occurred before."""
     key = _mix(np.zeros(int(rows.sum()), np.uint64), table["image"][rows].view(np.uint32))
     key = _mix(key, table["class"][rows].view(np.uint32))
     key = _mix(key, table["flags"][rows])
     bits = (table["box"][rows] + np.float32(0)).view(np.uint32)  # + 0 turns -0 into 0
     for column in range(4):
         key = _mix(key, bits[:, column])
+    if "mask_check" in table:
+        key = _mix(key, table["mask_check"][rows])
     return _seen_before(key)
 
 

@@ -16,8 +16,10 @@ COCO 2014 release.
 """
 
 import glob
+import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +37,14 @@ from common.convert.annotations import (
 from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_class_ids
 from common.convert.coco_file import CocoFile
+from common.convert.photo_names import normal, photo_name, split_extension
 from common.convert.report import DROPPED, REPAIRED, Report
 from common.io.errors import UserError
 
 _PREFIX = re.compile(
     r"^(instances|boxes|annotations|image_info|zhiyuan_objv2|objects365|lvis(_v[0-9._]*[0-9])?)_"
 )
+_ROBOFLOW = "_annotations.coco.json"  # one a folder, which is the split
 # Other files that the official archives put beside the instances.
 _OTHER = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
 
@@ -51,7 +55,7 @@ def read_coco(
     spool_folder: Path,
     *,
     name: str = "coco",
-    image_id: str = "id",
+    image_id: str = "auto",
     hierarchy: Path | None = None,
 ) -> Annotations:
     """Reads one or several COCO files.
@@ -74,20 +78,29 @@ def read_coco(
     # Objects365 repeats the area of the box.
     areas = AREA_COLUMNS if name != "objects365" else {}
     columns, labels = Columns(BOX_COLUMNS | MASK_COLUMNS | areas), Columns(LABEL_COLUMNS)
-    categories: dict[int, str] = {}
-    frequencies: dict[int, str] = {}
+    categories: dict[str, str] = {}
+    frequencies: dict[str, str] = {}
     splits = {}
     spool = spool_folder / "masks.spool"
     with open(spool, "wb") as masks:
-        for number, (split, path) in enumerate(paths.items()):
-            content = CocoFile(path, masks, lvis=name == "lvis")
-            frequencies |= content.frequencies
-            _merge_categories(categories, content.categories, path, files[0])
-            places = _add_images(content, images, image_id)
-            splits[split] = places
-            _add_boxes(content, places, categories, columns, number, report)
-            _add_labels(content, places, categories, labels, number)
-    class_labels, names = _labels(categories)
+        contents = [
+            CocoFile(path, masks, lvis=name == "lvis", report=report) for path in paths.values()
+        ]
+    for content in contents:
+        frequencies |= content.frequencies
+        _merge_categories(categories, content.categories, content.path, files[0])
+    if image_id == "auto":
+        image_id = _identity(contents)
+    order = {category: i for i, category in enumerate(_by_id(categories))}
+    names = _ids(contents, [_folder_of(path, search) for path in paths.values()], image_id)
+    for number, (split, content) in enumerate(zip(paths, contents, strict=True)):
+        places = _add_images(content, images, *names[number])
+        splits[split] = places
+        _add_boxes(content, places, order, columns, number, report)
+        _add_labels(content, places, order, labels, number)
+    del contents
+    categories = {category: categories[category] for category in _by_id(categories)}
+    class_labels, class_names = _labels(categories)
     boxes = columns.take()
     has_masks = bool(boxes["mask_length"].any())
     if not has_masks:
@@ -95,14 +108,16 @@ def read_coco(
             del boxes[column]
     if areas and not np.isfinite(boxes["area"]).all():
         del boxes["area"]
-    extra = {"exhaustive": name != "lvis", "category_ids": list(categories)}
+    extra = {"exhaustive": name != "lvis", "category_ids": [_plain(i) for i in categories]}
     if name == "lvis":
         extra["frequency"] = _frequencies(categories, frequencies, files[-1])
+    if image_id == "file_stem":
+        extra["image_id"] = image_id
     return Annotations(
         name=name,
         source=source,
         class_labels=class_labels,
-        class_names=names,
+        class_names=class_names,
         hierarchy=read_hierarchy(hierarchy, class_labels),
         images=images,
         splits=splits,
@@ -111,6 +126,7 @@ def read_coco(
         files=files,
         search=search,
         mask_spool=spool if has_masks else None,
+        unsized={i for i, size in images.sizes.items() if not all(size)},
         extra=extra,
     )
 
@@ -126,6 +142,7 @@ def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
                 # Lists of categories lie beside the annotations.
                 files += [p for p in inside if re.match(r"lvis_(?!.*categories)", p.name)]
                 continue
+            inside = inside or sorted(folder.glob(f"*/{_ROBOFLOW}"))
             files += [path for path in inside if not path.name.startswith(_OTHER)]
         else:
             files += [Path(name) for name in sorted(glob.glob(part))]
@@ -133,7 +150,7 @@ def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
         raise UserError(f"--source={source}: no JSON file there")
     paths: dict[str, Path] = {}
     for path in files:
-        split = _PREFIX.sub("", path.stem)
+        split = path.parent.name if path.name == _ROBOFLOW else _PREFIX.sub("", path.stem)
         if split in paths:
             raise UserError(
                 f"{paths[split]} and {path} are both split {split!r}; choose files by a pattern, "
@@ -141,10 +158,34 @@ def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
             )
         paths[split] = path
     search = Path(source) if Path(source).is_dir() else files[0].parent
+    if len(files) > 1 and all(path.name == _ROBOFLOW for path in files):
+        search = Path(os.path.commonpath([path.parent.absolute() for path in files]))
     return paths, search.parent if search.name == "annotations" else search
 
 
-def _merge_categories(known: dict[int, str], new: dict[int, str], path: Path, first: str) -> None:
+def _folder_of(path: Path, search: Path) -> str:
+    """Folder of the photos that a file names, where they lie beside it."""
+    if path.name != _ROBOFLOW or not path.absolute().is_relative_to(search.absolute()):
+        return ""
+    folder = path.absolute().parent.relative_to(search.absolute()).as_posix()
+    return "" if folder == "." else folder
+
+
+def _by_id(categories: Iterable[str]) -> list[str]:
+    """Category ids in the order of their numbers, then the other texts."""
+    return sorted(categories, key=lambda i: (not _is_number(i), int(i) if _is_number(i) else 0, i))
+
+
+def _plain(category: str) -> int | str:
+    """The id as files in COCO form write it."""
+    return int(category) if _is_number(category) else category
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", text) is not None
+
+
+def _merge_categories(known: dict[str, str], new: dict[str, str], path: Path, first: str) -> None:
     if not new:
         raise UserError(f"{path}: 'categories' is empty")
     if not known:
@@ -157,15 +198,53 @@ def _merge_categories(known: dict[int, str], new: dict[int, str], path: Path, fi
         )
 
 
-def _add_images(content: CocoFile, images: ImageTable, image_id: str) -> np.ndarray:
+def _identity(contents: Sequence[CocoFile]) -> str:
+    """What tells images apart: 'id', or 'file_stem' where files number theirs each for itself."""
+    if all(content.path.name == _ROBOFLOW for content in contents):
+        return "file_stem"
+    first: dict[str, str] = {}
+    for content in contents:
+        for number, index in content.image_index.items():
+            file = content.image_files[index]
+            if first.setdefault(number, file) != file:
+                print(
+                    f"{content.path}: image id {number} is {file} here and {first[number]} in "
+                    "another file: images are called by their file names (--image_id=file_stem)",
+                    flush=True,
+                )
+                return "file_stem"
+    return "id"
+
+
+def _ids(
+    contents: Sequence[CocoFile], folders: Sequence[str], image_id: str
+) -> list[tuple[list[str], list[str]]]:
+    """Ids and files of the images of each file; of two photos of one name the paths are ids."""
+    files = [
+        [f"{folder}/{file}" if folder else file for file in content.image_files]
+        for content, folder in zip(contents, folders, strict=True)
+    ]
+    if image_id == "id":
+        return list(zip([list(content.image_index) for content in contents], files, strict=True))
+    stems = Counter(photo_name("", file) for file in {file for part in files for file in part})
+    names = []
+    for part in files:
+        short = [photo_name("", file) for file in part]
+        long = [split_extension(normal(file))[0] for file in part]
+        names.append([s if stems[s] == 1 else whole for s, whole in zip(short, long, strict=True)])
+    return list(zip(names, files, strict=True))
+
+
+def _add_images(
+    content: CocoFile, images: ImageTable, ids: Sequence[str], files: Sequence[str]
+) -> np.ndarray:
     """Index in the image table for each image of the file."""
-    places = np.zeros(len(content.image_index), np.int64)
-    for raw_id, index in content.image_index.items():
-        file = content.image_files[index]
-        place = images.add(str(raw_id) if image_id == "id" else Path(file).stem)
+    places = np.zeros(len(ids), np.int64)
+    for index, (name, file) in enumerate(zip(ids, files, strict=True)):
+        place = images.add(name)
         if images.files.setdefault(place, file) != file:
             raise UserError(
-                f"{content.path}: image id {raw_id!r} is {file} here and {images.files[place]} in "
+                f"{content.path}: image id {name} is {file} here and {images.files[place]} in "
                 "another file; ids must be unique over the files (--image_id=file_stem takes the "
                 "file names instead)"
             )
@@ -177,19 +256,25 @@ def _add_images(content: CocoFile, images: ImageTable, image_id: str) -> np.ndar
 def _add_boxes(
     content: CocoFile,
     places: np.ndarray,
-    categories: dict[int, str],
+    order: dict[str, int],
     columns: Columns,
     number: int,
     report: Report,
 ) -> None:
     image, row = content.images(), np.frombuffer(content.row, np.int64)
-    report.add("unknown image", DROPPED, str(content.path), row[image < 0])
     keep = image >= 0
-    used, inverse = np.unique(np.frombuffer(content.category, np.int64)[keep], return_inverse=True)
-    check_class_ids(set(used.tolist()), set(categories), str(content.path))
-    order = {category_id: i for i, category_id in enumerate(categories)}
+    if len(keep) and not keep.any():
+        raise UserError(
+            f"{content.path}: none of the {len(keep):,} annotations is of an image of the file "
+            f"(its images have ids like {next(iter(content.image_index), 'none')!r})"
+        )
+    report.add("unknown image", DROPPED, str(content.path), row[~keep])
+    ids, category = content.category_ids, np.frombuffer(content.category, np.int64)[keep]
+    used = [ids[place] for place in np.unique(category)]
+    check_class_ids(used, list(order), str(content.path))
+    classes = np.array([order.get(i, -1) for i in ids], np.int32)
     columns.append(
-        **{"class": np.array([order.get(i, -1) for i in used.tolist()], np.int32)[inverse]},
+        **{"class": classes[category]},
         image=places[image[keep]],
         box=content.boxes()[keep],
         row=row[keep],
@@ -212,27 +297,28 @@ def _masks(
     if length.any():  # else: a set of boxes, whose segmentations are empty lists
         for reason, found in masks.repairs.items():
             report.add(reason, REPAIRED, str(content.path), found)
-    return {"mask_start": start[keep], "mask_length": length[keep]}
+    check = np.where(wrong, np.uint32(0), np.frombuffer(masks.check, np.uint32))
+    return {"mask_start": start[keep], "mask_length": length[keep], "mask_check": check[keep]}
 
 
 def _add_labels(
-    content: CocoFile, places: np.ndarray, categories: dict[int, str], labels: Columns, number: int
+    content: CocoFile, places: np.ndarray, order: dict[str, int], labels: Columns, number: int
 ) -> None:
     image, category, confidence = content.labels
     if not image:
         return
-    order = {category_id: i for i, category_id in enumerate(categories)}
     indices = np.frombuffer(image, np.int32)
-    names = [raw if isinstance(raw, int) else i for raw, i in content.image_index.items()]
+    ids = content.category_ids
+    names = [int(i) if _is_number(i) else place for i, place in content.image_index.items()]
     labels.append(
-        **{"class": [order.get(i, -1) for i in category], "image": places[indices]},
+        **{"class": [order.get(ids[place], -1) for place in category], "image": places[indices]},
         row=np.array(names, np.int64)[indices],
         confidence=np.frombuffer(confidence, np.uint8),
         file=np.full(len(indices), number, np.int32),
     )
 
 
-def _frequencies(categories: dict[int, str], frequencies: dict[int, str], path: str) -> list[str]:
+def _frequencies(categories: dict[str, str], frequencies: dict[str, str], path: str) -> list[str]:
     """Frequency of each class in the order of the classes."""
     missing = [name for number, name in categories.items() if number not in frequencies]
     if missing:
@@ -240,7 +326,7 @@ def _frequencies(categories: dict[int, str], frequencies: dict[int, str], path: 
     return [frequencies[number] for number in categories]
 
 
-def _labels(categories: dict[int, str]) -> tuple[list[str], list[str]]:
+def _labels(categories: dict[str, str]) -> tuple[list[str], list[str]]:
     """Unique labels and names; a name that occurs twice gets its id behind it."""
     names = list(categories.values())
     counts = Counter(names)

@@ -4,15 +4,19 @@ Shape legend: N images and m annotations of the file.
 """
 
 import json
+import math
+import struct
 from array import array
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from common.convert.cleaning import check_pixels
 from common.convert.coco_masks import MaskSpool
+from common.convert.report import REPAIRED, Report
+from common.convert.segments import box_of, clean_segmentation
 from common.data.dataset import ABSENT, CROWD, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.io.errors import UserError
 from common.io.json_stream import stream_lists
@@ -27,13 +31,14 @@ class CocoFile:
 
     Attributes:
       path: of the file.
-      categories: id -> name.
+      categories: id -> name; ids are texts, as those of images.
       frequencies: id -> frequency of each category (LVIS).
+      category_ids: ids that annotations speak of; `category` and `labels` have places in it.
       image_index: id -> position in the lists of images.
       image_files: (N) file names.
-      image_sizes: (N) height and width in pixels.
+      image_sizes: (N) height and width in pixels, 0 = not told.
       image: (m) position of the image, -1 = not listed under `images`.
-      category: (m) category ids.
+      category: (m) places of the category ids.
       xywh: (4 m) corner, width and height in pixels; NaN = missing.
       flags: (m) bits as in `dataset_format`.
       row: (m) annotation ids, for messages.
@@ -42,13 +47,20 @@ class CocoFile:
       labels: image, category id and confidence of the image-level labels (LVIS).
     """
 
-    def __init__(self, path: Path, masks: IO[bytes] | None = None, lvis: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        masks: IO[bytes] | None = None,
+        lvis: bool = False,
+        report: Report | None = None,
+    ):
         """Reads a file.
 
         Args:
           path: of the file.
           masks: spool file for the JSON texts of the masks; None leaves them out.
           lvis: read what only LVIS has: frequencies and lists of verified categories.
+          report: gets what is repaired in it.
 
         Raises:
           UserError: names the annotation that lacks a field or has a wrong value.
@@ -56,9 +68,11 @@ class CocoFile:
         self.path = path
         self.masks = None if masks is None else MaskSpool(masks)
         self._lvis = lvis
-        self.categories: dict[int, str] = {}
-        self.frequencies: dict[int, str] = {}
-        self.image_index: dict[Any, int] = {}
+        self._report = report or Report()
+        self.categories: dict[str, str] = {}
+        self.frequencies: dict[str, str] = {}
+        self._category_places: dict[str, int] = {}
+        self.image_index: dict[str, int] = {}
         self.image_files: list[str] = []
         self.image_sizes: list[tuple[int, int]] = []
         self.image, self.category = array("i"), array("q")
@@ -81,24 +95,31 @@ class CocoFile:
                     f"{path}: {key} number {counts[key]} has no field {error}; found "
                     f"{', '.join(list(value)[:12])}"
                 ) from error
-            except (TypeError, ValueError, OverflowError) as error:
+            except UserError:
+                raise
+            except (TypeError, ValueError, OverflowError, AttributeError, struct.error) as error:
                 raise UserError(
                     f"{path}: {key} number {counts[key]} has a wrong value ({error}): "
-                    f"{json.dumps(value)[:150]}"
+                    f"{_shown(value)}"
                 ) from error
 
+    @property
+    def category_ids(self) -> list[str]:
+        return list(self._category_places)
+
     def boxes(self) -> Float32[np.ndarray, "m 4"]:
-        """Corners of the listed images' boxes, normalised; NaN for those of unlisted images.
+        """Corners of the boxes as shares of their images; NaN for those of unlisted images.
+
+        Those of images whose size is not told are in pixels.
 
         Raises:
           UserError: the numbers do not look like x, y, width and height in pixels.
         """
-        image = self.images()
-        sizes = np.array([*self.image_sizes, (np.nan, np.nan)], np.float32)[image]
+        sizes = np.array([*self.image_sizes, (np.nan, np.nan)], np.float32)[self.images()]
         box = np.array(self.xywh, np.float32).reshape(-1, 4)
         check_pixels(box, sizes, str(self.path), corners=False)
         box[:, 2:] += box[:, :2]
-        box /= sizes[:, [1, 0, 1, 0]]
+        box /= np.where(sizes == 0, 1, sizes)[:, [1, 0, 1, 0]]
         return box
 
     def images(self) -> Int32[np.ndarray, " m"]:
@@ -110,65 +131,119 @@ class CocoFile:
         return np.array([*self.image_sizes, (0, 0)], np.int32)[self.images()]
 
     def areas(self) -> np.ndarray:
-        """(m) areas of the segments as shares of their images, NaN = missing."""
+        """(m) areas of the segments as shares of their images, NaN = missing; or as `boxes`."""
         pixels = np.array([*self.image_sizes, (np.nan, np.nan)], np.float64).prod(1)
+        pixels[pixels == 0] = 1
         return np.frombuffer(self.area, np.float64) / pixels[self.images()]
 
     def _read_category(self, value: dict[str, Any]) -> None:
-        number = _integer(value["id"])
-        self.categories[number] = str(value["name"])
+        number, name = text_id(value["id"]), value["name"]
+        if not isinstance(name, str | int):
+            raise ValueError(f"name {name!r:.40}, expected text")
+        if number in self.categories:
+            if self.categories[number] != str(name):
+                raise UserError(
+                    f"{self.path}: category id {number} is {self.categories[number]!r} and {name!r}"
+                )
+            self._report.add("category given twice", REPAIRED, str(self.path), [number])
+        self.categories[number] = str(name)
         if self._lvis:
             frequency = value["frequency"]
             if frequency not in _FREQUENCIES:
-                raise ValueError(f"frequency {frequency!r}, expected 'r', 'c' or 'f'")
+                raise ValueError(f"frequency {frequency!r:.40}, expected 'r', 'c' or 'f'")
             self.frequencies[number] = frequency
 
     def _read_image(self, value: dict[str, Any]) -> None:
-        raw_id, index = value["id"], len(self.image_files)
-        if self.image_index.setdefault(raw_id, index) != index:
-            raise UserError(f"{self.path}: image id {raw_id!r} is given twice")
+        number, index = text_id(value["id"]), len(self.image_files)
         if self._lvis and value.get("coco_url"):
             file = "/".join(str(value["coco_url"]).split("/")[-2:])
         else:
             # Some LVIS files (v1) have the address of the photo instead of its name.
             file = value.get("file_name") or value["coco_url"]
-        height, width = _integer(value["height"]), _integer(value["width"])
-        if height <= 0 or width <= 0:
+        if not isinstance(file, str):
+            raise ValueError(f"file_name {file!r:.40}, expected text")
+        if number in self.image_index:
+            if self.image_files[self.image_index[number]] != file:
+                raise UserError(f"{self.path}: image id {number} is given twice")
+            self._report.add("image given twice", REPAIRED, str(self.path), [number])
+            return
+        sides = [value.get(name) for name in ("height", "width")]
+        height, width = (0 if side is None else _integer(side) for side in sides)
+        if min(height, width) < 0 or max(height, width) >= 1 << 31:
             raise UserError(
-                f"{self.path}: image id {raw_id!r} has width {width} and height {height}; boxes in "
-                "pixels mean nothing without them"
+                f"{self.path}: image id {number} has width {width} and height {height}; expected "
+                "pixels"
             )
-        self.image_files.append(str(file))
-        self.image_sizes.append((height, width))
+        self.image_index[number] = index
+        self.image_files.append(file)
+        self.image_sizes.append((height, width) if height and width else (0, 0))
         if self._lvis:
             # Lists are missing in files of test sets.
             for key, confidence in _CONFIDENCES.items():
                 for category in value.get(key) or ():
-                    row = (index, _integer(category), confidence)
+                    row = (index, self._place(category), confidence)
                     for column, item in zip(self.labels, row, strict=True):
                         column.append(item)
 
     def _read_annotation(self, value: dict[str, Any]) -> None:
-        box = value["bbox"]
+        image = self.image_index.get(text_id(value["image_id"]), -1)
+        place, number = self._place(value["category_id"]), value.get("id")
+        row: int = number if _is_row(number) else len(self.row) + 1
+        mask, box = None, value.get("bbox")
+        size = self.image_sizes[image] if image >= 0 else (0, 0)
+        if self.masks is not None:
+            mask = self.masks.add(value.get("segmentation"), row, size)
+        elif not box:
+            mask, _ = clean_segmentation(value.get("segmentation"), size)
+        if not box:  # missing, null or []
+            box = [math.nan] * 4
+            if mask is not None:
+                box = box_of(mask)
+                self._report.add("box made from the segmentation", REPAIRED, str(self.path), [row])
         if not isinstance(box, list) or len(box) != 4:
-            raise ValueError(f"bbox {box!r}, expected [x, y, width, height]")
-        self.image.append(self.image_index.get(value["image_id"], -1))
-        self.category.append(_integer(value["category_id"]))
-        self.xywh.extend(float("nan") if x is None else x for x in box)
+            raise ValueError(f"bbox {box!r:.80}, expected [x, y, width, height]")
+        area = value.get("area")
+        numbers = [math.nan if x is None else float(x) for x in (*box, area)]
+        self.image.append(image)
+        self.category.append(place)
+        self.xywh.extend(numbers[:4])
         self.flags.append(
             (CROWD | GROUP_OF) * (value.get("iscrowd") == 1)
             | DEPICTION * (value.get("isfake") == 1)
         )
-        area = value.get("area")
-        self.area.append(float("nan") if area is None else area)
-        row = value.get("id")
-        self.row.append(row if isinstance(row, int) else len(self.row) + 1)
-        if self.masks is not None:
-            self.masks.add(value.get("segmentation"), self.row[-1])
+        self.area.append(numbers[4])
+        self.row.append(row)
+
+    def _place(self, category: Any) -> int:
+        return self._category_places.setdefault(text_id(category), len(self._category_places))
+
+
+def text_id(value: Any) -> str:
+    """An id as text: 3, 3.0 and "3" are the same, 3.5 and null are none.
+
+    Raises:
+      ValueError: no id.
+    """
+    if isinstance(value, str):
+        if not value.strip() or not value.isprintable():  # lone surrogates are not
+            raise ValueError(f"id {value!r:.40}")
+        return value.strip()
+    return str(_integer(value))
 
 
 def _integer(value: Any) -> int:
-    """An id or a size; 3.0 counts, 3.5 and texts do not."""
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{value!r} is no whole number")
+    """An id or a size; 3.0 counts, 3.5 and truths do not."""
+    if isinstance(value, bool) or int(value) != value or abs(value) >= 1 << 63:
+        raise ValueError(f"{value!r:.40} is no whole number")
     return int(value)
+
+
+def _is_row(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)[:150]
+    except (RecursionError, ValueError):
+        return f"{type(value).__name__} that is too deep or too long to show"

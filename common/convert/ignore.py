@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from common.convert.annotations import ImageTable
 from common.convert.coco_file import CocoFile
-from common.convert.photos import photo_name
+from common.convert.photo_names import photo_name
 from common.io.errors import UserError
 
 # Largest difference of log(height / width): sizes of resized photos are rounded.
@@ -60,7 +60,7 @@ def _read(path: Path, images: ImageTable, sizes: Int32[np.ndarray, "N 2"]) -> di
         )
     theirs = np.array(content.image_sizes, np.float64)[matched]
     ours = np.asarray(sizes, np.float64)[places[matched]]
-    known = (ours > 0).all(1)
+    known = (ours > 0).all(1) & (theirs > 0).all(1)
     ratio = (theirs[:, 0] * ours[:, 1])[known] / (theirs[:, 1] * ours[:, 0])[known]
     other = np.abs(np.log(ratio)) > _SAME_SHAPE
     if other.sum() > _OTHER_PHOTOS * len(other):
@@ -69,6 +69,7 @@ def _read(path: Path, images: ImageTable, sizes: Int32[np.ndarray, "N 2"]) -> di
             "another shape than the photos of the set: these are other photos"
         )
     places[matched[known][other]] = -1
+    places[matched[~(theirs > 0).all(1)]] = -1  # their boxes are in pixels of an unknown size
     image = np.append(places, -1)[content.images()]
     box = np.clip(content.boxes(), 0, 1)
     with np.errstate(invalid="ignore"):

@@ -3,7 +3,9 @@
 Shape legend: P mask rows, M boxes.
 """
 
+import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ def attach(
         return
     num_boxes = len(annotations.boxes["image"])
     start, length = np.zeros(num_boxes, np.int64), np.zeros(num_boxes, np.int32)
+    check = np.zeros(num_boxes, np.uint32)
     order = np.argsort(annotations.boxes["image"], kind="stable")
     sorted_image = annotations.boxes["image"][order]
     written = 0
@@ -63,13 +66,12 @@ def attach(
                 lost = np.flatnonzero(there & (match < 0))
                 report.add("mask without a box", DROPPED, str(path), lost + line)
                 for row in np.flatnonzero(there & (match >= 0)):
-                    # JSON by hand, since a file name needs no escapes other than these.
-                    name = where[names[row]].replace("\\", "/").replace('"', '\\"')
-                    text = f'{{"png": "{name}"}}'.encode()
+                    text = json.dumps({"png": where[names[row]]}, ensure_ascii=False).encode()
                     out.write(text)
                     start[match[row]], length[match[row]] = written, len(text)
+                    check[match[row]] = zlib.crc32(text)
                     written += len(text)
-    annotations.boxes |= {"mask_start": start, "mask_length": length}
+    annotations.boxes |= {"mask_start": start, "mask_length": length, "mask_check": check}
     annotations.mask_spool = spool
     annotations.extra["mask_root"] = str(folder.absolute())
 

@@ -14,6 +14,8 @@ class Options:
       images: folder of the photos or an address such as gs://bucket/folder; None = look for them
         where the annotations are.
       image_pattern: path below `images` with {id} in it, taken without looking ('' = look).
+      match_photos: 'path' = a photo in another folder than stored is another photo; 'name' = photos
+        are known by their names alone.
       splits: JSON file {"name": [ids]} that adds or replaces splits.
       read_sizes: read photo sizes from headers; None = for up to 200,000 photos.
       check_photos: decode every photo once.
@@ -28,6 +30,7 @@ class Options:
     output: Path
     images: str | None = None
     image_pattern: str = ""
+    match_photos: str = "path"
     splits: Path | None = None
     read_sizes: bool | None = None
     check_photos: bool = False

@@ -1,13 +1,15 @@
 """Where the photos of a set are, and their sizes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.convert.annotations import Annotations, ImageTable
 from common.convert.options import Options
-from common.convert.photos import find_photos, photo_name, read_sizes
-from common.convert.report import DROPPED, EXAMPLES, REPAIRED, Report
+from common.convert.photo_names import EXTENSIONS, normal, photo_name
+from common.convert.photos import Found, find_photos, read_sizes
+from common.convert.report import DROPPED, EXAMPLES, NOTED, REPAIRED, Report
 from common.io.errors import UserError
 
 # Headers of up to so many photos are read without being asked for (about 0.1 ms each).
@@ -49,29 +51,131 @@ def locate_photos(
     folder = Path(options.images) if options.images is not None else annotations.search
     if options.images is not None and not folder.is_dir():
         raise UserError(f"--images={folder}: no such folder")
-    paths, seen = find_photos(folder, images.ids, images.files)
+    found = find_photos(
+        folder, images.ids, images.files, annotations.near, folders=options.match_photos == "path"
+    )
+    if annotations.other_files:
+        _try_other_files(annotations, folder, found, report)
+    paths = found.paths
     located = [i for i, path in enumerate(paths) if path is not None]
-    if not located and options.images is None:
+    if not (located or found.ambiguous or found.contradicted) and options.images is None:
         print(f"no photos below {folder}: the index is written without them", flush=True)
         new = [images.ids[i] for i in sorted(candidates)]
         report.add("split id without photo", DROPPED, str(options.splits), new)
         paths = [None if i in candidates else _unseen(images, i) for i in range(len(images))]
         return paths, sizes, ""
     if not located:
-        example = photo_name(images.ids[0], images.files.get(0, "")) if images.ids else ""
         raise UserError(
-            f"{folder}: none of the {len(images):,} photos is there ({seen:,} other photos seen); "
-            f"looked for names like {example!r} with .jpg, .jpeg or .png"
+            f"{folder}: none of the {len(images):,} photos is there; {_hint(found, images)}"
         )
-    missing = [i for i, path in enumerate(paths) if path is None]
-    annotated = [images.ids[i] for i in missing if i not in candidates]
-    report.add("photo not found", DROPPED, annotations.source, annotated)
-    unknown = [images.ids[i] for i in missing if i in candidates]
-    report.add("split id without photo", DROPPED, str(options.splits), unknown)
+    _report_missing(annotations, options, report, candidates, found)
+    _note_shared(annotations, report, paths)
     ask = options.read_sizes
-    if options.check_photos or (len(located) <= _SIZES_UNASKED if ask is None else ask):
+    if not (options.check_photos or (len(located) <= _SIZES_UNASKED if ask is None else ask)):
+        located = [i for i in located if i in annotations.unsized]
+    if located:
         _check_sizes(annotations, options, report, folder, paths, sizes, located)
     return paths, sizes, str(folder.absolute())
+
+
+def _try_other_files(annotations: Annotations, folder: Path, found: Found, report: Report) -> None:
+    """Finds photos by the second of two names; where each name has a photo, neither is taken."""
+    images, near = annotations.images, annotations.near or {}
+    rows = sorted(annotations.other_files)
+    other = find_photos(
+        folder,
+        [images.ids[i] for i in rows],
+        {k: annotations.other_files[i] for k, i in enumerate(rows)},
+        {k: near.get(i, "") for k, i in enumerate(rows)},
+    )
+    used = []
+    for i, path in zip(rows, other.paths, strict=True):
+        first = found.paths[i]
+        if path is None or path == first or i in found.ambiguous:
+            continue
+        if first is None:
+            found.paths[i] = path
+            found.contradicted.pop(i, None)
+            used.append(i)
+        else:
+            found.paths[i], found.ambiguous[i] = None, (first, path)
+    notes = [f"stored {images.files[i]}, found {found.paths[i]}" for i in used[:EXAMPLES]]
+    report.add(
+        "photo called as the annotation file is, not as it says",
+        REPAIRED,
+        annotations.source,
+        [images.ids[i] for i in used],
+        notes,
+    )
+
+
+def _report_missing(
+    annotations: Annotations, options: Options, report: Report, candidates: set[int], found: Found
+) -> None:
+    """Counts images without photo, by what is known of them."""
+    images = annotations.images
+    missing = [i for i, path in enumerate(found.paths) if path is None]
+    told = {
+        "several photos fit": [i for i in missing if i in found.ambiguous],
+        "photo not found where the annotations say, one of its name elsewhere": [
+            i for i in missing if i in found.contradicted
+        ],
+        "photo not found": [
+            i
+            for i in missing
+            if not (i in candidates or i in found.ambiguous or i in found.contradicted)
+        ],
+    }
+    for reason, rows in told.items():
+        notes = [_note(images, found, i) for i in rows[:EXAMPLES]]
+        report.add(reason, DROPPED, annotations.source, [images.ids[i] for i in rows], notes)
+    others = candidates - found.ambiguous.keys() - found.contradicted.keys()
+    unknown = [images.ids[i] for i in missing if i in others]
+    report.add("split id without photo", DROPPED, str(options.splits), unknown)
+
+
+def _note(images: ImageTable, found: Found, image: int) -> str:
+    stored = images.files.get(image) or images.ids[image]
+    if image in found.ambiguous:
+        return f"stored {stored}, found {' and '.join(found.ambiguous[image])}"
+    if image in found.contradicted:
+        return f"stored {stored}, found {found.contradicted[image]}"
+    return f"stored {stored}"
+
+
+def _hint(found: Found, images: ImageTable) -> str:
+    """What may help where no photo is found at all."""
+    if found.ambiguous or found.contradicted:
+        image = next(iter(found.ambiguous or found.contradicted))
+        return (
+            f"{_note(images, found, image)}: a photo in another folder than the annotations say is "
+            "another photo (--images=FOLDER of the photos themselves, or --match_photos=name where "
+            "no two have one name)"
+        )
+    example = photo_name(images.ids[0], images.files.get(0, "")) if images.ids else ""
+    return (
+        f"{found.seen:,} other photos seen; looked for names like {example!r} with "
+        f"{', '.join(EXTENSIONS)}"
+    )
+
+
+def _note_shared(annotations: Annotations, report: Report, paths: Sequence[str | None]) -> None:
+    """Tells photos that several image ids stand for."""
+    owner: dict[str, int] = {}
+    ids = annotations.images.ids
+    shared = [
+        (i, first)
+        for i, path in enumerate(paths)
+        if path is not None and (first := owner.setdefault(path, i)) != i
+    ]
+    notes = [f"{paths[i]} is also image {ids[first]}" for i, first in shared[:EXAMPLES]]
+    report.add(
+        "photo that has another image id, too",
+        NOTED,
+        annotations.source,
+        [ids[i] for i, _ in shared],
+        notes,
+    )
 
 
 def _check_sizes(
@@ -116,4 +220,5 @@ def _check_sizes(
 
 
 def _unseen(images: ImageTable, index: int) -> str:
-    return images.files.get(index) or f"{images.ids[index]}.jpg"
+    file = images.files.get(index)
+    return normal(file) if file else f"{images.ids[index]}.jpg"

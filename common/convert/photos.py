@@ -1,5 +1,6 @@
 """Finding photos below a folder, and reading their sizes from the headers."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,12 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Int32
 from PIL import ExifTags
 
+from common.convert import photo_names
 from common.data.image_file import BROKEN, open_image
 from common.io.parallel import map_ordered
 from common.io.progress import Progress
 
-# In order of preference where files of one name have several: VOC has .png masks beside photos.
-EXTENSIONS = (".jpg", ".jpeg", ".png")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
@@ -29,51 +29,102 @@ def walk(folder: Path) -> Iterator[str]:
             path = os.path.join(inside, entry.name)
             if entry.is_dir():
                 folders.append(path)
-            else:
+            elif entry.is_file():  # no pipe, which would wait for ever, and no broken link
                 yield path
         pending += reversed(folders)
 
 
+@dataclasses.dataclass
+class Found:
+    """What a listing of a folder says about the photos of a set.
+
+    Attributes:
+      paths: of each image, relative to the folder; None = not found.
+      seen: how many photos are in the folder.
+      ambiguous: images without path for which several photos fit alike, and two of these.
+      contradicted: images without path, and a photo of that name in another folder than stored.
+    """
+
+    paths: list[str | None]
+    seen: int = 0
+    ambiguous: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    contradicted: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
 def find_photos(
-    folder: Path, ids: Sequence[str], files: Mapping[int, str]
-) -> tuple[list[str | None], int]:
+    folder: Path,
+    ids: Sequence[str],
+    files: Mapping[int, str],
+    near: Mapping[int, str] | None = None,
+    *,
+    folders: bool = True,
+) -> Found:
     """Finds the photo of each image by one listing of a folder.
 
     Args:
       folder: searched with everything below it.
       ids: of the images; names of their photos where `files` has none.
-      files: index -> path in the source annotations. Of several photos of one name, the one that
-        ends with that path wins, then .jpg before .png, then the first by path.
-
-    Returns:
-      Path relative to `folder` (None = not found) of each image, and how many photos were seen.
+      files: index -> path in the source annotations. A photo in another folder than that is
+        another photo. Of several that fit, the very path wins, then the extension that is stored,
+        then .jpg before .png; if then several are left, none is taken.
+      near: index -> path of the file of annotations, relative to `folder`: the nearest photo of
+        the name is meant, and of one photo only the nearest file of annotations.
+      folders: False = photos are known by their names alone.
     """
     wanted: dict[str, list[int]] = {}
     for i, image_id in enumerate(ids):
-        wanted.setdefault(photo_name(image_id, files.get(i, "")), []).append(i)
-    paths: list[str | None] = [None] * len(ids)
-    rank: dict[int, tuple[bool, int]] = {}
-    seen = 0
+        for key in _keys(image_id, files.get(i, "")):
+            wanted.setdefault(key, []).append(i)
+    found = Found([None] * len(ids))
+    best: dict[int, photo_names.Rank] = {}
     progress = Progress(0, what=f"listing {folder}", unit="photos")
     for path in walk(folder):
-        stem, extension = os.path.splitext(os.path.basename(path))
-        extension = extension.lower()
-        if extension not in EXTENSIONS:
+        plain = photo_names.normal(path.replace(os.sep, "/"))
+        stem, extension = photo_names.split_extension(plain)
+        if not extension:
             continue
-        seen += 1
-        progress.report(seen)
-        for image in wanted.get(stem, ()):
-            fits = image in files and _ends_with(path, files[image])
-            quality = (not fits, EXTENSIONS.index(extension))
-            if paths[image] is None or quality < rank[image]:
-                paths[image] = path
-                rank[image] = quality
-    return paths, seen
+        found.seen += 1
+        progress.report(found.seen)
+        for image in wanted.get(os.path.basename(stem), ()):
+            rank = photo_names.rank(plain, files.get(image) or ids[image], folders=folders)
+            if rank is None:
+                found.contradicted.setdefault(image, path)
+                continue
+            if near is not None:
+                rank = photo_names.nearness(plain, near.get(image, "")) + rank
+            old = found.paths[image]
+            if old is None or rank < best[image]:
+                found.paths[image], best[image] = path, rank
+                found.ambiguous.pop(image, None)
+            elif rank == best[image]:
+                found.ambiguous.setdefault(image, (old, path))
+    if near is not None:
+        _keep_nearest(found, best)
+    for image in found.ambiguous:
+        found.paths[image] = None
+    found.contradicted = {
+        image: path
+        for image, path in found.contradicted.items()
+        if found.paths[image] is None and image not in found.ambiguous
+    }
+    return found
 
 
-def photo_name(image_id: str, file: str) -> str:
-    """File name without extension, the id where the source tells no file."""
-    return os.path.splitext(os.path.basename(file))[0] if file else image_id
+def _keys(image_id: str, file: str) -> list[str]:
+    """Names without extension under which a photo is looked for."""
+    if not file:
+        return [photo_names.normal(image_id)]
+    return list(dict.fromkeys(os.path.basename(stem) for stem, _ in photo_names.stems(file)))
+
+
+def _keep_nearest(found: Found, best: dict[int, photo_names.Rank]) -> None:
+    """Takes a photo away from all images but that whose annotations are nearest to it."""
+    owner: dict[str, int] = {}
+    for image in sorted(best, key=lambda image: best[image]):
+        path = found.paths[image]
+        if path is not None and best[owner.setdefault(path, image)][:2] < best[image][:2]:
+            found.paths[image] = None
+            found.contradicted[image] = path
 
 
 def read_sizes(
@@ -110,8 +161,3 @@ def _size(path: Path, decode: bool) -> tuple[int, int]:
     except BROKEN:  # the caller reports their names; an ImageError is a ValueError
         return 0, 0
     return (width, height) if sideways else (height, width)
-
-
-def _ends_with(path: str, hint: str) -> bool:
-    path, hint = path.replace(os.sep, "/"), hint.replace(os.sep, "/").lstrip("./")
-    return path == hint or path.endswith("/" + hint) or hint.endswith("/" + path)

@@ -9,6 +9,7 @@ from common.io.errors import UserError
 
 DROPPED = "dropped"
 REPAIRED = "repaired"
+NOTED = "noted"  # kept as it is; a strict report lets it pass
 EXAMPLES = 20  # of each reason that the report keeps
 
 
@@ -35,13 +36,13 @@ class Report:
 
         Args:
           reason: short and fixed, such as 'zero area'.
-          action: DROPPED or REPAIRED.
+          action: DROPPED, REPAIRED or NOTED.
           files: file of each row, or one for all.
           rows: line numbers, annotation ids or image ids.
           found: what was found in the first EXAMPLES of `rows`.
 
         Raises:
-          UserError: there is a row and the report is strict.
+          UserError: there is a row to drop or repair and the report is strict.
         """
         if not len(rows):
             return
@@ -55,7 +56,7 @@ class Report:
             if found:
                 example["found"] = found[i]
             entry["examples"].append(example)
-        if self._strict:
+        if self._strict and action != NOTED:
             first = entry["examples"][0]
             text = f" ({first['found']})" if "found" in first else ""
             raise UserError(
@@ -65,6 +66,14 @@ class Report:
     def count(self, reason: str) -> int:
         """How often a reason occurred."""
         return self._entries[reason]["count"] if reason in self._entries else 0
+
+    def most_frequent(self) -> str:
+        """What happened to most rows, for an error where nothing is left."""
+        if not self._entries:
+            return "nothing was dropped"
+        entry = self.as_json()[0]
+        first = entry["examples"][0]
+        return f"{entry['count']:,} x {entry['reason']}, first {first['file']}, row {first['row']}"
 
     def as_json(self) -> list[dict[str, Any]]:
         """Entries, most frequent first."""

@@ -3,17 +3,19 @@
 Shape legend: N images, P pairs of an image and a class that it holds, K classes, S splits.
 """
 
-import json
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, Int32
 
-from common.convert.annotations import Annotations
+from common.convert.annotations import Annotations, ImageTable
 from common.convert.options import Options
-from common.convert.report import REPAIRED, Report
+from common.convert.photo_names import normal, photo_name
+from common.convert.report import NOTED, REPAIRED, Report
 from common.io.errors import UserError
+from common.io.json_file import read_json
 from common.tables.ranges import rows_of
 
 KINDS = ("random", "stratified")
@@ -61,17 +63,12 @@ def named_splits(
     if path is None:
         return splits, set()
     images = annotations.images
-    numbers: dict[str, int] = {}
-    for i, image_id in enumerate(images.ids):
-        if image_id.isdecimal():
-            numbers.setdefault(image_id.lstrip("0"), i)
+    find = ImageFinder(images)
     first_new = len(images)
     for name, ids in _read_splits(path).items():
         members = []
         for text in map(str, ids):
-            index = images.find(text)
-            if index < 0 and text.isdecimal():  # 9 means 000000000009
-                index = numbers.get(text.lstrip("0"), -1)
+            index = find(text)
             members.append(images.add(text) if index < 0 else index)
         if members and min(members) >= first_new and first_new:
             raise UserError(
@@ -84,15 +81,82 @@ def named_splits(
     return splits, set(range(first_new, len(images)))
 
 
+class ImageFinder:
+    """Finds an image by its id, its number (9 means 000000000009), or the name of its photo."""
+
+    def __init__(self, images: ImageTable):
+        self._images = images
+        self._others: dict[str, int] = {}  # -1 = two images
+        for i, image_id in enumerate(images.ids):
+            if image_id.isdecimal():
+                self._add(image_id.lstrip("0"), i)
+        for i, file in images.files.items():
+            for name in {normal(file), photo_name("", file)}:
+                self._add(name, i)
+
+    def _add(self, name: str, image: int) -> None:
+        if self._others.setdefault(name, image) != image:
+            self._others[name] = -1
+
+    def __call__(self, text: str) -> int:
+        """Index of the image, -1 = there is none."""
+        index = self._images.find(text)
+        if index >= 0:
+            return index
+        if text.isdecimal():
+            index = self._others.get(text.lstrip("0"), -1)
+        for name in (normal(text), photo_name("", text)) if index < 0 else ():
+            index = max(index, self._images.find(name), self._others.get(name, -1))
+        return index
+
+
+def read_split_list(path: Path) -> list[str]:
+    """Lines of a list of images, without those that are empty.
+
+    Raises:
+      UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the split ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); save the list as UTF-8") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def note_overlaps(
+    splits: Mapping[str, np.ndarray], ids: Sequence[str], source: str, report: Report
+) -> None:
+    """Tells images that are in two splits, and those that are in none.
+
+    A split that is all inside another, as VOC's train in trainval, is meant to be.
+    """
+    for first, second in itertools.combinations(splits, 2):
+        shared = np.intersect1d(splits[first], splits[second])
+        if len(shared) in (0, len(splits[first]), len(splits[second])):
+            continue
+        report.add(
+            f"in the splits {first} and {second}: a leak between them",
+            NOTED,
+            source,
+            [ids[i] for i in shared.tolist()],
+        )
+    used = np.zeros(len(ids), bool)
+    for members in splits.values():
+        used[members] = True
+    unused = np.flatnonzero(~used)
+    report.add("image in no split", NOTED, source, [ids[i] for i in unused.tolist()])
+
+
 def _read_splits(path: Path) -> dict[str, list[str | int]]:
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
+        splits = read_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the splits ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: no valid JSON ({error})") from error
     good = isinstance(splits, dict) and all(
-        isinstance(ids, list) and all(isinstance(i, str | int) for i in ids)
+        isinstance(ids, list)
+        and all(isinstance(i, str | int) and str(i).isprintable() for i in ids)
         for ids in splits.values()
     )
     if not good:

@@ -11,7 +11,7 @@ from common.io.errors import UserError
 
 # Of photos and masks. Others stay closed: Pillow starts Ghostscript for an EPS, whatever its name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_PIXELS = 1 << 28  # of a photo, 1 GiB decoded: the guard against decompression bombs
+MAX_PIXELS = 1 << 29  # of a photo, 1.5 GiB decoded: the guard against decompression bombs
 MAX_SIDE = 1 << 17  # Pillow keeps a pointer for each row
 # What Pillow raises on damaged data, depending on the format.
 BROKEN = (

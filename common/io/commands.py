@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from common.io.errors import UserError
+from common.io.home import expand_home_in_flags
 from common.io.memory import keep_freed_memory
 
 # Before anything imports TensorFlow, which would report its build options at every start.
@@ -28,6 +29,7 @@ def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> No
 
     def guarded(argv: Sequence[str]) -> int | None:
         try:
+            expand_home_in_flags()
             return main(*check_arguments(argv[1:], actions))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -38,8 +38,8 @@ def test_boxes_classes_and_splits(tmp_path):
     _write(tmp_path / "s" / "boxes_val_a.json", [], images=[(5, "e.jpg")])
     _write(tmp_path / "s" / "captions_train2017.json", [])
     dataset = prepare("coco", source=tmp_path / "s", output=tmp_path / "d")
-    assert dataset.class_labels == ["cat", "dog"]
-    assert dataset.meta["category_ids"] == [7, 3]
+    assert dataset.class_labels == ["dog", "cat"]  # by id, wherever they are in the list
+    assert dataset.meta["category_ids"] == [3, 7]
     assert dataset.meta["exhaustive"] is True
     assert dataset.splits == ["train2017", "val_a"]
     assert [dataset.image_id(i) for i in dataset.split("train2017")] == ["1", "2"]
@@ -47,7 +47,7 @@ def test_boxes_classes_and_splits(tmp_path):
     first, second, other = dataset.find_images(["1", "2", "5"])
     boxes, classes, flags = dataset.image_boxes(second)
     np.testing.assert_allclose(boxes, [[0.1, 0.1, 0.6, 0.6], [0, 0, 0.005, 0.01]], rtol=1e-6)
-    assert classes.tolist() == [1, 0] and flags.tolist() == [CROWD | GROUP_OF, 0]
+    assert classes.tolist() == [0, 1] and flags.tolist() == [CROWD | GROUP_OF, 0]
     assert dataset.image_sizes.tolist() == [[100, 200]] * 3
     assert len(dataset.image_boxes(first)[0]) == 1 and len(dataset.image_boxes(other)[0]) == 0
     assert reasons(dataset) == {}
@@ -126,8 +126,9 @@ def test_files_that_number_their_photos_each_from_one(tmp_path):
         images=[(1, "c.jpg")],
     )
     with pytest.raises(UserError, match="image id 1 is c.jpg here and a.jpg.*file_stem"):
-        prepare("coco", source=tmp_path / "s", output=tmp_path / "d")
-    dataset = prepare("coco", source=tmp_path / "s", output=tmp_path / "d", image_id="file_stem")
+        prepare("coco", source=tmp_path / "s", output=tmp_path / "d", image_id="id")
+    dataset = prepare("coco", source=tmp_path / "s", output=tmp_path / "d")
+    assert dataset.meta["image_id"] == "file_stem"
     assert [dataset.image_id(i) for i in range(3)] == ["a", "b", "c"]
 
 
@@ -156,10 +157,14 @@ def _as_corners(annotations):
         ),
         (
             {"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]},
-            "annotations number 1 has no field 'bbox'",
+            "found 1 boxes and none that can be used .1 x number missing",
         ),
         (
             {"annotations": [_annotation(1, 1, "cat", [0, 0, 9, 9])]},
+            "none of the category ids .cat",
+        ),
+        (
+            {"annotations": [_annotation(1, 1, 3.5, [0, 0, 9, 9])]},
             "annotations number 1 has a wrong value",
         ),
         ({"annotations": [_annotation(1, 1, 7, [0, 0, 9])]}, "expected \\[x, y, width, height\\]"),

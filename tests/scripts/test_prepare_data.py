@@ -38,9 +38,9 @@ def test_a_users_error_is_one_line_and_status_1(tmp_path):
 
 
 def test_unknown_formats_are_refused(tmp_path):
-    result = _run("yolo", f"--source={tmp_path}", f"--output={tmp_path / 'd'}")
+    result = _run("kitti", f"--source={tmp_path}", f"--output={tmp_path / 'd'}")
     assert result.returncode == 1
-    assert "found yolo, expected one of openimages, coco" in result.stderr
+    assert "found kitti, expected one of openimages, coco" in result.stderr
 
 
 def test_existing_output_is_kept_unless_told_otherwise(tmp_path):

@@ -122,14 +122,19 @@ def test_class_list_gives_the_order_and_hierarchy_is_kept(tmp_path):
     ("text", "message"),
     [
         ("<annotation><size>", "a.xml: no valid XML"),
-        ("<annotation></annotation>", "a.xml: no width and height"),
+        ("<annotation></annotation>", "no objects and no --classes"),
         (
-            "<annotation><size><width>0</width><height>5</height></size></annotation>",
-            "says 0x5|5x0",
+            "<annotation><size><width>wide</width><height>5</height></size></annotation>",
+            "a.xml: <size/width> says 'wide'",
         ),
         (
             "<annotation><size><width>9</width><height>5</height></size>"
             "<object><name>x</name></object></annotation>",
+            "no objects.*1 x object without box, first .*a.xml, row 1",
+        ),
+        (
+            "<annotation><size><width>9</width><height>5</height></size><object><name>x</name>"
+            "<bndbox><xmin>a</xmin></bndbox></object></annotation>",
             "a.xml, object 1: <bndbox> needs",
         ),
         ("<other/>", "none of 1 .xml files is Pascal VOC"),

@@ -182,7 +182,7 @@ def test_damaged_files_missing_masks_and_sizes(tmp_path):
     masks = reader(tmp_path, [*entries, None, [[0, 0, 9, 0, 9, 9]], whole], size=(0, 0))
     for row, message in (
         (1, "cut.png: no readable mask file"),
-        (2, "text.png: no readable mask file"),
+        (2, "text.png: no readable image"),
         (3, "no mask"),
         (4, "photo of unknown size"),
     ):
