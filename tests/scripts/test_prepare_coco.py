@@ -204,7 +204,7 @@ def test_masks_that_cannot_be_drawn_are_left_out_and_listed(tmp_path):
         [[5, 5, 9, 9], [1, 2, 3, 4, 5]],
         [],
         {"size": [100, 200], "counts": [20000]},
-        {"size": [100, 200], "counts": "PPd0"},  # the same compressed
+        {"size": [100, 200], "counts": "Pac0"},  # the same compressed
         {"size": [200, 100], "counts": whole[0]},
         {"size": [50, 100], "counts": [0, 5000]},  # half the photo's resolution
         triangle,  # no list around the only polygon
