@@ -5,7 +5,8 @@ collections hold (greyscale, CMYK, palette, 16 bits, EXIF rotation), tells trunc
 whole ones, and resizes with antialiasing in less than half the CPU time of tf.image (about that of
 tf.image without antialiasing; `python -m scripts.bench.bench_input --part=decoders`). A JPEG at
 least twice too large is decoded at 1/2, 1/4 or 1/8 of its size (DCT scaling). Only parts of JPEG
-files are decoded by TensorFlow: Pillow has no way to do so.
+files are decoded by TensorFlow: Pillow has no way to do so. Where TensorFlow is not installed,
+Pillow decodes all of the file and the part is cut out: the same pixels, for more time.
 
 Shape legend: H, W canvas; n boxes of an image. Sizes are (height, width), boxes
 xmin, ymin, xmax, ymax.
@@ -14,13 +15,13 @@ xmin, ymin, xmax, ymax.
 import dataclasses
 import io
 import math
-import threading
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 from PIL import ExifTags, Image
 
+from common.data import tensorflow_io
 from common.data.image_file import BROKEN, ImageError, open_image, reason
 
 MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the box is dropped
@@ -28,7 +29,6 @@ MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the
 _WORTH_PART = 0.6  # share of a photo above which all of it is decoded
 _PART_MARGIN = 16  # pixels around a part; the outermost ones lack their neighbours' colour
 
-_TENSORFLOW = threading.Lock()  # held while it is imported and told to leave the accelerators
 
 # EXIF orientation -> Pillow operation from stored to displayed, and the way back of a point:
 # displayed (x, y) in [0, 1] -> stored: swap the axes?, then mirror the first?, the second?
@@ -166,12 +166,7 @@ def read_file(path: str) -> bytes:
         if "://" not in path:
             with open(path, "rb") as file:
                 return file.read()
-        tf = _tensorflow()
-        try:
-            with tf.io.gfile.GFile(path, "rb") as file:
-                return file.read()
-        except tf.errors.OpError as error:
-            raise ImageError(error.message) from error
+        return tensorflow_io.read_address(path)
     except OSError as error:
         raise ImageError(error.strerror or reason(error)) from error
 
@@ -239,20 +234,6 @@ def decode(
         raise ImageError(reason(error)) from error
 
 
-def _tensorflow() -> Any:
-    """TensorFlow, which takes seconds to import and is needed by few.
-
-    It only reads here; left alone it would take the memory of the accelerators.
-    """
-    with _TENSORFLOW:
-        import tensorflow as tf
-
-        for kind in ("GPU", "TPU"):
-            if tf.config.get_visible_devices(kind):
-                tf.config.set_visible_devices([], kind)
-        return tf
-
-
 def _decode_part(
     photo: Photo, wanted: tuple[int, int], spans: list[tuple[float, float]]
 ) -> Pixels | None:
@@ -263,7 +244,6 @@ def _decode_part(
     sequential = image.format == "JPEG" and "progressive" not in image.info
     if share > _WORTH_PART or not sequential or image.mode not in ("RGB", "L"):
         return None
-    tf = _tensorflow()  # Pillow cannot decode parts
     sizes = zip(image.size, wanted, strict=True)
     reduction = min(max(1, side // max(least, 1)) for side, least in sizes)
     reduction = next(r for r in (8, 4, 2, 1) if r <= reduction)
@@ -274,18 +254,21 @@ def _decode_part(
         first = max(math.floor(start * side) - margin, 0)
         window.append((first, min(math.ceil(end * side) + margin, math.ceil(side)) - first))
     (left, width), (top, height) = window
-    try:
-        pixels = tf.io.decode_and_crop_jpeg(
-            photo.data,
-            [top, left, height, width],
-            channels=3,
-            ratio=reduction,
-            dct_method="INTEGER_ACCURATE",
-        )
-    except tf.errors.InvalidArgumentError:
-        return None  # decoding all of it tells what is wrong, or reads it in spite of that
-    part = Image.fromarray(pixels.numpy())
-    return Pixels(part, photo.orientation, extent, (left, top))
+    part = _cut_jpeg(photo, reduction, (left, top, left + width, top + height))
+    return None if part is None else Pixels(part, photo.orientation, extent, (left, top))
+
+
+def _cut_jpeg(
+    photo: Photo, reduction: int, window: tuple[int, int, int, int]
+) -> Image.Image | None:
+    """The window (left, top, right, bottom) of a JPEG at 1 / reduction of its size, RGB; None where
+    decoding all of it will tell what is wrong, or read it in spite of that."""
+    if not tensorflow_io.installed():
+        width, height = photo.image.size
+        photo.image.draft(None, (width // reduction, height // reduction))
+        return _to_rgb(photo.image).crop(window)
+    pixels = tensorflow_io.cut_jpeg(photo.data, reduction, window)
+    return None if pixels is None else Image.fromarray(pixels)
 
 
 def _stored_spans(

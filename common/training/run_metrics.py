@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from clu import metric_writers, parameter_overview
+from flax.traverse_util import flatten_dict
 
 from common.training.distributed import is_main_process
 from common.training.workdir import MetricsLog
@@ -15,17 +15,19 @@ from common.training.workdir import MetricsLog
 class RunMetrics:
     """Writes scalars to TensorBoard events and `metrics.jsonl`, in process 0 only.
 
+    Where clu or TensorFlow is not installed there are no events, and one line says so.
+
     with RunMetrics(workdir, start_step) as log:
         log.write(step, {"loss": 1.25})
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
         """`start_step`: of the checkpoint that the run goes on from; later lines are dropped."""
-        self._writers: tuple[MetricsLog, metric_writers.AsyncWriter] | None = None
+        self._log: MetricsLog | None = None
+        self._events: Any = None
         if is_main_process():
-            log = MetricsLog(workdir, start_step)
-            events = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
-            self._writers = log, events
+            self._log = MetricsLog(workdir, start_step)
+            self._events = _open_events(workdir)
 
     def __enter__(self) -> "RunMetrics":
         return self
@@ -35,16 +37,27 @@ class RunMetrics:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes host scalars for `step` (number of finished steps)."""
-        if self._writers is not None:
-            log, events = self._writers
+        if self._log is not None:
             scalars = {name: float(value) for name, value in metrics.items()}
-            log.write(step, scalars)
-            events.write_scalars(step, scalars)
+            self._log.write(step, scalars)
+            if self._events is not None:
+                self._events.write_scalars(step, scalars)
 
     def close(self) -> None:
-        if self._writers is not None:
-            for writer in self._writers:
+        for writer in (self._log, self._events):
+            if writer is not None:
                 writer.close()
+
+
+def _open_events(workdir: str | os.PathLike) -> Any:
+    """A writer of TensorBoard events, None where what writes them is not installed."""
+    try:
+        # Here, not above: it imports TensorFlow.
+        from clu import metric_writers
+    except ImportError as error:
+        print(f"no TensorBoard events, metrics.jsonl has the figures: {error}", flush=True)
+        return None
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
 
 
 def log_parameter_overview(
@@ -59,8 +72,8 @@ def log_parameter_overview(
       depth: how many levels of modules are told apart.
     """
     rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
-    shapes = parameter_overview.flatten_dict(params)
-    masks = parameter_overview.flatten_dict(trained) if trained else {}
+    shapes = flatten_dict(params, sep="/")
+    masks = flatten_dict(trained, sep="/") if trained else {}
     for path, leaf in shapes.items():
         module = "/".join(path.split("/")[:-1][:depth])
         size = math.prod(leaf.shape)

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax
 import numpy as np
@@ -54,3 +55,15 @@ def test_metrics_reach_tensorboard_and_the_log(tmp_path):
     events.Reload()
     assert set(events.Tags()["tensors"]) >= {"loss", "learning_rate"}
     assert [event.step for event in events.Tensors("loss")] == [10, 20]
+
+
+@pytest.mark.parametrize("missing", ["clu", "tensorflow"])
+def test_without_what_writes_events_the_log_has_all(tmp_path, monkeypatch, capsys, missing):
+    for name in [name for name in sys.modules if name.split(".")[0] == "clu"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it now raises ImportError
+    with RunMetrics(tmp_path) as log:
+        log.write(10, {"loss": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "loss": 0.5}
+    assert "no TensorBoard events, metrics.jsonl has the figures" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
