@@ -150,7 +150,7 @@ def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
         raise UserError(f"--source={source}: no JSON file there")
     paths: dict[str, Path] = {}
     for path in files:
-        split = path.parent.name if path.name == _ROBOFLOW else _PREFIX.sub("", path.stem)
+        split = split_name(path)
         if split in paths:
             raise UserError(
                 f"{paths[split]} and {path} are both split {split!r}; choose files by a pattern, "
@@ -183,6 +183,11 @@ def _plain(category: str) -> int | str:
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", text) is not None
+
+
+def split_name(path: Path) -> str:
+    """The split that a file's name tells: instances_train2017.json is train2017."""
+    return path.parent.name if path.name == _ROBOFLOW else _PREFIX.sub("", path.stem)
 
 
 def _merge_categories(known: dict[str, str], new: dict[str, str], path: Path, first: str) -> None:

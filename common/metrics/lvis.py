@@ -1,55 +1,54 @@
-"""LVIS box and mask AP of a detections table, computed by faster-coco-eval class by class.
+"""LVIS box and mask AP of a detections table.
 
 As the official tool: the best 300 detections of an image over all classes; of these, those of a
 class count only where the class has a box in the image or is verified absent there, and a wrong
 one is forgiven where the class is not exhaustively boxed; 101-point AP at IoU 0.50:0.05:0.95; mean
 over the classes with truth, and over the rare, common and frequent ones among them.
 
-One class at a time, with the images in which it counts, keeps the pairs of image and class few (a
-matrix of all pairs of LVIS v1 takes more memory than its detections) and gives the same figures,
-since AP is a mean over classes. Detections that do not count are dropped while the table is read.
+The official tool visits every pair of image and class, most of which are empty. Here images are
+matched while the table is read, only where detections overlap truth (`lvis_matching`), and of a
+detection remain its class, its score and two bits for each threshold and range of areas.
 
-Shape legend: n rows of one chunk, m detections that count, K classes, T IoU thresholds, R recall
-points, A area ranges.
+Shape legend: n rows of one chunk, m detections that count, g truth, v and w keys image * K + class,
+K classes, k those with truth, T IoU thresholds, R recall points, A ranges of areas, b bytes.
 """
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from faster_coco_eval import mask as coco_mask
+from jaxtyping import Float, Int, UInt8
 
 from common.data.dataset import ABSENT, NOT_EXHAUSTIVE, Dataset
 from common.io.errors import UserError
 from common.io.progress import Progress
 from common.masks import rle
-from common.metrics.coco import (
-    check_masks,
-    make_evaluation,
-    pixel_boxes,
-    require_sizes,
-    result_rows,
-    truth_annotations,
-)
+from common.metrics.coco import check_masks, pixel_boxes, require_sizes, truth_annotations
 from common.metrics.coverage import image_ranks, open_split, selected_chunks
-from common.tables import Detections
+from common.metrics.lvis_matching import AREA_RANGES, THRESHOLDS, Shapes, match, outside_ranges
+from common.tables import Detections, DetectionsReader
+from common.tables.ranges import expand_ranges, rows_of
 from common.tables.table import rank_in_image
 
 MAX_PER_IMAGE = 300
 AREAS = ("all", "small", "medium", "large")
 FREQUENCIES = ("r", "c", "f")
 CLASS_AP = "PerformanceByCategory/AP/{}"
+_RECALLS = np.linspace(0, 1, 101)
+_SHAPE = (len(THRESHOLDS), len(AREA_RANGES))
+_BITS = len(THRESHOLDS) * len(AREA_RANGES)
 
 
-class _Counted(NamedTuple):
-    """Detections that count."""
+class _Judged(NamedTuple):
+    """Detections that count, after matching."""
 
-    images: Int[np.ndarray, " m"]
     classes: Int[np.ndarray, " m"]
     scores: Float[np.ndarray, " m"]
-    shapes: np.ndarray  # (m, 4) x, y, width, height in pixels, or (m,) run lengths
-    mask_sizes: Int[np.ndarray, "m 2"] | None
+    ranks: Int[np.ndarray, " m"]  # of their images, in whose order equal scores are
+    right: UInt8[np.ndarray, "m b"]  # true positives: bits of (T, A)
+    counted: UInt8[np.ndarray, "m b"]  # true and false positives
 
 
 def evaluate_lvis(
@@ -90,129 +89,153 @@ def evaluate_lvis(
     source, indices, name = open_split(dataset, split, detections, allow_partial, say)
     images = np.sort(indices[indices >= 0])
     require_sizes(dataset, images, "LVIS AP")
-    truth: dict[int, list[dict[str, Any]]] = {}
-    for annotation in truth_annotations(dataset, images, masks):
-        # The official tool skips segments without area.
-        if annotation["area"] > 0:
-            truth.setdefault(annotation["category_id"], []).append(annotation)
-    if not truth:
+    truth = _read_truth(dataset, images, masks)
+    if not len(truth.keys):
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
-    verified, forgiven = _verified(dataset, images, truth)
-    counted = _select(dataset, source, indices, verified, masks, name)
-    ranks = image_ranks(dataset, images)
-    precisions, recalls, classes = [], [], sorted(truth)
-    progress = Progress(len(classes), what="LVIS AP", unit="classes")
-    order = np.argsort(counted.classes, kind="stable")
-    bounds = np.searchsorted(counted.classes[order], np.arange(dataset.num_classes + 1))
-    for number, label in enumerate(classes):
-        rows = order[bounds[label] : bounds[label + 1]]
-        evaluation = _evaluate_class(
-            dataset, label, truth[label], counted, rows, forgiven, ranks, frequency[label]
-        )
-        # One class, one limit of detections.
-        precisions.append(evaluation["precision"][:, :, 0, :, 0])
-        recalls.append(evaluation["recall"][:, 0, :, 0])
-        progress.report(number + 1)
-    precision, recall = np.stack(precisions, axis=2), np.stack(recalls, axis=1)
-    result = _summary(precision, recall, np.array([frequency[label] for label in classes]))
-    for place, label in enumerate(classes):
+    verified, forgiven = _verified(dataset, images, truth.keys)
+    judged = _judge(dataset, source, indices, truth, verified, forgiven, name)
+    classes = np.unique(truth.keys % dataset.num_classes)
+    precision, recall = _accumulate(judged, truth, classes, dataset.num_classes)
+    result = _summary(precision, recall, np.array(frequency)[classes])
+    for place, label in enumerate(classes.tolist()):
         value = _mean(precision[:, :, place, 0])
         if value >= 0:
             result[CLASS_AP.format(dataset.class_labels[label])] = value
     return result
 
 
+def _read_truth(dataset: Dataset, images: Int[np.ndarray, " i"], masks: bool) -> Shapes:
+    """Ground truth sorted by key, else in the order of the file."""
+    keys, areas, shapes = [], [], []
+    for row in truth_annotations(dataset, images, masks):
+        # The official tool skips segments without area.
+        if row["area"] > 0:
+            image = row["image_id"]
+            keys.append(image * dataset.num_classes + row["category_id"])
+            areas.append(row["area"])
+            size = dataset.image_sizes[image].tolist() if masks else (0, 0)
+            shapes.append(_run_lengths(row["segmentation"], *size) if masks else row["bbox"])
+    order = np.argsort(np.array(keys, np.int64), kind="stable")
+    table: np.ndarray = np.array([*shapes, None], object)[:-1] if masks else np.array(shapes)
+    return Shapes(
+        keys=np.array(keys, np.int64)[order],
+        shapes=table.reshape(-1, *(() if masks else (4,)))[order],
+        areas=np.array(areas, np.float64)[order],
+        sizes=None,
+    )
+
+
+def _run_lengths(segment, height: int, width: int) -> bytes:
+    counts = coco_mask.segmToRle(segment, width, height)["counts"]
+    return counts.encode() if isinstance(counts, str) else counts
+
+
 def _verified(
-    dataset: Dataset, images: Int[np.ndarray, " i"], truth: dict[int, list[dict[str, Any]]]
-) -> tuple[np.ndarray, set[int]]:
-    """Keys image * K + class whose detections count (sorted), and those not exhaustively boxed."""
-    keys = [a["image_id"] * dataset.num_classes + c for c, rows in truth.items() for a in rows]
-    forgiven = []
-    for image in images.tolist():
-        classes, confidences = dataset.image_labels(image)
-        image_keys = image * dataset.num_classes + np.asarray(classes, np.int64)
-        keys += image_keys[confidences == ABSENT].tolist()
-        forgiven += image_keys[confidences == NOT_EXHAUSTIVE].tolist()
-    return np.unique(np.array(keys, np.int64)), set(forgiven)
+    dataset: Dataset, images: Int[np.ndarray, " i"], truth_keys: Int[np.ndarray, " g"]
+) -> tuple[Int[np.ndarray, " v"], Int[np.ndarray, " w"]]:
+    """Keys image * K + class whose detections count, and those not exhaustively boxed, sorted.
+
+    Only those of classes with truth: others have no AP.
+    """
+    has_truth = np.zeros(dataset.num_classes, bool)
+    has_truth[truth_keys % dataset.num_classes] = True
+    owner, rows = rows_of(dataset.label_offsets, images)
+    classes = np.asarray(dataset.label_classes)[rows].astype(np.int64)
+    confidences = np.asarray(dataset.label_confidences)[rows]
+    keys = images[owner] * dataset.num_classes + classes
+    absent = keys[(confidences == ABSENT) & has_truth[classes]]
+    return np.union1d(truth_keys, absent), np.unique(keys[confidences == NOT_EXHAUSTIVE])
+
+
+def _judge(
+    dataset: Dataset,
+    source: Detections | DetectionsReader,
+    indices: Int[np.ndarray, " i"],
+    truth: Shapes,
+    verified: Int[np.ndarray, " v"],
+    forgiven: Int[np.ndarray, " w"],
+    name: str,
+) -> _Judged:
+    """The detections that count, matched image by image as the table is read."""
+    masks = truth.shapes.dtype == object
+    by_image = image_ranks(dataset, indices[indices >= 0])
+    ranks = np.zeros(dataset.num_images, np.int64)
+    ranks[list(by_image)] = list(by_image.values())
+    none = np.zeros(0, np.int64)
+    no_bits = np.zeros((0, -(-_BITS // 8)), np.uint8)
+    parts = [_Judged(none, none, none, no_bits, no_bits)]
+    progress = Progress(len(indices), what="LVIS AP", unit="images")
+    for chunk in selected_chunks(source, dataset.class_labels, indices >= 0, masks=masks):
+        seen = int(chunk.image_index[-1]) + 1
+        found, scores = _select(dataset, chunk, indices, verified, masks, name)
+        keys = np.unique(found.keys)
+        first = np.searchsorted(truth.keys, keys)
+        _, rows = expand_ranges(first, np.searchsorted(truth.keys, keys, "right") - first)
+        own = Shapes(truth.keys[rows], truth.shapes[rows], truth.areas[rows], None)
+        right, counted = match(found, own, np.isin(found.keys, forgiven))
+        image, label = np.divmod(found.keys, dataset.num_classes)
+        bits = (np.packbits(part.reshape(-1, _BITS), axis=1) for part in (right, counted))
+        parts.append(_Judged(label.astype(np.int32), scores, ranks[image], *bits))
+        progress.report(seen)
+    return _Judged(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _select(
-    dataset: Dataset, source, indices: np.ndarray, verified: np.ndarray, masks: bool, name: str
-) -> _Counted:
-    """The detections that count, in table order."""
-    parts: list[_Counted] = []
-    for chunk in selected_chunks(source, dataset.class_labels, indices >= 0, masks=masks):
-        chunk = chunk.take(rank_in_image(chunk.image_index) < MAX_PER_IMAGE)
-        owner = indices[chunk.image_index]
-        keys = owner * dataset.num_classes + chunk.label_index
-        place = np.minimum(np.searchsorted(verified, keys), len(verified) - 1)
-        chosen = verified[place] == keys
-        chunk, owner = chunk.take(chosen), owner[chosen]
-        sizes = np.asarray(dataset.image_sizes[owner])
-        shapes, mask_sizes = pixel_boxes(chunk.boxes, sizes), None
-        area = shapes[:, 2] * shapes[:, 3]
-        if masks:
-            shapes, mask_sizes = check_masks(chunk, sizes, name)
-            area = rle.areas(shapes.tolist())
-        chosen = area > 0
-        kept_sizes = None if mask_sizes is None else mask_sizes[chosen]
-        rows = (owner[chosen], chunk.label_index[chosen], chunk.scores[chosen], shapes[chosen])
-        parts.append(_Counted(*rows, kept_sizes))
-    if not parts:
-        none = np.zeros(0, np.int64)
-        return _Counted(none, none, none, none, none if masks else None)
-    owners, classes, scores, shapes_of, sizes_of = zip(*parts, strict=True)
-    return _Counted(
-        np.concatenate(owners),
-        np.concatenate(classes),
-        np.concatenate(scores),
-        np.concatenate(shapes_of),
-        np.concatenate(sizes_of) if masks else None,
-    )
-
-
-def _evaluate_class(
     dataset: Dataset,
-    label: int,
-    truth: list[dict[str, Any]],
-    detections: _Counted,
-    rows: Int[np.ndarray, " d"],
-    forgiven: set[int],
-    ranks: dict[int, int],
-    frequency: str,
-) -> dict[str, Any]:
-    """Precision (T, R, 1, A, 1) and recall (T, 1, A, 1) of one class."""
-    owners = detections.images[rows].tolist()
-    images = sorted({a["image_id"] for a in truth} | set(owners), key=ranks.__getitem__)
-    content = {
-        "images": [
-            {
-                "id": ranks[image],
-                "height": int(dataset.image_sizes[image, 0]),
-                "width": int(dataset.image_sizes[image, 1]),
-                "neg_category_ids": [label],
-                "not_exhaustive_category_ids": (
-                    [label] if image * dataset.num_classes + label in forgiven else []
-                ),
-            }
-            for image in images
-        ],
-        "categories": [{"id": label, "name": str(label), "frequency": frequency}],
-        "annotations": [{**a, "image_id": ranks[a["image_id"]]} for a in truth],
-    }
-    sizes = detections.mask_sizes
-    results = result_rows(
-        [ranks[image] for image in owners],
-        detections.classes[rows],
-        detections.scores[rows],
-        detections.shapes[rows],
-        None if sizes is None else sizes[rows],
-    )
-    evaluation = make_evaluation(content, results, sizes is not None, lvis_style=True)
-    evaluation.params.maxDets = [MAX_PER_IMAGE]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation.eval
+    chunk: Detections,
+    indices: Int[np.ndarray, " i"],
+    verified: Int[np.ndarray, " v"],
+    masks: bool,
+    name: str,
+) -> tuple[Shapes, Float[np.ndarray, " m"]]:
+    """The rows of a chunk that count, sorted by key, and their scores."""
+    chunk = chunk.take(rank_in_image(chunk.image_index) < MAX_PER_IMAGE)
+    keys = indices[chunk.image_index] * dataset.num_classes + chunk.label_index
+    chosen = np.flatnonzero(np.isin(keys, verified))
+    chosen = chosen[np.argsort(keys[chosen], kind="stable")]
+    chunk, keys = chunk.take(chosen), keys[chosen]
+    sizes = np.asarray(dataset.image_sizes[keys // dataset.num_classes])
+    shapes, mask_sizes = pixel_boxes(chunk.boxes, sizes), None
+    areas = shapes[:, 2] * shapes[:, 3]
+    if masks:
+        shapes, mask_sizes = check_masks(chunk, sizes, name)
+        areas = rle.areas(shapes).astype(np.float64)
+    some = areas > 0
+    sizes_of = None if mask_sizes is None else mask_sizes[some]
+    return Shapes(keys[some], shapes[some], areas[some], sizes_of), chunk.scores[some]
+
+
+def _accumulate(
+    judged: _Judged, truth: Shapes, classes: Int[np.ndarray, " k"], num_classes: int
+) -> tuple[Float[np.ndarray, "T R k A"], Float[np.ndarray, "T k A"]]:
+    """Precision at the recall points, and recall, of classes with truth; -1: none of that area."""
+    order = np.lexsort((judged.ranks, -judged.scores, judged.classes))
+    bounds = np.searchsorted(judged.classes[order], np.append(classes, num_classes))
+    inside = ~outside_ranges(truth.areas)
+    labels = truth.keys % num_classes
+    precision = np.full((_SHAPE[0], len(_RECALLS), len(classes), _SHAPE[1]), -1.0)
+    recall = np.full((_SHAPE[0], len(classes), _SHAPE[1]), -1.0)
+    for place, label in enumerate(classes.tolist()):
+        rows = order[bounds[place] : bounds[place + 1]]
+        totals = inside[labels == label].sum(axis=0)
+        right, counted = (
+            np.unpackbits(bits[rows], axis=1, count=_BITS).reshape(-1, *_SHAPE).astype(bool)
+            for bits in (judged.right, judged.counted)
+        )
+        number = counted.cumsum(axis=0)
+        for area in np.flatnonzero(totals):
+            for threshold in range(_SHAPE[0]):
+                hits = np.flatnonzero(right[:, threshold, area])
+                true = np.arange(1, len(hits) + 1)
+                # As officially, with its guard against 0 / 0.
+                values = true / (number[hits, threshold, area] + np.spacing(1))
+                # Where recall grows: between these places precision only falls.
+                values = np.maximum.accumulate(values[::-1])[::-1]
+                reached = np.searchsorted(true / totals[area], _RECALLS)
+                points = np.append(values, 0.0)[reached]
+                precision[threshold, :, place, area] = points
+                recall[threshold, place, area] = len(hits) / totals[area]
+    return precision, recall
 
 
 def _summary(
