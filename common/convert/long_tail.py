@@ -128,7 +128,7 @@ def _lvis_content(
             continue
         stays = kept is None or image in kept[category]
         if stays and row.get("segmentation") and not row.get("iscrowd"):
-            annotations.append({field: row[field] for field in _FIELDS})
+            annotations.append({field: row[field] for field in _FIELDS if field in row})
             positive[image].add(category)
         else:
             taken.append({field: row[field] for field in _FIELDS[:4]})
@@ -140,7 +140,7 @@ def _lvis_content(
             "neg_category_ids": [c for c in frequency if c not in shown],
             "not_exhaustive_category_ids": sorted(positive[row["id"]] & incomplete[row["id"]]),
         }
-        images.append({field: row[field] for field in _IMAGE_FIELDS} | lists)
+        images.append({field: row[field] for field in _IMAGE_FIELDS if field in row} | lists)
     return {"images": images, "annotations": annotations, "categories": categories}, taken
 
 

@@ -70,7 +70,7 @@ def evaluate_coco(
         owner = indices[chunk.image_index]
         sizes = np.asarray(dataset.image_sizes[owner])
         if masks:
-            shapes, mask_sizes = check_masks(chunk, sizes, name)
+            shapes, mask_sizes, _ = check_masks(chunk, sizes, name)
         else:
             shapes, mask_sizes = pixel_boxes(chunk.boxes, sizes), None
         image_ids = [ranks[image] for image in owner.tolist()]
@@ -136,9 +136,9 @@ def require_sizes(dataset: Dataset, images: Int[np.ndarray, " i"], what: str) ->
 
 def check_masks(
     chunk: Detections, sizes: Int[np.ndarray, "n 2"], name: str
-) -> tuple[np.ndarray, Int[np.ndarray, "n 2"]]:
+) -> tuple[np.ndarray, Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
     """As `checked_masks`; refuses also masks of another size than their photo's, `sizes`."""
-    masks, mask_sizes = checked_masks(chunk, name)
+    masks, mask_sizes, areas = checked_masks(chunk, name)
     other = np.any(mask_sizes != sizes, axis=1)
     if other.any():
         row = int(np.argmax(other))
@@ -147,7 +147,7 @@ def check_masks(
             f"{mask_sizes[row, 0]}x{mask_sizes[row, 1]} (height x width), expected "
             f"{sizes[row, 0]}x{sizes[row, 1]} as the photo in the dataset"
         )
-    return masks, mask_sizes
+    return masks, mask_sizes, areas
 
 
 def truth_annotations(

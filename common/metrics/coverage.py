@@ -107,8 +107,10 @@ def selected_chunks(
             yield chunk.take(slice(start, stop))
 
 
-def checked_masks(chunk: Detections, name: str) -> tuple[np.ndarray, Int[np.ndarray, "n 2"]]:
-    """Compressed run lengths of a chunk's masks, and their heights and widths.
+def checked_masks(
+    chunk: Detections, name: str
+) -> tuple[np.ndarray, Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
+    """Compressed run lengths of a chunk's masks, their heights and widths, and their areas.
 
     Raises:
       UserError: a mask is no run lengths; names the image.
@@ -116,11 +118,12 @@ def checked_masks(chunk: Detections, name: str) -> tuple[np.ndarray, Int[np.ndar
     """
     if chunk.masks is None or chunk.mask_sizes is None:
         raise ValueError("read the detections with masks=True")
-    if (broken := rle.find_broken(chunk.masks.tolist(), chunk.mask_sizes)) is not None:
+    areas, broken = rle.checked_areas(chunk.masks, chunk.mask_sizes)
+    if broken is not None:
         row, reason = broken
         image_id = chunk.image_ids[chunk.image_index[row]]
         raise UserError(f"{name}: image {image_id!r}: {reason}")
-    return chunk.masks, chunk.mask_sizes
+    return chunk.masks, chunk.mask_sizes, areas
 
 
 def image_ranks(dataset: Dataset, images: Int[np.ndarray, " i"]) -> dict[int, int]:

@@ -23,8 +23,8 @@ from jaxtyping import Float, Int, UInt8
 
 from common.data.dataset import ABSENT, NOT_EXHAUSTIVE, Dataset
 from common.io.errors import UserError
+from common.io.parallel import map_ordered
 from common.io.progress import Progress
-from common.masks import rle
 from common.metrics.coco import check_masks, pixel_boxes, require_sizes, truth_annotations
 from common.metrics.coverage import image_ranks, open_split, selected_chunks
 from common.metrics.lvis_matching import AREA_RANGES, THRESHOLDS, Shapes, match, outside_ranges
@@ -58,6 +58,7 @@ def evaluate_lvis(
     *,
     masks: bool = False,
     allow_partial: bool = False,
+    num_threads: int = 2,
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """LVIS summary of a detections table against a split.
@@ -68,6 +69,7 @@ def evaluate_lvis(
       detections: table (file or folder of shards) or rows in memory.
       masks: compare masks instead of boxes.
       allow_partial: scores the covered images of the split when others are missing.
+      num_threads: chunks of images worked on at a time.
       say: where notes go.
 
     Returns:
@@ -93,7 +95,7 @@ def evaluate_lvis(
     if not len(truth.keys):
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
     verified, forgiven = _verified(dataset, images, truth.keys)
-    judged = _judge(dataset, source, indices, truth, verified, forgiven, name)
+    judged = _judge(dataset, source, indices, truth, verified, forgiven, name, num_threads)
     classes = np.unique(truth.keys % dataset.num_classes)
     precision, recall = _accumulate(judged, truth, classes, dataset.num_classes)
     result = _summary(precision, recall, np.array(frequency)[classes])
@@ -155,18 +157,15 @@ def _judge(
     verified: Int[np.ndarray, " v"],
     forgiven: Int[np.ndarray, " w"],
     name: str,
+    num_threads: int,
 ) -> _Judged:
     """The detections that count, matched image by image as the table is read."""
     masks = truth.shapes.dtype == object
     by_image = image_ranks(dataset, indices[indices >= 0])
     ranks = np.zeros(dataset.num_images, np.int64)
     ranks[list(by_image)] = list(by_image.values())
-    none = np.zeros(0, np.int64)
-    no_bits = np.zeros((0, -(-_BITS // 8)), np.uint8)
-    parts = [_Judged(none, none, none, no_bits, no_bits)]
-    progress = Progress(len(indices), what="LVIS AP", unit="images")
-    for chunk in selected_chunks(source, dataset.class_labels, indices >= 0, masks=masks):
-        seen = int(chunk.image_index[-1]) + 1
+
+    def judge_chunk(chunk: Detections) -> tuple[_Judged, int]:
         found, scores = _select(dataset, chunk, indices, verified, masks, name)
         keys = np.unique(found.keys)
         first = np.searchsorted(truth.keys, keys)
@@ -175,7 +174,15 @@ def _judge(
         right, counted = match(found, own, np.isin(found.keys, forgiven))
         image, label = np.divmod(found.keys, dataset.num_classes)
         bits = (np.packbits(part.reshape(-1, _BITS), axis=1) for part in (right, counted))
-        parts.append(_Judged(label.astype(np.int32), scores, ranks[image], *bits))
+        judged = _Judged(label.astype(np.int32), scores, ranks[image], *bits)
+        return judged, int(chunk.image_index[-1]) + 1
+
+    none, no_bits = np.zeros(0, np.int64), np.zeros((0, -(-_BITS // 8)), np.uint8)
+    parts = [_Judged(none, none, none, no_bits, no_bits)]
+    progress = Progress(len(indices), what="LVIS AP", unit="images")
+    chunks = selected_chunks(source, dataset.class_labels, indices >= 0, masks=masks)
+    for judged, seen in map_ordered(judge_chunk, chunks, threads=num_threads, ahead=num_threads):
+        parts.append(judged)
         progress.report(seen)
     return _Judged(*map(np.concatenate, zip(*parts, strict=True)))
 
@@ -198,11 +205,11 @@ def _select(
     shapes, mask_sizes = pixel_boxes(chunk.boxes, sizes), None
     areas = shapes[:, 2] * shapes[:, 3]
     if masks:
-        shapes, mask_sizes = check_masks(chunk, sizes, name)
-        areas = rle.areas(shapes).astype(np.float64)
+        shapes, mask_sizes, areas = check_masks(chunk, sizes, name)
     some = areas > 0
     sizes_of = None if mask_sizes is None else mask_sizes[some]
-    return Shapes(keys[some], shapes[some], areas[some], sizes_of), chunk.scores[some]
+    found = Shapes(keys[some], shapes[some], areas[some].astype(np.float64), sizes_of)
+    return found, chunk.scores[some]
 
 
 def _accumulate(

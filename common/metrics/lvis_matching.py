@@ -113,11 +113,11 @@ def _overlapping(
     """Pairs that overlap by the lowest threshold: detection, object and IoU, in this order."""
     first = np.searchsorted(truth.keys, found.keys)
     counts = np.searchsorted(truth.keys, found.keys, "right") - first
+    row, place = expand_ranges(first, counts)
     if found.sizes is None:
-        row, place = expand_ranges(first, counts)
         overlap = _box_iou(found.shapes[row], truth.shapes[place])
     else:
-        row, place, overlap = _mask_overlaps(found, truth, first, counts)
+        row, place, overlap = _mask_overlaps(found, truth, row, place)
     near = np.flatnonzero(overlap >= _LEAST[0])
     return row[near], place[near], overlap[near]
 
@@ -130,23 +130,28 @@ def _box_iou(a: Float[np.ndarray, "p 4"], b: Float[np.ndarray, "p 4"]) -> Float[
     return common / (a[:, 2] * a[:, 3] + b[:, 2] * b[:, 3] - common)
 
 
-def _mask_overlaps(found: Shapes, truth: Shapes, first: np.ndarray, counts: np.ndarray):
-    """Row, place and IoU of all pairs of equal keys."""
+def _mask_overlaps(
+    found: Shapes, truth: Shapes, row: Int[np.ndarray, " p"], place: Int[np.ndarray, " p"]
+) -> tuple[Int[np.ndarray, " q"], Int[np.ndarray, " q"], Float[np.ndarray, " q"]]:
+    """Pairs among those given, and their IoU: all that may reach the lowest threshold."""
     assert found.sizes is not None
-    with_truth = np.flatnonzero(counts)
-    keys = found.keys[with_truth]
-    starts = with_truth[np.diff(keys, prepend=-1) != 0]
-    ends = np.searchsorted(found.keys, found.keys[starts], "right")
+    # An overlap is at most the ratio of the areas, and most pairs are of very different ones.
+    pixels = rle.areas(truth.shapes)
+    one, other = found.areas[row], pixels[place]
+    row = np.unique(row[np.minimum(one, other) >= _LEAST[0] * np.maximum(one, other)])
+    keys = found.keys[row]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    ends = np.append(starts[1:], len(row))
+    first = np.searchsorted(truth.keys, keys[starts])
+    last = np.searchsorted(truth.keys, keys[starts], "right")
     overlaps = [
-        rle.iou(found.shapes[start:end], truth.shapes[low : low + count], size).reshape(-1)
-        for start, end, low, count, size in zip(
-            starts.tolist(),
-            ends.tolist(),
-            first[starts].tolist(),
-            counts[starts].tolist(),
-            found.sizes[starts].tolist(),
+        rle.iou(found.shapes[row[start:end]], truth.shapes[low:high], size).reshape(-1)
+        for start, end, low, high, size in zip(
+            *(limits.tolist() for limits in (starts, ends, first, last)),
+            found.sizes[row[starts]].tolist(),
             strict=True,
         )
     ]
-    row, place = expand_ranges(first, counts)
-    return row, place, np.concatenate(overlaps) if overlaps else np.zeros(0)
+    of_row = np.repeat(np.arange(len(starts)), ends - starts)
+    owner, places = expand_ranges(first[of_row], (last - first)[of_row])
+    return row[owner], places, np.concatenate(overlaps) if overlaps else np.zeros(0)

@@ -158,7 +158,7 @@ def _frames(
     name: str,
 ) -> Int[np.ndarray, "I 2"]:
     """Height and width of the masks of each image; refuses broken ones and several sizes."""
-    _, mask_sizes = checked_masks(chunk, name)
+    _, mask_sizes, _ = checked_masks(chunk, name)
     _, first = np.unique(image_index, return_index=True)
     sizes = np.asarray(mask_sizes[first], np.int64)
     other = np.any(mask_sizes != sizes[image_index], axis=1)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from faster_coco_eval import mask as coco_mask
 
 from common.data.dataset import ABSENT, NOT_EXHAUSTIVE, Dataset, DatasetWriter
 from common.io.commands import run_main
@@ -29,12 +30,12 @@ from common.metrics.coverage import selected_chunks
 from common.metrics.lvis import evaluate_lvis
 from common.tables import DetectionsReader, DetectionsWriter
 from scripts.bench import generated
-from scripts.bench.bench_rle import random_blobs
 from scripts.bench.timing import peak_mib, run_alone
 
 PHOTO = (480, 640)  # height, width
 OBJECTS, PRESENT, NEGATIVE, FORGIVEN = 12, 4, 9, 1  # objects and classes of a photo
 SHAPES, VARIANTS = 400, 5  # different masks of the truth, and different detections of each
+SIDE, SPREAD = 22.0, 1.1  # of squares as large as the objects: quartiles 10, 22 and 46 pixels
 FREQUENT, COMMON = 0.33, 0.38  # shares of the classes
 
 
@@ -93,13 +94,20 @@ def generate(folder: Path) -> None:
 
 
 def _stock(rng: np.random.Generator) -> tuple[list[bytes], np.ndarray]:
-    """Run lengths of SHAPES masks, and of VARIANTS moved copies of each."""
-    shapes = random_blobs(rng, SHAPES, PHOTO)
-    moved = []
-    for shape in shapes:
-        for down, right in np.rint(rng.normal(0, 8, (VARIANTS, 2))).astype(int).tolist():
-            moved += rle.encode(np.roll(shape, (down, right), (0, 1))[None])
-    return rle.encode(shapes), np.array([*moved, None], object)[:-1]
+    """Run lengths of SHAPES blobs, and of VARIANTS copies of each, moved by a tenth of its side."""
+    shapes, moved = [], []
+    for side in SIDE * np.exp(SPREAD * rng.normal(size=SHAPES)):
+        angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+        radii = np.clip(side / np.sqrt(np.pi), 2, 220) * rng.uniform(0.8, 1.2, 24)
+        blob = radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        centre = rng.uniform(0.1, 0.9, 2) * PHOTO[::-1]
+        places = centre + np.append(np.zeros((1, 2)), rng.normal(0, side / 10, (VARIANTS, 2)), 0)
+        polygons = [np.append(blob + place, []).tolist() for place in places]
+        codes = [coco_mask.segmToRle([polygon], *PHOTO[::-1]) for polygon in polygons]
+        shape, *copies = [code["counts"] for code in codes]
+        shapes.append(shape)
+        moved += copies
+    return shapes, np.array([*moved, None], object)[:-1]
 
 
 def score(folder: Path, table: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ before) in groups of five bits, as the characters '0' to 'o'.
 from common.masks.rle.counts import (
     Counts,
     areas,
+    checked_areas,
     decode_runs,
     encode_all,
     encode_runs,
@@ -20,6 +21,7 @@ from common.masks.rle.sets import iou, merge, nearest, resize
 __all__ = [
     "Counts",
     "areas",
+    "checked_areas",
     "decode",
     "decode_all",
     "decode_runs",

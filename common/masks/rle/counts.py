@@ -125,11 +125,20 @@ def encode_all(runs: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"]) ->
 
 def find_broken(counts: Counts, sizes: Sizes) -> tuple[int, str] | None:
     """First mask that is no run-length code of its height and width and why, or None."""
+    return checked_areas(counts, sizes)[1]
+
+
+def checked_areas(
+    counts: Counts, sizes: Sizes
+) -> tuple[Int[np.ndarray, " n"], tuple[int, str] | None]:
+    """Pixels of each mask, and what `find_broken` finds; where it does, areas mean nothing."""
     sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
+    result = np.zeros(len(counts), np.int64)
     for part in pieces(_lengths(counts), _PIECE):
         runs, offsets, broken = decode_runs(counts[part])
         pixels = sizes[part, 0] * sizes[part, 1]
         covered = _sum(runs, offsets)
+        result[part] = _areas(runs, offsets, covered)
         wrong = (covered != pixels) | (sizes[part] <= 0).any(1)
         wrong[broken] = True
         if wrong.any():
@@ -137,15 +146,17 @@ def find_broken(counts: Counts, sizes: Sizes) -> tuple[int, str] | None:
             index = part.start + local
             height, width = sizes[index]
             if (sizes[index] <= 0).any():
-                return index, f"mask of size {height}x{width}, expected positive height and width"
-            if local in broken:
+                reason = f"mask of size {height}x{width}, expected positive height and width"
+            elif local in broken:
                 text = bytes(counts[index][:20])
-                return index, f"counts {text!r} are no compressed COCO run lengths"
-            return index, (
-                f"mask runs cover {covered[local]} pixels, expected height {height} x width "
-                f"{width} = {pixels[local]}"
-            )
-    return None
+                reason = f"counts {text!r} are no compressed COCO run lengths"
+            else:
+                reason = (
+                    f"mask runs cover {covered[local]} pixels, expected height {height} x width "
+                    f"{width} = {pixels[local]}"
+                )
+            return result, (index, reason)
+    return result, None
 
 
 def areas(counts: Counts) -> Int[np.ndarray, " n"]:
@@ -153,11 +164,17 @@ def areas(counts: Counts) -> Int[np.ndarray, " n"]:
     result = np.zeros(len(counts), np.int64)
     for part in pieces(_lengths(counts), _PIECE):
         runs, offsets, _ = decode_runs(counts[part])
-        # Runs of ones less those of zeros, by signs that change from run to run.
-        signs = 1 - 2 * (np.arange(len(runs)) & 1)
-        less = _sum(runs * signs, offsets) * (2 * (offsets[:-1] & 1) - 1)
-        result[part] = (_sum(runs, offsets) + less) // 2
+        result[part] = _areas(runs, offsets, _sum(runs, offsets))
     return result
+
+
+def _areas(
+    runs: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " n+1"], covered: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    # Runs of ones less those of zeros, by signs that change from run to run.
+    signs = 1 - 2 * (np.arange(len(runs)) & 1)
+    less = _sum(runs * signs, offsets) * (2 * (offsets[:-1] & 1) - 1)
+    return (covered + less) // 2
 
 
 def tight_boxes(counts: Counts, sizes: Sizes) -> Int[np.ndarray, "n 4"]:
