@@ -39,6 +39,7 @@ from common.convert.cleaning import check_class_ids
 from common.convert.coco_file import CocoFile
 from common.convert.photo_names import normal, photo_name, split_extension
 from common.convert.report import DROPPED, REPAIRED, Report
+from common.data.dataset import ABSENT
 from common.io.errors import UserError
 
 _PREFIX = re.compile(
@@ -122,7 +123,7 @@ def read_coco(
         images=images,
         splits=splits,
         boxes=boxes,
-        labels=labels.take(),
+        labels=_without_contradictions(labels.take(), boxes, files, report),
         files=files,
         search=search,
         mask_spool=spool if has_masks else None,
@@ -321,6 +322,18 @@ def _add_labels(
         confidence=np.frombuffer(confidence, np.uint8),
         file=np.full(len(indices), number, np.int32),
     )
+
+
+def _without_contradictions(
+    labels: dict[str, np.ndarray], boxes: dict[str, np.ndarray], files: list[str], report: Report
+) -> dict[str, np.ndarray]:
+    """Leaves out that a class is absent from a photo on which objects of it are annotated."""
+    keys = [table["image"].astype(np.int64) << 32 | table["class"] for table in (labels, boxes)]
+    wrong = np.isin(*keys) & (labels["class"] >= 0) & (labels["confidence"] == ABSENT)
+    rows = np.flatnonzero(wrong)
+    reason = "category listed as absent where it is annotated"
+    report.add(reason, DROPPED, [files[i] for i in labels["file"][rows]], labels["row"][rows])
+    return {name: column[~wrong] for name, column in labels.items()}
 
 
 def _frequencies(categories: dict[str, str], frequencies: dict[str, str], path: str) -> list[str]:

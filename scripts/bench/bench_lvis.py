@@ -52,7 +52,7 @@ def generate(folder: Path) -> None:
     rng, count, classes = np.random.default_rng(0), flags.FLAGS.detections, flags.FLAGS.classes
     truth, found = _stock(rng)
     scale = np.array([PHOTO[1], PHOTO[0]] * 2)
-    sizes = np.tile(np.int32(PHOTO), (SHAPES * VARIANTS, 1))
+    sizes = np.tile(np.array(PHOTO, np.int32), (SHAPES * VARIANTS, 1))
     truth_boxes = rle.tight_boxes(truth, sizes[:SHAPES]) / scale
     found_boxes = rle.tight_boxes(found.tolist(), sizes) / scale
     areas = rle.areas(truth) / np.prod(PHOTO)
@@ -61,7 +61,7 @@ def generate(folder: Path) -> None:
     ranks = np.argsort(np.argsort(-shares)) / classes
     letters = np.where(ranks < FREQUENT, "f", np.where(ranks < FREQUENT + COMMON, "c", "r"))
     extra = {"frequency": letters.tolist(), "category_ids": list(range(1, classes + 1))}
-    options = {"has_masks": True, "has_areas": True, "extra": extra}
+    options: dict[str, Any] = {"has_masks": True, "has_areas": True, "extra": extra}
     with (
         DatasetWriter(folder / "set", "bench", labels, labels, None, **options) as dataset,
         DetectionsWriter(folder / "detections.parquet", {"model": "x"}, masks=True) as table,
@@ -149,7 +149,9 @@ def write_part(folder: Path, count: int) -> None:
     """Writes the first images of the table as folder/part.parquet, truth.json and results.json."""
     dataset, reader = Dataset.open(folder / "set"), DetectionsReader(folder / "detections.parquet")
     places = dataset.find_images(reader.image_ids)
-    images, annotations, results = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for image in range(count):
         classes, confidences = dataset.image_labels(image)
         lists = [(1 + classes[confidences == c]).tolist() for c in (ABSENT, NOT_EXHAUSTIVE)]

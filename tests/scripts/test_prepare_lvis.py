@@ -92,6 +92,25 @@ def test_categories_need_a_frequency(tmp_path, category, message):
         prepare("lvis", source=source, output=tmp_path / "d")
 
 
+def test_an_absent_class_that_is_annotated_is_counted(tmp_path):
+    """The annotation is the better evidence."""
+    source = write(tmp_path / "lvis_val.json")
+    content = json.loads(source.read_text())
+    content["images"][0]["neg_category_ids"] = [2, 5]
+    source.write_text(json.dumps(content))
+    dataset = prepare("lvis", source=source, output=tmp_path / "d")
+    classes, confidences = dataset.image_labels(int(dataset.find_images(["42"])[0]))
+    assert sorted(zip(classes.tolist(), confidences.tolist(), strict=True)) == [
+        (0, ABSENT),
+        (1, NOT_EXHAUSTIVE),
+    ]
+    reason = "category listed as absent where it is annotated"
+    (entry,) = json.loads((dataset.directory / "report.json").read_text())
+    assert (entry["reason"], entry["count"], entry["examples"][0]["row"]) == (reason, 1, 42)
+    with pytest.raises(UserError, match=f"lvis_val.json, row 42: {reason}; --strict refuses it"):
+        prepare("lvis", source=source, strict=True, output=tmp_path / "e")
+
+
 def _coco_file(path, images, annotations):
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]}
     path.write_text(json.dumps(content))
