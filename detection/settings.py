@@ -63,6 +63,12 @@ class RunSettings:
     log: LogSettings
 
     def __post_init__(self):
+        size, kind = self.data.mask_size, self.model.mask_head.kind
+        if self.model.has_masks:
+            expected = f"a multiple of 8 such as 112: model.mask_head.kind {kind!r} needs masks"
+            check(size > 0, "data.mask_size", size, expected)
+        else:
+            check(size == 0, "data.mask_size", size, "0: model.mask_head.kind is 'none'")
         if self.model.refines:
             size, scales = self.data.max_proposals, self.test_time.scales
             expected = "at least 1: box_head.kind 'regressor' refines the boxes of a table"

@@ -38,6 +38,7 @@ class RoITargets(NamedTuple):
     gt_boxes: Float[Array, "B R 4"]  # the matched ground-truth box of a positive RoI
     valid: Bool[Array, "B R"]
     is_gt: Bool[Array, "B R"]  # the RoI is itself a ground-truth box
+    matched_idx: Int[Array, "B R"]  # which of the batch's boxes `gt_boxes` is
 
     def first(self, count: int) -> "RoITargets":
         """The targets of the first `count` RoIs of each image."""

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt16
 
+from common.masks.probability import quantise
 from common.nn.layers.canvas import mirror
 from common.training.distributed import DATA_AXIS, sum_over_devices
 from segmentation.losses import pixel_losses
 from segmentation.models.segmenter import Segmenter, known_pixels
 
-PROBABILITY_ONE = 65535  # 16 bits: half the traffic of float32, and finer than any threshold
 FIGURES = (
     "loss",
     "pixels",
@@ -84,7 +84,7 @@ def vote_step(
             axis=1,
         )
         maps = maps.mean(axis=1, keepdims=True) if mean else maps
-        return jnp.round(maps * PROBABILITY_ONE).astype(jnp.uint16)
+        return quantise(maps)
 
     return jax.jit(
         jax.shard_map(

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8, UInt16
 
+from common.masks.probability import PROBABILITY_ONE
 from segmentation import vote
-from segmentation.inference import PROBABILITY_ONE
 
 _ABOVE, _BELOW = 1, 2  # bits: surely on that side of the threshold
 

@@ -129,6 +129,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ),
             margin=dict(class_margin=0.2, box_margin=0.2, clip=True),
         ),
+        mask_head=dict(
+            kind="none",  # none | class_specific | class_agnostic; needs data.mask_size
+            pool_size=14,  # half the side of a mask
+            width=256,
+            num_convs=4,
+            stages="last",  # last | all: of a cascade, whose regions train a mask head
+        ),
         truth_jitter=dict(  # of a refiner
             copies=0,  # moved copies of each ground-truth box beside the table's boxes
             shift=0.1,  # standard deviations: of the centre, in sides of the box
@@ -144,6 +151,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             sibling_box_regression=1.0,
             margin_class=1.0,
             margin_box=1.0,
+            mask=1.0,
         ),
         drop_background_rois=False,  # experts: no detection where background scores highest
         detections=dict(

@@ -58,7 +58,9 @@ def sample_rois(
         rois = boxes[index]
         matched_idx = matching.matched_idx(rois, gt_boxes, gt_valid)
         labels = jnp.where(positive, gt_classes[matched_idx] + 1, 0)
-        return RoITargets(rois, labels, gt_boxes[matched_idx], slot_valid, index < num_gt)
+        return RoITargets(
+            rois, labels, gt_boxes[matched_idx], slot_valid, index < num_gt, matched_idx
+        )
 
     ground_truth = (batch[name] for name in ("gt_boxes", "gt_classes", "gt_valid"))
     targets = jax.vmap(sample)(keys, boxes, valid, ignore, *ground_truth)

@@ -10,25 +10,28 @@ Shape legend
   K     classes
   P     proposals per image
   D     detections per image
+  S     side of a mask (28)
 
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
 height and width, image_valid bool (B,); in training also gt_boxes (B,M,4) pixels,
 gt_classes (B,M) 0..K-1 and gt_valid (B,M), and where the data has them ignore_boxes (B,G,4) pixels
 with ignore_valid (B,G), inside which nothing is background, and class_known bool (B,K), the
-classes that the annotations of an image cover.
+classes that the annotations of an image cover; with a mask head gt_masks, gt_has_mask.
 """
 
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from common.geometry.nms import multiclass_nms
+from common.masks.probability import quantise
 from detection.assign import anchors as anchor_ops
 from detection.losses.rpn import recall, rpn_losses
 from detection.losses.weights import Term, weighted
 from detection.models.box_refiner import BoxRefiner
+from detection.models.mask_branch import predict_masks
 from detection.models.rpn import RPNHead, propose
 from detection.models.second_stage import RoIBranch, detect_stages, stage_losses
 from detection.models.settings import ModelSettings
@@ -90,12 +93,39 @@ class FasterRCNN(TwoStage):
         return {"losses": weighted(terms, s), "monitor": monitor}
 
     def detect(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Detections: boxes (B,D,4) canvas pixels, scores, classes 0..K-1 and valid, each (B,D)."""
+        """Detections: boxes (B,D,4) canvas pixels, scores, classes 0..K-1 and valid, each (B,D).
+
+        With a mask head also masks uint16 (B,D,S,S) inside the boxes, as `predict_masks` gives.
+        """
         branches = self.read(batch, train=False)
         proposals = self._propose(branches, batch)
         scores, boxes = self._score(branches, batch, proposals)
         valid = proposals.valid & batch["image_valid"][:, None]
-        return select_detections(boxes, scores, valid, self.settings)
+        found = select_detections(boxes, scores, valid, self.settings)
+        if branches[-1].masks is None:
+            return found
+        chosen = (found[name] for name in ("boxes", "classes", "valid"))
+        return found | {"masks": quantise(predict_masks(branches[-1].masks, *chosen))}
+
+    def predict_masks(
+        self,
+        batch: Mapping[str, Array],
+        boxes: Float[Array, "B D 4"],
+        classes: Int[Array, "B D"],
+        valid: Bool[Array, "B D"],
+    ) -> UInt16[Array, "B D S S"]:
+        """Masks of given boxes: foreground probabilities inside each, 1 is `PROBABILITY_ONE`.
+
+        Args:
+          batch: images.
+          boxes: canvas pixels, of any origin.
+          classes: 0..K-1; of no effect where all classes share a mask.
+          valid: which boxes are real; the others have zeros.
+        """
+        masks = self.read(batch, train=False)[-1].masks
+        assert masks is not None, "the model has no mask head"
+        valid &= batch["image_valid"][:, None]
+        return quantise(predict_masks(masks, boxes, classes, valid))
 
     def propose_on(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Proposals of inference: boxes (B,P,4) canvas pixels, scores (B,P), valid (B,P)."""

@@ -4,7 +4,8 @@ One head is Faster R-CNN; more are Cascade R-CNN (Cai and Vasconcelos 2018). The
 with IoU thresholds 0.5, 0.5, 0.6, 0.7 and weights 0.75, 1, 0.25, 0.25 (section 5.6). Where the
 backbone is decoupled (section 5.2), every stage has two heads on pyramids of their own: the first
 one's classes and the last one's boxes count. Heads that only regress (`RegressorHead`) have no
-class losses and no scores.
+class losses and no scores. Mask heads (`detection.models.mask_branch`) are trained on the RoIs of
+the last stage, or of every stage.
 
 Shape legend
   B  images
@@ -29,6 +30,7 @@ from detection.assign.rois import sample_rois
 from detection.losses import roi
 from detection.losses.margin import margin_losses
 from detection.losses.weights import Term
+from detection.models.mask_branch import MaskBranch, train_masks
 from detection.models.settings import BoxHeadSettings, CascadeStage, ModelSettings, StageSettings
 from detection.structures import HeadOutput, Pool, Proposals, RoITargets, of_class
 
@@ -42,11 +44,13 @@ class RoIBranch(NamedTuple):
       levels: pyramid levels, finest first.
       pool: reads the features of boxes.
       heads: of each stage.
+      masks: mask heads of each stage, in the last branch of a model that has them.
     """
 
     levels: Sequence[Array]
     pool: Pool
     heads: Sequence[Head]
+    masks: MaskBranch | None = None
 
 
 def stage_losses(
@@ -67,7 +71,8 @@ def stage_losses(
       keys: (B,) random keys, one an image.
       proposals: of the first stage.
       batch: ground truth: gt_boxes, gt_classes, gt_valid; image_size, image_valid; optional ignore
-        regions (`assign.rois.sample_rois`) and class_known (`HeadOutput.masked`).
+        regions (`assign.rois.sample_rois`) and class_known (`HeadOutput.masked`); with mask heads
+        gt_masks and gt_has_mask.
       settings: of the model.
       axis_name: device axis over which RoIs are counted.
     """
@@ -86,8 +91,9 @@ def stage_losses(
         last = index + 1 == len(stages)
         # Box losses are of positive RoIs, which come first; a next stage starts from all boxes.
         num_regressed = targets.boxes.shape[1]
+        num_positive = matching.max_positives(num_regressed, sample.positive_fraction)
         if last:
-            num_regressed = matching.max_positives(num_regressed, sample.positive_fraction)
+            num_regressed = num_positive
         outputs = [
             branch.heads[index](branch.pool, targets.boxes, True, num_regressed)
             for branch in branches
@@ -100,6 +106,14 @@ def stage_losses(
             )
             branch = number if len(branches) > 1 else None
             terms |= {Term(name, branch, index): value for name, value in losses.items()}
+        masks = branches[-1].masks
+        if masks is not None and (mask_head := masks.heads[index]) is not None:
+            positive = targets.first(num_positive)
+            loss, iou = train_masks(masks, mask_head, positive, batch, axis_name)
+            # The only mask head is no part of a stage, and has no stage's weight.
+            of_stage = index if settings.mask_head.stages == "all" else None
+            terms[Term("mask", None, of_stage)] = loss
+            monitor["mask_iou"] = iou
         boxes = _refine(outputs, targets, stage, batch["image_size"])
         counted = (targets, batch["image_valid"], axis_name)
         if outputs[0].logits is None:
@@ -107,7 +121,7 @@ def stage_losses(
             figures = roi.mean_overlaps(boxes, *counted)
             monitor |= {name + suffix: value for name, value in figures.items()}
         else:
-            monitor = roi.accuracy(outputs[0].logits, *counted)
+            monitor |= roi.accuracy(outputs[0].logits, *counted)
         if not last:  # refined RoIs, without copies of the ground truth
             valid = targets.valid & ~targets.is_gt & box_ops.is_valid(boxes)
             proposals = Proposals(boxes, valid)

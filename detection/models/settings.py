@@ -135,6 +135,19 @@ class BoxHeadSettings:
         _at_least(1, self, "width", "pool_size")
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskHeadSettings:
+    kind: Literal["none", "class_specific", "class_agnostic"]
+    pool_size: int
+    width: int
+    num_convs: int
+    stages: Literal["last", "all"]
+
+    def __post_init__(self):
+        _at_least(1, self, "pool_size", "width")
+        _at_least(0, self, "num_convs")
+
+
 class CascadeStage(NamedTuple):
     """Constants of one stage.
 
@@ -188,6 +201,7 @@ class LossWeights:
     sibling_box_regression: float
     margin_class: float
     margin_box: float
+    mask: float
 
     def __post_init__(self):
         _at_least(0, self, *(field.name for field in dataclasses.fields(self)))
@@ -236,6 +250,7 @@ class ModelSettings:
     ignore_ioa: float
     rpn: RPNSettings
     box_head: BoxHeadSettings
+    mask_head: MaskHeadSettings
     truth_jitter: TruthJitterSettings
     stages: StageSettings
     loss_weights: LossWeights
@@ -254,11 +269,22 @@ class ModelSettings:
             self.split_after,
             "'': box_head.kind 'regressor' has no classes to decouple",
         )
+        check(
+            not (self.refines and self.has_masks),
+            "mask_head.kind",
+            self.mask_head.kind,
+            "'none': box_head.kind 'regressor' refines boxes",
+        )
 
     @property
     def refines(self) -> bool:
         """Whether the model moves the boxes of a table instead of finding objects."""
         return self.box_head.kind == "regressor"
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the model outlines the objects that it finds."""
+        return self.mask_head.kind != "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32
 height and width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,6 +27,8 @@ from common.nn.layers.canvas import normalise
 from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
 from detection.models.fpn import FPN
+from detection.models.mask_branch import MaskBranch
+from detection.models.mask_head import MaskHead
 from detection.models.nas_fpn import NASFPN
 from detection.models.second_stage import RoIBranch
 from detection.models.settings import ModelSettings
@@ -63,6 +65,7 @@ class TwoStage(nn.Module):
         # The last branch serves boxes and proposals, the first one classes.
         names = ("",) if split is None else ("_class", "_box")
         self.branches = tuple(self._make_branch(name, split) for name in names)
+        self.mask_heads = self._make_mask_heads()
 
     def _make_branch(self, name: str, split: int | None) -> Branch:
         """Names of the modules are those of the parameters: `neck_class`, `box_head_class2`."""
@@ -110,6 +113,23 @@ class TwoStage(nn.Module):
             return DecouplingHead(**vars(h.offsets), **fields)
         return TwoFCHead(**fields)
 
+    def _make_mask_heads(self) -> tuple[MaskHead | None, ...]:
+        """Of each stage: `mask_head` of the last one, or `mask_head`, `mask_head2` and so on."""
+        s, count = self.settings.mask_head, len(self.settings.stages.iou)
+        if s.kind == "none":
+            return ()
+        numbers = ["", *range(2, count + 1)] if s.stages == "all" else [None] * (count - 1) + [""]
+        fields: dict[str, Any] = dict(
+            num_masks=self.num_classes if s.kind == "class_specific" else 1,
+            width=s.width,
+            num_convs=s.num_convs,
+            dtype=jnp.dtype(self.settings.dtype),
+        )
+        return tuple(
+            None if number is None else MaskHead(**fields, name=f"mask_head{number}")
+            for number in numbers
+        )
+
     def read(self, batch: Mapping[str, Array], train: bool) -> list[RoIBranch]:
         """The features of the batch's images in each branch, with the heads that read them."""
         mean, std = preprocessing(self.settings.backbone)
@@ -124,7 +144,11 @@ class TwoStage(nn.Module):
                 taps = shared | branch.backbone(shared[self.settings.split_after], train=train)
             pyramid = branch.neck(taps, train)
             levels = [pyramid[name] for name in sorted(pyramid)]
-            branches.append(RoIBranch(levels, self._pool(levels), branch.heads))
+            pool = self._pool(levels, self.settings.box_head.pool_size)
+            branches.append(RoIBranch(levels, pool, branch.heads))
+        if self.mask_heads:
+            pool = self._pool(branches[-1].levels, self.settings.mask_head.pool_size)
+            branches[-1] = branches[-1]._replace(masks=MaskBranch(pool, self.mask_heads))
         return branches
 
     @property
@@ -134,15 +158,15 @@ class TwoStage(nn.Module):
         finest = s.nas_fpn.min_level if s.neck == "nas_fpn" else 2
         return tuple(2 ** (finest + i) for i in range(5))
 
-    def _pool(self, levels: list[Array]) -> Pool:
+    def _pool(self, levels: Sequence[Array], size: int) -> Pool:
         """Function of boxes (B,R,4), and optionally shifts of each bin, to (B,R,S,S,C) features.
 
-        Each box is read from the level that fits its size.
+        `size` is S. Each box is read from the level that fits its size.
         """
         h = self.settings.box_head
         strides = tuple(stride for stride in self.strides if stride <= MAX_ROI_STRIDE)
         levels = levels[: len(strides)]
-        options = dict(output_size=h.pool_size, sampling_ratio=2, aligned=h.aligned)
+        options = dict(output_size=size, sampling_ratio=2, aligned=h.aligned)
 
         def pooled(boxes, offsets=None):
             if offsets is None:

@@ -96,12 +96,13 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
     """Like `torch_calls`."""
     import jax
 
+    from common.masks.probability import PROBABILITY_ONE
     from common.training import distributed
     from common.training.optimizer import make_optimizer
     from common.training.step import init_state, make_train_step, variable_shapes
     from configs.segmentation import hrnet_w48_112
     from segmentation.batch_fields import INFERENCE_FIELDS, init_shapes
-    from segmentation.inference import PROBABILITY_ONE, Voter, vote_step
+    from segmentation.inference import Voter, vote_step
     from segmentation.models.segmenter import build
     from segmentation.settings import read_run
 

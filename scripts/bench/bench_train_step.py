@@ -1,12 +1,14 @@
-"""Times our R50-FPN Faster R-CNN against torchvision's: a training step, and inference.
+"""Times our R50-FPN Faster and Mask R-CNN against torchvision's: a training step, and inference.
 
     python -m scripts.bench.bench_train_step
+    python -m scripts.bench.bench_train_step --masks
     python -m scripts.bench.bench_train_step --peer=plain_head
 
 Equal settings on both sides: batch 2 at 512x512, float32, 501-way head, frozen stem and first
 stage, frozen batch norm, the same anchors, 2000 (1000) proposals in training (inference), 512 RoIs
-an image, 256 RPN samples an image, SGD with momentum and weight decay, 20 boxes an image. Random
-weights, of the same distributions. Needs torch and torchvision in the same environment.
+an image, 256 RPN samples an image, SGD with momentum and weight decay, 20 boxes an image, with
+--masks filled by ellipses. Random weights, of the same distributions. Needs torch and torchvision
+in the same environment. Masks of inference are compared before they are pasted into the photo.
 
 With --peer=plain_head our Decoupling Head is timed against our plain head instead.
 
@@ -16,7 +18,7 @@ the ratio is due to it. Prints the ratios of the best times and the medians (bel
 faster).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
@@ -29,6 +31,7 @@ TASKS = ("train", "inference")
 LAST_NORM_SCALE = 0.2
 CLASSIFIER_STD = 0.1  # spreads the scores, so that inference has detections to select among
 LEARNING_RATE = 1e-5
+MASK_SIZE = 112
 
 
 def example(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
@@ -43,11 +46,24 @@ def example(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
     }
 
 
-def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[], str]]:
+def ellipse(
+    height: int, width: int, box: Sequence[float] | np.ndarray = (0.0, 0.0, 1.0, 1.0)
+) -> np.ndarray:
+    """The pixels (height, width) of an image inside the ellipse that fills a box (normalised)."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    xmin, ymin, xmax, ymax = box
+    y = (y / height - (ymin + ymax) / 2) / (ymax - ymin)
+    x = (x / width - (xmin + xmax) / 2) / (xmax - xmin)
+    return x * x + y * y < 0.25
+
+
+def torchvision_calls(
+    data, classes: int, threads: int, masks: bool
+) -> dict[str, Callable[[], str]]:
     """Task -> function that runs it once; that of inference returns the number of detections."""
     import torch
     from torchvision.models import resnet50
-    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection import FasterRCNN, MaskRCNN
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
     from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -56,17 +72,22 @@ def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[]
     size = data["image"].shape[1]
     # What `fasterrcnn_resnet50_fpn` builds for pretrained weights: frozen norms, 3 trained stages.
     trunk = _resnet_fpn_extractor(resnet50(norm_layer=FrozenBatchNorm2d), 3)
-    model = FasterRCNN(trunk, classes + 1, min_size=size, max_size=size)
+    model = (MaskRCNN if masks else FasterRCNN)(trunk, classes + 1, min_size=size, max_size=size)
     with torch.no_grad():
         for name, buffer in trunk.named_buffers():
             if name.endswith("bn3.weight"):
                 buffer.fill_(LAST_NORM_SCALE)
         model.roi_heads.box_predictor.cls_score.weight.normal_(std=CLASSIFIER_STD)
+    # Masks stay as the network gives them: pasting is measured by bench_paste.
+    model.transform.postprocess = lambda found, *_: found
     images = [torch.from_numpy(x).permute(2, 0, 1).float() / 255 for x in data["image"]]
     targets = [
         {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(c).long() + 1}
         for b, c in zip(data["gt_boxes"], data["gt_classes"], strict=True)
     ]
+    for target in targets if masks else ():
+        pixels = [ellipse(size, size, box) for box in target["boxes"].numpy() / size]
+        target["masks"] = torch.from_numpy(np.stack(pixels).astype(np.uint8))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
 
@@ -88,7 +109,7 @@ def torchvision_calls(data, classes: int, threads: int) -> dict[str, Callable[[]
     return {"train": train, "inference": inference}
 
 
-def our_config(head: str = "two_fc"):
+def our_config(head: str = "two_fc", masks: bool = False):
     """`configs/detection/r50.py` with torchvision's settings; `head`: kind of the box head."""
     from configs.detection import r50
 
@@ -101,10 +122,15 @@ def our_config(head: str = "two_fc"):
         score_threshold=0.05, iou_threshold=0.5, max_candidates=4096, max_detections=100
     )
     config.optimizer.clip_norm = 0.0
+    if masks:
+        config.data.mask_size = MASK_SIZE
+        config.model.mask_head.kind = "class_specific"
     return config
 
 
-def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[], str]]:
+def our_calls(
+    data, classes: int, head: str = "two_fc", masks: bool = False
+) -> dict[str, Callable[[], str]]:
     """Like `torchvision_calls`."""
     import jax
     import jax.numpy as jnp
@@ -117,7 +143,7 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
     from detection.models.two_stage import frozen_pattern
     from detection.settings import read_run
 
-    settings = read_run(our_config(head))
+    settings = read_run(our_config(head, masks))
     mesh = distributed.make_mesh(jax.devices()[:1])
     model = build(settings.model, classes, distributed.DATA_AXIS)
     batch_size, size = data["image"].shape[:2]
@@ -127,6 +153,10 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
         image_valid=np.ones(batch_size, bool),
         gt_valid=np.ones(data["gt_classes"].shape, bool),
     )
+    if masks:
+        mask = np.packbits(ellipse(MASK_SIZE, MASK_SIZE), axis=1)
+        shape = (*batch["gt_classes"].shape, *mask.shape)
+        batch |= dict(gt_masks=np.broadcast_to(mask, shape), gt_has_mask=batch["gt_valid"])
     variables = jax.jit(lambda: init_variables(model, 0, batch))()
 
     def prepared(path, value):
@@ -163,6 +193,7 @@ def our_calls(data, classes: int, head: str = "two_fc") -> dict[str, Callable[[]
 
 def define_flags() -> None:
     flags.DEFINE_enum("peer", "torchvision", ("torchvision", "plain_head"), "Compare with.")
+    flags.DEFINE_boolean("masks", False, "Whether the models have mask heads.")
     flags.DEFINE_integer("rounds", 5, "Turns of each side.")
     flags.DEFINE_integer("size", 512, "Side of the images, pixels.")
     flags.DEFINE_integer("batch", 2, "Images per step.")
@@ -175,16 +206,16 @@ def main() -> None:
     data = example(values.batch, values.size, values.classes)
     ours = (data, values.classes)
     if values.peer == "torchvision":
-        theirs = (torchvision_calls, (*ours, values.threads))
+        theirs = (torchvision_calls, (*ours, values.threads, values.masks))
         sides: tuple[Side, ...] = (
             Side("torchvision", *theirs, keep_memory=False),
             Side("torchvision, memory kept", *theirs, keep_memory=True),
-            Side("ours", our_calls, ours, keep_memory=True),
+            Side("ours", our_calls, (*ours, "two_fc", values.masks), keep_memory=True),
         )
     else:
-        sides = (
-            Side("plain head", our_calls, ours, keep_memory=True),
-            Side("Decoupling Head", our_calls, (*ours, "decoupling"), keep_memory=True),
+        sides = tuple(
+            Side(name, our_calls, (*ours, head, values.masks), keep_memory=True)
+            for name, head in (("plain head", "two_fc"), ("Decoupling Head", "decoupling"))
         )
     title = f"{values.batch} images of {values.size}x{values.size}"
     compare_processes(sides, dict.fromkeys(TASKS, title), values.rounds)

@@ -36,7 +36,8 @@ def targets_of(num_positives):
     gt_boxes = boxes + rng.uniform(-3, 3, boxes.shape).astype(np.float32)
     positive = np.arange(8) < np.array(num_positives)[:, None]
     labels = np.where(positive, rng.integers(1, 4, (2, 8)), 0)
-    return RoITargets(boxes, labels, gt_boxes, np.arange(8) < [[8], [7]], np.zeros((2, 8), bool))
+    valid, is_gt = np.arange(8) < [[8], [7]], np.zeros((2, 8), bool)
+    return RoITargets(boxes, labels, gt_boxes, valid, is_gt, np.zeros((2, 8), np.int32))
 
 
 @pytest.mark.parametrize("normaliser", ["sampled", "positive"])

@@ -25,7 +25,8 @@ def one_image(labels, boxes, gt_boxes, valid=None):
     boxes, gt_boxes = (np.asarray(a, np.float32)[None] for a in (boxes, gt_boxes))
     labels = np.asarray(labels, np.int32)[None]
     valid = np.ones(labels.shape, bool) if valid is None else np.asarray(valid)[None]
-    return RoITargets(boxes, labels, gt_boxes, valid, np.zeros(labels.shape, bool))
+    is_gt, matched_idx = np.zeros(labels.shape, bool), np.zeros(labels.shape, np.int32)
+    return RoITargets(boxes, labels, gt_boxes, valid, is_gt, matched_idx)
 
 
 def output_for(targets, decoupled, sibling, decoupled_boxes, sibling_boxes):

@@ -27,6 +27,8 @@ def head(num_classes, value, class_agnostic=False):
         "box_head/classifier/bias": (num_classes + 1,),
         "box_head/regressor/kernel": (4, 4 * boxes),
         "box_head/regressor/bias": (4 * boxes,),
+        "mask_head/predictor/kernel": (4, boxes),
+        "mask_head/predictor/bias": (boxes,),
     }
     return {
         f"params/{name}": (value + np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
@@ -56,7 +58,11 @@ def test_rows_of_classes_follow_their_labels():
                 layer["classifier"][name][..., ours],
                 old[f"params/box_head/classifier/{name}"][..., theirs],
             )
+    masks = variables["params"]["mask_head"]["predictor"]
     for ours, theirs in ((1, 2), (2, 0)):
+        np.testing.assert_array_equal(
+            masks["kernel"][:, ours], old["params/mask_head/predictor/kernel"][:, theirs]
+        )
         np.testing.assert_array_equal(
             layer["regressor"]["kernel"][:, 4 * ours : 4 * ours + 4],
             old["params/box_head/regressor/kernel"][:, 4 * theirs : 4 * theirs + 4],
@@ -80,6 +86,7 @@ def test_what_does_not_fit_is_named_and_what_all_classes_share_is_taken_whole():
         variables["params"]["box_head"]["regressor"]["kernel"],
         old["params/box_head/regressor/kernel"],
     )
+    assert "params/mask_head/predictor/kernel" in report.taken
     text = str(report)
     assert "params/rpn/kernel (found (7,), expected (9,))" in text
     assert "params/extra" in text and "params/other" in text

@@ -3,9 +3,9 @@ import pytest
 
 from common.io.errors import UserError
 from common.io.settings import read_settings
+from common.masks.probability import PROBABILITY_ONE
 from configs.segmentation import hrnet_w48_256
 from segmentation import vote
-from segmentation.inference import PROBABILITY_ONE
 from segmentation.paste import CropMaps, PixelGrid, paste, pixel_window
 from segmentation.settings import InferenceSettings
 from tests.oracles import segmentation as oracle

@@ -5,6 +5,7 @@ class that both models know are copied, the others keep the new model's values.
 
     classifier  K + 1 outputs, background first
     regressor   4 K outputs, class after class; 4 where all classes share a box
+    predictor   of a mask head: K outputs; 1 where all classes share a mask
 
 A weights file (`.safetensors`) has the '/'-joined paths of the variables as keys, such as
 `params/box_head/classifier/kernel`, and the labels of the classes as metadata.
@@ -171,6 +172,8 @@ def _class_outputs(
     # One box for all classes is no row of a class, even if there is only one class.
     if layer == "regressor" and outputs == tuple(4 * size for size in sizes) != (4, 4):
         return 0, 4
+    if layer == "predictor" and outputs == sizes != (1, 1):
+        return 0, 1
     return None
 
 

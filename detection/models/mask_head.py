@@ -1,0 +1,113 @@
+"""The mask head (Mask R-CNN, He et al. 2017, section 3): outlines the object in a box.
+
+RoIAlign of the box, convolutions, a transposed convolution that doubles the side, and one logit a
+pixel and class. Only the logits of the RoI's own class are ever computed: the last layer's kernel
+is gathered by class before it meets the features, so that 1,230 classes cost what one costs.
+
+Shape legend
+  B  images
+  R  boxes per image: sampled RoIs in training, detections in inference
+  N  boxes of all images
+  P  pooled side (14); S = 2 P, side of a mask
+  C  channels of the pyramid, D of the head's layers
+  K  classes; 1 where all classes share a mask
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from common.nn.layers.conv import conv2d, he_normal_fan_out
+from common.nn.xla_cpu.present_rows import map_present
+
+PREDICTOR_INIT = nn.initializers.normal(0.001)
+
+
+class Layer(NamedTuple):
+    """Parameters of a layer."""
+
+    kernel: Float[Array, "... D"]
+    bias: Float[Array, " D"]
+
+
+class Parameters(nn.Module):
+    """`kernel` and `bias` of a layer, which a function applies."""
+
+    shape: tuple[int, ...]
+    init: Callable
+
+    @nn.compact
+    def __call__(self) -> Layer:
+        kernel = self.param("kernel", self.init, self.shape)
+        return Layer(kernel, self.param("bias", nn.initializers.zeros_init(), self.shape[-1:]))
+
+
+class MaskHead(nn.Module):
+    """Logits of a mask for each box.
+
+    Attributes:
+      num_masks: K.
+      width: D.
+      num_convs: convolutions of 3x3 before the transposed one.
+      dtype: of convolutions and matmuls.
+    """
+
+    num_masks: int
+    width: int = 256
+    num_convs: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        pooled: Float[Array, "B R P P C"],
+        classes: Int[Array, "B R"],
+        present: Bool[Array, "B R"],
+    ) -> Float[Array, "B R S S"]:
+        """Logits of each box's class, float32; zeros where the box is not `present`."""
+        channels, he = pooled.shape[-1], he_normal_fan_out()
+        convs = [
+            Parameters((3, 3, self.width if i else channels, self.width), he, name=f"conv{i + 1}")()
+            for i in range(self.num_convs)
+        ]
+        channels = self.width if convs else channels
+        deconv = Parameters((2, 2, channels, self.width), he, name="deconv")()
+        predictor = Parameters((self.width, self.num_masks), PREDICTOR_INIT, name="predictor")()
+
+        def logits(pooled, classes):
+            return mask_logits(pooled.astype(self.dtype), classes, convs, deconv, predictor)
+
+        if self.num_masks == 1:
+            classes = jnp.zeros_like(classes)
+        rows = pooled.reshape(-1, *pooled.shape[2:]), classes.reshape(-1)
+        result = map_present(logits, present.reshape(-1), rows)
+        return result.reshape(*classes.shape, *result.shape[1:])
+
+
+def mask_logits(
+    x: Float[Array, "N P P C"],
+    classes: Int[Array, " N"],
+    convs: list[Layer],
+    deconv: Layer,
+    predictor: Layer,
+) -> Float[Array, "N S S"]:
+    """The layers of the head; computes in the type of `x`, logits are float32.
+
+    A transposed convolution of 2x2 with stride 2 makes four pixels of each cell by a matmul each.
+    They are put in their places after the last layer, when there is one number a pixel.
+    """
+    dtype = x.dtype
+    for kernel, bias in convs:
+        x = nn.relu(conv2d(x, kernel.astype(dtype)) + bias.astype(dtype))
+    count, side, _, channels = x.shape
+    kernel = deconv.kernel.transpose(2, 0, 1, 3).reshape(channels, -1).astype(dtype)
+    x = (x.reshape(-1, channels) @ kernel).reshape(count, side * side * 4, -1)
+    x = nn.relu(x + deconv.bias.astype(dtype))
+    columns = jnp.take(predictor.kernel.T, classes, axis=0).astype(dtype)
+    logits = jnp.einsum("npd,nd->np", x, columns, preferred_element_type=jnp.float32)
+    logits = logits + jnp.take(predictor.bias, classes)[:, None]
+    logits = logits.reshape(count, side, side, 2, 2).transpose(0, 1, 3, 2, 4)
+    return logits.reshape(count, 2 * side, 2 * side)
