@@ -19,8 +19,7 @@ from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.paths import PathLike
-from common.metrics.coco import evaluate_coco
-from common.metrics.openimages import evaluate_openimages
+from common.metrics.official import evaluate
 from common.training import command, distributed
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
@@ -39,16 +38,8 @@ def score(settings: RunSettings, dataset: Dataset, split: str, table: PathLike) 
     overlaps = {}
     if settings.model.refines:
         overlaps = mean_overlaps(dataset, split, settings.evaluation.proposals, table)
-    return overlaps | _official(settings, dataset, split, table)
-
-
-def _official(
-    settings: RunSettings, dataset: Dataset, split: str, table: PathLike
-) -> dict[str, float]:
-    if settings.evaluation.metric == "coco":
-        return evaluate_coco(dataset, split, table)
-    expand = settings.evaluation.expand_predictions
-    return evaluate_openimages(dataset, split, table, expand_predictions=expand)
+    metric, expand = settings.evaluation.metric, settings.evaluation.expand_predictions
+    return overlaps | evaluate(metric, dataset, split, table, expand_predictions=expand)
 
 
 def evaluate_variables(

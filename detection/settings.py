@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from common.data.settings import DataSettings, LabelledDataSettings
 from common.io.settings import check, read_settings
+from common.metrics.official import Metric
 from common.training.optimizer import OptimizerSettings
 from common.training.settings import CheckpointSettings, LogSettings
 from detection.models.settings import ClassifierSettings, ModelSettings
@@ -25,20 +26,24 @@ class EvaluationSettings:
     Attributes:
       batch_size: images of all devices together; rounded up to a multiple of the devices.
       every_epochs: of a training; 0: only at the end.
-      metric: official metric of the figures.
+      metric: official metric of the figures, of boxes or of masks.
+      mask_threshold: probability that a pixel of a mask must exceed, in export too.
       expand_predictions: copies detections to parent classes first (paper section 1).
       proposals: of a refiner: the detections table that is refined and scored.
     """
 
     batch_size: int
     every_epochs: int
-    metric: Literal["openimages", "coco"]
+    metric: Metric
+    mask_threshold: float
     expand_predictions: bool
     proposals: str
 
     def __post_init__(self):
         check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         check(self.every_epochs >= 0, "every_epochs", self.every_epochs, "0 (at the end) or more")
+        threshold = self.mask_threshold
+        check(0 <= threshold < 1, "mask_threshold", threshold, "a number in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

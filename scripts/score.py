@@ -19,10 +19,8 @@ from common.data.dataset import Dataset
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.metrics import coco, lvis, openimages, openimages_masks
+from common.metrics.official import METRICS, evaluate
 from common.tables import DetectionsReader
-
-METRICS = ("openimages", "openimages_masks", "coco", "coco_masks", "lvis", "lvis_masks")
 
 
 def define_flags() -> None:
@@ -58,28 +56,15 @@ def main():
     if flags.FLAGS.metric.startswith("openimages"):
         expanded = DetectionsReader(flags.FLAGS.detections).metadata.get("expanded")
         print(f"predictions expanded to parent classes: {_expansion(expanded)}", flush=True)
-        masks = flags.FLAGS.metric == "openimages_masks"
-        evaluate = (
-            openimages_masks.evaluate_openimages_masks if masks else openimages.evaluate_openimages
-        )
-        results = evaluate(
-            dataset,
-            flags.FLAGS.split,
-            flags.FLAGS.detections,
-            expand_predictions=flags.FLAGS.expand_predictions,
-            image_labels=flags.FLAGS.image_labels,
-            allow_partial=flags.FLAGS.allow_partial,
-        )
-    else:
-        metric, _, masks = flags.FLAGS.metric.partition("_")
-        evaluate = {"coco": coco.evaluate_coco, "lvis": lvis.evaluate_lvis}[metric]
-        results = evaluate(
-            dataset,
-            flags.FLAGS.split,
-            flags.FLAGS.detections,
-            masks=bool(masks),
-            allow_partial=flags.FLAGS.allow_partial,
-        )
+    results = evaluate(
+        flags.FLAGS.metric,
+        dataset,
+        flags.FLAGS.split,
+        flags.FLAGS.detections,
+        expand_predictions=flags.FLAGS.expand_predictions,
+        image_labels=flags.FLAGS.image_labels,
+        allow_partial=flags.FLAGS.allow_partial,
+    )
     print(
         format_table(
             results,

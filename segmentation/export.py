@@ -7,7 +7,7 @@
 Rows, scores and labels stay as they are. Boxes are cut as `config.test` says, and with --voters as
 that of each work directory's own config.json does; `:flip` averages a network with itself on the
 mirrored crop, as `config.test.flip` does. What the voters make of a pixel is decided by
-`config.test.vote` and `config.test.threshold` (`segmentation.vote`) of --config.
+`config.test.vote` and `config.test.threshold` (`common.masks.vote`) of --config.
 
 With several hosts each writes the shard of its part of the photos into the folder --output.
 """
@@ -28,19 +28,16 @@ from common.io.errors import UserError
 from common.io.parallel import map_ordered
 from common.io.paths import PathLike
 from common.io.progress import Progress
-from common.masks import rle
+from common.masks import rle, vote
+from common.masks.paste import PASTING_THREADS, CropMaps, paste, pixel_window
 from common.tables import DetectionsReader, DetectionsWriter
+from common.tables.masked import RowMasks, write_with_masks
 from common.tables.table import Detections
 from common.training import command, distributed
-from segmentation import vote
 from segmentation.crops.batches import BoxBatch, box_batches
 from segmentation.inference import Voter
-from segmentation.paste import CropMaps, paste, pixel_window
 from segmentation.settings import RunSettings, read_run
 from segmentation.voters import Network, Panel, open_network, open_voters
-
-_CHUNK_ROWS = 1 << 17  # of the table in memory at once, with their masks
-PASTING_THREADS = 4  # NumPy lets them run side by side
 
 
 def add_masks(
@@ -105,37 +102,31 @@ def add_masks(
     total = -(-reader.num_rows // jax.process_count())
     progress = Progress(total, what="segment", unit="boxes", say=say)
     done = 0
+
+    def outline(chunk: Detections) -> Iterator[RowMasks]:
+        nonlocal done
+        batches = box_batches(
+            dataset,
+            image_rows[chunk.image_index],
+            chunk.boxes,
+            panel.views,
+            batch_size=batch_size,
+            on_image_error=settings.data.on_image_error,
+            num_threads=settings.data.num_threads,
+        )
+        pasted = map_ordered(
+            functools.partial(block_masks, weights=panel.weights, rule=rule, threshold=threshold),
+            started_blocks(panel, batches, chunk.label_index),
+            threads=PASTING_THREADS,
+            ahead=PASTING_THREADS,
+        )
+        for masks in pasted:
+            yield masks
+            done += len(masks.rows)
+            progress.report(done, last=done == total)
+
     with writer:
-        written = own.start
-        for chunk in reader.chunks(dataset.class_labels, images=own, rows=_CHUNK_ROWS):
-            masks = np.empty(len(chunk), object)
-            sizes = np.zeros((len(chunk), 2), np.int32)
-            batches = box_batches(
-                dataset,
-                image_rows[chunk.image_index],
-                chunk.boxes,
-                panel.views,
-                batch_size=batch_size,
-                on_image_error=settings.data.on_image_error,
-                num_threads=settings.data.num_threads,
-            )
-            pasted = map_ordered(
-                functools.partial(
-                    block_masks, weights=panel.weights, rule=rule, threshold=threshold
-                ),
-                started_blocks(panel, batches, chunk.label_index),
-                threads=PASTING_THREADS,
-                ahead=PASTING_THREADS,
-            )
-            for rows, block_counts, photo_sizes in pasted:
-                masks[rows], sizes[rows] = block_counts, photo_sizes
-                done += len(rows)
-                progress.report(done, last=done == total)
-            last = int(chunk.image_index[-1]) + 1
-            write_rows(writer, chunk, range(written, last), masks, sizes)
-            written = last
-        for image in range(written, own.stop):  # photos without boxes
-            writer.add_empty(reader.image_ids[image])
+        write_with_masks(reader, writer, own, dataset.class_labels, outline)
     distributed.barrier("add_masks")
     return reader.num_rows
 
@@ -182,8 +173,8 @@ def block_masks(
     weights: Sequence[int],
     rule: vote.Rule,
     threshold: float,
-) -> tuple[Int64[np.ndarray, " n"], list[bytes], Int[np.ndarray, "n 2"]]:
-    """Row, run lengths of the mask, and photo size of each of the n real boxes of a block.
+) -> RowMasks:
+    """The masks of the real boxes of a block.
 
     The masks of boxes without area inside their photo, and of unreadable photos, are empty.
 
@@ -207,25 +198,8 @@ def block_masks(
         ]
         masks.append(paste(crops, pixels[slot], rule, threshold, weights))
     photo_sizes = np.maximum(first.photo_size[slots], 1)  # unreadable ones may have size 0
-    return first.rows[slots], rle.encode_windows(masks, pixels[slots, :2], photo_sizes), photo_sizes
-
-
-def write_rows(
-    writer: DetectionsWriter, chunk: Detections, images: range, masks: np.ndarray, sizes: np.ndarray
-) -> None:
-    """Adds the rows of `images` (places in the list of ids), those without any, too."""
-    labels = np.array(chunk.labels)
-    bounds = np.searchsorted(chunk.image_index, np.arange(images.start, images.stop + 1))
-    for image, start, stop in zip(images, bounds[:-1], bounds[1:], strict=True):
-        rows = slice(start, stop)
-        writer.add(
-            chunk.image_ids[image],
-            labels[chunk.label_index[rows]],
-            chunk.scores[rows],
-            chunk.boxes[rows],
-            list(masks[rows]),
-            sizes[rows],
-        )
+    counts = rle.encode_windows(masks, pixels[slots, :2], photo_sizes)
+    return RowMasks(first.rows[slots], counts, photo_sizes)
 
 
 def define_flags() -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from common.io.settings import check, read_settings
+from common.masks.vote import Rule
 from common.nn.backbones import BACKBONES
 from common.nn.backbones.hrnet import Layout
 from common.nn.layers.norm import NORM_KINDS
@@ -16,7 +17,6 @@ from common.training.optimizer import OptimizerSettings
 from common.training.settings import CheckpointSettings, LogSettings
 from segmentation.crops.settings import DataSettings, check_canvases
 from segmentation.crops.windows import CropSize
-from segmentation.vote import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class InferenceSettings:
       short, long, fixed: see `CropSize`; of a range of short sides the middle is taken.
       canvases: allowed heights and widths.
       flip: average with the mirrored crop.
-      vote, threshold: see `segmentation.vote`.
+      vote, threshold: see `common.masks.vote`.
     """
 
     short: float | tuple[float, float] | None

@@ -93,7 +93,7 @@ class Panel:
     """
 
     def __init__(self, networks: Sequence[Network], voters: Sequence[Voter], rule: str, mesh: Mesh):
-        """`rule`: of `segmentation.vote`; with 'mean' a view has one map: its voters' mean."""
+        """`rule`: of `common.masks.vote`; with 'mean' a view has one map: its voters' mean."""
         mean = rule == "mean"
         self.views = list(dict.fromkeys(networks[v.network].view for v in voters))
         self.weights: list[int] = []

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int64, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt8
 
 from common.data import images
 from common.data.batches import Example, Fields, stack_examples
@@ -37,6 +37,7 @@ class ViewBatch:
       rows: (b,) the photos' places in the block.
       image: RGB, content top left, padding 0.
       image_size: height and width of the content.
+      original_size: height and width of the photo as displayed.
       image_valid: False: padding, or a photo that could not be read.
     """
 
@@ -46,6 +47,7 @@ class ViewBatch:
     rows: Int[np.ndarray, " b"]
     image: UInt8[np.ndarray, "b H W 3"]
     image_size: Float32[np.ndarray, "b 2"]
+    original_size: Int32[np.ndarray, "b 2"]
     image_valid: Bool[np.ndarray, " b"]
 
 
@@ -185,6 +187,7 @@ class _ViewLoader:
         return {
             "image": ((*slot.shape, 3), np.uint8),
             "image_size": ((2,), np.float32),
+            "original_size": ((2,), np.int32),
             "image_valid": ((), np.bool_),
         }
 
@@ -204,4 +207,5 @@ class _ViewLoader:
                 self.photo_errors.skip(self._dataset.image_file(photo.index), error)
             return
         example["image_size"][:] = geometry.content
+        example["original_size"][:] = opened.size
         example["image_valid"][()] = True

@@ -184,7 +184,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation = dict(
         batch_size=32,
         every_epochs=0,  # 0: only at the end, 1: after each epoch
-        metric="openimages",  # openimages | coco
+        metric="openimages",  # openimages | coco | lvis, or of masks: coco_masks and so on
+        mask_threshold=0.5,  # probability that a pixel of a mask must exceed, in export too
         expand_predictions=True,  # copy detections to parent classes first (paper section 1)
         proposals="",  # of a refiner: table of the evaluation split to refine and score
     )

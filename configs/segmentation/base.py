@@ -91,7 +91,7 @@ def get_config(crops: str = "256", arg: str | None = None) -> ml_collections.Con
         **TEST_CROPS[crops],
         canvases=TEST_CANVASES[crops],
         flip=arg == "flip",  # average with the mirrored crop
-        vote="mean",  # mean | hard: of several voters, see segmentation.vote
+        vote="mean",  # mean | hard: of several voters, see common.masks.vote
         threshold=0.5,  # that the foreground's probability must exceed
     )
     config.log = dict(every_steps=50, stall_seconds=1800)

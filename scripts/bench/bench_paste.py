@@ -18,15 +18,14 @@ from absl import flags
 from common.io.commands import run_main
 from common.io.memory import keep_freed_memory
 from common.io.parallel import map_ordered
-from common.masks import rle
+from common.masks import rle, vote
+from common.masks.paste import PASTING_THREADS, pixel_window
 from common.masks.probability import PROBABILITY_ONE
 from configs.segmentation import hrnet_w48_112, hrnet_w48_200_300, hrnet_w48_256
 from scripts.bench.timing import time_in_turns
-from segmentation import vote
 from segmentation.crops.batches import BoxBatch
 from segmentation.crops.windows import choose_canvas, clip_boxes, windows_of
-from segmentation.export import PASTING_THREADS, block_masks
-from segmentation.paste import pixel_window
+from segmentation.export import block_masks
 from segmentation.settings import read_run
 
 PHOTO = (768, 1024)

@@ -1,15 +1,17 @@
-"""From the probability maps of a box's crops to its mask in the pixels of the photo.
+"""From the probability maps of a box to its mask in the pixels of the photo.
 
 A pixel of the photo belongs to a box when its centre lies inside. There it takes the value of the
 bilinear interpolation of each voter's map, whose content covers the box exactly, and
-`segmentation.vote` makes foreground or background of these values.
+`common.masks.vote` makes foreground or background of these values. Between the centre of a map's
+outermost cells and the border of the box, maps of crops (`paste`) keep the value of the cell, those
+of mask heads (`box_masks`) fall towards zeros outside, as Mask R-CNN's are pasted.
 
 Only pixels near an outline, or where voters disagree, have to be interpolated: where the four map
 cells around a pixel are above the threshold in all maps, so is all that lies between them. The
 masks are those of interpolating every pixel, bit for bit.
 
 Shapes: V voters of a view, Y X canvas, h w content of a crop, H W pixels of the photo that belong
-to the box, n of them.
+to the box, n of them (or n boxes of a photo), S S map of a mask head.
 """
 
 import dataclasses
@@ -19,8 +21,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8, UInt16
 
+from common.masks import rle, vote
 from common.masks.probability import PROBABILITY_ONE
-from segmentation import vote
+
+PASTING_THREADS = 4  # NumPy lets them run side by side
 
 _ABOVE, _BELOW = 1, 2  # bits: surely on that side of the threshold
 
@@ -87,6 +91,36 @@ def paste(
         values *= np.float32(1 / PROBABILITY_ONE)
         mask.reshape(-1)[unsure] = vote.combine(values, rule, threshold, weights)
     return mask.T
+
+
+def box_masks(
+    maps: UInt16[np.ndarray, "n S S"],
+    boxes: Float[np.ndarray, "n 4"],
+    photo_size: tuple[int, int],
+    threshold: float,
+) -> list[bytes]:
+    """Compressed counts of the masks of the boxes of a photo, from the maps of a mask head.
+
+    Args:
+      maps: PROBABILITY_ONE is 1; each covers its box.
+      boxes: with an area, in pixels of the photo, continuous, clipped to it.
+      photo_size: height, width of the photo and of the masks.
+      threshold: that a probability must exceed.
+    """
+    count, side = maps.shape[:2]
+    sizes = np.tile(np.asarray(photo_size, np.int64), (count, 1))
+    pixels = pixel_window(boxes, sizes)
+    # A ring of zeros around the map makes interpolation fall to them.
+    ringed = np.zeros((count, 1, side + 2, side + 2), np.uint16)
+    ringed[:, 0, 1:-1, 1:-1] = maps
+    boxes = np.asarray(boxes, np.float64)
+    cells = (boxes[:, 2:] - boxes[:, :2]) / side
+    windows = np.concatenate([boxes[:, :2] - cells, boxes[:, 2:] + cells], axis=1)
+    masks = [
+        paste([CropMaps(values, (side + 2, side + 2), window)], pixels[place], "mean", threshold)
+        for place, (values, window) in enumerate(zip(ringed, windows, strict=True))
+    ]
+    return rle.encode_windows(masks, pixels[:, :2], sizes)
 
 
 @dataclasses.dataclass(frozen=True)

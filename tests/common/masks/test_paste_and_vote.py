@@ -3,10 +3,10 @@ import pytest
 
 from common.io.errors import UserError
 from common.io.settings import read_settings
+from common.masks import rle, vote
+from common.masks.paste import CropMaps, PixelGrid, box_masks, paste, pixel_window
 from common.masks.probability import PROBABILITY_ONE
 from configs.segmentation import hrnet_w48_256
-from segmentation import vote
-from segmentation.paste import CropMaps, PixelGrid, paste, pixel_window
 from segmentation.settings import InferenceSettings
 from tests.oracles import segmentation as oracle
 
@@ -85,6 +85,67 @@ def test_masks_are_those_of_interpolating_every_pixel(rule, voters, kind):
         np.testing.assert_array_equal(found, expected)
         filled += 0 < found.mean() < 1
     assert filled > 20
+
+
+def random_boxes(rng, count, photo):
+    """Boxes of all sizes, some at the borders of the photo, and maps with smooth and hard edges."""
+    corners = np.sort(rng.uniform(0, 1, (count, 2, 2)), axis=1).reshape(count, 4)
+    corners = np.where(rng.random((count, 4)) < 0.15, np.round(corners), corners)
+    boxes = corners * [photo[1], photo[0], photo[1], photo[0]]
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], np.minimum(boxes[:, :2] + 0.3, [photo[1], photo[0]]))
+    boxes[:, :2] = np.minimum(boxes[:, :2], boxes[:, 2:] - 0.3)
+    maps = rng.random((count, 28, 28)) ** rng.choice([0.2, 1.0], (count, 1, 1))
+    maps[::3] = maps[::3].round()
+    maps[1::3] = (
+        np.hypot(*np.mgrid[-1:1:28j, -1:1:28j]) < rng.uniform(0.5, 1.4, (count, 1, 1))[1::3]
+    )
+    return boxes, np.round(maps * PROBABILITY_ONE).astype(np.uint16)
+
+
+def test_masks_of_boxes_equal_the_twin_with_zeros_outside():
+    rng = np.random.default_rng(0)
+    for photo in ((7, 9), (60, 41), (33, 90)):
+        boxes, maps = random_boxes(rng, 12, photo)
+        found = box_masks(maps, boxes, photo, 0.5)
+        for box, values, counts in zip(boxes, maps, found, strict=True):
+            ring = np.pad(values / PROBABILITY_ONE, 1)
+            cell = (box[2:] - box[:2]) / 28
+            window = np.concatenate([box[:2] - cell, box[2:] + cell])
+            expected = oracle.paste(ring, window, photo)
+            mask, (top, left, bottom, right) = (
+                rle.decode(counts, photo),
+                pixel_window(box[None], np.array([photo]))[0],
+            )
+            inside = np.zeros(photo, bool)
+            inside[top:bottom, left:right] = True
+            assert not mask[~inside].any()
+            sure = inside & (abs(expected - 0.5) > 1e-5)
+            np.testing.assert_array_equal(mask[sure], expected[sure] > 0.5)
+
+
+def test_masks_of_boxes_equal_grid_sample():
+    """Pixel for pixel where a value is not within rounding of the threshold."""
+    torch = pytest.importorskip("torch", reason="compares with torch's grid_sample")
+    rng, photo = np.random.default_rng(1), (120, 97)
+    boxes, maps = random_boxes(rng, 30, photo)
+    y, x = (torch.arange(side, dtype=torch.float64) + 0.5 for side in photo)
+    compared = 0
+    for box, values, counts in zip(
+        torch.from_numpy(boxes), maps, box_masks(maps, boxes, photo, 0.5), strict=True
+    ):
+        grid_y = (y - box[1]) / (box[3] - box[1]) * 2 - 1
+        grid_x = (x - box[0]) / (box[2] - box[0]) * 2 - 1
+        grid = torch.stack(torch.broadcast_tensors(grid_x[None], grid_y[:, None]), dim=-1)
+        image = torch.from_numpy(values / PROBABILITY_ONE)[None, None]
+        whole = torch.nn.functional.grid_sample(image, grid[None], align_corners=False)[0, 0]
+        whole, mask = whole.numpy(), rle.decode(counts, photo)
+        centres = (y >= box[1])[:, None] & (y < box[3])[:, None] & (x >= box[0]) & (x < box[2])
+        if not centres.any():  # a box between the pixels has those that it lies in
+            continue
+        sure = abs(whole - 0.5) > 1e-6
+        np.testing.assert_array_equal(mask[sure], whole[sure] > 0.5)
+        compared += 1
+    assert compared > 20
 
 
 @pytest.mark.parametrize("voters", [1, 2, 3, 4])
