@@ -43,7 +43,7 @@ from common.io.settings import read_settings
 from common.tables import DetectionsWriter
 from common.tables.table import COORDINATE_SLACK, MAX_SCORE
 from common.training import distributed
-from ensemble import rescoring
+from ensemble import mask_fusion, rescoring
 from ensemble.chunks import Chunk, aligned_chunks
 from ensemble.inputs import Tables, parse_inputs
 from ensemble.operators import Operator, make_operator
@@ -69,6 +69,7 @@ class Plan:
       rescoring: factors of rare and common classes, or None.
       max_detections: of an image; 0: no limit.
       masks: whether rows have masks.
+      mask_rule: which masks merged rows get, see `ensemble.mask_fusion`.
     """
 
     names: Sequence[str]
@@ -79,6 +80,7 @@ class Plan:
     rescoring: rescoring.Rescoring | None
     max_detections: int
     masks: bool
+    mask_rule: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +92,16 @@ class Merged:
       labels: (n,) class index.
       scores: (n,) in [0, MAX_SCORE].
       boxes: (n, 4) normalised.
-      source: (n,) row of the chunk that each stems from (a fused box: from its best).
+      masks: (n,) COCO RLE counts, or None.
+      mask_sizes: (n, 2) height and width, or None.
     """
 
     images: Int32[np.ndarray, " n"]
     labels: Int32[np.ndarray, " n"]
     scores: Float32[np.ndarray, " n"]
     boxes: Float32[np.ndarray, "n 4"]
-    source: Int64[np.ndarray, " n"] | None
+    masks: np.ndarray | None = None
+    mask_sizes: Int32[np.ndarray, "n 2"] | None = None
 
 
 def merge_tables(
@@ -198,6 +202,7 @@ def make_plan(settings: EnsembleSettings, tables: Tables, preparation: Preparati
         else None,
         max_detections=settings.max_detections,
         masks=settings.masks,
+        mask_rule=settings.mask_rule,
     )
 
 
@@ -207,21 +212,23 @@ def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
     # Images count from the start of the chunk, which keeps the keys small.
     groups = (prepared.images - chunk.first).astype(np.int64) * plan.num_classes + prepared.labels
     rows = Rows(groups, prepared.scores, prepared.boxes, prepared.models)
-    source = None
+    masks = sizes = None
     if isinstance(plan.method, tree_lib.Tree):
         places = enumerate(plan.names)
         by_model = {name: rows.take(rows.model == place) for place, name in places}
         fused = tree_lib.apply(plan.method, by_model)
     else:
         fused, kept = apply_operator(rows, plan.method)
-        source = prepared.source[kept]
+        if chunk.masks is not None and chunk.mask_sizes is not None:
+            masks, sizes = _merge_masks(plan, chunk, prepared.source, rows, fused, kept)
     images = fused.group // plan.num_classes
     labels = fused.group % plan.num_classes
     scores, boxes = fused.scores, fused.boxes
     if (expanded := plan.preparation.expand_merged(labels)) is not None:
         copies, labels = expanded
         images, scores, boxes = images[copies], scores[copies], boxes[copies]
-        source = None if source is None else source[copies]
+        if masks is not None and sizes is not None:
+            masks, sizes = masks[copies], sizes[copies]
     if plan.rules is not None:
         scores = rules.rescore(plan.rules, images, labels, scores, boxes)
     if plan.rescoring is not None:
@@ -232,8 +239,36 @@ def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
         labels=labels[best].astype(np.int32),
         scores=squash(scores[best]),
         boxes=_tidy(boxes[best]),
-        source=None if source is None else source[best],
+        masks=None if masks is None else masks[best],
+        mask_sizes=None if sizes is None else sizes[best],
     )
+
+
+def _merge_masks(
+    plan: Plan,
+    chunk: Chunk,
+    source: Int64[np.ndarray, " n"],
+    rows: Rows,
+    merged: Rows,
+    kept: Int64[np.ndarray, " m"],
+) -> tuple[np.ndarray, Int32[np.ndarray, "m 2"]]:
+    """Counts and sizes of the masks of merged rows.
+
+    Args:
+      source: row of the chunk of each of `rows`.
+      rows: that entered the operator.
+      merged: that came out.
+      kept: row that each of these stems from.
+    """
+    assert chunk.masks is not None and chunk.mask_sizes is not None
+    masks, sizes = chunk.masks[source[kept]], chunk.mask_sizes[source[kept]]
+    if plan.mask_rule == "mean":
+        threshold = vars(plan.method)["iou_threshold"]  # every operator has one
+        cluster = mask_fusion.find_clusters(rows, merged, kept, threshold)
+        masks[:] = mask_fusion.mean_masks(
+            chunk.masks[source], chunk.mask_sizes[source], rows.scores, cluster, kept
+        )
+    return masks, sizes
 
 
 def squash(scores: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
@@ -264,9 +299,8 @@ def _write(
     for image, stop in zip(range(chunk.first, chunk.stop), ends.tolist(), strict=True):
         rows = slice(start, stop)
         masks: tuple[Any, ...] = ()
-        if chunk.masks is not None and chunk.mask_sizes is not None and merged.source is not None:
-            source = merged.source[rows]
-            masks = (chunk.masks[source].tolist(), chunk.mask_sizes[source])
+        if merged.masks is not None and merged.mask_sizes is not None:
+            masks = (merged.masks[rows].tolist(), merged.mask_sizes[rows])
         writer.add(
             image_ids[image],
             labels[merged.labels[rows]],

@@ -139,6 +139,7 @@ class EnsembleSettings:
       mappings: name=FILE:COLUMN THERE:COLUMN HERE[:RULE] pairs of tables of another vocabulary.
       experts: name=file pairs of models that contribute only the classes listed there.
       masks: whether masks are kept.
+      mask_rule: which masks merged rows get, see `ensemble.mask_fusion`.
       min_score: weighted scores below it are dropped before the operator.
       weights: of models and classes.
       operator: name and fields of an operator, see `ensemble.operators.make_operator`.
@@ -157,6 +158,7 @@ class EnsembleSettings:
     mappings: Any
     experts: Any
     masks: bool
+    mask_rule: Literal["best", "mean"]
     min_score: float
     weights: WeightSettings
     operator: Any

@@ -17,7 +17,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.coverage = "same"  # same | union | intersection: when tables cover different images
     config.mappings = ""  # name=coco_to_openimages,...: tables of another vocabulary
     config.experts = ""  # name=file,...: models that contribute only the classes listed there
-    config.masks = False  # keep the masks (of fused boxes: of the best box)
+    config.masks = False  # keep the masks
+    config.mask_rule = "best"  # best | mean: of merged rows, that of the best box or of all
     config.min_score = 0.0  # weighted scores below are dropped before the operator
 
     config.weights = dict(
