@@ -51,6 +51,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("batch_size", 8, "images of a batch (part batches)")
     flags.DEFINE_integer("steps", 60, "batches to time (part batches)")
+    flags.DEFINE_integer("mask_size", 0, "data.mask_size (part batches)")
     flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic")
 
 
@@ -205,6 +206,7 @@ def bench_batches(dataset: Dataset) -> None:
             _size(canvas),
             train_split=flags.FLAGS.split,
             batch_size=flags.FLAGS.batch_size,
+            mask_size=flags.FLAGS.mask_size,
             num_threads=flags.FLAGS.threads,
         )
         plan = train_plan(dataset, settings, 0)

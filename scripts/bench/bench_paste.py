@@ -1,15 +1,19 @@
 """Speed of export's last step: from probability maps to run lengths, beside the plain way.
 
+First of the maps of crops (segmentation.export), then of those of mask heads (detection.export).
+
     python -m scripts.bench.bench_paste [--boxes=192] [--repeats=5]
 
 Random boxes of photos of 768x1024, small (an area of 6 % of the photo) and large (36 %), each with
 a blob whose outline the voters see a little differently. One voter looks at crops of 256, four in
-three views (256 and its mirrored crop, 112, 250) vote on each pixel. The plain way interpolates
-every pixel of every map, in one thread, as `tests.oracles` writes it. Checks that the masks are
-equal. The hours are those of 10 million boxes, 100 each on the challenge's 99,999 photos.
+three views (256 and its mirrored crop, 112, 250) vote on each pixel. Mask heads have maps of 28x28.
+The plain way interpolates every pixel of every map, in one thread, as `tests.oracles` writes it.
+Checks that the masks are equal. The hours are those of 10 million boxes, 100 each on the
+challenge's 99,999 photos.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,7 +23,7 @@ from common.io.commands import run_main
 from common.io.memory import keep_freed_memory
 from common.io.parallel import map_ordered
 from common.masks import rle, vote
-from common.masks.paste import PASTING_THREADS, pixel_window
+from common.masks.paste import PASTING_THREADS, box_masks, pixel_window
 from common.masks.probability import PROBABILITY_ONE
 from configs.segmentation import hrnet_w48_112, hrnet_w48_200_300, hrnet_w48_256
 from scripts.bench.timing import time_in_turns
@@ -75,6 +79,65 @@ def main():
                 f"{every:.2f} ms ({every * 1e7 / 3.6e6:.1f} h)",
                 flush=True,
             )
+        photos = random_photos(np.random.default_rng(0), number, sides)
+        paste_photo = functools.partial(head_masks, paste=box_masks)
+        calls = [
+            lambda photos=photos, paste=paste_photo: [
+                counts
+                for found in map_ordered(
+                    paste, photos, threads=PASTING_THREADS, ahead=PASTING_THREADS
+                )
+                for counts in found
+            ],
+            lambda photos=photos, paste=paste_photo: [c for p in photos for c in paste(p)],
+            lambda photos=photos: [c for p in photos for c in head_masks(p, paste=plain_boxes)],
+        ]
+        assert calls[0]() == calls[1]() == calls[2]()
+        threads, one, every = (
+            1e3 * t.min() / number for t in time_in_turns(calls, flags.FLAGS.repeats)
+        )
+        print(
+            f"{size} boxes, mask head: {threads:.3f} ms a box, in one thread {one:.3f} ms, every "
+            f"pixel in one thread {every:.3f} ms",
+            flush=True,
+        )
+
+
+Photo = tuple[np.ndarray, np.ndarray]  # maps (n, 28, 28) and boxes (n, 4) in pixels
+
+
+def random_photos(rng: np.random.Generator, number: int, sides: tuple[float, float]) -> list[Photo]:
+    """Blobs in the boxes of photos, _BLOCK a photo, `number` in all."""
+    shares = rng.uniform(*sides, (number, 2))
+    corners = rng.random((number, 2)) * (1 - shares)
+    boxes = np.concatenate([corners, corners + shares], axis=1) * np.tile(PHOTO[::-1], 2)
+    y, x = np.linspace(-1, 1, 28)[:, None], np.linspace(-1, 1, 28)
+    angle, radius = np.arctan2(y, x), np.hypot(y, x)
+    shapes = rng.normal(0, 0.1, (number, 6, 1, 1))
+    outlines = 0.8 + sum(shapes[:, k - 1] * np.cos(k * angle + k) for k in range(1, 7))
+    maps = np.round(PROBABILITY_ONE / (1 + np.exp(-12 * (outlines - radius)))).astype(np.uint16)
+    starts = range(0, number, _BLOCK)
+    return [(maps[s : s + _BLOCK], boxes[s : s + _BLOCK]) for s in starts]
+
+
+def head_masks(photo: Photo, paste: Callable) -> list[bytes]:
+    return paste(*photo, PHOTO, _THRESHOLD)
+
+
+def plain_boxes(
+    maps: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float
+) -> list[bytes]:
+    """Interpolates every pixel of every box, between zeros outside."""
+    from tests.oracles import segmentation as oracle
+
+    pixels = pixel_window(boxes, np.tile(size, (len(boxes), 1)))
+    cells = (boxes[:, 2:] - boxes[:, :2]) / 28
+    windows = np.concatenate([boxes[:, :2] - cells, boxes[:, 2:] + cells], axis=1)
+    masks = [
+        oracle.paste_float32(np.pad(values, 1)[None], (30, 30), window, box_pixels)[0] > threshold
+        for values, window, box_pixels in zip(maps, windows, pixels, strict=True)
+    ]
+    return rle.encode_windows(masks, pixels[:, :2], np.tile(size, (len(boxes), 1)))
 
 
 def random_blocks(
