@@ -10,6 +10,9 @@ a split, and writes the same rows with better boxes:
 
     python -m detection.export --config=... --workdir=WORK --proposals=x.parquet --output=y.parquet
 
+A detector with a mask head takes such a table, too, and writes the same rows with masks, whatever
+found their boxes (`detection.outline`), also of several views.
+
 `--config.test_time.scales=600,800,1000` looks at each photo at several scales, and mirrored
 (`detection.tta.test_time`); with `--config.test_time.merge=tables` the
 output is a folder of one table a view.
@@ -28,6 +31,7 @@ from common.training.step import variable_shapes
 from detection.batch_fields import init_shapes
 from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import build
+from detection.outline import outline_table
 from detection.refine import refine_table
 from detection.settings import RunSettings, read_run
 from detection.tta.test_time import detect_split
@@ -35,7 +39,9 @@ from detection.tta.test_time import detect_split
 
 def define_flags() -> None:
     flags.DEFINE_string("split", None, "Split to detect in; default: config.data.eval_split.")
-    flags.DEFINE_string("proposals", None, "Detections table whose boxes are to be refined.")
+    flags.DEFINE_string(
+        "proposals", None, "Detections table whose boxes are to be refined or outlined."
+    )
     flags.DEFINE_string("output", None, "Parquet file to write (a folder with many hosts).")
     flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
 
@@ -54,24 +60,30 @@ def main() -> None:
         refine_table(settings, model, variables, dataset, table, mesh, output, **options)
         say(f"wrote {output}: the rows of {table}, step {step}", flush=True)
         return
+    if table:
+        outline_table(settings, model, variables, dataset, table, mesh, output, **options)
+        say(f"wrote {output}: the rows of {table} with masks, step {step}", flush=True)
+        return
     split = split or settings.data.eval_split
     detect_split(settings, model, variables, dataset, split, mesh, output, **options)
     say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
 
 
 def check_flags(settings: RunSettings, table: str | None, split: str | None) -> None:
-    """Refiners need a table, detectors take none.
+    """Refiners need a table, detectors with a mask head may have one.
 
     Raises:
       UserError: otherwise, or a split beside the table.
     """
     if settings.model.refines and not table:
         raise UserError(f"--proposals: missing, {settings.name} refines the boxes of a table")
-    if table and not settings.model.refines:
+    if table and not (settings.model.refines or settings.model.has_masks):
         raise UserError(
             f"--proposals: {settings.name} finds boxes by itself, expected a config with "
-            "model.box_head.kind 'regressor'"
+            "model.box_head.kind 'regressor' or with a mask head"
         )
+    if table and settings.test_time.is_on and settings.test_time.merge == "tables":
+        raise UserError("config.test_time.merge: found 'tables' with --proposals, expected 'mean'")
     if table and split:
         raise UserError("--split: found with --proposals, which says itself what images it covers")
 

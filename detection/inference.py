@@ -1,29 +1,34 @@
-"""Runs a detector over a split and writes the detections table.
+"""Runs a detector over a split and writes the detections table, masks too with a mask head.
 
-Shape legend: b images of this host's part of a batch, D detections per image, K classes.
+Shape legend: b images of this host's part of a batch, D detections per image, K classes, S S map of
+a mask head, n rows of an image.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float32, Int, Shaped
 
 from common.data.dataset import Dataset
 from common.data.input import eval_batches
 from common.geometry import boxes as box_ops
-from common.io.parallel import behind
+from common.io.parallel import map_ordered
 from common.io.paths import PathLike
 from common.io.progress import Progress
+from common.masks.paste import PASTING_THREADS, box_masks
 from common.tables import DetectionsWriter
 from common.training import distributed
 from common.training.step import make_predict_step
 from detection.batch_fields import INFERENCE_FIELDS
 from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
+
+Started = TypeVar("Started")
+Finished = TypeVar("Finished")
 
 
 @functools.cache
@@ -62,8 +67,22 @@ def predict_split(
     labels = np.array(dataset.class_labels)
     metadata = table_metadata(settings, dataset, split, step)
     writer = DetectionsWriter(
-        output, metadata, process_index=jax.process_index(), process_count=jax.process_count()
+        output,
+        metadata,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        masks=settings.model.has_masks,
     )
+
+    def finish(started: tuple[dict[str, np.ndarray], dict[str, jax.Array]]) -> list[PhotoRows]:
+        batch, results = started
+        detections = distributed.to_host(results)
+        detections["boxes"] = detections["boxes"] / box_ops.per_side(batch["image_size"])[:, None]
+        names = ("image_index", "image_valid", "original_size")
+        return photo_rows(
+            detections, *(batch[name] for name in names), settings.evaluation.mask_threshold
+        )
+
     with writer:
         batches = eval_batches(
             dataset,
@@ -79,13 +98,9 @@ def predict_split(
             (batch, predict(variables, distributed.to_global(batch, mesh, INFERENCE_FIELDS)))
             for batch in progress.timed(batches)
         )
-        # The host writes batch i while the devices work on batch i + 1.
-        for number, (batch, results) in enumerate(behind(started), start=1):
-            detections = distributed.to_host(results)
-            units = box_ops.per_side(batch["image_size"])
-            detections["boxes"] = detections["boxes"] / units[:, None]
-            images = batch["image_index"], batch["image_valid"]
-            add_rows(writer, detections, *images, dataset, labels)
+        finished = finish_behind(finish, started, masks=settings.model.has_masks)
+        for number, photos in enumerate(finished, start=1):
+            add_rows(writer, photos, dataset, labels)
             progress.report(number)
         if batches.skipped_images:
             say(f"detect {split}: {batches.skipped_images} unreadable photos have no detections")
@@ -106,32 +121,88 @@ def table_metadata(
     }
 
 
-def add_rows(
-    writer: DetectionsWriter,
-    detections: dict[str, np.ndarray],
+def finish_behind(
+    finish: Callable[[Started], Finished], started: Iterable[Started], *, masks: bool
+) -> Iterator[Finished]:
+    """Yields finish(item) in order while the devices work on the next items.
+
+    `finish` waits for the devices; the pasting of masks keeps several threads busy.
+    """
+    threads = PASTING_THREADS if masks else 1
+    return map_ordered(finish, started, threads=threads, ahead=threads)
+
+
+class PhotoRows(NamedTuple):
+    """Rows of a photo, as the table has them.
+
+    Attributes:
+      image: row of the dataset.
+      classes: class indices.
+      boxes: normalised.
+      masks: counts of each; None without mask head.
+      size: height and width of the photo and the masks.
+    """
+
+    image: int
+    classes: Int[np.ndarray, " n"]
+    scores: Float32[np.ndarray, " n"]
+    boxes: Float32[np.ndarray, "n 4"]
+    masks: list[bytes] | None
+    size: tuple[int, int]
+
+
+def photo_rows(
+    detections: Mapping[str, np.ndarray],
     image_index: Int[np.ndarray, " b"],
     image_valid: Bool[np.ndarray, " b"],
-    dataset: Dataset,
-    labels: Shaped[np.ndarray, " K"],
-) -> None:
-    """Adds the detections of each real image.
+    photo_sizes: Int[np.ndarray, "b 2"],
+    mask_threshold: float,
+) -> list[PhotoRows]:
+    """The rows of each real image of a batch.
 
     Args:
-      writer: of the table.
-      detections: boxes (b, D, 4) normalised, scores, classes, valid (b, D). Boxes are clipped to
-        the image; what has no area then is left out.
+      detections: boxes (b, D, 4) normalised, scores, classes, valid (b, D), and with a mask head
+        masks (b, D, S, S). Boxes are clipped to the image; what has no area then is left out.
       image_index: rows of the dataset.
-      image_valid: images to add.
-      dataset: where the ids are.
-      labels: of the classes.
+      image_valid: which images are real.
+      photo_sizes: height and width of the photos.
+      mask_threshold: probability that a pixel of a mask must exceed.
     """
     boxes = np.clip(detections["boxes"], 0.0, 1.0)
+    photos = []
     for slot in np.flatnonzero(image_valid):
         sides = boxes[slot, :, 2:] > boxes[slot, :, :2]
         rows = detections["valid"][slot] & sides.all(axis=-1)
+        size = (int(photo_sizes[slot, 0]), int(photo_sizes[slot, 1]))
+        masks = None
+        if "masks" in detections:
+            pixels = boxes[slot][rows] * box_ops.per_side(photo_sizes[slot])
+            masks = box_masks(detections["masks"][slot][rows], pixels, size, mask_threshold)
+        of_slot = (detections[name][slot][rows] for name in ("classes", "scores"))
+        photos.append(PhotoRows(int(image_index[slot]), *of_slot, boxes[slot][rows], masks, size))
+    return photos
+
+
+def add_rows(
+    writer: DetectionsWriter,
+    photos: Iterable[PhotoRows],
+    dataset: Dataset,
+    labels: Shaped[np.ndarray, " K"],
+) -> None:
+    """Adds photos to a table.
+
+    Args:
+      writer: of the table.
+      photos: with or without rows.
+      dataset: where the ids are.
+      labels: of the classes.
+    """
+    for photo in photos:
         writer.add(
-            dataset.image_id(image_index[slot]),
-            labels[detections["classes"][slot][rows]],
-            detections["scores"][slot][rows],
-            boxes[slot][rows],
+            dataset.image_id(photo.image),
+            labels[photo.classes],
+            photo.scores,
+            photo.boxes,
+            photo.masks,
+            None if photo.masks is None else np.tile(photo.size, (len(photo.masks), 1)),
         )

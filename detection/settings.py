@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from common.data.settings import DataSettings, LabelledDataSettings
 from common.io.settings import check, read_settings
-from common.metrics.official import Metric
+from common.metrics.official import Metric, needs_masks
 from common.training.optimizer import OptimizerSettings
 from common.training.settings import CheckpointSettings, LogSettings
 from detection.models.settings import ClassifierSettings, ModelSettings
@@ -74,6 +74,9 @@ class RunSettings:
             check(size > 0, "data.mask_size", size, expected)
         else:
             check(size == 0, "data.mask_size", size, "0: model.mask_head.kind is 'none'")
+        metric = self.evaluation.metric
+        possible = self.model.has_masks or not needs_masks(metric)
+        check(possible, "evaluation.metric", metric, "one of boxes: the model has no mask head")
         if self.model.refines:
             size, scales = self.data.max_proposals, self.test_time.scales
             expected = "at least 1: box_head.kind 'regressor' refines the boxes of a table"

@@ -32,6 +32,7 @@ class ViewBatch:
 
     Attributes:
       image_index: (B,) row of the dataset of each photo of the block, -1: padding.
+      place: (B,) position of each among the photos asked for, -1: padding.
       last: whether this is the last batch of the block.
       scale: which of the sizes.
       rows: (b,) the photos' places in the block.
@@ -42,6 +43,7 @@ class ViewBatch:
     """
 
     image_index: Int64[np.ndarray, " B"]
+    place: Int64[np.ndarray, " B"]
     last: bool
     scale: int
     rows: Int[np.ndarray, " b"]
@@ -91,7 +93,7 @@ def view_batches(
 
     Args:
       dataset: where the photos are listed.
-      indices: of the photos.
+      indices: of the photos; one may come several times.
       canvases: of each scale and format, height and width (`format_canvases`).
       long_ratios: of the formats.
       rows: of each scale, the places in the block of the photos of each batch.
@@ -102,18 +104,23 @@ def view_batches(
     Raises:
       UserError: a photo that cannot be read (unless `errors` skips it).
     """
-    opened = map_ordered(lambda i: _open(dataset, int(i), errors), indices, threads=num_threads)
+    opened = map_ordered(
+        lambda item: _open(dataset, *item, errors),
+        enumerate(np.asarray(indices).tolist()),
+        threads=num_threads,
+    )
     loader = _ViewLoader(dataset, errors)
 
     def batches() -> Iterator[tuple[Callable[..., ViewBatch], list[_View]]]:
         for format_, block in _blocks(opened, long_ratios, sum(map(len, rows[0]))):
             index = np.array([-1 if photo is None else photo.index for photo in block])
+            place = np.array([-1 if photo is None else photo.place for photo in block])
             parts = [(scale, part) for scale, parts in enumerate(rows) for part in parts]
             for number, (scale, part) in enumerate(parts, start=1):
                 canvas = canvases[scale][format_]
                 shape = images.canvas_shape(canvas, pad_multiple)
                 last = number == len(parts)
-                describe = functools.partial(ViewBatch, index, last, scale, part)
+                describe = functools.partial(ViewBatch, index, place, last, scale, part)
                 yield describe, [_View(block[row], canvas, shape) for row in part]
 
     described, drawn = itertools.tee(batches())
@@ -129,18 +136,19 @@ def view_batches(
 
 @dataclasses.dataclass
 class _Photo:
+    place: int
     index: int
     data: bytes
     size: tuple[int, int]
     broken: bool = False
 
 
-def _open(dataset: Dataset, index: int, errors: PhotoErrors) -> _Photo | None:
+def _open(dataset: Dataset, place: int, index: int, errors: PhotoErrors) -> _Photo | None:
     errors.count()
     path = dataset.image_file(index)
     try:
         data = images.read_file(path)
-        return _Photo(index, data, _opened(dataset, index, data).size)
+        return _Photo(place, index, data, _opened(dataset, index, data).size)
     except images.ImageError as error:
         errors.skip(path, error)
         return None

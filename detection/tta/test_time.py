@@ -12,6 +12,9 @@
                'mean':   proposals of all views are joined by NMS; each view scores all of them;
                          boxes and class probabilities are averaged (the authors' released code)
 
+With a mask head, the masks of the merged detections are the mean of the maps that every view gives
+for their boxes; with 'tables' each view has its own.
+
 Each process works on photos of its own with its own devices, so processes never wait for each
 other. There are 2 * len(long_ratios) compiled programs a scale. Where the canvas is larger than
 `config.data.canvas`, fewer photos go through at a time, so that memory does not grow with it.
@@ -22,6 +25,9 @@ other. There are 2 * len(long_ratios) compiled programs a scale. Where the canva
   score_proposals(batch, boxes (B,P,4) canvas pixels, valid (B,P)) ->
       {'scores': (B,P,K+1) probabilities, background first,
        'boxes': (B,P,K,4) canvas pixels, or (B,P,1,4) where all classes share a box}
+
+and masks one: predict_masks(batch, boxes (B,D,4) canvas pixels, classes (B,D), valid (B,D)) ->
+uint16 (B,D,S,S), as `common.masks.probability` counts.
 """
 
 import contextlib
@@ -36,17 +42,24 @@ from jaxtyping import Array
 
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
-from common.data.views import ViewBatch, format_canvases, view_batches
-from common.io.parallel import behind
+from common.data.views import ViewBatch
 from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
 from detection.batch_fields import INFERENCE_FIELDS
-from detection.inference import add_rows, predict_split, table_metadata
+from detection.inference import (
+    PhotoRows,
+    add_rows,
+    finish_behind,
+    photo_rows,
+    predict_split,
+    table_metadata,
+)
 from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
 from detection.tta import view_steps
+from detection.tta.blocks import BlockPhotos, make_layout, open_views
 from detection.tta.settings import ViewSettings
 
 
@@ -89,17 +102,12 @@ def predict_views(
     local_mesh = distributed.make_mesh(own)
     if len(own) < mesh.size:
         variables = distributed.to_local(variables, local_mesh)
-    canvases = [format_canvases(scale, views.long_ratios, views.max_long) for scale in views.scales]
-    per_device = -(-settings.evaluation.batch_size // mesh.size)
-    room = per_device * np.prod(settings.data.canvas)
-    rows = [
-        batch_rows(per_device, len(own), int(room // np.prod(formats[-1]))) for formats in canvases
-    ]
+    layout = make_layout(settings, mesh.size, len(own))
     indices = dataset.split(split)
     share = indices[jax.process_index() :: jax.process_count()]
     errors = PhotoErrors(settings.data.on_image_error)
     labels = np.array(dataset.class_labels)
-    engine = _Engine(model, variables, local_mesh, views, rows)
+    engine = _Engine(model, variables, local_mesh, views, layout.rows)
 
     progress = Progress(
         len(share), jax.process_count(), mesh.size, what=f"detect {split}", unit="photos", say=say
@@ -110,70 +118,63 @@ def predict_views(
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(writer)
-            for writer in _writers(output, table_metadata(settings, dataset, split, step), views)
+            for writer in _writers(
+                output,
+                table_metadata(settings, dataset, split, step),
+                views,
+                settings.model.has_masks,
+            )
         ]
-        batches = view_batches(
-            dataset,
-            share,
-            canvases,
-            views.long_ratios,
-            rows,
-            errors,
-            pad_multiple=settings.data.pad_multiple,
-            num_threads=settings.data.num_threads,
-        )
+        batches = open_views(settings, dataset, share, layout, errors)
         done = content = area = 0
 
-        def started() -> Iterator[tuple[np.ndarray, np.ndarray, Callable]]:
-            """Rows of the dataset, which of them could be read, and detections of each block."""
+        def started() -> Iterator[tuple[BlockPhotos, Callable]]:
+            """The photos of each block, and what fetches their detections."""
             nonlocal content, area
-            readable = None
+            photos = None
             for batch in progress.timed(batches):
-                readable = batch.image_index >= 0 if readable is None else readable
-                readable[batch.rows] &= batch.image_valid
+                photos = BlockPhotos.of(batch) if photos is None else photos
+                photos.add(batch)
                 content += batch.image_size.prod(axis=1).sum()
                 area += batch.image[..., 0].size
                 engine.add(batch)
                 if batch.last:
-                    yield batch.image_index, readable, engine.finish()
-                    readable = None
+                    yield photos, engine.finish()
+                    photos = None
+
+        def finish(block: tuple[BlockPhotos, Callable]) -> tuple[int, list[list[PhotoRows]]]:
+            """Number of photos of a block, and the rows of each table."""
+            photos, fetch = block
+            what = photos.index, photos.readable, photos.size
+            threshold = settings.evaluation.mask_threshold
+            tables = [photo_rows(detections, *what, threshold) for detections in fetch()]
+            return int((photos.index >= 0).sum()), tables
 
         # The host writes a block while the devices work on the next.
-        for image_index, readable, fetch in behind(started()):
-            for writer, detections in zip(writers, fetch(), strict=True):
-                add_rows(writer, detections, image_index, readable, dataset, labels)
-            done += int((image_index >= 0).sum())
+        for number, tables in finish_behind(finish, started(), masks=settings.model.has_masks):
+            for writer, rows in zip(writers, tables, strict=True):
+                add_rows(writer, rows, dataset, labels)
+            done += number
             progress.report(done, {"padding %": 100 * (1 - content / max(area, 1))})
         if errors.skipped:
             say(f"detect {split}: {errors.skipped} unreadable photos have no detections")
     distributed.barrier("predict_views")
 
 
-def batch_rows(per_device: int, num_devices: int, limit: int) -> list[np.ndarray]:
-    """Places in a block of the photos of each batch: b of each device's n.
-
-    b is the largest divisor of n = `per_device` up to `limit`. Each device gets the photos that it
-    also has in the block, so that batches are put together without traffic.
-    """
-    parts = next(
-        p
-        for p in range(1, per_device + 1)
-        if per_device % p == 0 and (per_device // p <= limit or p == per_device)
-    )
-    places = np.arange(num_devices * per_device).reshape(num_devices, parts, -1)
-    return [places[:, part].ravel() for part in range(parts)]
-
-
 def _writers(
-    output: PathLike, metadata: dict[str, Any], settings: ViewSettings
+    output: PathLike, metadata: dict[str, Any], settings: ViewSettings, masks: bool
 ) -> list[DetectionsWriter]:
     """The writer of the table, or those of the views."""
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    options: dict[str, Any] = dict(
+        process_index=jax.process_index(), process_count=jax.process_count(), masks=masks
+    )
     if settings.merge != "tables":
-        return [DetectionsWriter(output, metadata, **hosts)]
+        return [DetectionsWriter(output, metadata, **options)]
     names = [settings.view_name(view) for view in settings.views]
     return [
-        DetectionsWriter(epath.Path(output) / f"{name}.parquet", metadata | {"view": name}, **hosts)
+        DetectionsWriter(
+            epath.Path(output) / f"{name}.parquet", metadata | {"view": name}, **options
+        )
         for name in names
     ]
 
@@ -192,6 +193,8 @@ class _Engine:
         self._model, self._variables, self._mesh = model, variables, mesh
         self._settings, self._rows = settings, rows
         self._mean = settings.merge == "mean"
+        self._own_masks = model.settings.has_masks and settings.merge == "tables"
+        self._joint_masks = model.settings.has_masks and settings.merge != "tables"
         self._start()
 
     def _start(self) -> None:
@@ -205,11 +208,11 @@ class _Engine:
         fields = {name: getattr(batch, name) for name in INFERENCE_FIELDS}
         on_device = distributed.to_global(fields, self._mesh)
         method = "propose_on" if self._mean else None
-        look = view_steps.view_step(self._model, self._mesh, method)
+        look = view_steps.view_step(self._model, self._mesh, method, self._own_masks)
         for (scale, flip), chunks in self._results.items():
             if scale == batch.scale:
                 chunks.append(look(self._variables, on_device, flip))
-        if self._mean:
+        if self._mean or self._joint_masks:
             self._batches[batch.scale].append(on_device)
 
     def finish(self) -> Callable[[], list[dict[str, np.ndarray]]]:
@@ -226,6 +229,9 @@ class _Engine:
             merged = self._score_all(views, batches)
         else:
             merged = view_steps.union_step(self._model, self._mesh)(views)
+        if self._joint_masks:
+            given = (self._variables, batches, merged, self._settings.views)
+            merged |= {"masks": view_steps.mean_masks(self._model, self._mesh, *given)}
         return lambda: [distributed.to_host(merged)]
 
     def _score_all(self, views, batches) -> dict[str, Array]:

@@ -9,6 +9,7 @@ Shape legend
   P, R  proposals per photo, of one view and merged (P = R)
   D     detections per photo
   K     classes
+  S     side of a mask head's map
 """
 
 import functools
@@ -17,9 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8, UInt16
 
 from common.geometry import boxes as box_ops
 from common.geometry.nms import nms_top
@@ -66,6 +68,11 @@ def _mirror_boxes(boxes, flip):
     return jnp.where(flip, mirrored, boxes)
 
 
+def mirror_masks(masks: UInt16[Array, "b D S S"], flip: Bool[Array, ""]) -> Array:
+    """The masks in their boxes, mirrored if `flip`."""
+    return jnp.where(flip, masks[..., ::-1], masks)
+
+
 def _as_seen(batch: dict[str, Array], flip: Bool[Array, ""]) -> dict[str, Array]:
     """The batch, mirrored if `flip`."""
     image = jax.lax.cond(
@@ -96,17 +103,23 @@ def _all_views(views: Sequence[Sequence[dict[str, Array]]]) -> dict[str, Array]:
 
 
 @functools.cache
-def view_step(model: FasterRCNN, mesh: Mesh, method: str | None = None) -> Callable:
+def view_step(
+    model: FasterRCNN, mesh: Mesh, method: str | None = None, masks: bool = False
+) -> Callable:
     """`(variables, batch, flip) -> boxes`, normalised, with scores and so on.
 
     They are the detections of `FasterRCNN.detect`, or with `method` "propose_on" the proposals.
+    Their masks are made only if `masks`, and lie as in the photo.
     """
 
     def view(variables, batch, flip):
         options = {"train": False} if method is None else {"method": method}
         results = model.apply(variables, _as_seen(batch, flip), **options)
         boxes = to_photo(results["boxes"], batch["image_size"], flip)
-        return {**results, "boxes": boxes, "valid": results["valid"] & box_ops.is_valid(boxes)}
+        found = {name: results[name] for name in results if name != "masks"}
+        if masks:
+            found["masks"] = mirror_masks(results["masks"], flip)
+        return {**found, "boxes": boxes, "valid": results["valid"] & box_ops.is_valid(boxes)}
 
     return _on_mesh(view, mesh, (P(), P(DATA_AXIS), P()))
 
@@ -195,3 +208,68 @@ def average_step(model: FasterRCNN, mesh: Mesh) -> Callable:
         return select_detections(mean["boxes"], mean["scores"], valid, model.settings)
 
     return _on_mesh(average, mesh, (P(DATA_AXIS), P(DATA_AXIS), P()))
+
+
+@functools.cache
+def mask_step(model: FasterRCNN, mesh: Mesh) -> Callable:
+    """`(variables, batch, flip, detections, number) -> {'masks': uint32 (b,D,S,S)}` of a view.
+
+    The masks are those of the detections of the block's photos, as they lie in the photo; `number`
+    says which b of the device's n photos the batch has.
+    """
+
+    def outline(variables, batch, flip, detections, number):
+        count = batch["image"].shape[0]
+        boxes, classes, valid = (
+            jax.lax.dynamic_slice_in_dim(detections[name], number * count, count)
+            for name in ("boxes", "classes", "valid")
+        )
+        masks = model.apply(
+            variables,
+            _as_seen(batch, flip),
+            to_canvas(boxes, batch["image_size"], flip),
+            classes,
+            valid,
+            method="predict_masks",
+        )
+        return {"masks": mirror_masks(masks, flip).astype(jnp.uint32)}
+
+    return _on_mesh(outline, mesh, (P(), P(DATA_AXIS), P(), P(DATA_AXIS), P()))
+
+
+@functools.cache
+def mean_masks_step(mesh: Mesh) -> Callable:
+    """`(sum over views, number of views) -> uint16 (n,D,S,S)`: the mean of the views' maps."""
+
+    def average(total, num_views):
+        return jnp.round(total["masks"] / num_views).astype(jnp.uint16)
+
+    return _on_mesh(average, mesh, (P(DATA_AXIS), P()))
+
+
+def mean_masks(
+    model: FasterRCNN,
+    mesh: Mesh,
+    variables: dict,
+    batches: Sequence[Sequence[dict[str, Array]]],
+    detections: dict[str, Array],
+    views: Sequence[tuple[int, bool]],
+) -> UInt16[Array, "n D S S"]:
+    """The maps of the detections of a block: the mean over all views.
+
+    Args:
+      model: with a mask head.
+      mesh: of the arrays.
+      variables: of the model.
+      batches: of each scale, those of the block in order.
+      detections: boxes (n,D,4) normalised, classes and valid (n,D).
+      views: (scale, mirrored?) of each.
+    """
+    outline, add = mask_step(model, mesh), sum_step(mesh)
+    given = {name: detections[name] for name in ("boxes", "classes", "valid")}
+    total = None
+    for scale, flip in views:
+        numbered = enumerate(batches[scale])
+        chunks = [outline(variables, batch, flip, given, np.int32(i)) for i, batch in numbered]
+        total = add(total, chunks)
+    return mean_masks_step(mesh)(total, np.float32(len(views)))
