@@ -185,7 +185,8 @@ class PixelGrid:
         upper, lower = (y.first * stride).take(rows), (y.second * stride).take(rows)
         weight_y, weight_x = y.share.take(rows), x.share.take(columns)
 
-        def column(taps: Int[np.ndarray, " w"]) -> Float32[np.ndarray, "V n"]:
+        # Shapes in annotations would be put together at every call.
+        def column(taps: np.ndarray) -> np.ndarray:
             place = taps.take(columns)
             above = flat.take(upper + place, 1).astype(np.float32)
             below = flat.take(lower + place, 1).astype(np.float32)
