@@ -78,9 +78,12 @@ def predict_split(
         batch, results = started
         detections = distributed.to_host(results)
         detections["boxes"] = detections["boxes"] / box_ops.per_side(batch["image_size"])[:, None]
-        names = ("image_index", "image_valid", "original_size")
         return photo_rows(
-            detections, *(batch[name] for name in names), settings.evaluation.mask_threshold
+            detections,
+            batch["image_index"],
+            batch["image_valid"],
+            batch["original_size"],
+            settings.evaluation.mask_threshold,
         )
 
     with writer:
@@ -178,8 +181,16 @@ def photo_rows(
         if "masks" in detections:
             pixels = boxes[slot][rows] * box_ops.per_side(photo_sizes[slot])
             masks = box_masks(detections["masks"][slot][rows], pixels, size, mask_threshold)
-        of_slot = (detections[name][slot][rows] for name in ("classes", "scores"))
-        photos.append(PhotoRows(int(image_index[slot]), *of_slot, boxes[slot][rows], masks, size))
+        photos.append(
+            PhotoRows(
+                image=int(image_index[slot]),
+                classes=detections["classes"][slot][rows],
+                scores=detections["scores"][slot][rows],
+                boxes=boxes[slot][rows],
+                masks=masks,
+                size=size,
+            )
+        )
     return photos
 
 

@@ -202,7 +202,8 @@ class _Outliner:
             on_devices[batch.scale].append(distributed.to_global(fields, mesh))
             if batch.last:
                 rows, boxes, classes, real = pieces.of(photos.place, self._data.max_proposals)
-                valid = real & photos.readable[:, None] & box_ops.is_valid(boxes)
+                sides = (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
+                valid = real & photos.readable[:, None] & sides
                 given = distributed.to_global(dict(boxes=boxes, classes=classes, valid=valid), mesh)
                 what = (self._variables, on_devices, given, views)
                 maps = view_steps.mean_masks(self._model, mesh, *what)

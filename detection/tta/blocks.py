@@ -3,6 +3,7 @@
 Shape legend: B photos of a block, b of them in one batch.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ def open_views(
     )
 
 
-class BlockPhotos(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class BlockPhotos:
     """The photos of a block.
 
     Attributes:
