@@ -1,12 +1,12 @@
 """Class lists and hierarchies in the forms in which data sets ship them."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.io.errors import UserError
+from common.io.json_file import read_json
 
 _HEADERS = ("labelname", "label", "mid", "class", "name", "displayname")
 
@@ -25,6 +25,8 @@ def read_class_list(path: Path) -> tuple[list[str], list[str]]:
             rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: no CSV file ({error})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot read the class list ({error.strerror})") from error
     if rows and rows[0][0].strip().lower() in _HEADERS and len(rows) > 1:
@@ -54,11 +56,9 @@ def read_hierarchy(path: Path | None, class_labels: Sequence[str]) -> dict[str, 
     if path is None:
         return None
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the hierarchy ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: no valid JSON ({error})") from error
     mentioned: set[str] = set()
     pending = [tree]
     while pending:
@@ -71,7 +71,8 @@ def read_hierarchy(path: Path | None, class_labels: Sequence[str]) -> dict[str, 
         children = node.get("Subcategory", [])
         if not isinstance(children, list):
             raise UserError(f"{path}: Subcategory of {node['LabelName']} is no list")
-        mentioned |= {c["LabelName"] for c in children if isinstance(c, dict) and "LabelName" in c}
+        names = (child.get("LabelName") for child in children if isinstance(child, dict))
+        mentioned |= {name for name in names if isinstance(name, str)}
         pending += children
     missing = [label for label in class_labels if label not in mentioned]
     if len(missing) == len(class_labels):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,10 +21,12 @@ def read_header(path: Path) -> list[str]:
     Raises:
       UserError: no such file, empty, or not UTF-8.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: found no regular file, expected a CSV file")
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
-            line = stream.read(1 << 16).split(b"\n")[0]
-    except OSError as error:
+            line = re.split(rb"[\r\n]", stream.read(1 << 16), maxsplit=1)[0]
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot read it ({error})") from error
     try:
         text = line.decode("utf-8-sig").strip()
@@ -31,7 +34,14 @@ def read_header(path: Path) -> list[str]:
         raise UserError(f"{path}: row 1 is not UTF-8 ({error}); save the file as UTF-8") from error
     if not text:
         raise UserError(f"{path}: empty, expected a CSV file with a header")
-    return [name.strip() for name in next(csv.reader([text]))]
+    try:
+        names = [name.strip() for name in next(csv.reader([text]))]
+    except csv.Error as error:
+        raise UserError(f"{path}: row 1 is no header of a CSV file ({error})") from error
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise UserError(f"{path}: column {repeated!r:.40} is there twice")
+    return names
 
 
 def stream_csv(
@@ -80,7 +90,7 @@ def stream_csv(
                 yield line, batch
                 line += batch.num_rows
                 progress.report(raw.tell() >> 20, {"rows": line - 2})
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         if "Empty CSV file" in text:  # a header and nothing below it
             return

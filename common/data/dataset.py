@@ -23,7 +23,6 @@ Boxes are xmin, ymin, xmax, ymax, normalised to [0, 1], continuous and half-open
 import csv
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +31,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 
+from common.data.dataset_check import check_index, check_meta, check_split
 from common.data.dataset_format import (
     ABSENT,
     CROWD,
     DEPICTION,
-    FORMAT,
     GROUP_OF,
     INDEX,
     INSIDE,
@@ -49,6 +48,7 @@ from common.data.dataset_format import (
 )
 from common.data.dataset_writer import DatasetWriter, check_output, flat_hierarchy
 from common.io.errors import UserError
+from common.io.json_file import parse_json, read_json
 from common.io.paths import PathLike, to_epath
 
 __all__ = [
@@ -68,6 +68,8 @@ __all__ = [
     "read_classes",
 ]
 
+# What np.load raises on a damaged file: its header is a Python literal.
+_BROKEN = (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, KeyError)
 # Files of the index whose attribute has another name.
 _ATTRIBUTES = {
     "image_id": "image_ids",
@@ -143,22 +145,23 @@ class Dataset:
           UserError: no dataset there, another format, or an index file that is missing or cut.
         """
         directory = Path(directory)
-        meta = _read_json(directory / "dataset.json", hint="run python -m scripts.prepare_data")
-        if meta.get("format") != FORMAT:
-            raise UserError(
-                f"{directory}/dataset.json: field format is {meta.get('format')!r}, "
-                f"this code reads {FORMAT}: prepare the data again"
-            )
+        path = directory / "dataset.json"
+        meta = check_meta(path, _read_json(path, hint="run python -m scripts.prepare_data"))
         if image_root is not None:
             meta["image_root"] = image_root
         labels, names = read_classes(directory / "classes.csv")
+        if len(labels) != meta["num_classes"] or len(set(labels)) != len(labels):
+            raise UserError(
+                f"{directory}/classes.csv: {len(set(labels))} different labels in {len(labels)} "
+                f"rows, dataset.json says {meta['num_classes']} classes: prepare the data again"
+            )
         arrays: dict[str, Any] = {
             name: _load(directory, name) for name in (*STRINGS, "image_id_order")
         }
         for name in INDEX:
             absent = name in OPTIONAL and not meta.get(OPTIONAL[name])
             arrays[name] = None if absent else _load(directory, name)
-        _check_lengths(directory, meta, arrays)
+        check_index(directory, meta, arrays)
         return cls(
             directory=directory,
             meta=meta,
@@ -188,7 +191,12 @@ class Dataset:
             raise UserError(
                 f"{self.directory}: no split {name!r}; it has {', '.join(self.splits) or 'none'}"
             )
-        return np.load(self.directory / "splits" / f"{name}.npy")
+        path = self.directory / "splits" / f"{name}.npy"
+        try:
+            members = np.load(path)
+        except _BROKEN as error:
+            raise UserError(f"{path}: broken or missing split ({error})") from error
+        return check_split(path, members, self.num_images)
 
     def image_id(self, index: int) -> str:
         return self.image_ids[index].decode()
@@ -226,7 +234,8 @@ class Dataset:
             data = file.read(int(offsets[-1] - offsets[0]))
         ends = offsets - offsets[0]
         texts = [data[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
-        masks = [json.loads(text) if text else None for text in texts]
+        where = f"{self.directory}/masks.bin: image {self.image_id(index)!r}"
+        masks = [parse_json(text, where) if text else None for text in texts]
         root = self.meta.get("mask_root") or str(self.directory)
         for mask in masks:
             if isinstance(mask, dict) and "png" in mask:
@@ -254,8 +263,8 @@ def read_classes(path: PathLike) -> tuple[list[str], list[str]]:
     """Labels and names of a classes.csv (header label,name), local or gs://."""
     try:
         rows = list(csv.reader(io.StringIO(to_epath(path).read_text())))
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot read the classes ({error})") from error
     if not rows or rows[0] != ["label", "name"] or any(len(row) != 2 for row in rows):
         raise UserError(f"{path}: expected two columns with the header label,name")
     return [row[0] for row in rows[1:]], [row[1] for row in rows[1:]]
@@ -263,35 +272,17 @@ def read_classes(path: PathLike) -> tuple[list[str], list[str]]:
 
 def _read_json(path: Path, hint: str = "the directory is incomplete") -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path.parent} is no dataset directory, no {path.name}: {hint}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: no valid JSON ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
 
 
 def _load(directory: Path, name: str) -> np.ndarray:
     path = directory / "index" / f"{name}.npy"
     try:
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: broken or missing index file ({error})") from error
-
-
-def _check_lengths(directory: Path, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
-    images, boxes, ignored = meta["num_images"], meta["num_boxes"], arrays["ignore_offsets"]
-    rows = {
-        "images": images,
-        "images + 1": images + 1,
-        "boxes": boxes,
-        "boxes + 1": boxes + 1,
-        "labels": meta["num_labels"],
-        "ignore boxes": int(ignored[-1]) if ignored is not None and len(ignored) else 0,
-    }
-    for name, array in arrays.items():
-        expected = rows[INDEX[name][2] if name in INDEX else "images"]
-        if array is not None and len(array) != expected:
-            raise UserError(
-                f"{directory}/index/{name}.npy: {len(array)} rows, dataset.json says {expected}: "
-                "prepare the data again"
-            )
+    except _BROKEN as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: broken or missing index file ({text})") from error

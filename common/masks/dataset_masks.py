@@ -24,6 +24,7 @@ from common.data import images
 from common.data.dataset import Dataset
 from common.data.image_file import BROKEN, open_image
 from common.io.errors import UserError
+from common.io.json_file import parse_json
 from common.masks import rle
 
 _MODES = ("1", "L", "P")  # of PNG files: one channel of at most 8 bits; all but 0 is foreground
@@ -62,7 +63,9 @@ class MaskReader:
     def entry(self, row: int) -> Any:
         """What is stored of a box: None, {"png": path}, polygons or a run-length dictionary."""
         start, stop = self._offsets[row : row + 2].tolist()
-        return json.loads(self._data[start:stop].tobytes()) if stop > start else None
+        if stop <= start:
+            return None
+        return parse_json(self._data[start:stop].tobytes(), f"{self._dataset.directory}/masks.bin")
 
     def window(
         self, row: int, box: Sequence[float] | Float[np.ndarray, " 4"], size: tuple[int, int]
@@ -235,6 +238,10 @@ class MaskReader:
                 f"mask {json.dumps(polygons)[:80]}, expected polygons [x, y, ...] of three or "
                 "more points",
             ) from error
+        # What is far outside is cut there: drawing takes the memory of the outline's length.
+        low = np.array(origin) - (np.array(size[::-1]) + 1) / scale
+        high = np.array(origin) + 2 * (np.array(size[::-1]) + 1) / scale
+        points = [np.clip(p, low, high) for p in points]
         moved = [((p - origin) * scale).reshape(-1).tolist() for p in points]
         counts = coco_mask.segmToRle(moved, size[1], size[0])["counts"]
         return counts.encode() if isinstance(counts, str) else counts

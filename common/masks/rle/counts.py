@@ -15,6 +15,9 @@ Sizes = Sequence[tuple[int, int]] | Int[np.ndarray, "n 2"]  # height and width o
 
 # Runs below 2^31 need seven characters; longer texts would overflow 64 bits.
 _MAX_CHARACTERS = 12
+_RUN_CHARACTERS = 7
+_MAX_TEXT = 1 << 25  # characters of one mask
+MAX_FRAME = 1 << 29  # pixels, as of a photo
 _PIECE = 1 << 18  # characters looked at together: temporaries stay near the caches
 
 
@@ -134,6 +137,8 @@ def checked_areas(
     """Pixels of each mask, and what `find_broken` finds; where it does, areas mean nothing."""
     sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
     result = np.zeros(len(counts), np.int64)
+    if (odd := _find_odd_frame(counts, sizes)) is not None:
+        return result, odd
     for part in pieces(_lengths(counts), _PIECE):
         runs, offsets, broken = decode_runs(counts[part])
         pixels = sizes[part, 0] * sizes[part, 1]
@@ -141,6 +146,10 @@ def checked_areas(
         result[part] = _areas(runs, offsets, covered)
         wrong = (covered != pixels) | (sizes[part] <= 0).any(1)
         wrong[broken] = True
+        # A run longer than the frame: sums of such may overflow to the right number.
+        if len(runs) and runs.max() > pixels.min():
+            owner = np.repeat(np.arange(len(pixels)), np.diff(offsets))
+            wrong[owner[runs > pixels[owner]]] = True
         if wrong.any():
             local = int(np.argmax(wrong))
             index = part.start + local
@@ -157,6 +166,25 @@ def checked_areas(
                 )
             return result, (index, reason)
     return result, None
+
+
+def _find_odd_frame(counts: Counts, sizes: Int[np.ndarray, "n 2"]) -> tuple[int, str] | None:
+    """First mask whose frame or text is too large to be decoded, and why."""
+    lengths = _lengths(counts)
+    sides = sizes.clip(0, MAX_FRAME + 1)
+    pixels = sides[:, 0] * sides[:, 1]
+    limit = np.minimum((pixels + 1) * _RUN_CHARACTERS, _MAX_TEXT)
+    odd = np.flatnonzero((pixels > MAX_FRAME) | ((pixels > 0) & (lengths > limit)))
+    if not len(odd):
+        return None
+    index = int(odd[0])
+    height, width = sizes[index]
+    if pixels[index] > MAX_FRAME:
+        return index, f"mask of {height}x{width} pixels, expected at most {MAX_FRAME}"
+    return index, (
+        f"mask of {height}x{width} pixels with {lengths[index]} characters of counts, expected at "
+        f"most {limit[index]}"
+    )
 
 
 def areas(counts: Counts) -> Int[np.ndarray, " n"]:
