@@ -82,7 +82,7 @@ def open_tables(
         `ClassMapping.targets`); detections of other labels are dropped.
 
     Raises:
-      UserError: no or unreadable tables, tables without rows, other labels, other images, parent
+      UserError: no or unreadable tables, no table with rows, other labels, other images, parent
         classes in some tables only, or a mapping for a model that is no input.
     """
     paths, names = parse_inputs(inputs)
@@ -93,10 +93,10 @@ def open_tables(
     for path in paths:
         reader = DetectionsReader(path, like=readers[0] if readers else None)
         if not reader.num_rows:
-            raise UserError(
-                f"{path}: no detections ({len(reader.image_ids)} images covered), expected rows"
-            )
+            print(f"{path}: no detections ({len(reader.image_ids)} images covered)", flush=True)
         readers.append(reader)
+    if not any(reader.num_rows for reader in readers):
+        raise UserError(f"{', '.join(map(str, paths))}: no detections in any table, expected rows")
     _check_expanded(readers)
     image_ids, image_codes = _common_images(readers, coverage)
     label_rows = [_find_labels(reader) for reader in readers]

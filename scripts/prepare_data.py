@@ -12,7 +12,7 @@ Rows that mean nothing are dropped or repaired, counted by reason on the screen 
 report.json; --strict refuses them. The directory appears when it is complete, or not at all.
 """
 
-import tempfile
+import shutil
 import time
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from common.convert.tfds import read_tfds
 from common.convert.voc import read_voc
 from common.convert.yolo import read_yolo
 from common.data.dataset import check_output
+from common.io.atomic import remove_leftovers, temporary_beside
 from common.io.commands import run_main
 from common.io.errors import UserError
 
@@ -118,7 +119,10 @@ def main(format_name: str) -> None:
     _refuse_division_without_split()
     output = Path(args.output)
     check_output(output.absolute(), args.overwrite)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot make its folder ({error.strerror})") from error
     report = Report(strict=args.strict)
     options = Options(
         output=output,
@@ -136,9 +140,16 @@ def main(format_name: str) -> None:
         ignore=args.ignore,
     )
     # Beside the output: spooled masks and photos move there without a copy.
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.absolute().parent) as spool:
-        annotations = _read(format_name, args.source, report, Path(spool))
+    remove_leftovers(output.absolute())
+    spool = temporary_beside(output.absolute())
+    try:
+        spool.mkdir()
+        annotations = _read(format_name, args.source, report, spool)
         write_dataset(annotations, options, report)
+    except OSError as error:
+        raise UserError(f"{output}: cannot write the dataset ({error})") from error
+    finally:
+        shutil.rmtree(spool, ignore_errors=True)
     print(f"done in {time.monotonic() - started:.1f} s", flush=True)
 
 

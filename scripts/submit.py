@@ -65,9 +65,10 @@ def define_id_flags() -> None:
     flags.DEFINE_string("annotations", None, "coco, lvis: official file with images, categories.")
     flags.DEFINE_enum(
         "image_id",
-        "id",
+        "auto",
         ids.IMAGE_IDS,
-        "coco, lvis: what tables call an image of --annotations, as in scripts.prepare_data.",
+        "coco, lvis: what tables call an image of --annotations, as in scripts.prepare_data; auto "
+        "= as in --dataset.",
     )
     flags.DEFINE_string("image_ids", None, "coco, lvis: CSV image_id,id[,height,width].")
     flags.DEFINE_string("category_ids", None, "coco, lvis: CSV label,id.")
@@ -152,8 +153,10 @@ def numbers(
     """
     args = flags.FLAGS
     images = categories = None
+    own = dataset.meta.get("image_id", "id") if dataset is not None else "id"
     if args.annotations:
-        images, categories = ids.read_annotations(Path(args.annotations), args.image_id)
+        image_id = own if args.image_id == "auto" else args.image_id
+        images, categories = ids.read_annotations(Path(args.annotations), image_id)
     if args.image_ids:
         images = ids.read_image_csv(args.image_ids)
     if args.category_ids:
@@ -165,6 +168,11 @@ def numbers(
             f"--format={args.format} needs numbers of images and categories: give --dataset=DIR "
             "(made of COCO or LVIS files), --annotations=FILE.json, or --image_ids=FILE.csv and "
             "--category_ids=FILE.csv"
+        )
+    if images is None and image_ids is not None and own == "file_stem":
+        raise UserError(
+            f"{dataset.directory}: its images are called by their file names; give the numbers of "
+            "the images by --annotations=FILE.json or --image_ids=FILE.csv"
         )
     if images is None:
         indices = np.arange(dataset.num_images)

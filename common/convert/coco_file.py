@@ -19,6 +19,7 @@ from common.convert.report import REPAIRED, Report
 from common.convert.segments import box_of, clean_segmentation
 from common.data.dataset import ABSENT, CROWD, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.io.errors import UserError
+from common.io.json_file import text_id, whole
 from common.io.json_stream import stream_lists
 
 _LISTS = ("images", "annotations", "categories")
@@ -168,7 +169,7 @@ class CocoFile:
             self._report.add("image given twice", REPAIRED, str(self.path), [number])
             return
         sides = [value.get(name) for name in ("height", "width")]
-        height, width = (0 if side is None else _integer(side) for side in sides)
+        height, width = (0 if side is None else whole(side) for side in sides)
         if min(height, width) < 0 or max(height, width) >= 1 << 31:
             raise UserError(
                 f"{self.path}: image id {number} has width {width} and height {height}; expected "
@@ -216,26 +217,6 @@ class CocoFile:
 
     def _place(self, category: Any) -> int:
         return self._category_places.setdefault(text_id(category), len(self._category_places))
-
-
-def text_id(value: Any) -> str:
-    """An id as text: 3, 3.0 and "3" are the same, 3.5 and null are none.
-
-    Raises:
-      ValueError: no id.
-    """
-    if isinstance(value, str):
-        if not value.strip() or not value.isprintable():  # lone surrogates are not
-            raise ValueError(f"id {value!r:.40}")
-        return value.strip()
-    return str(_integer(value))
-
-
-def _integer(value: Any) -> int:
-    """An id or a size; 3.0 counts, 3.5 and truths do not."""
-    if isinstance(value, bool) or int(value) != value or abs(value) >= 1 << 63:
-        raise ValueError(f"{value!r:.40} is no whole number")
-    return int(value)
 
 
 def _is_row(value: Any) -> TypeGuard[int]:

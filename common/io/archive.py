@@ -18,15 +18,19 @@ class Archive:
       names: of its members.
     """
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: BinaryIO, always: int = _ALWAYS):
         """Reads the list of members.
+
+        Args:
+          stream: the file.
+          always: bytes to which it may unfold however small it is.
 
         Raises:
           UserError: no zip file.
         """
         self._size = stream.seek(0, 2)
         stream.seek(0)
-        self._unfolded = 0
+        self._unfolded, self._always = 0, always
         try:
             self._zip = zipfile.ZipFile(stream)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
@@ -50,7 +54,7 @@ class Archive:
         """
         member = self._member(name)
         self._unfolded += member.file_size
-        limit = max(_ALWAYS, _MAX_RATIO * self._size)
+        limit = max(self._always, _MAX_RATIO * self._size)
         if self._unfolded > limit:
             raise UserError(
                 f"{name}: found {self._unfolded:,} bytes in a zip file of {self._size:,}, expected "

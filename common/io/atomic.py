@@ -4,7 +4,10 @@ import contextlib
 import json
 import math
 import os
+import platform
+import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +32,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
       UserError: `path` is a folder, or it cannot be written (an OSError in the block included).
     """
     output = to_epath(path)
+    remove_leftovers(path)
     beside = output.with_name(_temporary_name(output))
     with contextlib.ExitStack() as stack:
         try:
@@ -90,6 +94,7 @@ def atomic_folder(path: PathLike) -> Iterator[epath.Path]:
       UserError: it cannot be written (an OSError in the block included).
     """
     output = to_epath(path)
+    remove_leftovers(path)
     temporary, old = output.with_name(_temporary_name(output)), None
     try:
         temporary.mkdir(parents=True)
@@ -109,7 +114,41 @@ def atomic_folder(path: PathLike) -> Iterator[epath.Path]:
 
 def _temporary_name(path: epath.Path, kind: str = "tmp") -> str:
     """A name of no other process, and of no other thread that writes the same output."""
-    return f"{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{path.name}.{kind}-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def remove_leftovers(path: PathLike) -> None:
+    """Removes what killed runs on this machine left beside an output of theirs; local only."""
+    output = Path(path)
+    if is_remote(path) or not output.parent.is_dir():
+        return
+    name = re.escape(output.name)
+    pattern = re.compile(rf"{name}\.tmp-{re.escape(platform.node())}-(\d+)-[0-9a-f]{{8}}(-.*)?")
+    for entry in list(os.scandir(output.parent)):
+        match = pattern.fullmatch(entry.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        with contextlib.suppress(OSError):  # of somebody else, or gone by now
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+
+def temporary_beside(path: PathLike) -> Path:
+    """A name for a folder of scratch files beside an output, which `remove_leftovers` knows."""
+    output = to_epath(path)
+    return Path(output.with_name(f"{_temporary_name(output)}-scratch"))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _finite(value: Any) -> Any:

@@ -43,5 +43,29 @@ def parse_json(text: bytes | str, where: object) -> Any:
     return value
 
 
+def text_id(value: Any) -> str:
+    """An id as text: 3, 3.0 and "3" are the same, 3.5 and null are none.
+
+    Raises:
+      ValueError, TypeError, OverflowError: no id.
+    """
+    if isinstance(value, str):
+        if not value.strip() or not value.isprintable():  # half of a pair of surrogates is not
+            raise ValueError(f"id {value!r:.40}")
+        return value.strip()
+    return str(whole(value))
+
+
+def whole(value: Any) -> int:
+    """A number or a size; 3.0 counts, 3.5 and truths do not.
+
+    Raises:
+      ValueError, TypeError, OverflowError: no whole number of 64 bits.
+    """
+    if isinstance(value, bool) or int(value) != value or abs(value) >= 1 << 63:
+        raise ValueError(f"{value!r:.40} is no whole number")
+    return int(value)
+
+
 def _refuse(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON")

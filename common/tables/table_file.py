@@ -4,7 +4,6 @@ Shape legend: n rows of a batch.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from etils import epath
 from jaxtyping import Int32
 
 from common.io.errors import UserError
+from common.io.json_file import parse_json
 from common.io.paths import local_copy
 from common.tables.table import (
     COLUMNS,
@@ -23,6 +23,9 @@ from common.tables.table import (
     find_duplicate,
     find_invalid,
 )
+
+_MAX_RATIO = 64  # to which masks unfold: zstd makes run lengths about three times smaller
+_ALWAYS = 64 << 20  # bytes
 
 
 class TableFile:
@@ -37,10 +40,16 @@ class TableFile:
                 schema = file.schema_arrow
                 footer = file.metadata.metadata or {}
                 self.num_rows = file.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
+                _check_sizes(path, file.metadata)
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(
                 f"{path}: no readable Parquet file, cut or damaged ({error})"
             ) from error
+        twice = [name for name in schema.names if schema.names.count(name) > 1]
+        if twice:
+            raise UserError(f"{path}: column {twice[0]} is there twice")
         self.has_masks = "mask" in schema.names
         for name, kind in (COLUMNS | (MASK_COLUMNS if self.has_masks else {})).items():
             if name not in schema.names:
@@ -51,10 +60,11 @@ class TableFile:
             if actual != kind and not (kind == pa.string() and actual == pa.large_string()):
                 raise UserError(f"{path}: column {name} is {actual}, expected {kind}")
         try:
-            metadata = json.loads(footer[METADATA_KEY])
+            metadata = parse_json(footer[METADATA_KEY], path)
             self.image_ids = metadata.pop("image_ids")
-            if not all(isinstance(image_id, str) for image_id in self.image_ids):
-                raise TypeError("image_ids are no strings")
+            is_list = isinstance(self.image_ids, list)
+            if not is_list or not all(isinstance(image_id, str) for image_id in self.image_ids):
+                raise TypeError("image_ids are no list of strings")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: file metadata {METADATA_KEY.decode()!r}: expected a JSON object with "
@@ -165,12 +175,18 @@ class TableFile:
                 row = sum(file.metadata.row_group(g).num_rows for g in range(groups.start))
                 # One by one: of several, the compressed bytes of all are read at once.
                 for group in groups:
+                    end = row + file.metadata.row_group(group).num_rows
                     for batch in file.iter_batches(size, row_groups=[group], columns=columns):
+                        batch.validate(full=True)  # invalid UTF-8 would fail far from here
                         if len(batch):
                             yield row, batch
                         row += len(batch)
+                    if row != end:
+                        raise UserError(f"{self.path}: damaged, found {row} rows, expected {end}")
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: damaged after row {row} ({error})") from error
+            raise UserError(
+                f"{self.path}: damaged after row {row} ({' '.join(str(error).split())[:200]})"
+            ) from error
 
     def _check_nulls(self, batch: pa.RecordBatch, row: int) -> None:
         for name in batch.schema.names:
@@ -191,6 +207,30 @@ class TableFile:
                 f"{self.path}: row {row + at}: {column[at].as_py()!r} is not among the {known}"
             )
         return encoded
+
+
+def _check_sizes(path: epath.Path, metadata: pq.FileMetaData) -> None:
+    """Refuses a footer whose numbers disagree, and masks that unfold to much more than the file.
+
+    Raises:
+      UserError: says which.
+    """
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = sum(group.num_rows for group in groups)
+    if rows != metadata.num_rows:
+        raise UserError(
+            f"{path}: damaged, its parts have {rows} rows, expected {metadata.num_rows}"
+        )
+    for group in groups:
+        for column in (group.column(i) for i in range(group.num_columns)):
+            unfolded = column.total_uncompressed_size
+            if column.path_in_schema == "mask" and unfolded > max(
+                _ALWAYS, _MAX_RATIO * column.total_compressed_size
+            ):
+                raise UserError(
+                    f"{path}: masks of {unfolded:,} bytes in {column.total_compressed_size:,}, "
+                    f"expected at most {_MAX_RATIO} times as many"
+                )
 
 
 def _row_groups(metadata: pq.FileMetaData, first: str, last: str) -> range:

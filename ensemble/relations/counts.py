@@ -5,7 +5,6 @@ Shape legend: K classes.
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from jaxtyping import Bool, Float32, Int64
 
 from common.io.atomic import open_atomic
 from common.io.errors import UserError
+from common.io.json_file import parse_json
+from common.io.npz_file import read_npz
 from common.io.paths import PathLike, local_copy
 
 FORMAT = 1
@@ -96,25 +97,32 @@ def read_relations(path: PathLike) -> Relations:
       UserError: no such file, or a broken one.
     """
     try:
-        with local_copy(path) as local, np.load(local) as file:
-            header = json.loads(str(file["header"]))
-            arrays = {name: file[name] for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
-            version = header.pop("format")
-            labels = header.pop("class_labels")
+        with local_copy(path) as local:
+            content = read_npz(local)
+        header = parse_json(str(content["header"]), f"{path}: header")
+        arrays = {name: content[name] for name in (*_PAIR_COUNTS, *_CLASS_COUNTS)}
+        version = header.pop("format")
+        labels = header.pop("class_labels")
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file, expected relations written by scripts.mine_relations"
         ) from error
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        text = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: no readable relations, cut or damaged ({type(error).__name__}: {error}); "
+            f"{path}: no readable relations, cut or damaged ({type(error).__name__}: {text}); "
             "expected a file written by scripts.mine_relations"
         ) from error
     if version != FORMAT:
         raise UserError(
             f"{path}: format is {version!r}, expected {FORMAT}: mine the relations again"
         )
+    is_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not is_texts or len(set(labels)) != len(labels):
+        raise UserError(f"{path}: class_labels: expected a list of texts, none of them twice")
     for name, array in arrays.items():
+        if array.dtype.kind not in "iu":
+            raise UserError(f"{path}: {name} has type {array.dtype}, expected whole numbers")
         shape = (len(labels),) * (1 if name in _CLASS_COUNTS else 2)
         if array.shape != shape:
             raise UserError(f"{path}: {name} has shape {array.shape}, expected {shape}")

@@ -15,7 +15,6 @@
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,11 +23,12 @@ import numpy as np
 
 from common.io.atomic import write_json
 from common.io.errors import UserError
-from common.io.paths import read_text
+from common.io.json_file import read_json
 from ensemble.operators.groups import Rows
 from ensemble.tree.join import ELEMENTS, NMS_TYPES, NodeRows, join, leaf_rows
 
 KIND, FORMAT = "ensemble tree", 1
+_MAX_DEPTH = 200  # levels; a search makes tens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,18 +195,16 @@ def load(path: str | os.PathLike) -> Tree:
       UserError: no such file, no JSON, another format, or a wrong field; the text names it.
     """
     try:
-        content = json.loads(read_text(path))
+        content = read_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the tree ({error})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: no valid JSON ({error})") from error
     return from_json(content, str(path))
 
 
 def read_notes(path: str | os.PathLike) -> dict[str, Any]:
     """The notes of a tree file."""
     load(path)
-    return json.loads(read_text(path)).get("notes", {})
+    return read_json(path).get("notes", {})
 
 
 def to_json(tree: Tree, notes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -241,7 +239,7 @@ def from_json(content: Any, name: str) -> Tree:
     _check_fields(content, fields, {"notes"}, name)
     models = content["models"]
     if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
-        raise UserError(f"{name}: models is {models!r}, expected a list of names")
+        raise UserError(f"{name}: models is {models!r:.80}, expected a list of names")
     limits = {"iou_threshold": (0, 1), "sigma": (1e-6, np.inf), "min_score": (0, 1)}
     settings = {
         key: _number(content[key], *limit, f"{name}: {key}") for key, limit in limits.items()
@@ -260,7 +258,9 @@ def node_from_json(content: Any, name: str, place: str = "root") -> Leaf | Node:
     """Subtree of its JSON form; `place` says in error messages where it stands."""
     where = f"{name}: {place}"
     if not isinstance(content, dict):
-        raise UserError(f"{where} is {content!r}, expected an object")
+        raise UserError(f"{where} is {content!r:.80}, expected an object")
+    if place.count(".") > _MAX_DEPTH:
+        raise UserError(f"{name}: a tree of more than {_MAX_DEPTH} levels")
     if "model" in content:
         _check_fields(content, {"model"}, set(), where)
         if not isinstance(content["model"], str):

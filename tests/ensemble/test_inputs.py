@@ -119,7 +119,7 @@ def test_tables_that_do_not_belong_together(tmp_path):
     empty = write(tmp_path / "empty.parquet", {"x": ([], [], BOX[:0])})
     expanded = write(tmp_path / "expanded.parquet", {"x": one()}, expanded=True)
     cases = {
-        (full, empty): r"empty\.parquet: no detections \(1 images covered\), expected rows",
+        (empty,): r"empty\.parquet: no detections in any table, expected rows",
         (full, expanded): r"a\.parquet: not expanded to parent classes, but .*expanded\.parquet",
         (full, full): r"--inputs: .*a\.parquet is given twice",
         (full, str(tmp_path / "none.parquet")): r"none\.parquet: no such file or folder",
@@ -130,6 +130,14 @@ def test_tables_that_do_not_belong_together(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             open_tables(inputs)
         assert "\n" not in str(error.value)
+
+
+def test_a_table_without_rows_is_taken_beside_others(tmp_path):
+    full = write(tmp_path / "a.parquet", {"x": one()})
+    empty = write(tmp_path / "empty.parquet", {"x": ([], [], BOX[:0])})
+    rows, _ = read_all(open_tables([full, empty]))
+    alone, _ = read_all(open_tables([full]))
+    assert rows == alone
 
 
 def test_models_are_called_by_what_tells_their_paths_apart():

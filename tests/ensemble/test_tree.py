@@ -191,7 +191,7 @@ def change_root(**values):
         (change_root(weights=[1]), "root.weights is \\[1\\], expected a pair"),
         (change_root(weights=[1, 0]), "root.weights is 0, expected a number"),
         (change_root(box=1.5), "root.box is 1.5, expected a number from 0 to 1"),
-        (change_root(vote=float("nan")), "root.vote is nan"),
+        (change_root(vote=float("nan")), "NaN is no number of JSON"),
         (change_root(elements=["scores", "boxes"]), '"both" for one child'),
         (change_root(elements=["both", "none"]), "root.elements is 'none'"),
         (lambda c: c["root"]["right"]["left"].update(model=3), "root.right.left.model is 3"),

@@ -13,6 +13,7 @@ from common.masks.rle.counts import (
     encode_all,
     encode_runs,
     find_broken,
+    max_text,
     tight_boxes,
 )
 from common.masks.rle.pixels import decode, decode_all, encode, encode_window, encode_windows
@@ -32,6 +33,7 @@ __all__ = [
     "encode_windows",
     "find_broken",
     "iou",
+    "max_text",
     "merge",
     "nearest",
     "resize",

@@ -168,12 +168,19 @@ def checked_areas(
     return result, None
 
 
+def max_text(sizes: Int[np.ndarray, "*n 2"]) -> Int[np.ndarray, "*n"]:
+    """Characters that the counts of frames of these heights and widths can have."""
+    sides = np.asarray(sizes, np.int64).clip(0, MAX_FRAME + 1)
+    pixels = np.minimum(sides[..., 0] * sides[..., 1], MAX_FRAME)
+    return np.minimum((pixels + 1) * _RUN_CHARACTERS, _MAX_TEXT)
+
+
 def _find_odd_frame(counts: Counts, sizes: Int[np.ndarray, "n 2"]) -> tuple[int, str] | None:
     """First mask whose frame or text is too large to be decoded, and why."""
     lengths = _lengths(counts)
     sides = sizes.clip(0, MAX_FRAME + 1)
     pixels = sides[:, 0] * sides[:, 1]
-    limit = np.minimum((pixels + 1) * _RUN_CHARACTERS, _MAX_TEXT)
+    limit = max_text(sizes)
     odd = np.flatnonzero((pixels > MAX_FRAME) | ((pixels > 0) & (lengths > limit)))
     if not len(odd):
         return None

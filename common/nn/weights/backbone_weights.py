@@ -6,6 +6,8 @@ A file of ours is a `.safetensors` file whose keys are '/'-joined paths that beg
 
 import dataclasses
 import re
+from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,19 @@ class Report:
       used: names (in our tree) that received a value.
       unused: names in the file that our tree has no place for, such as a classifier.
       missing: names in our tree that the file has no value for.
+      prefix: what stands before the names of the trunk in the file.
     """
 
     used: list[str]
     unused: list[str]
     missing: list[str]
+    prefix: str = ""
 
     def __str__(self) -> str:
         counters = [name for name in self.unused if name.endswith("num_batches_tracked")]
         others = [name for name in self.unused if name not in set(counters)]
-        lines = [f"used     {len(self.used)}", f"unused   {len(self.unused)}"]
+        behind = f" (behind the prefix {self.prefix!r})" if self.prefix else ""
+        lines = [f"used     {len(self.used)}{behind}", f"unused   {len(self.unused)}"]
         if counters:
             lines.append(f"  {len(counters)} x *.num_batches_tracked (counters, never needed)")
         lines += [f"  {name}" for name in others]
@@ -158,10 +163,11 @@ def convert_state_dict(state: State, backbone: str, **fields) -> tuple[State, Re
       UserError: a tensor has another shape than our network's.
     """
     expected = backbone_shapes(backbone, **fields)
+    prefix = _prefix(state, backbone, expected)
     converted, unused = {}, []
     for name, value in state.items():
-        path = _target(name, value, backbone)
-        if path not in expected:
+        path = _target(name.removeprefix(prefix), value, backbone)
+        if path not in expected or not name.startswith(prefix):
             unused.append(name)
             continue
         if value.ndim == 4:
@@ -173,7 +179,22 @@ def convert_state_dict(state: State, backbone: str, **fields) -> tuple[State, Re
             )
         converted[path] = np.ascontiguousarray(value, np.float32)
     missing = [path for path in expected if path not in converted]
-    return converted, Report(list(converted), unused, missing)
+    return converted, Report(list(converted), unused, missing, prefix)
+
+
+def _prefix(state: State, backbone: str, expected: Container[str]) -> str:
+    """What stands before the names of the trunk in a larger model, such as 'backbone.body.'.
+
+    That is what most of our names are found behind; of two alike (a query and a key encoder) the
+    first in the file.
+    """
+    counts: Counter[str] = Counter()
+    for name, value in state.items():
+        parts = name.split(".")
+        for place in range(len(parts)):
+            if _target(".".join(parts[place:]), value, backbone) in expected:
+                counts["".join(f"{part}." for part in parts[:place])] += 1
+    return counts.most_common(1)[0][0] if counts else ""
 
 
 def backbone_shapes(backbone: str, **fields) -> dict[str, tuple[int, ...]]:

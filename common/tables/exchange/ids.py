@@ -6,6 +6,7 @@ annotation file with `images` and `categories`, or from CSV lists of one's own.
 
 import csv
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from common.data.dataset import Dataset
 from common.io.errors import UserError
+from common.io.json_file import text_id, whole
 from common.io.json_stream import stream_lists
 
-IMAGE_IDS = ("id", "file_stem")
+IMAGE_IDS = ("auto", "id", "file_stem")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Images:
     """Images that a file may speak of.
 
     Attributes:
-      numbers: id in tables -> number in the file.
+      numbers: id in tables -> id in the file, mostly a number.
       sizes: id in tables -> height and width in pixels.
       source: where that was read from, for messages.
     """
 
-    numbers: Mapping[str, int]
+    numbers: Mapping[str, int | str]
     sizes: Mapping[str, tuple[int, int]]
     source: str
 
@@ -37,27 +39,47 @@ class Images:
 class Categories:
     """Category number of each label, and where that was read from."""
 
-    numbers: Mapping[str, int]
+    numbers: Mapping[str, int | str]
     source: str
 
 
-def images_of_dataset(dataset: Dataset, indices: Iterable[int]) -> Images:
-    """Images of a dataset whose ids are decimal numbers, as those of COCO and LVIS are.
+def id_texts(numbers: Mapping[str, int | str]) -> dict[str, str]:
+    """What a file may call an image or a category, as text -> what tables call it.
+
+    That is its number, as number or as text, with zeros before it or without; or, where no number
+    is written so, its name in tables.
+    """
+    texts: dict[str, str] = {}
+    for spell in (str, lambda number: str(number).lstrip("0")):
+        for name, number in numbers.items():
+            texts.setdefault(spell(number), name)
+    for name in numbers:
+        texts.setdefault(name, name)
+    return texts
+
+
+def find_id(texts: Mapping[str, str], value: object) -> str:
+    """The name in tables of an id in a file (`id_texts`), '' = unknown.
 
     Raises:
-      UserError: another id, or two that are the same number.
+      ValueError, TypeError, OverflowError: no id.
     """
-    numbers: dict[str, int] = {}
-    owner: dict[int, str] = {}
+    text = text_id(value)
+    return texts.get(text) or texts.get(text.lstrip("0") if text.isdecimal() else text, "")
+
+
+def images_of_dataset(dataset: Dataset, indices: Iterable[int]) -> Images:
+    """Images of a dataset: ids that are decimal numbers, as those of COCO and LVIS, as numbers.
+
+    Raises:
+      UserError: two that are the same number.
+    """
+    numbers: dict[str, int | str] = {}
+    owner: dict[int | str, str] = {}
     sizes = {}
     for index in indices:
         image_id = dataset.image_id(index)
-        if not (image_id.isascii() and image_id.isdecimal()):
-            raise UserError(
-                f"{dataset.directory}: image id {image_id!r} is no number; give the numbers of "
-                "the images by --image_ids=FILE.csv or --annotations=FILE.json"
-            )
-        number = int(image_id)
+        number = _plain(image_id)
         if number in owner:
             raise UserError(
                 f"{dataset.directory}: image ids {owner[number]!r} and {image_id!r} are both "
@@ -97,24 +119,29 @@ def read_annotations(path: Path, image_id: str = "id") -> tuple[Images, Categori
     Raises:
       UserError: broken file, missing fields, something given twice.
     """
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int | str] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    categories: dict[str, int] = {}
+    categories: dict[str, int | str] = {}
     for key, value in stream_lists(path, ("categories", "images"), optional=("categories",)):
         try:
+            number = _plain(text_id(value["id"]))
             if key == "categories":
-                _add(categories, str(value["name"]), _whole(value["id"]), path, "category")
+                _add(categories, str(value["name"]), number, path, "category")
                 continue
-            number = _whole(value["id"])
             name = str(number)
             if image_id == "file_stem":
-                name = Path(value.get("file_name") or value["coco_url"]).stem
+                file = str(value.get("file_name") or value["coco_url"])
+                name = Path(file.replace("\\", "/")).stem
             _add(numbers, name, number, path, "image")
-            sizes[name] = (_whole(value["height"]), _whole(value["width"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            sides = [value.get(side) for side in ("height", "width")]
+            if None not in sides:
+                sizes[name] = (whole(sides[0]), whole(sides[1]))
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{path}: {key}: expected objects with id and "
-                f"{'name' if key == 'categories' else 'height and width'}, found "
+                f"{'name' if key == 'categories' else 'file_name'}, found "
                 f"{str(value)[:80]} ({type(error).__name__}: {error})"
             ) from error
     if not numbers:
@@ -126,7 +153,7 @@ def read_annotations(path: Path, image_id: str = "id") -> tuple[Images, Categori
 
 def read_image_csv(path: Path) -> Images:
     """A CSV list `image_id,id` or `image_id,id,height,width`."""
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int | str] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for line, row in _rows(path, ("image_id", "id"), ("height", "width")):
         _add(numbers, row[0], _number(row[1], path, line), path, "image")
@@ -138,7 +165,7 @@ def read_image_csv(path: Path) -> Images:
 
 def read_category_csv(path: Path) -> Categories:
     """A CSV list `label,id`."""
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int | str] = {}
     for line, row in _rows(path, ("label", "id"), ()):
         _add(numbers, row[0], _number(row[1], path, line), path, "label")
     _unique(numbers, path, "labels")
@@ -147,8 +174,8 @@ def read_category_csv(path: Path) -> Categories:
 
 def image_columns(
     images: Images, image_ids: Sequence[str], needed: np.ndarray, *, pixels: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (i,) and sizes (i, 2) of a table's covered images.
+) -> tuple[list[str], np.ndarray]:
+    """Ids as JSON texts (i) and sizes (i, 2) of a table's covered images.
 
     Args:
       images: what is known.
@@ -159,7 +186,7 @@ def image_columns(
     Raises:
       UserError: an image that is needed and unknown.
     """
-    numbers = np.zeros(len(image_ids), np.int64)
+    numbers = [""] * len(image_ids)
     sizes = np.zeros((len(image_ids), 2), np.int64)
     for i in np.flatnonzero(needed).tolist():
         image_id = image_ids[i]
@@ -169,7 +196,7 @@ def image_columns(
                 f"{images.source}: no image {image_id!r}, which the table covers (first image "
                 f"there: {first!r})"
             )
-        numbers[i] = images.numbers[image_id]
+        numbers[i] = json.dumps(images.numbers[image_id])
         sizes[i] = images.sizes.get(image_id, (0, 0))
         if pixels and min(sizes[i]) <= 0:
             raise UserError(
@@ -196,6 +223,8 @@ def _rows(path: Path, needed: Sequence[str], optional: Sequence[str]):
         raise UserError(f"{path}: cannot read it ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: no CSV file ({error})") from error
 
 
 def _number(text: str, path: Path, line: int) -> int:
@@ -205,10 +234,10 @@ def _number(text: str, path: Path, line: int) -> int:
         raise UserError(f"{path}: row {line}: {text!r} is no whole number") from error
 
 
-def _whole(value) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{value!r} is no whole number")
-    return int(value)
+def _plain(text: str) -> int | str:
+    """An id as files in COCO form write it: a number where it is one."""
+    is_number = text.isascii() and text.isdecimal() and len(text) < 19
+    return int(text) if is_number else text
 
 
 def _add(known: dict, name: str, value, path: Path, what: str) -> None:
@@ -217,8 +246,8 @@ def _add(known: dict, name: str, value, path: Path, what: str) -> None:
     known[name] = value
 
 
-def _unique(numbers: Mapping[str, int], path: Path, what: str) -> None:
-    owner: dict[int, str] = {}
+def _unique(numbers: Mapping[str, int | str], path: Path, what: str) -> None:
+    owner: dict[int | str, str] = {}
     for name, number in numbers.items():
         if owner.setdefault(number, name) != name:
             raise UserError(f"{path}: {what} {owner[number]!r} and {name!r} are both {number}")

@@ -249,12 +249,24 @@ def _read_offline(path: Path, masks: bool) -> Iterator[Rows]:
             yield dataclasses.replace(rows, boxes=np.stack(corners, 1))
 
 
+def _unfolded(data: bytes, size: np.ndarray) -> bytes:
+    """Counts of a mask, no longer than its frame can need."""
+    limit = int(rle.max_text(size))
+    stream = zlib.decompressobj()
+    counts = stream.decompress(data, limit + 1)
+    if len(counts) > limit:
+        raise ValueError(f"more than {limit} characters for {size[0]}x{size[1]} pixels")
+    if not stream.eof:
+        raise ValueError("it is cut off")
+    return counts
+
+
 def _with_masks(rows: Rows, texts: list[str], sizes: np.ndarray, path: Path) -> Rows:
     """Adds decoded masks and their boxes."""
     masks = np.zeros(len(texts), object)
     for i, encoded in enumerate(texts):
         try:
-            masks[i] = zlib.decompress(base64.b64decode(encoded, validate=True))
+            masks[i] = _unfolded(base64.b64decode(encoded, validate=True), sizes[i])
         except (binascii.Error, ValueError, zlib.error) as error:
             raise UserError(
                 f"{path}: row {rows.numbers[i]}: mask {encoded[:20]!r} is no base64 of zlib "
@@ -345,7 +357,7 @@ def _parse(path: Path, pending: list, masks: bool) -> Rows:
         return dataclasses.replace(rows, boxes=np.stack(columns, 1))
     frames = []
     for image_id, line, _, frame in pending:
-        if not all(side.isdecimal() for side in frame):
+        if not all(side.isascii() and side.isdecimal() and len(side) < 10 for side in frame):
             raise UserError(
                 f"{path}: row {line}: image {image_id!r} has ImageHeight {frame[0]!r} and "
                 f"ImageWidth {frame[1]!r}, expected pixels"

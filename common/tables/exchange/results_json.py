@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common.io.errors import UserError
+from common.io.json_file import whole
 from common.io.json_stream import stream_list
 from common.masks import rle
 from common.tables import Detections
 from common.tables.exchange import text
-from common.tables.exchange.ids import Categories, Images, image_columns
+from common.tables.exchange.ids import Categories, Images, find_id, id_texts, image_columns
 from common.tables.exchange.rows import Outgoing
 from common.tables.exchange.spool import Rows
 from common.tables.table import COORDINATE_SLACK
@@ -74,21 +75,21 @@ def write_results(
 
 def _objects(
     chunk: Detections,
-    numbers: np.ndarray,
+    numbers: list[str],
     sizes: np.ndarray,
     categories: Categories,
     geometry: str,
     digits: int | None,
     path: Path,
 ) -> pa.Array:
-    category = np.zeros(len(chunk.labels), np.int64)
-    for label in np.unique(chunk.label_index):
+    category = [""] * len(chunk.labels)
+    for label in np.unique(chunk.label_index).tolist():
         name = chunk.labels[label]
         if name not in categories.numbers:
             raise UserError(f"{categories.source}: no category {name!r}, which {path} has")
-        category[label] = categories.numbers[name]
-    pieces = ['{"image_id":', text.numbers(numbers[chunk.image_index])]
-    pieces += [',"category_id":', text.numbers(category[chunk.label_index])]
+        category[label] = json.dumps(categories.numbers[name])
+    pieces = ['{"image_id":', text.pick(numbers, chunk.image_index)]
+    pieces += [',"category_id":', text.pick(category, chunk.label_index)]
     if geometry != "masks":
         scale = sizes[chunk.image_index][:, [1, 0]].astype(np.float64)
         corners = chunk.boxes.astype(np.float64)
@@ -129,20 +130,23 @@ def read_results(
       UserError: no results, a missing field, an unknown image or category, a mask that is none.
     """
     image_ids, labels = list(images.numbers), list(categories.numbers)
-    image_codes = {images.numbers[image_id]: i for i, image_id in enumerate(image_ids)}
-    label_codes = {categories.numbers[label]: i for i, label in enumerate(labels)}
+    image_texts, label_texts = id_texts(images.numbers), id_texts(categories.numbers)
+    image_codes = {image_id: i for i, image_id in enumerate(image_ids)}
+    label_codes = {label: i for i, label in enumerate(labels)}
     sizes = np.array([images.sizes.get(i, (0, 0)) for i in image_ids], np.int64).reshape(-1, 2)
     pending: list[tuple] = []
     number = 0
     for number, result in enumerate(stream_list(path), start=1):
         try:
-            image = image_codes.get(result["image_id"], -1)
-            label = label_codes.get(result["category_id"], -1)
+            image = image_codes.get(find_id(image_texts, result["image_id"]), -1)
+            label = label_codes.get(find_id(label_texts, result["category_id"]), -1)
             if image < 0 or label < 0:
                 key, source = (
                     ("image_id", images.source) if image < 0 else ("category_id", categories.source)
                 )
-                raise UserError(f"{path}: row {number}: {key} {result[key]!r} is not in {source}")
+                raise UserError(
+                    f"{path}: row {number}: {key} {result[key]!r:.80} is not in {source}"
+                )
             box = result.get("bbox")
             if box is not None and len(box) != 4:
                 raise ValueError(f"bbox {box!r}, expected [x, y, width, height]")
@@ -156,10 +160,10 @@ def read_results(
         except KeyError as error:
             keys = ", ".join(result)[:80]
             raise UserError(f"{path}: row {number}: no field {error}; found {keys}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path}: row {number}: {error}: {json.dumps(result)[:120]}") from error
+            raise UserError(f"{path}: row {number}: {error}: {_shown(result)}") from error
         if len(pending) == _FLUSH:
             yield _rows(path, pending, image_ids, labels, sizes, images.source, masks)
             pending = []
@@ -173,11 +177,20 @@ def _compressed(mask: Mapping[str, Any] | None) -> tuple[bytes, int, int] | None
         return None
     if not isinstance(mask, Mapping):
         raise ValueError("segmentation is no run-length code (polygons are for ground truth)")
-    height, width = map(int, mask["size"])
+    height, width = map(whole, mask["size"])
+    if not 0 < min(height, width) <= max(height, width) < 1 << 31:
+        raise ValueError(f"segmentation of size {height}x{width}")
     counts = mask["counts"]
     if isinstance(counts, list):
         counts = rle.encode_runs(counts)
     return (counts.encode("latin-1") if isinstance(counts, str) else counts, height, width)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)[:120]
+    except RecursionError:
+        return "an object that is nested too deep"
 
 
 def _rows(

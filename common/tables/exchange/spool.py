@@ -71,6 +71,9 @@ class Importer:
       class_labels: labels allowed; None = any.
       masks: whether rows have masks.
       clip: cut boxes at the edge of the photo instead of refusing those beyond it.
+
+    Attributes:
+      repeated: rows that equal an earlier one; tables have each detection once.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Importer:
         self._known_labels = class_labels is not None
         self._seen: set[str] = set()
         self._masks, self._clip = masks, clip
+        self.repeated = 0
 
     def cover(self, image_id: str) -> None:
         """Notes an image of a file with one row an image.
@@ -124,6 +128,8 @@ class Importer:
                 for bucket in buckets:
                     for code, detections, masks in bucket.images():
                         empty[code] = False
+                        if not self._masks:
+                            detections = self._each_once(detections)
                         extra = (masks, detections["mask_size"]) if self._masks else ()
                         writer.add(
                             image_ids[code],
@@ -144,7 +150,16 @@ class Importer:
             finally:
                 for bucket in buckets:
                     bucket.remove()
-        return rows, len(image_ids)
+        if self.repeated:
+            print(f"{self._path}: {self.repeated:,} rows equal another one and are left out")
+        return rows - self.repeated, len(image_ids)
+
+    def _each_once(self, detections: np.ndarray) -> np.ndarray:
+        """The rows of an image without those that equal an earlier one, which merging refuses."""
+        keys = np.ascontiguousarray(detections).view(f"V{_ROW.itemsize}").reshape(-1)
+        first = np.unique(keys, return_index=True)[1]
+        self.repeated += len(keys) - len(first)
+        return detections if len(first) == len(keys) else detections[np.sort(first)]
 
     def _image_code(self, image_id: str) -> int:
         code = self._images.get(image_id, -1)
