@@ -110,10 +110,10 @@ def open_tables(
         sources = sorted(rows)
         there = [[label] if mapping is None else mapping.get(label, ()) for label in sources]
         targets = [[codes[label] for label in group if label in codes] for group in there]
-        label_codes = np.full((len(sources), max(1, *map(len, targets))), -1, np.int32)
+        label_codes = np.full((len(sources), max([1, *map(len, targets)])), -1, np.int32)
         for row, group in zip(label_codes, targets, strict=True):
             row[: len(group)] = group
-        if (label_codes < 0).all():
+        if len(sources) and (label_codes < 0).all():
             raise UserError(
                 f"{reader.path}: the mapping of {name} leads from none of its labels (such as "
                 f"{sources[0]!r}) to one of the classes (such as {classes[0]!r})"
@@ -229,9 +229,11 @@ def _common_labels(
         return list(labels)
     for place, (reader, name) in enumerate(zip(readers, names, strict=True)):
         others = [
-            rows for j, rows in enumerate(label_rows) if j != place and names[j] not in mappings
+            rows
+            for j, rows in enumerate(label_rows)
+            if j != place and names[j] not in mappings and rows
         ]
-        if name in mappings or not others:
+        if name in mappings or not others or not label_rows[place]:
             continue
         shared = label_rows[place].keys() & set().union(*others)
         if not shared:

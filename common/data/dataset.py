@@ -24,6 +24,7 @@ import csv
 import dataclasses
 import io
 import os
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ __all__ = [
 ]
 
 # What np.load raises on a damaged file: its header is a Python literal.
-_BROKEN = (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, KeyError)
+_BROKEN = (
+    *(OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, KeyError, TypeError),
+    tokenize.TokenError,
+)
 # Files of the index whose attribute has another name.
 _ATTRIBUTES = {
     "image_id": "image_ids",
@@ -195,7 +199,8 @@ class Dataset:
         try:
             members = np.load(path)
         except _BROKEN as error:
-            raise UserError(f"{path}: broken or missing split ({error})") from error
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: broken or missing split ({text})") from error
         return check_split(path, members, self.num_images)
 
     def image_id(self, index: int) -> str:

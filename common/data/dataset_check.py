@@ -12,7 +12,7 @@ import numpy as np
 from common.data.dataset_format import FORMAT, INDEX, OPTIONAL, STRINGS
 from common.io.errors import UserError
 
-_LOOK = 1 << 20  # elements at each end
+_LOOK = 1 << 18  # elements at each end
 _COUNTS = ("num_images", "num_boxes", "num_labels", "num_classes")
 _TEXTS = ("name", "image_root")
 _LISTS = ("category_ids", "frequency")  # one entry a class, where they are there
@@ -104,6 +104,12 @@ def _problems(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> Iterator[tu
         for part in _ends(arrays[name]):
             if len(part) and not 0 <= part.min() <= part.max() < limit:
                 yield name, f"found {part.min()} to {part.max()}, expected 0 to {limit - 1}"
+    for name in STRINGS:
+        for part in _ends(arrays[name]):
+            try:
+                np.ascontiguousarray(part).tobytes().decode()
+            except UnicodeDecodeError:
+                yield name, "found bytes that are not UTF-8"
     for part in _ends(arrays["image_size"]):
         if len(part) and part.min() < 0:
             yield "image_size", f"found a side of {part.min()}, expected pixels"

@@ -2,6 +2,7 @@
 
 import io
 import math
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from common.io.archive import Archive
 from common.io.errors import UserError
 
+_BROKEN = (
+    *(ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError),
+    tokenize.TokenError,
+)
 _UNFOLDED = 1 << 30  # bytes of all arrays: counts of rare pairs are mostly zeros
 
 
@@ -37,7 +42,7 @@ def _array(name: str, data: bytes) -> np.ndarray:
         }[version]
         shape, is_fortran, dtype = read(stream)
     # The header is a Python literal.
-    except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+    except _BROKEN as error:
         text = " ".join(str(error).split())[:100]
         raise UserError(f"{name}: found no header of an array ({text})") from error
     size = len(data) - stream.tell()

@@ -45,7 +45,8 @@ class TableFile:
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                f"{path}: no readable Parquet file, cut or damaged ({error})"
+                f"{path}: no readable Parquet file, cut or damaged "
+                f"({' '.join(str(error).split())[:200]})"
             ) from error
         twice = [name for name in schema.names if schema.names.count(name) > 1]
         if twice:
