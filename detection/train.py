@@ -74,6 +74,8 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
     )
     for source in plan.sources if settings.data.sources else ():
         say(f"source: {source.summary}", flush=True)
+        if source.mapped_names:
+            say(f"  its classes in the run: {', '.join(source.mapped_names)}", flush=True)
     proposals = open_proposals(settings, dataset, say)  # None: the model makes its own
 
     # ---------------------------------------------------------------- model and optimiser

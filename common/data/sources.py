@@ -64,6 +64,13 @@ class Source:
             + (", masks" if self.has_masks else "")
         )
 
+    @property
+    def mapped_names(self) -> list[str]:
+        """Names of its classes that are classes of the run; none where all of them are."""
+        mapped = np.flatnonzero(self.classes >= 0).tolist()
+        everything = len(mapped) == len(self.classes)
+        return [] if everything else [self.dataset.class_names[i] for i in mapped]
+
 
 def open_sources(dataset: Dataset, data: DataSettings) -> tuple[Source, ...]:
     """The training images of a run: a split of its dataset, or `data.sources`.

@@ -163,8 +163,7 @@ def truth_annotations(
         segments = dataset.image_masks(image) if masks else [None] * len(boxes)
         if dataset.box_areas is not None:
             first, last = dataset.box_offsets[image : image + 2]
-            # Stored as a share of the photo: rounding gives back the limits of the size ranges.
-            areas = np.round(np.asarray(dataset.box_areas[first:last]) * (height * width), 6)
+            areas = segment_areas(dataset.box_areas[first:last], np.array([[height, width]]))
         elif masks:
             areas = [_segment_area(dataset, image, s, height, width) for s in segments]
         crowds = (np.asarray(flags) & GROUP_OF) > 0
@@ -182,6 +181,24 @@ def truth_annotations(
             if masks:
                 annotation["segmentation"] = _segment(dataset, image, segment)
             yield annotation
+
+
+def segment_areas(
+    shares: Float[np.ndarray, " n"], sizes: Int[np.ndarray, "n 2"]
+) -> Float[np.ndarray, " n"]:
+    """Areas in pixels of `Dataset.box_areas`; rounding gives back the limits of size ranges."""
+    return np.round(np.asarray(shares) * sizes.prod(axis=1), 6)
+
+
+def truth_masks(dataset: Dataset, image: int) -> Iterator[bytes]:
+    """Compressed run lengths of the boxes of an image, in its size."""
+    height, width = dataset.image_sizes[image].tolist()
+    for segment in dataset.image_masks(image):
+        segment = _segment(dataset, image, segment)
+        counts = segment["counts"] if isinstance(segment, dict) else None
+        if not isinstance(counts, str):
+            counts = coco_mask.segmToRle(segment, width, height)["counts"]
+        yield counts.encode() if isinstance(counts, str) else counts
 
 
 def _segment(dataset: Dataset, image: int, segment: Any) -> Any:

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from faster_coco_eval import mask as coco_mask
 from jaxtyping import Float, Int, UInt8
 
 from common.data.dataset import ABSENT, NOT_EXHAUSTIVE, Dataset
 from common.io.errors import UserError
 from common.io.parallel import map_ordered
 from common.io.progress import Progress
-from common.metrics.coco import check_masks, pixel_boxes, require_sizes, truth_annotations
+from common.masks import rle
+from common.metrics.coco import check_masks, pixel_boxes, require_sizes, segment_areas, truth_masks
 from common.metrics.coverage import image_ranks, open_split, selected_chunks
 from common.metrics.lvis_matching import AREA_RANGES, THRESHOLDS, Shapes, match, outside_ranges
 from common.tables import Detections, DetectionsReader
@@ -108,28 +108,20 @@ def evaluate_lvis(
 
 def _read_truth(dataset: Dataset, images: Int[np.ndarray, " i"], masks: bool) -> Shapes:
     """Ground truth sorted by key, else in the order of the file."""
-    keys, areas, shapes = [], [], []
-    for row in truth_annotations(dataset, images, masks):
-        # The official tool skips segments without area.
-        if row["area"] > 0:
-            image = row["image_id"]
-            keys.append(image * dataset.num_classes + row["category_id"])
-            areas.append(row["area"])
-            size = dataset.image_sizes[image].tolist() if masks else (0, 0)
-            shapes.append(_run_lengths(row["segmentation"], *size) if masks else row["bbox"])
-    order = np.argsort(np.array(keys, np.int64), kind="stable")
-    table: np.ndarray = np.array([*shapes, None], object)[:-1] if masks else np.array(shapes)
-    return Shapes(
-        keys=np.array(keys, np.int64)[order],
-        shapes=table.reshape(-1, *(() if masks else (4,)))[order],
-        areas=np.array(areas, np.float64)[order],
-        sizes=None,
-    )
-
-
-def _run_lengths(segment, height: int, width: int) -> bytes:
-    counts = coco_mask.segmToRle(segment, width, height)["counts"]
-    return counts.encode() if isinstance(counts, str) else counts
+    owner, rows = rows_of(dataset.box_offsets, images)
+    keys = images[owner] * dataset.num_classes + np.asarray(dataset.box_classes)[rows]
+    sizes = np.asarray(dataset.image_sizes[images])[owner].astype(np.int64)
+    shapes = pixel_boxes(np.asarray(dataset.boxes)[rows], sizes)
+    areas = shapes[:, 2] * shapes[:, 3]
+    if masks:
+        counts = [text for image in images.tolist() for text in truth_masks(dataset, image)]
+        shapes = np.array([*counts, None], object)[:-1]
+        areas = rle.areas(shapes).astype(np.float64)
+    if dataset.box_areas is not None:
+        areas = segment_areas(np.asarray(dataset.box_areas)[rows], sizes)
+    order = np.argsort(keys, kind="stable")
+    order = order[areas[order] > 0]  # the official tool skips segments without area
+    return Shapes(keys[order], shapes[order], areas[order], None)
 
 
 def _verified(

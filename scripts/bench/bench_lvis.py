@@ -1,6 +1,6 @@
 """Speed and memory of the LVIS metric at the size of LVIS's validation set, beside lvis-api's.
 
-    python -m scripts.bench.bench_lvis [--images=20000] [--detections=300] [--official_images=500]
+    python -m scripts.bench.bench_lvis [--images=20000] [--detections=300] [--official_images=2000]
 
 Generates a dataset directory and a table of masks (not counted), with as many classes, checked
 classes and objects a photo as LVIS v1 has, and scores the table in a process of its own: reading,
@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("detections", 300, "Detections a photo.")
     flags.DEFINE_integer("classes", 1203, "Classes.")
     flags.DEFINE_float("checked", 0.5, "Share of the detections of classes checked there.")
-    flags.DEFINE_integer("official_images", 500, "Photos that the official tool scores; 0: none.")
+    flags.DEFINE_integer("official_images", 2000, "Photos that the official tool scores; 0: none.")
 
 
 def generate(folder: Path) -> None:

@@ -61,6 +61,7 @@ def test_two_sources_of_different_classes_train_and_resume_bit_for_bit(config, t
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     output = run("detection.train", f"--config={config}", f"--workdir={whole}")
     assert "1 of its 2 classes are classes of the run, 2 of the run's are unknown" in output
+    assert "  its classes in the run: rouge\n" in output
     assert "programs: one for each canvas, 64x96, 96x64" in output  # 48 x 72 is padded to it too
     command = ["detection.train", f"--config={config}", f"--workdir={halves}"]
     run(*command, "--config.optimizer.num_epochs=0.75")
