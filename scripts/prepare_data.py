@@ -59,7 +59,8 @@ def define_flags() -> None:
         "split",
         None,
         KINDS,
-        "Divide the images anew: at random, or so that each class divides like the shares. The "
+        "Divide the images anew: at random, so that each class divides like the shares, or so that "
+        "photos of a group (--group) stay together. The "
         "paper's AutoEnsemble pools OpenImages V5 and divides it 80/10/10 with equal classes: "
         "--boxes=v5 --split=stratified.",
     )
@@ -67,6 +68,12 @@ def define_flags() -> None:
         "shares", ["train=0.8", "validation=0.1", "test=0.1"], "NAME=SHARE of --split's results."
     )
     flags.DEFINE_list("pool", [], "Splits that --split divides (default: all); others stay.")
+    flags.DEFINE_string(
+        "group",
+        "",
+        "--split=grouped: regular expression that finds the group of a photo in its path, such as "
+        "'(cam[0-9]+)' (default: its folder).",
+    )
     flags.DEFINE_integer("split_seed", 0, "The same gives the same splits.", lower_bound=0)
     flags.DEFINE_list(
         "ignore",
@@ -136,6 +143,7 @@ def main(format_name: str) -> None:
         split=args.split or "",
         shares=parse_shares(args.shares),
         seed=args.split_seed,
+        group=args.group,
         pool=args.pool,
         ignore=args.ignore,
     )
@@ -154,7 +162,7 @@ def main(format_name: str) -> None:
 
 
 def _refuse_division_without_split() -> None:
-    for name in ("shares", "pool", "split_seed"):
+    for name in ("shares", "pool", "split_seed", "group"):
         if not (flags.FLAGS.split or flags.FLAGS[name].using_default_value):
             kinds = "|".join(KINDS)
             raise UserError(f"--{name}: found no --split, expected --split={kinds} with it")

@@ -53,7 +53,8 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
         ignore = _Rows(table, place, len(kept))
     if options.split:
         classes, num_classes = boxes.columns["class"], len(annotations.class_labels)
-        splits = divided_splits(splits, options, kept, classes, boxes.counts, num_classes)
+        names = [str(paths[i]) for i in kept]
+        splits = divided_splits(splits, options, kept, classes, boxes.counts, num_classes, names)
     with DatasetWriter(
         options.output,
         annotations.name,

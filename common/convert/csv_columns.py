@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from common.io.errors import UserError
+from common.io.paths import check_regular
 from common.io.progress import Progress
 
 _BLOCK_BYTES = 8 << 20
@@ -21,8 +22,7 @@ def read_header(path: Path) -> list[str]:
     Raises:
       UserError: no such file, empty, or not UTF-8.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: found no regular file, expected a CSV file")
+    check_regular(path)
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
             line = re.split(rb"[\r\n]", stream.read(1 << 16), maxsplit=1)[0]

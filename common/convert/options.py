@@ -20,9 +20,10 @@ class Options:
       read_sizes: read photo sizes from headers; None = for up to 200,000 photos.
       check_photos: decode every photo once.
       overwrite: replace an existing dataset.
-      split: 'random' or 'stratified' divides the images of `pool` anew ('' = do not).
+      split: 'random', 'stratified' or 'grouped' divides the images of `pool` anew ('' = do not).
       shares: split name -> share of the images.
       seed: of the division.
+      group: expression that finds the group in a photo's path, '' = its folder ('grouped').
       pool: splits to divide, () = all; others stay as they are.
       ignore: files in COCO form whose boxes on the same photos become ignore boxes.
     """
@@ -38,5 +39,6 @@ class Options:
     split: str = ""
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    group: str = ""
     pool: Sequence[str] = ()
     ignore: Sequence[str] = ()

@@ -4,6 +4,7 @@ Shape legend: N images, P pairs of an image and a class that it holds, K classes
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from common.io.errors import UserError
 from common.io.json_file import read_json
 from common.tables.ranges import rows_of
 
-KINDS = ("random", "stratified")
+KINDS = ("random", "stratified", "grouped")
 
 
 def parse_shares(pairs: Sequence[str]) -> dict[str, float]:
@@ -171,6 +172,7 @@ def divided_splits(
     classes: Int[np.ndarray, " M"],
     box_counts: Int[np.ndarray, " N"],
     num_classes: int,
+    names: Sequence[str],
 ) -> dict[str, np.ndarray]:
     """Splits in which those of `options.pool` are divided anew.
 
@@ -181,6 +183,7 @@ def divided_splits(
       classes: of the M boxes of these images, one image after the other.
       box_counts: number of boxes of each image.
       num_classes: K.
+      names: (N) path of each image's photo, of which 'grouped' makes groups.
 
     Raises:
       UserError: no such splits, or a new one is called like one that stays.
@@ -197,6 +200,9 @@ def divided_splits(
     shares = np.array(list(options.shares.values()))
     if options.split == "random":
         split = random_split(int(pooled.sum()), shares, options.seed)
+    elif options.split == "grouped":
+        groups = group_codes([names[i] for i in np.flatnonzero(pooled).tolist()], options.group)
+        split = grouped_split(groups, shares, options.seed)
     else:
         rows = np.repeat(pooled, box_counts)
         image = np.repeat(number, box_counts)[rows]
@@ -212,6 +218,42 @@ def random_split(
     """Split of each image, drawn without regard to classes; sizes are exact up to rounding."""
     split = np.repeat(np.arange(len(shares), dtype=np.int32), _apportion(num_images, shares))
     return np.random.default_rng(seed).permutation(split)
+
+
+def group_codes(names: Sequence[str], pattern: str) -> Int[np.ndarray, " N"]:
+    """Group of each photo: its folder, or what a regular expression finds in its path.
+
+    Raises:
+      UserError: no such expression, or one that finds nothing in a path.
+    """
+    try:
+        search = re.compile(pattern or r"^(.*)/").search
+    except re.error as error:
+        raise UserError(f"--group={pattern}: no regular expression ({error})") from error
+    codes: dict[str, int] = {}
+    result = np.zeros(len(names), np.int64)
+    for i, name in enumerate(names):
+        match = search(name)
+        if match is None and pattern:
+            raise UserError(f"--group={pattern}: finds nothing in {name}")
+        key = "" if match is None else match[1 if match.re.groups else 0] or ""
+        result[i] = codes.setdefault(key, len(codes))
+    return result
+
+
+def grouped_split(
+    groups: Int[np.ndarray, " N"], shares: Float[np.ndarray, " S"], seed: int
+) -> Int32[np.ndarray, " N"]:
+    """Split of each image, so that a group is in one split; groups go where most is lacking."""
+    sizes = np.bincount(groups)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]  # large ones while there is room
+    lacking = len(groups) * shares
+    split = np.zeros(len(sizes), np.int32)
+    for group in order:
+        split[group] = np.argmax(lacking)
+        lacking[split[group]] -= sizes[group]
+    return split[groups]
 
 
 def stratified_split(

@@ -1,4 +1,7 @@
-"""YOLO folders: `data.yaml`, photos in `images/`, a text file of the same name in `labels/`.
+"""YOLO folders: photos in `images/`, a text file of the same name in `labels/` or beside each.
+
+Classes and splits stand in `data.yaml`, in `classes.txt` (Label Studio: one split) or in `obj.data`
+and `obj.names` (CVAT).
 
 A line is `class x y width height` (centre and size, shares of the photo) or, of sets for
 segmentation, `class x1 y1 x2 y2 x3 y3 ...`, a polygon. Splits are the folders, lists (.txt) or both
@@ -11,10 +14,9 @@ import os
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import yaml
 
 from common.convert.annotations import (
     BOX_COLUMNS,
@@ -26,13 +28,12 @@ from common.convert.annotations import (
 )
 from common.convert.classes import read_class_list, read_hierarchy
 from common.convert.cleaning import check_layout
-from common.convert.photo_names import normal, split_extension
-from common.convert.photos import read_sizes, walk
+from common.convert.photo_names import split_extension
+from common.convert.photos import read_sizes
 from common.convert.report import NOTED, Report
+from common.convert.yolo_config import class_names, read_config, read_text_file, split_photos
 from common.io.errors import UserError
 from common.io.progress import Progress
-
-_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def read_yolo(
@@ -46,7 +47,7 @@ def read_yolo(
     """Reads a YOLO data set.
 
     Args:
-      source: its .yaml file, or the folder that holds one.
+      source: the folder, or its .yaml file.
       report: gets photos without text file.
       spool_folder: for temporary files.
       classes: class list instead of the names in the file.
@@ -55,13 +56,12 @@ def read_yolo(
     Raises:
       UserError: a file is missing or broken, or a line is no object.
     """
-    config = _find_config(source)
-    content = _read_config(config)
-    numbers, names = _class_names(config, content)
+    config, content = read_config(source)
+    numbers, names = class_names(config, content)
     if classes is not None:
         names = read_class_list(classes)[1]
         numbers = list(range(len(names)))
-    photos = _photos(config, content)
+    photos = split_photos(config, content)
     everything = [path for paths in photos.values() for path in paths]
     root = Path(os.path.commonpath([path.parent for path in everything]))
     relative = [path.relative_to(root).as_posix() for path in everything]
@@ -123,92 +123,6 @@ def read_yolo(
     )
 
 
-def _find_config(source: Path) -> Path:
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise UserError(f"--source={source}: no such file or folder")
-    found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    named = [path for path in found if path.stem in ("data", "dataset")] or found
-    if len(named) != 1:
-        raise UserError(
-            f"--source={source}: found {len(named)} .yaml files, expected one, such as data.yaml "
-            "with train, val and names"
-        )
-    return named[0]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
-    # ValueError: not UTF-8, impossible dates; RecursionError: lists in lists by the thousand.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no valid YAML ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected fields train, val and names")
-    return content
-
-
-def _class_names(path: Path, content: dict[str, Any]) -> tuple[list[int], list[str]]:
-    """Numbers and names of the classes, by number."""
-    names = content.get("names")
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    names = names if isinstance(names, dict) else {}
-    good = (
-        bool(names)
-        and all(type(number) is int and 0 <= number < 1 << 31 for number in names)
-        and all(isinstance(name, str | int | float) for name in names.values())
-    )
-    if not good:
-        raise UserError(f"{path}: field names: expected a list of class names or number: name")
-    numbers = sorted(names)
-    return numbers, [str(names[number]) for number in numbers]
-
-
-def _photos(config: Path, content: dict[str, Any]) -> dict[str, list[Path]]:
-    """Absolute paths of the photos of each split."""
-    base = config.parent.absolute()
-    root = content.get("path") or ""
-    bases = [base / root, base] if isinstance(root, str) else [base]
-    photos: dict[str, list[Path]] = {}
-    for split in _SPLITS:
-        places = content.get(split)
-        if not places:
-            continue
-        places = places if isinstance(places, list) else [places]
-        if not all(isinstance(place, str) and "\0" not in place for place in places):
-            raise UserError(f"{config}: field {split}: expected a path or a list of paths")
-        found = [path for place in places for path in _photos_at(config, split, place, bases)]
-        if found:
-            photos[split] = list(dict.fromkeys(found))
-    if not photos:
-        raise UserError(
-            f"{config}: no photo where {', '.join(_SPLITS)} point (of path {root!r} and {base})"
-        )
-    return photos
-
-
-def _photos_at(config: Path, split: str, place: str, bases: list[Path]) -> list[Path]:
-    place = normal(place)
-    # Exports of Roboflow write ../train/images for what lies beside the file.
-    for path in [base / text for text in (place, place.removeprefix("../")) for base in bases]:
-        path = Path(os.path.normpath(path))
-        if path.is_dir():
-            return [path / name for name in walk(path) if split_extension(name)[1]]
-        if path.is_file() and path.suffix == ".txt":
-            lines = [normal(line.strip()) for line in _read_text(path).splitlines()]
-            listed = [Path(os.path.normpath(path.parent / line)) for line in lines if line]
-            missing = [photo for photo in listed if not photo.is_file()]
-            if missing:
-                raise UserError(f"{path}: no photo {missing[0]} ({len(missing)} of {len(listed)})")
-            return listed
-    print(f"{config}: {split}: {place} is not there, it is left out", flush=True)
-    return []
-
-
 def _label_file(photo: Path) -> Path | None:
     """The text file of a photo: in `labels` for `images`, or beside it."""
     stem = split_extension(str(photo))[0]
@@ -220,19 +134,10 @@ def _label_file(photo: Path) -> Path | None:
     return None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from error
-
-
 def _read_lines(path: Path) -> list[tuple[int, int, list[float]]]:
     """Line number, class number and coordinates of each object."""
     rows = []
-    for line, text in enumerate(_read_text(path).splitlines(), 1):
+    for line, text in enumerate(read_text_file(path).splitlines(), 1):
         if not (words := text.split()):
             continue
         try:

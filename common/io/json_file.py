@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from common.io.errors import UserError
-from common.io.paths import PathLike, local_copy
+from common.io.paths import PathLike, check_regular, local_copy
 
 
 def read_json(path: PathLike) -> Any:
@@ -14,6 +14,7 @@ def read_json(path: PathLike) -> Any:
       OSError: no such file, or it cannot be read.
       UserError: it is no JSON in UTF-8.
     """
+    check_regular(path)
     with local_copy(path) as local:
         return parse_json(local.read_bytes(), path)
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from common.io.errors import UserError
+from common.io.paths import check_regular
 from common.io.progress import Progress
 
 _CHUNK = 1 << 18  # bytes
@@ -83,6 +84,7 @@ def _check_empty(path: Path, key: str | None, required: bool) -> None:
 
 def _parse(path: Path, parser: str, *arguments: str) -> Iterator[Any]:
     """Runs a parser of ijson over a file, with errors of one line."""
+    check_regular(path)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             source = _Source(path, file)

@@ -64,6 +64,16 @@ def local_copy(path: PathLike) -> Iterator[Path]:
         yield target
 
 
+def check_regular(path: PathLike) -> None:
+    """Refuses a pipe or a device in the place of a file, which might never end.
+
+    Raises:
+      UserError: it is one.
+    """
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: found no regular file, expected one")
+
+
 def read_text(path: PathLike) -> str:
     """The content of a UTF-8 file.
 

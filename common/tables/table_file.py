@@ -4,6 +4,8 @@ Shape legend: n rows of a batch.
 """
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -44,6 +46,7 @@ class TableFile:
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
+            _check_open_files(path, error)
             raise UserError(
                 f"{path}: no readable Parquet file, cut or damaged "
                 f"({' '.join(str(error).split())[:200]})"
@@ -185,6 +188,7 @@ class TableFile:
                     if row != end:
                         raise UserError(f"{self.path}: damaged, found {row} rows, expected {end}")
         except (pa.ArrowException, OSError) as error:
+            _check_open_files(self.path, error)
             raise UserError(
                 f"{self.path}: damaged after row {row} ({' '.join(str(error).split())[:200]})"
             ) from error
@@ -232,6 +236,19 @@ def _check_sizes(path: epath.Path, metadata: pq.FileMetaData) -> None:
                     f"{path}: masks of {unfolded:,} bytes in {column.total_compressed_size:,}, "
                     f"expected at most {_MAX_RATIO} times as many"
                 )
+
+
+def _check_open_files(path: epath.Path, error: Exception) -> None:
+    """Tells a limit of the system from a damaged file.
+
+    Raises:
+      UserError: the process has as many files open as it may.
+    """
+    if os.strerror(errno.EMFILE) in str(error) or os.strerror(errno.ENFILE) in str(error):
+        raise UserError(
+            f"{path}: as many files are open as may be; raise the limit (ulimit -n), or merge the "
+            "shards into fewer"
+        ) from error
 
 
 def _row_groups(metadata: pq.FileMetaData, first: str, last: str) -> range:

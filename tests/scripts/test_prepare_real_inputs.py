@@ -401,6 +401,43 @@ def test_yolo_boxes_polygons_and_photos_without_objects(tmp_path):
     assert reasons(dataset) == {"photo without text file": 1, "unknown class": 1}
 
 
+def test_yolo_exports_of_label_studio_and_cvat(tmp_path):
+    studio = _yolo(tmp_path / "studio", "", {"a": "1 0.5 0.5 0.2 0.4\n"})
+    (studio / "data.yaml").unlink()
+    (studio / "classes.txt").write_text("oak\nelm\n")
+    dataset = prepare("yolo", source=studio, output=tmp_path / "d")
+    assert dataset.class_labels == ["oak", "elm"] and dataset.box_classes.tolist() == [1]
+    cvat = tmp_path / "cvat"
+    write_photo(cvat / "obj_train_data" / "a.jpg", 60, 120)
+    (cvat / "obj_train_data" / "a.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (cvat / "train.txt").write_text("data/obj_train_data/a.jpg\n")
+    (cvat / "obj.names").write_text("oak\n")
+    (cvat / "obj.data").write_text("classes = 1\ntrain = data/train.txt\nnames = data/obj.names\n")
+    dataset = prepare("yolo", source=cvat, output=tmp_path / "e")
+    assert found(dataset) == {"a": "a.jpg"} and len(dataset.boxes) == 1
+
+
+def test_groups_stay_together(tmp_path):
+    files = [f"cam{i % 7}/{i}.jpg" for i in range(1, 71)]
+    source = coco(tmp_path / "x.json", files)
+    options = dict(source=source, split="grouped", shares=["train=0.6", "test=0.4"])
+    for number, group in enumerate(("", r"cam(\d)")):
+        dataset = prepare("coco", output=tmp_path / f"{number}", group=group, **options)
+        cameras = [
+            {found(dataset)[dataset.image_id(i)].split("/")[0] for i in dataset.split(name)}
+            for name in ("train", "test")
+        ]
+        assert not cameras[0] & cameras[1] and [len(part) for part in cameras] == [4, 3]
+    with pytest.raises(UserError, match="--group=dog: finds nothing in cam1/1.jpg"):
+        prepare("coco", output=tmp_path / "z", group="dog", **options)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(UserError, match="x.json: found no regular file"):
+        prepare("coco", source=tmp_path / "x.json", output=tmp_path / "d")
+
+
 @pytest.mark.parametrize(
     ("yaml", "text", "message"),
     [
