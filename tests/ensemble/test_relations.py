@@ -1,6 +1,7 @@
 """Category relationships: re-scoring and mining equal their brute-force twins."""
 
 import dataclasses
+import zipfile
 
 import numpy as np
 import pytest
@@ -191,3 +192,26 @@ def test_bad_files_and_fields_are_named(tmp_path):
     for field, value in {"cooccurrence": "all", "tau_p": 1.5, "gain": -1, "min_images": 0}.items():
         with pytest.raises(UserError, match=f"relations.{field}: "):
             read_settings(rules.RelationSettings, {field: value}, "config.relations")
+
+
+def npz(path, **arrays):
+    """A file whose arrays are given as the bytes of their members."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in arrays.items():
+            archive.writestr(f"{name}.npy", data)
+    return path
+
+
+def test_relations_made_to_fill_memory_are_refused(tmp_path):
+    def array(shape, dtype="<i8", data=b""):
+        header = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode()
+        return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+    for content, message in (
+        (array((1 << 43,)), "expected int64 of shape"),
+        (array((1,), "|O", bytes(8)), "expected object of shape"),
+        (b"\x93NUMPY\x01\x00\x05\x00" + b"[" * 5, "found no header of an array"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            read_relations(npz(tmp_path / "x.npz", header=content))
+        assert "\n" not in str(caught.value)

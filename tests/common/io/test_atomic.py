@@ -1,5 +1,7 @@
 import json
 import os
+import platform
+import subprocess
 
 import pytest
 from etils import epath
@@ -102,3 +104,21 @@ def test_a_local_copy_has_the_content_and_goes_away(root):
     with local_copy(f"{root}/a.txt") as path:
         assert path.read_text() == "content"
     assert os.path.exists(path) == (not is_remote(root))
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    host = platform.node()
+    left = [f"x.json.tmp-{host}-{killed.pid}-0123abcd{end}" for end in ("", "-rows", "-scratch")]
+    others = [
+        f"x.json.tmp-{host}-{os.getppid()}-0123abcd",  # of a process that runs
+        f"x.json.tmp-{host}2-{killed.pid}-0123abcd",  # of another machine
+        f"y.json.tmp-{host}-{killed.pid}-0123abcd",  # of another output
+        "x.json.tmp-notes",
+    ]
+    for name in (*left[:2], *others):
+        (tmp_path / name).write_text("")
+    (tmp_path / left[2] / "deep").mkdir(parents=True)
+    write_text(tmp_path / "x.json", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted(["x.json", *others])

@@ -1,5 +1,7 @@
 """COCO run-length masks: equal to what the reference library makes of them."""
 
+import re
+
 import numpy as np
 import pytest
 from faster_coco_eval import mask as coco_mask
@@ -140,3 +142,17 @@ def test_nothing_and_what_does_not_fit():
         rle.encode_window(np.ones((3, 4), bool), 0, 1, (3, 4))
     with pytest.raises(ValueError, match="no code of 4x4 pixels"):
         rle.decode(rle.encode([np.ones((3, 4), bool)])[0], (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "message"),
+    [
+        (rle.encode_runs([1 << 59] * 32 + [12]), (3, 4), "12|no compressed|cover"),
+        (b"0" * 1000, (3, 4), "1000 characters of counts, expected at most 91"),
+        (b"", (1 << 16, 1 << 16), "65536x65536 pixels, expected at most"),
+        (b"", ((1 << 31) - 1, (1 << 31) - 1), "pixels, expected at most"),
+    ],
+)
+def test_masks_that_would_fill_memory_or_overflow_are_broken(counts, size, message):
+    broken = rle.find_broken([rle.encode_runs([12]), counts], [(3, 4), size])
+    assert broken is not None and broken[0] == 1 and re.search(message, broken[1])

@@ -241,6 +241,21 @@ def test_every_tensor_is_accounted_for():
     )
 
 
+@pytest.mark.parametrize(
+    "prefix", ["model.", "backbone.body.", "encoder_q.", "teacher.backbone.", "module.module."]
+)
+def test_a_trunk_is_found_behind_the_prefix_of_a_larger_model(prefix):
+    plain = resnet18_state()
+    state = {f"{prefix}{name}": value for name, value in plain.items()}
+    state |= {f"encoder_k.{name}": value + 1 for name, value in plain.items()}
+    state["head.layer1.0.conv1.weight"] = np.zeros((3, 3), np.float32)
+    flat, report = backbone_weights.convert_state_dict(state, "resnet18")
+    assert report.prefix == prefix and not report.missing and repr(prefix) in str(report)
+    expected, _ = backbone_weights.convert_state_dict(plain, "resnet18")
+    assert all(np.array_equal(flat[name], value) for name, value in expected.items())
+    assert "head.layer1.0.conv1.weight" in report.unused
+
+
 def test_another_network_is_refused_by_tensor_and_shape():
     state = {**resnet18_state(), "layer3.0.conv1.weight": np.zeros((256, 64, 3, 3), np.float32)}
     with pytest.raises(
