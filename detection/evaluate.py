@@ -1,12 +1,14 @@
 """Scores a trained detector on a split.
 
-    python -m detection.evaluate --config=... --workdir=WORK --split=validation
+    python -m detection.evaluate --workdir=WORK --split=validation
 
+The config is that of the run; `--config.FIELD=VALUE` overrides it, --config=FILE replaces it.
 Prints the result and writes WORK/evaluation/STEP/{SPLIT.parquet, SPLIT_metrics.json}; with
 `--config.test_time.scales=600,800,1000` (`detection.tta.test_time`) they are SPLIT_test_time...
 Of a config that refines boxes, the table of `config.evaluation.proposals` is refined and scored.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +17,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common.data.dataset import Dataset
+from common.io import run_flags
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.paths import PathLike
 from common.metrics.official import evaluate
+from common.metrics.readiness import check_metric, evaluation_split
+from common.tables.table import remove_table
 from common.training import command, distributed
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
@@ -72,6 +77,9 @@ def evaluate_variables(
         return {}
     name = f"{split}_test_time" if test_time else split
     table = folder / f"{name}.parquet"
+    if distributed.is_main_process():
+        remove_table(table)  # of another number of processes: a file or a folder of shards
+    distributed.barrier("remove_table")
     options: dict[str, Any] = dict(step=step, say=say)
     if isinstance(model, BoxRefiner):
         proposals = settings.evaluation.proposals
@@ -89,18 +97,39 @@ def evaluate_variables(
     return summary
 
 
+def check_evaluation(settings: RunSettings, dataset: Dataset, say: Callable) -> RunSettings:
+    """The settings of a training whose evaluations will find what they need.
+
+    Raises:
+      UserError: they will not.
+    """
+    if not settings.evaluation.is_on:
+        return settings
+    split = evaluation_split(dataset, settings.data.eval_split, say)
+    if not settings.model.refines or settings.evaluation.proposals:
+        check_metric(dataset, split, settings.evaluation.metric)
+    data = dataclasses.replace(settings.data, eval_split=split)
+    return dataclasses.replace(settings, data=data)
+
+
 def define_flags() -> None:
     flags.DEFINE_string("split", None, "Split to score; default: config.data.eval_split.")
     flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
 
 
 def main() -> None:
-    settings = read_run(flags.FLAGS.config)
     mesh, say = command.start()
-    dataset = command.open_dataset(settings.data.directory)
+    workdir = flags.FLAGS.workdir
+    settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
+    dataset = command.open_model_dataset(
+        settings.data.directory, workdir, has_classes=not settings.model.refines
+    )
+    split = evaluation_split(dataset, flags.FLAGS.split or settings.data.eval_split, say)
+    check_metric(dataset, split, settings.evaluation.metric)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))
-    variables, step = restore_variables(flags.FLAGS.workdir, shapes, mesh, flags.FLAGS.step)
+    variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
+    folder = epath.Path(workdir) / "evaluation" / f"{step}"
     evaluate_variables(
         settings,
         model,
@@ -108,14 +137,14 @@ def main() -> None:
         mesh,
         variables,
         step,
-        epath.Path(flags.FLAGS.workdir) / "evaluation" / f"{step}",
-        split=flags.FLAGS.split,
+        folder,
+        split=split,
         test_time=True,
         say=say,
     )
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    run_flags.define_flags(config_required=False)
     define_flags()
     run_main(main)

@@ -1,14 +1,16 @@
 """Writes the detections of a trained detector on a split as a detections table.
 
-    python -m detection.export --config=... --workdir=WORK --split=test --output=x.parquet
+    python -m detection.export --workdir=WORK --split=test --output=x.parquet
 
+The config is that of the run; `--config.FIELD=VALUE` overrides it (such as data.dir, the photos),
+--config=FILE replaces it. Labels are those of the run's classes.
 With several hosts the output is a folder of shards, one a host. Parent classes are added by
 scripts.expand_detections: ensembles work on the classes themselves.
 
 A config that refines boxes (configs/detection/r50_refine.py) takes the boxes of a table instead of
 a split, and writes the same rows with better boxes:
 
-    python -m detection.export --config=... --workdir=WORK --proposals=x.parquet --output=y.parquet
+    python -m detection.export --workdir=WORK --proposals=x.parquet --output=y.parquet
 
 A detector with a mask head takes such a table, too, and writes the same rows with masks, whatever
 found their boxes (`detection.outline`), also of several views.
@@ -22,8 +24,10 @@ from typing import Any
 
 from absl import flags
 
+from common.io import run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.metrics.readiness import evaluation_split
 from common.training import command
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
@@ -44,16 +48,27 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("output", None, "Parquet file to write (a folder with many hosts).")
     flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
+    flags.DEFINE_bool(
+        "other_classes", False, "The dataset has classes that the model lacks: take its photos."
+    )
 
 
 def main() -> None:
-    settings, table, split = read_run(flags.FLAGS.config), flags.FLAGS.proposals, flags.FLAGS.split
-    check_flags(settings, table, split)
     mesh, say = command.start()
-    dataset = command.open_dataset(settings.data.directory)
+    workdir, table, split = flags.FLAGS.workdir, flags.FLAGS.proposals, flags.FLAGS.split
+    settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
+    check_flags(settings, table, split)
+    dataset = command.open_model_dataset(
+        settings.data.directory,
+        workdir,
+        has_classes=not settings.model.refines,
+        photos_only=flags.FLAGS.other_classes,
+    )
+    if not table:
+        split = evaluation_split(dataset, split or settings.data.eval_split, say)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))
-    variables, step = restore_variables(flags.FLAGS.workdir, shapes, mesh, flags.FLAGS.step)
+    variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
     output = flags.FLAGS.output
     options: dict[str, Any] = dict(step=step, say=say)
     if isinstance(model, BoxRefiner):
@@ -64,7 +79,6 @@ def main() -> None:
         outline_table(settings, model, variables, dataset, table, mesh, output, **options)
         say(f"wrote {output}: the rows of {table} with masks, step {step}", flush=True)
         return
-    split = split or settings.data.eval_split
     detect_split(settings, model, variables, dataset, split, mesh, output, **options)
     say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
 
@@ -89,7 +103,7 @@ def check_flags(settings: RunSettings, table: str | None, split: str | None) -> 
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    run_flags.define_flags(config_required=False)
     define_flags()
     flags.mark_flag_as_required("output")
     run_main(main)

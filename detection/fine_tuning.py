@@ -7,7 +7,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from common.data.dataset import read_classes
+from common.data.model_classes import read_model_classes
 from common.nn.weights.fine_tuning import TrainedModel, fine_tuned, read_trained_model
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
@@ -54,5 +54,6 @@ def trained_in(workdir: str, step: int | None = None) -> TrainedModel:
       UserError: no checkpoint, or no `classes.csv`.
     """
     variables, _ = Checkpoints(epath.Path(workdir) / "checkpoints").restore_params(step)
-    labels, _ = read_classes(epath.Path(workdir) / "classes.csv")
-    return TrainedModel(str(workdir), labels, traverse_util.flatten_dict(variables, sep="/"))
+    classes = read_model_classes(workdir)
+    weights = traverse_util.flatten_dict(variables, sep="/")
+    return TrainedModel(str(workdir), classes.labels, weights, classes.names, classes.hierarchy)

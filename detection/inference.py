@@ -22,6 +22,7 @@ from common.io.progress import Progress
 from common.masks.paste import PASTING_THREADS, box_masks
 from common.tables import DetectionsWriter
 from common.training import distributed
+from common.training.compiling import announced
 from common.training.step import make_predict_step
 from detection.batch_fields import INFERENCE_FIELDS
 from detection.models.faster_rcnn import FasterRCNN
@@ -63,7 +64,7 @@ def predict_split(
       say: where progress lines go.
     """
     batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
-    predict = compiled_predict_step(model, mesh)
+    predict = announced(compiled_predict_step(model, mesh), "detector", say)
     labels = np.array(dataset.class_labels)
     metadata = table_metadata(settings, dataset, split, step)
     writer = DetectionsWriter(
@@ -120,6 +121,7 @@ def table_metadata(
         "dataset": dataset.meta.get("name", str(dataset.directory)),
         "split": split,
         "step": step,
+        "classes": list(dataset.class_labels),  # of the model: the dataset is seen as it sees it
         "expanded": False,
     }
 

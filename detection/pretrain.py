@@ -9,6 +9,7 @@ accuracy and writes WORK/backbone.safetensors, which detectors take as --config.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,11 +23,13 @@ from jax.sharding import Mesh
 from common.data.labelled_batches import eval_batches, train_batches
 from common.data.labelled_images import LabelledImages, open_images
 from common.data.settings import LabelledDataSettings
+from common.io import run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import command, distributed
+from common.training.compiling import announced
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
 from common.training.restore import first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
@@ -37,8 +40,8 @@ from common.training.step import (
     make_predict_step,
     variable_shapes,
 )
+from common.training.stopping import StopRequests
 from common.training.watchdog import MetricsCheck, StallWatchdog
-from common.training.workdir import prepare_workdir
 from detection.models.classifier import Classifier
 from detection.models.settings import ClassifierSettings
 from detection.settings import PretrainSettings, read_pretrain
@@ -59,11 +62,17 @@ WEIGHTS = "backbone.safetensors"
 def pretrain(settings: PretrainSettings, directory: str) -> float:
     """Runs (or finishes) a training; returns the top-1 accuracy."""
 
-    # ---------------------------------------------------------------- devices and work directory
     mesh, say = command.start(
         data=settings.data.batch_size, evaluation=settings.evaluation.batch_size
     )
-    workdir = prepare_workdir(directory, settings.to_dict(), may_differ=MAY_DIFFER)
+    with command.training_workdir(directory, settings.to_dict(), MAY_DIFFER, say) as workdir:
+        return pretrain_in(workdir, settings, mesh, say)
+
+
+def pretrain_in(
+    workdir: epath.Path, settings: PretrainSettings, mesh: Mesh, say: Callable
+) -> float:
+    """The training itself, in a work directory that is its own."""
 
     # ---------------------------------------------------------------- data
     train_images, eval_images = open_splits(settings.data)
@@ -91,8 +100,8 @@ def pretrain(settings: PretrainSettings, directory: str) -> float:
     state, start_step = first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    train_step = jit_train_step(model, tx, mesh)
-    predict = jax.jit(make_predict_step(model, mesh))
+    train_step = announced(jit_train_step(model, tx, mesh), "training step", say)
+    predict = announced(jax.jit(make_predict_step(model, mesh)), "evaluation step", say)
     fields = init_batch(settings.data).keys()
     batches = train_batches(
         train_images,
@@ -109,15 +118,22 @@ def pretrain(settings: PretrainSettings, directory: str) -> float:
     with (
         RunMetrics(workdir, start_step) as log,
         StallWatchdog(settings.log.stall_seconds) as watchdog,
+        StopRequests(say) as stop,
+        checkpoints,  # an error in the loop does not lose the one that is being written
     ):
 
-        def evaluate(step: int, variables: dict) -> float:
+        def measure(step: int, variables: dict) -> dict[str, float]:
             top1 = top1_accuracy(variables, eval_images, settings, predict, mesh)
             say(f"top-1 {top1:.4f} on {len(eval_images)} images after step {step}", flush=True)
-            log.write(step, {"evaluation/top1": top1})
-            return top1
+            return {"top1": top1}
+
+        def evaluate(step: int, variables: dict) -> dict[str, float]:
+            run = functools.partial(measure, step, variables)
+            return log.evaluated(step, settings.data.eval_split, run)
 
         every = steps_per_epoch * settings.evaluation.every_epochs
+        if every and start_step and start_step % every == 0 and start_step != num_steps:
+            evaluate(start_step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
             on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
             state, metrics = train_step(state, on_devices)
@@ -140,8 +156,13 @@ def pretrain(settings: PretrainSettings, directory: str) -> float:
                     evaluate(step, state.variables)
             watchdog.beat()
 
+            if stop.requested(step) and step != num_steps:
+                check.latest()
+                checkpoints.save(step, state, extra, wait=True)
+                stop.leave(step)
+
         checkpoints.close()
-        top1 = evaluate(num_steps, state.variables)
+        top1 = evaluate(num_steps, state.variables).get("top1", math.nan)
     if distributed.is_main_process():
         path = workdir / WEIGHTS
         write_backbone(path, state, settings)
@@ -225,9 +246,9 @@ def write_backbone(path: epath.Path, state: TrainState, settings: PretrainSettin
 
 
 def main() -> None:
-    pretrain(read_pretrain(flags.FLAGS.config), flags.FLAGS.workdir)
+    pretrain(read_pretrain(run_flags.training_config()), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    run_flags.define_flags()
     run_main(main)

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from common.data.settings import DataSettings, LabelledDataSettings
 from common.io.settings import check, read_settings
-from common.metrics.official import Metric, needs_masks
+from common.metrics.names import Metric
+from common.metrics.official import needs_masks
 from common.training.optimizer import OptimizerSettings
 from common.training.settings import CheckpointSettings, LogSettings
 from detection.models.settings import ClassifierSettings, ModelSettings
@@ -25,7 +26,7 @@ class EvaluationSettings:
 
     Attributes:
       batch_size: images of all devices together; rounded up to a multiple of the devices.
-      every_epochs: of a training; 0: only at the end.
+      every_epochs: of a training; 0: only at the end; -1: never.
       metric: official metric of the figures, of boxes or of masks.
       mask_threshold: probability that a pixel of a mask must exceed, in export too.
       expand_predictions: copies detections to parent classes first (paper section 1).
@@ -41,9 +42,20 @@ class EvaluationSettings:
 
     def __post_init__(self):
         check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        check(self.every_epochs >= 0, "every_epochs", self.every_epochs, "0 (at the end) or more")
+        expected = "-1 (never), 0 (at the end) or more"
+        check(self.every_epochs >= -1, "every_epochs", self.every_epochs, expected)
         threshold = self.mask_threshold
         check(0 <= threshold < 1, "mask_threshold", threshold, "a number in [0, 1)")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a training evaluates at all; it then does so at its end."""
+        return self.every_epochs >= 0
+
+    def is_due(self, step: int, steps_per_epoch: int, num_steps: int) -> bool:
+        """Whether the state after `step` is evaluated before the training goes on."""
+        every = self.every_epochs * steps_per_epoch
+        return every > 0 and 0 < step < num_steps and step % every == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,26 +7,33 @@ uninterrupted run bit for bit. On a pod, start it on every host.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 from absl import flags
+from etils import epath
+from jax.sharding import Mesh
 
 from common.data.canvases import train_shapes as train_canvases
+from common.data.dataset import Dataset
 from common.data.input import train_batches
 from common.data.plans.plan import train_plan
+from common.io import run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
 from common.training import command, distributed
+from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
 from common.training.restore import first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
+from common.training.stopping import StopRequests
 from common.training.watchdog import MetricsCheck, StallWatchdog
-from common.training.workdir import keep_classes, prepare_workdir
+from common.training.workdir import keep_classes
 from detection.batch_fields import init_shapes, train_shapes
-from detection.evaluate import evaluate_variables
+from detection.evaluate import check_evaluation, evaluate_variables
 from detection.fine_tuning import with_trained_detector
 from detection.models.faster_rcnn import build
 from detection.models.two_stage import frozen_pattern
@@ -40,6 +47,7 @@ MAY_DIFFER = (
     "evaluation",
     "test_time",
     "optimizer.num_epochs",
+    "optimizer.decay_epochs",
     "data.dir",
     "data.sources.*.dir",
     "data.num_threads",
@@ -54,15 +62,22 @@ MAY_DIFFER = (
 
 def train(settings: RunSettings, directory: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the metrics of the last evaluation."""
-
-    # ---------------------------------------------------------------- devices and work directory
+    command.check_weights(settings.model.pretrained, settings.init_from)
     mesh, say = command.start(data=settings.data.batch_size)
-    workdir = prepare_workdir(directory, settings.to_dict(), may_differ=MAY_DIFFER)
+    dataset = command.open_dataset(settings.data.directory)
+    settings = check_evaluation(settings, dataset, say)  # refused now rather than after training
+    config = settings.to_dict()
+    with command.training_workdir(directory, config, MAY_DIFFER, say) as workdir:
+        return train_in(workdir, settings, dataset, mesh, say)
+
+
+def train_in(
+    workdir: epath.Path, settings: RunSettings, dataset: Dataset, mesh: Mesh, say: Callable
+) -> dict[str, float]:
+    """The training itself, in a work directory that is its own."""
 
     # ---------------------------------------------------------------- data
-    dataset = command.open_dataset(settings.data.directory)
-    dataset.split(settings.data.eval_split)  # refused now rather than after the training
-    keep_classes(workdir, dataset)
+    dataset = keep_classes(workdir, dataset)
     batch_size = settings.data.batch_size
     plan = train_plan(dataset, settings.data, settings.seed)
     steps_per_epoch = plan.steps_per_epoch
@@ -100,9 +115,8 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
         state = with_trained_detector(state, settings.init_from, dataset.class_labels, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    canvases = ", ".join(f"{height}x{width}" for height, width in train_canvases(settings.data))
-    say(f"programs: one for each canvas, {canvases}; compiled when it first comes", flush=True)
-    train_step = jit_train_step(model, tx, mesh)
+    announce_canvases(train_canvases(settings.data), say)
+    train_step = announced(jit_train_step(model, tx, mesh), "training step", say)
     fields = train_shapes(settings.data, 1, dataset.num_classes).keys()
     batches = train_batches(
         dataset,
@@ -121,17 +135,19 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
     with (
         RunMetrics(workdir, start_step) as log,
         StallWatchdog(settings.log.stall_seconds) as watchdog,
+        StopRequests(say) as stop,
+        checkpoints,  # an error in the loop does not lose the one that is being written
     ):
 
         def evaluate(step: int, variables: dict) -> dict[str, float]:
             folder = workdir / "evaluation" / f"{step}"
-            results = evaluate_variables(
-                settings, model, dataset, mesh, variables, step, folder, say=say
-            )
-            log.write(step, {f"evaluation/{name}": value for name, value in results.items()})
-            return results
+            arguments = (settings, model, dataset, mesh, variables, step, folder)
+            run = functools.partial(evaluate_variables, *arguments, say=say)
+            what = f"{settings.data.eval_split} {settings.evaluation.metric}"
+            return log.evaluated(step, what, run)
 
-        every = steps_per_epoch * settings.evaluation.every_epochs
+        if settings.evaluation.is_due(start_step, steps_per_epoch, num_steps):
+            evaluate(start_step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
             on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
             state, metrics = train_step(state, on_devices)
@@ -149,15 +165,20 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
                 with progress.pause():
                     checkpoints.save(step, state, extra)
 
-            if every and step % every == 0 and step != num_steps:
+            if settings.evaluation.is_due(step, steps_per_epoch, num_steps):
                 with progress.pause():
                     evaluate(step, state.variables)
             watchdog.beat()
 
+            if stop.requested(step) and step != num_steps:
+                check.latest()
+                checkpoints.save(step, state, extra, wait=True)
+                stop.leave(step)
+
         checkpoints.close()
         if batches.left_out:
             say(f"data: {batches.left_out}", flush=True)
-        return evaluate(num_steps, state.variables)
+        return evaluate(num_steps, state.variables) if settings.evaluation.is_on else {}
 
 
 def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainState:
@@ -185,9 +206,9 @@ def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainSt
 
 
 def main() -> None:
-    train(read_run(flags.FLAGS.config), flags.FLAGS.workdir)
+    train(read_run(run_flags.training_config()), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    run_flags.define_flags()
     run_main(main)

@@ -57,6 +57,19 @@ def class_weights(
                 )
             aps[model] = [listed.get(label, np.nan) for label in labels]
         weights = relative_ap(aps, settings.normalize, settings.exponent, settings.floor)
+    return (weights * model_weights(names, settings)[:, None]).astype(np.float32)
+
+
+def model_weights(names: Sequence[str], settings: WeightSettings) -> Float[np.ndarray, " T"]:
+    """Weight of each model, the largest is 1.
+
+    Args:
+      names: of the models.
+      settings: with the weights of some of them; the others have 1 before the division.
+
+    Raises:
+      UserError: unknown models, or a value out of range.
+    """
     models = np.ones(len(names))
     for name, text in parse_pairs(settings.models, "config.weights.models").items():
         model = check_known(name, names, "config.weights.models")
@@ -70,7 +83,7 @@ def class_weights(
             )
     if not models.max() > 0:
         raise UserError("config.weights.models: all weights are 0, expected one above")
-    return (weights * (models / models.max())[:, None]).astype(np.float32)
+    return models / models.max()
 
 
 def relative_ap(

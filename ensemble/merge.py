@@ -45,6 +45,7 @@ from common.tables.table import COORDINATE_SLACK, MAX_SCORE
 from common.training import distributed
 from ensemble import mask_fusion, rescoring
 from ensemble.chunks import Chunk, aligned_chunks
+from ensemble.class_weights import model_weights
 from ensemble.inputs import Tables, parse_inputs
 from ensemble.operators import Operator, make_operator
 from ensemble.operators.groups import Rows, apply_operator
@@ -177,7 +178,9 @@ def make_plan(settings: EnsembleSettings, tables: Tables, preparation: Preparati
         method = tree_lib.load(settings.tree)
         tree_lib.check_models(method, tables.names)
     else:
-        method = make_operator(settings.operator, len(tables.tables))
+        method = make_operator(
+            settings.operator, model_weights(tables.names, settings.weights).tolist()
+        )
     if settings.masks:
         for table in tables.tables:
             if not table.reader.has_masks:

@@ -25,10 +25,13 @@ from common.data.dataset import Dataset
 from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.io.paths import read_text, resolved
+from common.io.paths import PathLike, read_text, resolved, to_epath
 from common.io.progress import Progress
 from common.io.settings import read_settings
+from common.metrics.names import BOX_METRICS
+from common.metrics.rules import metric_of
 from ensemble import draw_tree
+from ensemble.class_weights import model_weights
 from ensemble.inputs import Tables
 from ensemble.operators import make_operator
 from ensemble.operators.groups import apply_operator
@@ -38,7 +41,7 @@ from ensemble.tree import binary_tree as trees
 from ensemble.tree.evolution import MOVES, Stage, State, search
 from ensemble.tree.scoring import Scorer, build_scorers
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 def search_tables(
@@ -49,6 +52,7 @@ def search_tables(
     report_split: str | None,
     output: epath.Path,
     *,
+    metric: str = "",
     say: Callable[[str], None] = print,
 ) -> trees.Tree:
     """Searches, writes the tree and its picture, prints the comparison table.
@@ -61,6 +65,8 @@ def search_tables(
       split: what the tree is tuned on.
       report_split: what is reported beside; None for nothing.
       output: JSON file of the tree.
+      metric: one of `common.metrics.names.BOX_METRICS` at the IoU of the config; "": that of the
+        dataset.
       say: where progress goes.
 
     Raises:
@@ -76,13 +82,17 @@ def search_tables(
     if len(tables.names) < 2:
         raise UserError(f"--inputs: {len(tables.names)} table, expected two or more to ensemble")
     splits = [split] if report_split is None else [split, report_split]
-    identity = _identity(tables, preparation, options, dataset, splits)
+    metric = metric or metric_of(dataset)
+    iou = f"{options.metric.iou_threshold:g}"
+    say(f"metric: {metric}, AP at IoU {iou} (scripts.score --metric={metric} has the official one)")
+    identity = _identity(tables, preparation, options, dataset, splits, metric)
     state = load_state(state_path, identity)
     scorers = build_scorers(
         dataset,
         splits,
         tables,
         preparation,
+        metric=metric,
         **dataclasses.asdict(options.metric),
         threads=options.threads,
         cache_bytes=int(options.cache_gigabytes * 2**30 / len(splits)),
@@ -127,7 +137,7 @@ def search_tables(
     if final.best is None:
         raise ValueError("a search ends with a tree")
     best = dataclasses.replace(start, root=final.best[1])
-    operator = make_operator(options.naive, num_models=len(tables.names))
+    operator = make_operator(options.naive, model_weights(tables.names, settings.weights).tolist())
     rows = {f"single {model}": scores for model, scores in singles.items()}
     rows["naive ensemble"] = [
         scorer.score_operator(lambda rows: apply_operator(rows, operator)).mean
@@ -246,7 +256,12 @@ def load_state(path: epath.Path, identity: Mapping[str, Any]) -> State | None:
 
 
 def _identity(
-    tables: Tables, preparation: Preparation, options, dataset: Dataset, splits: list[str]
+    tables: Tables,
+    preparation: Preparation,
+    options: SearchSettings,
+    dataset: Dataset,
+    splits: list[str],
+    metric: str,
 ) -> dict[str, Any]:
     """What decides about the result: a state with another identity is refused."""
     searched = dataclasses.asdict(options)
@@ -254,13 +269,39 @@ def _identity(
         del searched[name]
     images = hashlib.sha256("\n".join(tables.image_ids).encode()).hexdigest()[:16]
     return {
-        "inputs": [[table.name, table.reader.num_rows] for table in tables.tables],
+        "inputs": [
+            [table.name, table.reader.num_rows, _content(table.reader.path)]
+            for table in tables.tables
+        ],
         "images": images,
-        "dataset": [dataset.meta["name"], dataset.num_images, len(dataset.boxes)],
+        "dataset": [dataset.meta["name"], dataset.num_images, len(dataset.boxes), _truth(dataset)],
         "splits": splits[:1],
+        "metric": metric,
         "preparation": _digest(tables, preparation),
         "settings": json.loads(json.dumps(searched)),
     }
+
+
+def _content(path: PathLike) -> str:
+    """Hash of the bytes of a table, a file or a folder of shards."""
+    table = to_epath(path)
+    content = hashlib.blake2b(digest_size=8)
+    for file in sorted(table.glob("*.parquet")) if table.is_dir() else [table]:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                content.update(block)
+    return content.hexdigest()
+
+
+def _truth(dataset: Dataset) -> str:
+    """Hash of the boxes and of the labels verified at image level."""
+    content = hashlib.blake2b(digest_size=8)
+    for array in (
+        dataset.boxes, dataset.box_offsets, dataset.box_classes, dataset.box_flags,
+        dataset.label_offsets, dataset.label_classes, dataset.label_confidences,
+    ):  # fmt: skip
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
 
 
 def _digest(tables: Tables, preparation: Preparation) -> str:
@@ -300,6 +341,13 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
     flags.DEFINE_string("split", None, "Split to tune on.", required=True)
     flags.DEFINE_string("report_split", None, "Split to report on beside.")
+    flags.DEFINE_enum(
+        "metric",
+        None,
+        BOX_METRICS,
+        "By whose rules a tree is scored. Default: lvis for a dataset made of LVIS files, coco for "
+        "one that is annotated exhaustively, else openimages.",
+    )
     flags.DEFINE_string("output", None, "JSON file of the tree.", required=True)
     flags.mark_flag_as_required("config")
 
@@ -315,6 +363,7 @@ def main():
         flags.FLAGS.split,
         flags.FLAGS.report_split,
         output,
+        metric=flags.FLAGS.metric or "",
         say=lambda text: print(text, flush=True),
     )
 

@@ -63,7 +63,12 @@ class StageSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MetricSettings:
-    """Arguments of `common.metrics.openimages.evaluate_openimages`."""
+    """What is left open by --metric: an IoU threshold, and how openimages counts.
+
+    Attributes:
+      iou_threshold: that detections reach.
+      group_of_weight, image_labels: see `common.metrics.openimages.evaluate_openimages`.
+    """
 
     iou_threshold: float
     group_of_weight: float

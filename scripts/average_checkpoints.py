@@ -41,7 +41,7 @@ def define_flags() -> None:
         "Training batches to measure the batch norms on; 0: average.",
         lower_bound=0,
     )
-    config_flags.DEFINE_config_file("config", None, "Of the run; to recompute batch norms.")
+    config_flags.DEFINE_config_file("config", None, "To recompute batch norms; default: the run's.")
 
 
 def main() -> None:
@@ -58,11 +58,11 @@ def main() -> None:
 
     num_batches, config = flags.FLAGS.recompute_batch_stats, flags.FLAGS.config
     if num_batches and config is None:
-        raise UserError("--recompute_batch_stats: needs --config (and --config.data.dir)")
+        raise UserError(f"--recompute_batch_stats: no {workdir}/config.json, expected --config")
     average = average_checkpoints(checkpoints, steps)
     extra = checkpoints.read_extra(steps[-1]) | {"averaged_steps": steps}
     if num_batches:
-        average = with_recomputed_statistics(average, config, num_batches)
+        average = with_recomputed_statistics(average, config, str(workdir), num_batches)
         extra["recomputed_on_batches"] = num_batches
     with atomic_folder(output) as folder:
         for name in ("config.json", "classes.csv", "hierarchy.json"):
@@ -105,7 +105,7 @@ def average_checkpoints(checkpoints: Checkpoints, steps: Sequence[int]) -> dict[
 
 
 def with_recomputed_statistics(
-    variables: dict[str, Any], config: ConfigDict, num_batches: int
+    variables: dict[str, Any], config: ConfigDict, workdir: str, num_batches: int
 ) -> dict[str, Any]:
     """The same parameters with batch-norm statistics measured on training batches.
 
@@ -119,7 +119,9 @@ def with_recomputed_statistics(
     from detection.settings import read_run
 
     settings = read_run(config)
-    dataset = command.open_dataset(settings.data.directory)
+    dataset = command.open_model_dataset(
+        settings.data.directory, workdir, has_classes=not settings.model.refines
+    )
     model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
     _refuse_other_model(variable_shapes(model, init_shapes(settings.data)), variables)
     batch_stats = recompute_batch_stats(

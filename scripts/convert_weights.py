@@ -30,12 +30,15 @@ from segmentation.pretrained import convert_segmenter, is_segmenter
 
 def define_flags() -> None:
     flags.DEFINE_string("input", None, "state dict: .safetensors, .pth, .pt or .whl")
-    flags.DEFINE_enum("backbone", None, BACKBONES, "the network that the weights are of")
+    flags.DEFINE_string("backbone", None, "the network that the weights are of, such as resnet50")
     flags.DEFINE_string("output", None, "file to write, .safetensors")
 
 
 def main():
-    state, backbone = read_state_dict(flags.FLAGS.input), flags.FLAGS.backbone
+    backbone = flags.FLAGS.backbone
+    if backbone not in BACKBONES:
+        raise UserError(f"--backbone: found {backbone!r}, expected one of {', '.join(BACKBONES)}")
+    state = read_state_dict(flags.FLAGS.input)
     segmenter = backbone in HRNETS and is_segmenter(state)
     convert = convert_segmenter if segmenter else convert_state_dict
     weights, report = convert(state, backbone)

@@ -157,7 +157,7 @@ def print_report(report: dict) -> None:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
     flags.mark_flag_as_required("config")
-    flags.DEFINE_string("slice", "v3-512", f"One of {', '.join(topologies.SLICES)}.")
+    flags.DEFINE_string("slice", "v3-512", "TPU slice; a wrong name lists those that are known.")
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
     flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
     flags.DEFINE_string("json", None, "Also write the report here.")

@@ -5,7 +5,7 @@
 
 The page needs nothing but a browser: mAP side by side, precision-recall curves, classes sortable by
 AP and by rarity, what each kind of error costs, confusion pairs with examples, box sizes, best and
-worst images with their boxes. AP is that of `scripts.score --metric=openimages`.
+worst images with their boxes. The figures are those of `scripts.score` with the same --metric.
 """
 
 import os
@@ -18,11 +18,13 @@ from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.paths import is_remote
+from common.metrics import official
+from common.metrics.names import METRICS, Metric
 from common.report.analysis import analyse
 from common.report.confusion import count_confusions
 from common.report.page import build_page
 from common.report.pictures import choose, read_photos
-from common.report.scope import open_scope, table_names
+from common.report.scope import Scope, open_scope, table_names
 from common.tables import DetectionsReader
 
 
@@ -33,6 +35,14 @@ def define_flags() -> None:
         "detections", None, "Detections tables: Parquet files or folders of shards.", required=True
     )
     flags.DEFINE_string("output", None, "HTML file to write.", required=True)
+    flags.DEFINE_enum(
+        "metric",
+        None,
+        METRICS,
+        "Whose figures head the page, and by whose rules detections are judged. Default: lvis for "
+        "a dataset made of LVIS files, coco for one that is annotated exhaustively, else "
+        "openimages.",
+    )
     flags.DEFINE_list("names", [], "What the page calls the tables; else parts of their paths.")
     flags.DEFINE_string(
         "train_split",
@@ -71,6 +81,7 @@ def main():
         [DetectionsReader(path) for path in paths],
         names,
         check_output(values.output),
+        metric=values.metric,
         train_split=values.train_split,
         max_pictures=values.max_pictures,
         min_score=values.min_score,
@@ -88,6 +99,7 @@ def report(
     names: list[str],
     output: epath.Path,
     *,
+    metric: Metric | None = None,
     train_split: str = "train",
     max_pictures: int = 80,
     min_score: float | None = None,
@@ -101,16 +113,33 @@ def report(
         split,
         readers,
         train_split=train_split if train_split in dataset.splits else None,
+        metric=metric,
+        image_labels=image_labels,
         allow_partial=allow_partial,
         say=_say,
     )
+
+    def official_figures(scope: Scope, reader: DetectionsReader) -> dict[str, float] | None:
+        if scope.metric == "openimages":
+            return None  # what the analysis finds itself
+        figures = official.evaluate(
+            scope.metric,
+            dataset,
+            split,
+            reader.path,
+            expand_predictions=expand_predictions,
+            image_labels=image_labels,
+            allow_partial=allow_partial,
+        )
+        return official.headline(scope.metric, figures)
+
     tables = [
         analyse(
             scope,
             reader,
             name,
             expand_predictions=expand_predictions,
-            image_labels=image_labels,
+            official=official_figures(scope, reader),
             min_score=min_score,
             say=_say,
         )

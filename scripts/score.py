@@ -19,7 +19,8 @@ from common.data.dataset import Dataset
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.metrics.official import METRICS, evaluate
+from common.metrics import official
+from common.metrics.names import METRICS
 from common.tables import DetectionsReader
 
 
@@ -50,20 +51,22 @@ def define_flags() -> None:
 
 
 def main():
-    if flags.FLAGS.metric not in METRICS:
-        raise UserError(f"--metric={flags.FLAGS.metric}: expected one of {', '.join(METRICS)}")
-    dataset = Dataset.open(flags.FLAGS.dataset)
-    if flags.FLAGS.metric.startswith("openimages"):
-        expanded = DetectionsReader(flags.FLAGS.detections).metadata.get("expanded")
+    values = flags.FLAGS
+    metric = values.metric
+    if metric not in METRICS:
+        raise UserError(f"--metric={metric}: expected one of {', '.join(METRICS)}")
+    dataset = Dataset.open(values.dataset)
+    if metric.startswith("openimages"):
+        expanded = DetectionsReader(values.detections).metadata.get("expanded")
         print(f"predictions expanded to parent classes: {_expansion(expanded)}", flush=True)
-    results = evaluate(
-        flags.FLAGS.metric,
+    results = official.evaluate(
+        metric,
         dataset,
-        flags.FLAGS.split,
-        flags.FLAGS.detections,
-        expand_predictions=flags.FLAGS.expand_predictions,
-        image_labels=flags.FLAGS.image_labels,
-        allow_partial=flags.FLAGS.allow_partial,
+        values.split,
+        values.detections,
+        expand_predictions=values.expand_predictions,
+        image_labels=values.image_labels,
+        allow_partial=values.allow_partial,
     )
     print(
         format_table(

@@ -51,7 +51,9 @@ def define_flags() -> None:
         "workdir", None, "Run (or .safetensors file) whose classifier the weights view looks at."
     )
     flags.DEFINE_integer("step", None, "Checkpoint of --workdir; default: the newest.")
-    flags.DEFINE_string("classifier", selection.CLASSIFIER, "End of the path of the class weights.")
+    flags.DEFINE_string(
+        "classifier", None, "End of the path of the class weights, if not the usual."
+    )
     flags.DEFINE_float("min_cosine", 0.25, "Pairs with a larger cosine are confusable.")
     flags.DEFINE_bool(
         "require_verified",
@@ -211,7 +213,10 @@ def similarities(dataset: Dataset, args: Any, positive) -> dict[str, tuple[np.nd
         views["confusion"] = (selection.confused_classes(counts, positive), args.min_confusion)
     if "weights" in args.views and args.workdir:
         weights = selection.read_classifier(
-            args.workdir, dataset.num_classes, step=args.step, name=args.classifier
+            args.workdir,
+            dataset.class_labels,
+            step=args.step,
+            name=args.classifier or selection.CLASSIFIER,
         )
         views["weights"] = (selection.cosine_similarity(weights, positive), args.min_cosine)
     return views

@@ -1,7 +1,8 @@
 """Measures a trained segmenter inside the ground-truth boxes of a split.
 
-    python -m segmentation.evaluate --config=... --workdir=WORK --split=validation
+    python -m segmentation.evaluate --workdir=WORK --split=validation
 
+The config is that of the run; `--config.FIELD=VALUE` overrides it, --config=FILE replaces it.
 Prints the figures and writes WORK/evaluation/STEP/SPLIT_metrics.json, there also class by class:
 
     mean_iou         mean over instances of the foreground's IoU inside the box
@@ -10,6 +11,7 @@ Prints the figures and writes WORK/evaluation/STEP/SPLIT_metrics.json, there als
     pixel_accuracy, loss   means over all pixels
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -20,11 +22,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float64
 
 from common.data.dataset import Dataset
+from common.io import run_flags
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.parallel import behind
 from common.io.progress import Progress
+from common.metrics.readiness import check_masks, evaluation_split
 from common.training import command, distributed
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
@@ -109,25 +113,44 @@ def summary(totals: Float64[np.ndarray, "K F"]) -> dict[str, float]:
     }
 
 
+def check_evaluation(settings: RunSettings, dataset: Dataset, say: Callable) -> RunSettings:
+    """The settings of a training whose evaluations will find what they need.
+
+    Raises:
+      UserError: they will not.
+    """
+    if not settings.evaluation.is_on:
+        return settings
+    name, off = settings.data.eval_split, "config.evaluation.every_steps"
+    split = evaluation_split(dataset, name, say, off)
+    check_masks(dataset, split)
+    data = dataclasses.replace(settings.data, eval_split=split)
+    return dataclasses.replace(settings, data=data)
+
+
 def define_flags() -> None:
     flags.DEFINE_string("split", None, "Split to measure; default: config.data.eval_split.")
     flags.DEFINE_integer("step", None, "Checkpoint to measure; default: the newest.")
 
 
 def main():
-    settings, workdir = read_run(flags.FLAGS.config), flags.FLAGS.workdir
     mesh, say = command.start()
-    dataset = command.open_dataset(settings.data.dir)
+    workdir = flags.FLAGS.workdir
+    settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
+    dataset = command.open_model_dataset(
+        settings.data.dir, workdir, has_classes=settings.model.class_specific
+    )
+    split = evaluation_split(dataset, flags.FLAGS.split or settings.data.eval_split, say)
     model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
     shapes = variable_shapes(model, init_shapes())
     variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
     folder = epath.Path(workdir) / "evaluation" / f"{step}"
     evaluate_variables(
-        settings, model, dataset, mesh, variables, step, folder, split=flags.FLAGS.split, say=say
+        settings, model, dataset, mesh, variables, step, folder, split=split, say=say
     )
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    run_flags.define_flags(config_required=False)
     define_flags()
     run_main(main)

@@ -1,6 +1,6 @@
 """Adds masks to the boxes of a detections table.
 
-    python -m segmentation.export --config=... --workdir=WORK --boxes=x.parquet --output=y.parquet
+    python -m segmentation.export --workdir=WORK --boxes=x.parquet --output=y.parquet
     python -m segmentation.export --config=... --voters=WORK1,WORK2,WORK3,WORK3:flip
         --boxes=x.parquet --output=y.parquet
 
@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Int64
 
 from common.data.dataset import Dataset
+from common.io import run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.parallel import map_ordered
@@ -37,7 +38,7 @@ from common.training import command, distributed
 from segmentation.crops.batches import BoxBatch, box_batches
 from segmentation.inference import Voter
 from segmentation.settings import RunSettings, read_run
-from segmentation.voters import Network, Panel, open_network, open_voters
+from segmentation.voters import Network, Panel, open_network, open_voters, with_classes_of
 
 
 def add_masks(
@@ -211,17 +212,20 @@ def define_flags() -> None:
 
 def main():
     values = flags.FLAGS
-    settings = read_run(values.config)
     if bool(values.workdir) == bool(values.voters):
         raise UserError("--workdir, --voters: expected one of them")
+    if values.voters and values.config is None:
+        raise UserError("--config: missing, expected the config whose test.vote decides (--voters)")
     _, say = command.start()
     mesh = distributed.make_mesh(jax.local_devices())
-    dataset = command.open_dataset(settings.data.dir)
     if values.voters:
-        networks, voters = open_voters(values.voters, dataset, mesh)
+        settings = read_run(values.config)
+        networks, voters = open_voters(values.voters, mesh)
     else:
-        networks = [open_network(settings, values.workdir, values.step, dataset, mesh)]
+        settings = command.read_trained(read_run, values.config, values.workdir, say)
+        networks = [open_network(settings, values.workdir, values.step, mesh)]
         voters = [Voter(0, settings.test.flip)]
+    dataset = with_classes_of(networks, command.open_dataset(settings.data.dir))
     count = add_masks(
         settings, dataset, networks, voters, mesh, values.boxes, values.output, say=say
     )
@@ -229,7 +233,7 @@ def main():
 
 
 if __name__ == "__main__":
-    command.define_flags(workdir_required=False)
+    run_flags.define_flags(config_required=False, workdir_required=False)
     define_flags()
     flags.mark_flags_as_required(["boxes", "output"])
     run_main(main)

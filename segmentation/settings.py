@@ -55,7 +55,7 @@ class EvaluationSettings:
 
     Attributes:
       batch_size: crops of all devices together; rounded up to a multiple of the devices.
-      every_steps: of a training; 0: only at the end.
+      every_steps: of a training; 0: only at the end; -1: never.
     """
 
     batch_size: int
@@ -63,7 +63,17 @@ class EvaluationSettings:
 
     def __post_init__(self):
         check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        check(self.every_steps >= 0, "every_steps", self.every_steps, "0 (at the end) or more")
+        expected = "-1 (never), 0 (at the end) or more"
+        check(self.every_steps >= -1, "every_steps", self.every_steps, expected)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a training evaluates at all; it then does so at its end."""
+        return self.every_steps >= 0
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether the state after `step` is evaluated before the training goes on."""
+        return self.every_steps > 0 and 0 < step < num_steps and step % self.every_steps == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,27 +8,33 @@ uninterrupted run bit for bit. On a pod, start it on every host.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
+from jax.sharding import Mesh
 
 from common.data.dataset import Dataset
+from common.io import run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.layers import norm
 from common.training import command, distributed
+from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
 from common.training.restore import first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import init_state, jit_train_step, variable_shapes
+from common.training.stopping import StopRequests
 from common.training.watchdog import MetricsCheck, StallWatchdog
-from common.training.workdir import prepare_workdir
+from common.training.workdir import keep_classes
 from segmentation.batch_fields import init_shapes
 from segmentation.crops.batches import train_batches
 from segmentation.crops.plan import make_plan
-from segmentation.evaluate import evaluate_variables
+from segmentation.evaluate import check_evaluation, evaluate_variables
 from segmentation.models.segmenter import build
 from segmentation.pretrained import with_pretrained
 from segmentation.settings import RunSettings, read_run
@@ -50,13 +56,22 @@ MAY_DIFFER = (
 def train(settings: RunSettings, directory: str) -> dict[str, float]:
     """Runs (or finishes) a training; returns the figures of the last evaluation."""
 
-    # ---------------------------------------------------------------- devices and work directory
+    command.check_weights(settings.model.pretrained)
     mesh, say = command.start(data=settings.data.batch_size)
-    workdir = prepare_workdir(directory, settings.to_dict(), may_differ=MAY_DIFFER)
+    dataset = command.open_dataset(settings.data.dir)
+    settings = check_evaluation(settings, dataset, say)  # refused now rather than after training
+    config = settings.to_dict()
+    with command.training_workdir(directory, config, MAY_DIFFER, say) as workdir:
+        return train_in(workdir, settings, dataset, mesh, say)
+
+
+def train_in(
+    workdir: epath.Path, settings: RunSettings, dataset: Dataset, mesh: Mesh, say: Callable
+) -> dict[str, float]:
+    """The training itself, in a work directory that is its own."""
 
     # ---------------------------------------------------------------- data
-    dataset = command.open_dataset(settings.data.dir)
-    dataset.split(settings.data.eval_split)  # refused now rather than after the training
+    dataset = keep_classes(workdir, dataset)
     plan = make_plan(dataset, settings.data, settings.seed)
     steps_per_epoch = plan.steps_per_epoch
     num_steps = total_steps(settings.optimizer, steps_per_epoch)
@@ -87,9 +102,8 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
         state = with_pretrained(state, settings.model.pretrained, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    canvases = ", ".join(f"{height}x{width}" for height, width in settings.data.canvases)
-    say(f"programs: one for each canvas, {canvases}; compiled when it first comes", flush=True)
-    train_step = jit_train_step(model, tx, mesh)
+    announce_canvases(settings.data.canvases, say)
+    train_step = announced(jit_train_step(model, tx, mesh), "training step", say)
     fields = tuple(init_shapes())
     batches = train_batches(
         dataset,
@@ -112,17 +126,18 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
     with (
         RunMetrics(workdir, start_step) as log,
         StallWatchdog(settings.log.stall_seconds) as watchdog,
+        StopRequests(say) as stop,
+        checkpoints,  # an error in the loop does not lose the one that is being written
     ):
 
         def evaluate(step: int, variables: dict) -> dict[str, float]:
             folder = workdir / "evaluation" / f"{step}"
-            results = evaluate_variables(
-                settings, model, dataset, mesh, variables, step, folder, say=say
-            )
-            log.write(step, {f"evaluation/{name}": value for name, value in results.items()})
-            return results
+            arguments = (settings, model, dataset, mesh, variables, step, folder)
+            run = functools.partial(evaluate_variables, *arguments, say=say)
+            return log.evaluated(step, f"{settings.data.eval_split} masks", run)
 
-        every = settings.evaluation.every_steps
+        if settings.evaluation.is_due(start_step, num_steps):
+            evaluate(start_step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
             on_devices = distributed.to_global(batch, mesh, fields)
             state, metrics = train_step(state, on_devices)
@@ -140,15 +155,20 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
                 with progress.pause():
                     checkpoints.save(step, state, extra)
 
-            if every and step % every == 0 and step != num_steps:
+            if settings.evaluation.is_due(step, num_steps):
                 with progress.pause():
                     evaluate(step, state.variables)
             watchdog.beat()
 
+            if stop.requested(step) and step != num_steps:
+                check.latest()
+                checkpoints.save(step, state, extra, wait=True)
+                stop.leave(step)
+
         checkpoints.close()
         if batches.skipped_images:
             say(f"data: {batches.skipped_images} unreadable photos or masks skipped", flush=True)
-        return evaluate(num_steps, state.variables)
+        return evaluate(num_steps, state.variables) if settings.evaluation.is_on else {}
 
 
 def instance_name(dataset: Dataset, row: int) -> str:
@@ -158,9 +178,9 @@ def instance_name(dataset: Dataset, row: int) -> str:
 
 
 def main():
-    train(read_run(flags.FLAGS.config), flags.FLAGS.workdir)
+    train(read_run(run_flags.training_config()), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    run_flags.define_flags()
     run_main(main)

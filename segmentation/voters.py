@@ -10,6 +10,7 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
+from common.data.model_classes import ModelClasses, read_model_classes, with_model_classes
 from common.io.errors import UserError
 from common.training import distributed
 from common.training.restore import restore_variables
@@ -31,6 +32,7 @@ class Network:
     model: Segmenter
     variables: dict
     test: InferenceSettings
+    classes: ModelClasses | None  # of a network with outputs for each class
 
     @property
     def view(self) -> View:
@@ -38,25 +40,39 @@ class Network:
         return View(self.test.crop, self.test.canvases)
 
 
-def open_network(
-    settings: RunSettings, workdir: str, step: int | None, dataset: Dataset, mesh: Mesh
-) -> Network:
+def open_network(settings: RunSettings, workdir: str, step: int | None, mesh: Mesh) -> Network:
     """Restores a checkpoint (None: the newest) on the devices of this process.
 
     Raises:
-      UserError: no such checkpoint, or one of another model.
+      UserError: no such checkpoint, one of another model, or one whose classes are not known.
     """
-    model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
+    classes = read_model_classes(workdir) if settings.model.class_specific else None
+    num_classes = 1 if classes is None else classes.count
+    model = build(settings.model, num_classes, distributed.DATA_AXIS)
     shapes = variable_shapes(model, init_shapes())
     variables, step = restore_variables(workdir, shapes, distributed.make_mesh(), step)
     if mesh.size < len(jax.devices()):
         variables = distributed.to_local(variables, mesh)
-    return Network(settings.name, step, model, variables, settings.test)
+    return Network(settings.name, step, model, variables, settings.test, classes)
 
 
-def open_voters(
-    names: Sequence[str], dataset: Dataset, mesh: Mesh
-) -> tuple[list[Network], list[Voter]]:
+def with_classes_of(networks: Sequence[Network], dataset: Dataset) -> Dataset:
+    """The dataset as the networks with outputs for each class see it.
+
+    Raises:
+      UserError: two of them have other classes, or the dataset has one that they lack.
+    """
+    lists = [network.classes for network in networks if network.classes is not None]
+    for other in lists[1:]:
+        if list(other.labels) != list(lists[0].labels):
+            raise UserError(
+                f"{other.source}: found other classes than in {lists[0].source}, expected voters "
+                "of one class list (or config.model.class_specific=False)"
+            )
+    return with_model_classes(dataset, lists[0]) if lists else dataset
+
+
+def open_voters(names: Sequence[str], mesh: Mesh) -> tuple[list[Network], list[Voter]]:
     """Restores the networks of --voters, WORK or WORK:flip, each once, and lists the voters.
 
     Raises:
@@ -69,7 +85,7 @@ def open_voters(
         workdir, flip = name.removesuffix(":flip"), name.endswith(":flip")
         if workdir not in places:
             places[workdir] = len(networks)
-            networks.append(open_network(_read_run(workdir), workdir, None, dataset, mesh))
+            networks.append(open_network(_read_run(workdir), workdir, None, mesh))
         voters.append(Voter(places[workdir], flip or networks[places[workdir]].test.flip))
     return networks, voters
 

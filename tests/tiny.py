@@ -23,8 +23,12 @@ def write_dataset(
     size: int = 64,
     seed: int = 0,
     labels: Sequence[str] = ("red", "green", "blue"),
+    order: Sequence[int] = (0, 1, 2),
 ) -> Path:
-    """Writes photos and a dataset directory with the splits "train" and "validation"."""
+    """Writes photos and a dataset directory with the splits "train" and "validation".
+
+    `order`: class of each colour.
+    """
     rng = np.random.default_rng(seed)
     photos = directory.with_name(directory.name + "_photos")
     photos.mkdir(parents=True)
@@ -39,7 +43,7 @@ def write_dataset(
                 x, y = rng.integers(0, size - side, 2)
                 pixels[y : y + side, x : x + side] = COLOURS[class_]
                 boxes.append([x, y, x + side, y + side])
-                classes.append(int(class_))
+                classes.append(order[class_])
             Image.fromarray(pixels).save(photos / f"photo{i:03d}.png")
             writer.add_image(
                 f"photo{i:03d}",

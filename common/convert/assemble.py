@@ -66,6 +66,7 @@ def write_dataset(annotations: Annotations, options: Options, report: Report) ->
         has_masks=annotations.mask_spool is not None,
         has_areas="area" in boxes.columns,
         has_ignore=ignore is not None,
+        has_whole_boxes="whole_box" in boxes.columns,
         overwrite=options.overwrite,
         extra=annotations.extra,
     ) as writer:
@@ -178,5 +179,6 @@ def _write_images(
             boxes.of("area", images) if "area" in boxes.columns else None,
             None if ignore is None else ignore.counts[images],
             None if ignore is None else ignore.of("box", images),
+            boxes.of("whole_box", images) if "whole_box" in boxes.columns else None,
         )
         progress.report(images.stop)

@@ -53,9 +53,13 @@ def clean_boxes(
         keep = has_area & inside
         reach = keep & ((box < -_ROUNDING).any(1) | (box > 1 + _ROUNDING).any(1))
         note(reach, "reaches outside the frame", REPAIRED)
-        del finite, known, has_area, inside, reach
+        del finite, known, has_area, inside
+        # The metrics of COCO and LVIS, whose sets have areas, compare with the box as it was.
+        if "area" in table and (reach & keep).any():
+            table["whole_box"] = box.copy()
         np.clip(box, 0, 1, out=box)
         # A box whose part inside the frame is thinner than float32 can tell is empty once clipped.
+        del reach
         flat = keep & ~((box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1]))
     note(flat, "outside the frame", DROPPED)
     keep &= ~flat

@@ -111,6 +111,8 @@ class Dataset:
       mask_offsets: (M + 1,) byte ranges in masks.bin, or None when the set has no masks.
       box_areas: (M,) area of the object's segment as annotated, as a share of the image's pixels;
         None when the source has none.
+      whole_boxes: (M, 4) normalised, as the file has them: they may reach beyond the photo, where
+        `boxes` are clipped; None when none does, or the source's metric does not ask for it.
       ignore_offsets: (N + 1,) like box_offsets for the ignore boxes; None when the set has none.
       ignore_boxes: (Q, 4) normalised.
     """
@@ -134,6 +136,7 @@ class Dataset:
     image_id_order: Int32[np.ndarray, " N"]
     mask_offsets: Int64[np.ndarray, " M+1"] | None
     box_areas: Float64[np.ndarray, " M"] | None = None
+    whole_boxes: Float32[np.ndarray, "M 4"] | None = None
     ignore_offsets: Int64[np.ndarray, " N+1"] | None = None
     ignore_boxes: Float32[np.ndarray, "Q 4"] | None = None
 

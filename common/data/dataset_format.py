@@ -27,6 +27,7 @@ INDEX: dict[str, tuple[str, int | None, str]] = {
     "label_confidence": ("uint8", None, "labels"),
     "mask_offsets": ("int64", None, "boxes + 1"),
     "box_area": ("float64", None, "boxes"),
+    "whole_boxes": ("float32", 4, "boxes"),
     "ignore_offsets": ("int64", None, "images + 1"),
     "ignore_boxes": ("float32", 4, "ignore boxes"),
 }
@@ -34,6 +35,7 @@ INDEX: dict[str, tuple[str, int | None, str]] = {
 OPTIONAL = {
     "mask_offsets": "has_masks",
     "box_area": "has_areas",
+    "whole_boxes": "has_whole_boxes",
     "ignore_offsets": "has_ignore",
     "ignore_boxes": "has_ignore",
 }

@@ -47,6 +47,7 @@ class DatasetWriter:
         has_masks: bool = False,
         has_areas: bool = False,
         has_ignore: bool = False,
+        has_whole_boxes: bool = False,
         overwrite: bool = False,
         extra: Mapping[str, Any] | None = None,
     ):
@@ -64,6 +65,7 @@ class DatasetWriter:
           has_masks: whether `masks` will be given.
           has_areas: whether areas will be given.
           has_ignore: whether ignore boxes will be given.
+          has_whole_boxes: whether boxes will be given as before clipping, too (by `add_images`).
           overwrite: replace an existing dataset (other folders are never replaced).
           extra: further fields of dataset.json.
 
@@ -79,7 +81,12 @@ class DatasetWriter:
         self.num_classes = len(class_labels)
         self.num_images = self.num_boxes = self.num_labels = 0
         self._mask_bytes = self._num_ignore = 0
-        self._optional = {"has_masks": has_masks, "has_areas": has_areas, "has_ignore": has_ignore}
+        self._optional = {
+            "has_masks": has_masks,
+            "has_areas": has_areas,
+            "has_ignore": has_ignore,
+            "has_whole_boxes": has_whole_boxes,
+        }
         self._strings: dict[str, list[np.ndarray]] = {name: [] for name in STRINGS}
         self._meta = {"format": FORMAT, "name": name, "source": source, "image_root": image_root}
         self._extra = dict(extra or {})
@@ -166,6 +173,7 @@ class DatasetWriter:
         box_areas: Sequence[float] | np.ndarray | None = None,
         ignore_counts: Integers | None = None,
         ignore_boxes: Float32[np.ndarray, "q 4"] | None = None,
+        whole_boxes: Float32[np.ndarray, "m 4"] | None = None,
     ) -> None:
         """Adds n images with their boxes (labels, ignore boxes) one after the other.
 
@@ -201,6 +209,8 @@ class DatasetWriter:
             if box_areas is None or len(box_areas) != num_boxes:
                 raise ValueError("box_areas do not agree with the boxes")
             self._arrays["box_area"].append(np.asarray(box_areas, np.float64))
+        if self._optional["has_whole_boxes"]:
+            self._arrays["whole_boxes"].append(boxes if whole_boxes is None else whole_boxes)
         self._add_ignore(len(image_ids), ignore_counts, ignore_boxes)
         if self._masks is not None:
             lengths = np.zeros(num_boxes, np.int64) if mask_lengths is None else mask_lengths

@@ -1,21 +1,25 @@
 """Entry point shared by all command-line tools."""
 
+import errno
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from common.io.command_line import parse_flags
 from common.io.errors import UserError
 from common.io.home import expand_home_in_flags
 from common.io.memory import keep_freed_memory
 
-# Before anything imports TensorFlow, which would report its build options at every start.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 
 def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> None:
-    """Runs a command under absl; a `UserError` becomes one line on stderr and exit status 1.
+    """Runs a command under absl; what a user can mend becomes one line and exit status 1.
+
+    That is a `UserError` here or in the command line, and what the operating system refuses. Help
+    and wrong flags are answered before the imports of the command, see `common.io.early_answers`.
 
     Args:
       main: the command. It is called without arguments, or with the chosen one of `actions`.
@@ -31,11 +35,67 @@ def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> No
         try:
             expand_home_in_flags()
             return main(*check_arguments(argv[1:], actions))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 1
+        except (UserError, OSError, RecursionError, MemoryError) as error:
+            return _leave(_refuse(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return _leave(128 + signal.SIGINT)
+        except Exception as error:
+            if not _has_others():
+                raise
+            lost = type(error).__name__ == "JaxRuntimeError"
+            if lost:
+                first = (str(error).splitlines() or [""])[0][:200]
+                print(f"error: another process of the run is lost ({first})", file=sys.stderr)
+            else:
+                traceback.print_exc()
+            return _leave(1)
 
-    app.run(guarded)
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return parse_flags(argv)
+        except UserError as error:
+            sys.exit(_refuse(error))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _has_others() -> bool:
+    """Whether this process is one of several that JAX has joined."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _leave(status: int) -> int:
+    """Gives the status back, or ends this process at once where others would be waited for.
+
+    They may be in the middle of a step that needs this process: its end is what they notice.
+    """
+    if _has_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _refuse(error: BaseException) -> int:
+    """Says the error in one line; returns the exit status."""
+    if isinstance(error, BrokenPipeError):  # `command | head`: nobody reads what is said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    return 1
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says to a user, in one line."""
+    if isinstance(error, MemoryError):
+        return "out of memory" + (f" ({error})" if str(error) else "")
+    if isinstance(error, RecursionError):
+        return "an input is nested too deeply to be read"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {os.strerror(error.errno or errno.EIO)}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_arguments(arguments: Sequence[str], actions: Sequence[str] = ()) -> Sequence[str]:

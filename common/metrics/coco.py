@@ -28,6 +28,7 @@ NAMES = (
     *("AR1", "AR10", "AR100", "ARsmall", "ARmedium", "ARlarge"),
 )
 CLASS_AP = "PerformanceByCategory/AP/{}"
+_DECIMALS = 3  # of a pixel
 
 
 def evaluate_coco(
@@ -157,12 +158,14 @@ def truth_annotations(
     number = 0
     for image in images.tolist():
         boxes, classes, flags = dataset.image_boxes(image)
+        first, last = dataset.box_offsets[image : image + 2]
+        if dataset.whole_boxes is not None:  # the official tools clip nothing
+            boxes = dataset.whole_boxes[first:last]
         height, width = dataset.image_sizes[image].tolist()
         pixels = pixel_boxes(boxes, np.broadcast_to((height, width), (len(boxes), 2)))
         areas = pixels[:, 2] * pixels[:, 3]
         segments = dataset.image_masks(image) if masks else [None] * len(boxes)
         if dataset.box_areas is not None:
-            first, last = dataset.box_offsets[image : image + 2]
             areas = segment_areas(dataset.box_areas[first:last], np.array([[height, width]]))
         elif masks:
             areas = [_segment_area(dataset, image, s, height, width) for s in segments]
@@ -239,9 +242,12 @@ def _ground_truth(dataset: Dataset, ranks: dict[int, int], masks: bool) -> dict[
 def pixel_boxes(
     boxes: Float[np.ndarray, "n 4"], sizes: Int[np.ndarray, "n 2"]
 ) -> Float[np.ndarray, "n 4"]:
-    """Normalised corners to x, y, width, height in pixels, float64."""
-    scale = np.asarray(sizes, np.float64)[:, [1, 0]]
-    corners = np.asarray(boxes, np.float64)
-    return np.concatenate(
-        [corners[:, :2] * scale, (corners[:, 2:] - corners[:, :2]) * scale], axis=1
-    )
+    """Normalised corners to x, y, width, height in pixels, float64.
+
+    Pixels are rounded to `_DECIMALS`: the float32 of the normalised boxes is off by less, and COCO
+    files give whole pixels or hundredths, on which an overlap may equal a threshold.
+    """
+    scale = np.asarray(sizes, np.float64)[:, [1, 0, 1, 0]]
+    corners = np.round(np.asarray(boxes, np.float64) * scale, _DECIMALS)
+    sides = np.round(corners[:, 2:] - corners[:, :2], _DECIMALS)
+    return np.concatenate([corners[:, :2], sides], axis=1)

@@ -1,17 +1,16 @@
 """The official metrics by the names that commands and configs call them."""
 
 import os
-from typing import Literal, get_args
+from collections.abc import Mapping
 
 from common.data.dataset import Dataset
+from common.metrics import openimages, openimages_masks
 from common.metrics.coco import evaluate_coco
 from common.metrics.lvis import evaluate_lvis
+from common.metrics.names import Metric
 from common.metrics.openimages import evaluate_openimages
 from common.metrics.openimages_masks import evaluate_openimages_masks
 from common.tables import Detections
-
-Metric = Literal["openimages", "openimages_masks", "coco", "coco_masks", "lvis", "lvis_masks"]
-METRICS: tuple[str, ...] = get_args(Metric)
 
 
 def needs_masks(metric: Metric) -> bool:
@@ -53,3 +52,13 @@ def evaluate(
         )
     score_coco = evaluate_coco if metric in ("coco", "coco_masks") else evaluate_lvis
     return score_coco(dataset, split, detections, masks=masks, allow_partial=allow_partial)
+
+
+def headline(metric: Metric, figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures that a table of results shows, by short names."""
+    if metric == "openimages":
+        return {"mAP@0.5": figures[openimages.MEAN_AP.format(0.5)]}
+    if metric == "openimages_masks":
+        return {"mask mAP@0.5": figures[openimages_masks.MEAN_AP.format(0.5)]}
+    prefix = "mask " if needs_masks(metric) else ""
+    return {f"{prefix}{name}": figures[name] for name in ("AP", "AP50")}

@@ -158,13 +158,18 @@ def gather_truth(
     parents: Bool[np.ndarray, "K K"],
     image_labels: bool,
 ) -> Truth:
-    """Expanded ground truth of the given images."""
+    """Expanded ground truth of the given images.
+
+    With `image_labels`, a dataset that is annotated exhaustively has every class verified.
+    """
     owner, rows = rows_of(dataset.box_offsets, indices)
     copies, classes = repeat_with(np.asarray(dataset.box_classes[rows]), parents)
     owner, rows = owner[copies], rows[copies]
     evaluated = np.zeros((len(indices), len(parents)), bool)
     evaluated[owner, classes] = True
-    if image_labels:
+    if image_labels and dataset.meta.get("exhaustive"):
+        evaluated[:] = True
+    elif image_labels:
         label_owner, label_rows = rows_of(dataset.label_offsets, indices)
         labels = np.asarray(dataset.label_classes[label_rows])
         present = np.asarray(dataset.label_confidences[label_rows]) > 0

@@ -10,7 +10,7 @@ Shape legend: I images scored, K classes, S sizes, d detections above their scor
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from common.io.parallel import map_ordered
 from common.io.progress import Progress
 from common.metrics import openimages
 from common.metrics.coverage import selected_chunks
+from common.metrics.rules import Rule
 from common.report import errors, gains
 from common.report.scope import Scope
 from common.tables import Detections, DetectionsReader
@@ -49,6 +50,7 @@ class TableReport:
     expanded: bool
     num_rows: int
     mean_ap: float
+    official: Mapping[str, float]  # figures that head the page
     curves: gains.Curves
     size_aps: Float[np.ndarray, " S"]
     gains: dict[str, float]
@@ -69,7 +71,7 @@ def analyse(
     name: str,
     *,
     expand_predictions: bool = False,
-    image_labels: bool = True,
+    official: Mapping[str, float] | None = None,
     min_score: float | None = None,
     num_threads: int = 2,
     say: Callable[[str], None] = print,
@@ -81,7 +83,7 @@ def analyse(
       reader: the table.
       name: how the page calls it.
       expand_predictions: as in `evaluate_openimages`.
-      image_labels: as in `evaluate_openimages`.
+      official: figures of the metric that head the page, by short name; None: mAP@0.5.
       min_score: judge all classes above this score, instead of each above its best one.
       num_threads: chunks worked on at a time.
       say: where progress goes.
@@ -90,7 +92,8 @@ def analyse(
       UserError: a broken table or unknown labels.
     """
     dataset, num_classes = scope.dataset, scope.dataset.num_classes
-    expand = expand_predictions and not reader.metadata.get("expanded")
+    expand = expand_predictions and not reader.metadata.get("expanded") and scope.parents.any()
+    counts_groups = scope.rule.group_of_weight > 0
     index_of = dataset.find_images(reader.image_ids)
     selected = np.isin(index_of, scope.images)
 
@@ -98,13 +101,13 @@ def analyse(
         if expand:
             chunk = expand_detections(chunk, scope.parents, dataset.class_labels)
         codes, image_index = np.unique(chunk.image_index, return_inverse=True)
-        truth = openimages.gather_truth(dataset, index_of[codes], scope.parents, image_labels)
+        truth = scope.rule.truth(index_of[codes])
         return chunk, index_of[codes], image_index, truth
 
     def score_chunk(chunk: Detections):
         chunk, _, image_index, truth = prepare(chunk)
         rows = (truth, image_index, chunk.label_index, chunk.scores, chunk.boxes, num_classes)
-        outcomes = errors.classify(*rows)
+        outcomes = errors.classify(*rows, counts_groups=counts_groups)
         accounted = np.bincount(
             truth.keys[outcomes.found | outcomes.claimed] % num_classes, minlength=num_classes
         )
@@ -125,7 +128,8 @@ def analyse(
     entries = gains.concatenate([part for part, _ in parts])
     accounted = sum((count for _, count in parts), np.zeros(num_classes))
     curves = gains.curves(entries, scope.counts)
-    say(f"{name}: mAP {np.nanmean(curves.aps):.4f}, what errors cost")
+    mean_ap = float(np.mean(curves.aps[scope.counts > 0]))
+    say(f"{name}: mAP {mean_ap:.4f}, what errors cost")
     size_aps = gains.size_aps(entries, scope.size_counts)
     repair = gains.repair_gains(entries, scope.counts, scope.counts - accounted, curves.aps)
     del entries, parts
@@ -137,8 +141,7 @@ def analyse(
         chunk = chunk.take(chunk.scores >= thresholds[chunk.label_index])
         codes, image_index = np.unique(chunk.image_index, return_inverse=True)
         images = index_of[codes]
-        truth = openimages.gather_truth(dataset, images, scope.parents, image_labels)
-        return _judge(chunk, images, image_index, truth, num_classes)
+        return _judge(chunk, images, image_index, scope.rule.truth(images), scope.rule)
 
     judged = list(in_threads(judge_chunk, chunks("judging")))
     return _collect(
@@ -149,7 +152,8 @@ def analyse(
         metadata=dict(reader.metadata),
         expanded=bool(reader.metadata.get("expanded")) or expand,
         num_rows=reader.num_rows,
-        mean_ap=float(np.mean(curves.aps[scope.counts > 0])),
+        mean_ap=mean_ap,
+        official={"mAP@0.5": mean_ap} if official is None else official,
         curves=curves,
         size_aps=size_aps,
         gains=repair,
@@ -164,10 +168,12 @@ def _thresholds(curves: gains.Curves, min_score: float | None) -> Float[np.ndarr
     return np.where(np.isfinite(curves.threshold), curves.threshold, np.float32(pooled))
 
 
-def _judge(chunk: Detections, images, image_index, truth: openimages.Truth, num_classes: int):
+def _judge(chunk: Detections, images, image_index, truth: openimages.Truth, rule: Rule):
     """Judged detections of a chunk, the keys of the boxes found and their rows as annotated."""
-    classes, boxes = chunk.label_index, chunk.boxes
-    outcomes = errors.classify(truth, image_index, classes, chunk.scores, boxes, num_classes)
+    classes, boxes, num_classes = chunk.label_index, chunk.boxes, rule.dataset.num_classes
+    detected = (image_index, classes, chunk.scores, boxes)
+    counts_groups = rule.group_of_weight > 0
+    outcomes = errors.classify(truth, *detected, num_classes, counts_groups=counts_groups)
     skipped, skipped_targets = errors.confused(truth, image_index, classes, boxes, num_classes)
     rows = np.concatenate([outcomes.matches.rows, skipped])
     targets = np.concatenate([outcomes.target, skipped_targets])

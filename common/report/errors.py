@@ -53,11 +53,18 @@ def classify(
     scores: Float[np.ndarray, " n"],
     boxes: Float[np.ndarray, "n 4"],
     num_classes: int,
+    *,
+    counts_groups: bool = True,
 ) -> Outcomes:
-    """What the evaluated detections of whole images are (arguments as `match_detections`)."""
+    """What the evaluated detections of whole images are (arguments as `match_detections`).
+
+    Without `counts_groups` group-of boxes only absorb what lies in them.
+    """
     matches = openimages.match_detections(
         truth, image_index, classes, scores, boxes, num_classes, IOU
     )
+    if not counts_groups:
+        matches = matches._replace(groups=matches.groups[:0], group_scores=matches.group_scores[:0])
     found = np.zeros(len(truth.boxes), bool)
     found[matches.matched_idx[matches.kinds == openimages.TRUE]] = True
     found[matches.groups] = True

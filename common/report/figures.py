@@ -48,7 +48,8 @@ def _num(text: str) -> str:
 
 def summary(scope: Scope, tables: Sequence[TableReport], min_score: float | None) -> str:
     known = scope.counts > 0
-    figures = ("mAP@0.5", "median AP", "classes at 0", "recall", "precision", "detections / image")
+    official = tuple(tables[0].official)
+    figures = (*official, "median AP", "classes at 0", "recall", "precision", "detections / image")
     heads = [head("table", num=False), *map(head, figures)]
     heads += [head("parents added", num=False), head("model", num=False)]
     rows = []
@@ -59,7 +60,8 @@ def summary(scope: Scope, tables: Sequence[TableReport], min_score: float | None
         facts = [str(table.metadata[key]) for key in ("model", "step") if key in table.metadata]
         rows.append(
             f'<tr><th scope="row" title="{escape(str(table.path), quote=True)}">'
-            f"{_key(number, table.name)}</th>{bar_cell(table.mean_ap, number, 1.0, 4)}"
+            f"{_key(number, table.name)}</th>"
+            + "".join(bar_cell(table.official[name], number, 1.0, 4) for name in official)
             + _num(f"{np.median(aps):.3f}")
             + _num(f"{np.count_nonzero(aps == 0):,}")
             + _num(f"{found / scope.counts.sum():.3f}")

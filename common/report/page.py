@@ -25,6 +25,20 @@ SECTIONS = (
     ("pictures", "Pictures"),
     ("method", "Method"),
 )
+_METRIC = {
+    "openimages": "AP and mAP are those of the OpenImages Challenge 2019 metric at IoU 0.5, the "
+    "same numbers that <code>scripts.score</code> prints: truth copied to parent classes, "
+    "detections of classes that nobody verified in the image left out (none, where the dataset is "
+    "annotated exhaustively), group-of boxes count once and absorb what lies inside.",
+    "coco": "The figures of the summary are those of <code>scripts.score --metric=coco</code>. All "
+    "else looks at IoU 0.5: every class is judged in every image, crowds absorb what lies inside "
+    "and count nothing. AP of a class and by size are areas under the whole curve, which COCO "
+    "reads at 101 places: they differ a little from its AP50.",
+    "lvis": "The figures of the summary are those of <code>scripts.score --metric=lvis</code>. All "
+    "else looks at IoU 0.5: classes that were verified in the image are judged, and where not "
+    "every object of a class has a box, detections that find none count nothing. AP of a class "
+    "and by size are areas under the whole curve.",
+}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -166,10 +180,7 @@ def _method(scope: Scope, min_score: float | None) -> str:
     else:
         rare = f"Training boxes are those of the split {escape(scope.train_split)}."
     return (
-        "<ul><li>AP and mAP are those of the OpenImages Challenge 2019 metric at IoU 0.5, the same "
-        "numbers that <code>scripts.score</code> prints: truth copied to parent classes, "
-        "detections of classes that nobody verified in the image left out, group-of boxes count "
-        "once and absorb what lies inside.</li>"
+        f"<ul><li>{_METRIC[scope.rule.metric]}</li>"
         f"<li>Counts, confusions and pictures take detections {figures.judged_above(min_score)}; "
         "AP, curves and the cost of errors take all detections. A class without a correct "
         "detection has the score of the best F1 of all classes together.</li>"

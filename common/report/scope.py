@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.data.dataset import Dataset
+from common.data.dataset import GROUP_OF, Dataset
 from common.io.errors import UserError
-from common.metrics import openimages
 from common.metrics.coverage import split_images
+from common.metrics.names import Metric
+from common.metrics.rules import Rule, make_rule, metric_of
 from common.report import gains
 from common.tables import DetectionsReader
-from common.tables.hierarchy import ancestors
 from common.tables.ranges import rows_of
 
 
@@ -27,8 +27,10 @@ class Scope:
 
     dataset: Dataset
     split: str
+    metric: Metric  # whose figures head the page, one of `common.metrics.names.METRICS`
+    rule: Rule  # of that metric, which judges single detections
     images: Int[np.ndarray, " I"]  # sorted indices of the dataset
-    parents: Bool[np.ndarray, "K K"]
+    parents: Bool[np.ndarray, "K K"]  # of the rule
     counts: Float[np.ndarray, " K"]  # boxes to find
     size_counts: Float[np.ndarray, "S K"]
     image_counts: Int[np.ndarray, " I"]
@@ -42,6 +44,8 @@ def open_scope(
     readers: Sequence[DetectionsReader],
     *,
     train_split: str | None,
+    metric: Metric | None = None,
+    image_labels: bool = True,
     allow_partial: bool,
     say: Callable[[str], None] = print,
 ) -> Scope:
@@ -51,6 +55,8 @@ def open_scope(
       dataset: holds truth, verified labels and hierarchy.
       split: images to score.
       readers: the tables.
+      metric: one of `common.metrics.names.METRICS`; None: that of the dataset (`metric_of`).
+      image_labels: as in `evaluate_openimages`.
       train_split: its boxes per class say how rare a class is; None when there is no such split.
       allow_partial: other images of the split may be missing.
       say: where notes go.
@@ -72,11 +78,16 @@ def open_scope(
         images = covered
     if images is None:
         raise ValueError("no tables")
-    parents = ancestors(dataset.hierarchy, dataset.class_labels)
-    counts = openimages.count_truth(dataset, images, parents, 1.0)
+    metric = metric or metric_of(dataset)
+    rule = make_rule(dataset, metric.partition("_")[0], image_labels=image_labels)
+    say(f"metric: {metric}")
+    parents, counts = rule.parents, rule.counts(images)
     if not counts.any():
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
     owner, rows = rows_of(dataset.box_offsets, images)
+    if not rule.group_of_weight:
+        single = np.asarray(dataset.box_flags[rows]) & GROUP_OF == 0
+        owner, rows = owner[single], rows[single]
     classes = np.asarray(dataset.box_classes[rows])
     sizes = gains.size_of(np.asarray(dataset.boxes[rows]))
     cells = np.bincount(
@@ -85,10 +96,12 @@ def open_scope(
     size_counts = cells.reshape(-1, len(parents)).astype(np.float64)
     train = None
     if train_split is not None:
-        train = openimages.count_truth(dataset, dataset.split(train_split), parents, 1.0)
+        train = rule.counts(dataset.split(train_split))
     return Scope(
         dataset=dataset,
         split=split,
+        metric=metric,
+        rule=rule,
         images=images,
         parents=parents,
         counts=counts,

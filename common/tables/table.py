@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int, Int32
 
+from common.io.paths import PathLike, to_epath
+
 METADATA_KEY = b"detections"
 MAX_SCORE = 1.5
 COORDINATE_SLACK = 1e-4
@@ -26,6 +28,15 @@ MASK_COLUMNS = {"mask": pa.binary(), "mask_height": pa.int32(), "mask_width": pa
 
 def shard_name(index: int, count: int) -> str:
     return f"part-{index:05d}-of-{count:05d}.parquet"
+
+
+def remove_table(path: PathLike) -> None:
+    """Removes a table, be it a file or a folder of shards, if there is one."""
+    table = to_epath(path)
+    if table.is_dir():
+        table.rmtree()
+    else:
+        table.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     DIRECTORY/1000/model/      params and batch_stats: what evaluation and export need
     DIRECTORY/1000/training/   everything else of the state: step, optimiser state
-    DIRECTORY/1000/extra/      JSON
+    DIRECTORY/1000/extra/      JSON, with a checksum of every array
 
 The state may be any pytree (a `flax.struct` dataclass, named tuples of optax): on disk it is a
 plain nested dictionary of arrays by path, so that it can be read without the code that wrote it.
@@ -26,7 +26,9 @@ from common.io.errors import UserError
 from common.io.paths import is_remote
 from common.io.storage_errors import free_space, is_disk_full, is_file_error
 from common.training.checkpoint_items import (
+    CHECKSUMS,
     MODEL_FIELDS,
+    checksums,
     describe,
     flatten,
     path_name,
@@ -89,7 +91,8 @@ class Checkpoints:
         if step in self.all_steps():
             return
         model, training = split_fields(to_nested_dict(state))
-        items = {"model": ocp.args.StandardSave(model), "extra": ocp.args.JsonSave(dict(extra))}
+        saved = {**extra, CHECKSUMS: checksums({"model": model, "training": training})}
+        items = {"model": ocp.args.StandardSave(model), "extra": ocp.args.JsonSave(saved)}
         if training:
             items["training"] = ocp.args.StandardSave(training)
         with self._explaining_failures():
@@ -123,6 +126,18 @@ class Checkpoints:
             self.wait()
             self._manager.close()
             self._manager = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """After an error, waits for the save under way: it is of a state before the error.
+
+        With several processes the others may wait for this one, which ends.
+        """
+        if kind is not None and self._manager is not None and jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # the first error is the one to be said
+                self._manager.wait_until_finished()
 
     def all_steps(self) -> list[int]:
         """Steps of complete checkpoints, ascending."""

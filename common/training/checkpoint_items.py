@@ -4,6 +4,7 @@ On disk an item is a plain nested dictionary of arrays by path, so that it can b
 code that wrote it.
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 MODEL_FIELDS = ("params", "batch_stats")
+CHECKSUMS = "checksums"  # in the JSON beside the arrays
 
 
 def path_name(path: tuple) -> str:
@@ -50,6 +52,38 @@ def describe(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
+def checksums(items: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """CRC-32 of the bytes of arrays, by item and path: `model/params/backbone/stem/kernel`.
+
+    An array of which this process holds only a part has none.
+    """
+    return {
+        f"{item}/{name}": zlib.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
+        for item, tree in items.items()
+        for name, leaf in flatten(tree).items()
+        if (host := _whole(leaf)) is not None
+    }
+
+
+def _whole(leaf: Any) -> np.ndarray | None:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    return np.asarray(leaf.addressable_data(0)) if leaf.is_fully_replicated else None
+
+
+def refuse_changed(saved: Mapping[str, int], items: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compares arrays that were read with the checksums of what was saved.
+
+    Raises:
+      ValueError: naming the arrays that changed on disk.
+    """
+    found = checksums(items)
+    changed = [name for name, value in found.items() if saved.get(name, value) != value]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ValueError(f"{changed[0]}{more}: not the values that were saved")
+
+
 def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
@@ -77,7 +111,11 @@ def saved_arrays(path: epath.Path, items: tuple[str, ...]) -> dict[str, Any]:
 
 
 def read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the arrays of nested dictionaries of abstract arrays, and `extra`."""
+    """Reads the arrays of nested dictionaries of abstract arrays, and `extra`.
+
+    Raises:
+      ValueError: an array is not what was saved; other errors of orbax for other damage.
+    """
 
     def template(leaf):
         if getattr(leaf, "sharding", None) is None:
@@ -94,4 +132,6 @@ def read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             path, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **arguments)
         )
     read = {item: restored[item] if item in arguments else {} for item in wanted}
-    return {**read, "extra": restored["extra"]}
+    extra = dict(restored["extra"])
+    refuse_changed(extra.pop(CHECKSUMS, {}), read)
+    return {**read, "extra": extra}

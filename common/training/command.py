@@ -1,22 +1,32 @@
-"""What every command that works on a run starts with: its flags, its devices, its dataset."""
+"""What every command that works on a run starts with: its devices, its dataset."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
-from absl import flags
+from etils import epath
 from jax.sharding import Mesh
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from common.data.dataset import Dataset
+from common.data.model_classes import photos_for_model, read_model_classes, with_model_classes
 from common.io.errors import UserError
+from common.io.paths import to_epath
 from common.training import distributed
+from common.training.workdir import differences, name_some, prepare_workdir, read_config
+from common.training.workdir_lock import workdir_lock
 
 
-def define_flags(workdir_required: bool = True) -> None:
-    """--config and --workdir."""
-    config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
-    flags.DEFINE_string("workdir", None, "Directory of the run.")
-    flags.mark_flags_as_required(["config", "workdir"] if workdir_required else ["config"])
+class Settings(Protocol):
+    """What all settings of runs can do."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+RunSettings = TypeVar("RunSettings", bound=Settings)
+# Fields that change what a trained model computes; others may be overridden without a word.
+_OF_THE_MODEL = ("config.model.", "config.data.canvas", "config.data.pad_multiple")
 
 
 def start(**batch_sizes: int) -> tuple[Mesh, Callable[..., None]]:
@@ -57,3 +67,92 @@ def open_dataset(directory: str) -> Dataset:
             "scripts.prepare_data (--config.data.dir=DIR)"
         )
     return Dataset.open(directory)
+
+
+def check_weights(model_pretrained: str, init_from: str = "") -> None:
+    """Refuses what a training could not start from, before anything is read or compiled.
+
+    Args:
+      model_pretrained: `config.model.pretrained`, '' for none.
+      init_from: `config.init_from`, '' for none.
+
+    Raises:
+      UserError: no such file, or a folder where a file belongs.
+    """
+    if model_pretrained:
+        path = to_epath(model_pretrained)
+        if path.is_dir():
+            raise UserError(
+                f"config.model.pretrained: {path} is a folder, expected a file written by "
+                "scripts.convert_weights (a trained detector is config.init_from)"
+            )
+        if not path.exists():
+            raise UserError(f"config.model.pretrained: {path}: no such file")
+    if init_from and not to_epath(init_from).exists():
+        raise UserError(f"config.init_from: {init_from}: no such file or work directory")
+
+
+@contextlib.contextmanager
+def training_workdir(
+    directory: str, config: Mapping[str, Any], may_differ: Sequence[str], say: Callable
+) -> Iterator[epath.Path]:
+    """The work directory of a training (`prepare_workdir`), which no other one may use meanwhile.
+
+    Raises:
+      UserError: of another config, or in use.
+    """
+    workdir = prepare_workdir(directory, config, may_differ)
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main_process():
+            stack.enter_context(workdir_lock(workdir, say=say))
+        yield workdir
+
+
+def read_trained(
+    read: Callable[[ConfigDict], RunSettings],
+    config: ConfigDict | None,
+    workdir: str,
+    say: Callable,
+) -> RunSettings:
+    """The settings of a trained run, and a note where they are not those of its training.
+
+    Args:
+      read: makes settings of a config.
+      config: that of --config, or of the work directory; None where it has none.
+      workdir: of the run.
+      say: where notes go.
+
+    Raises:
+      UserError: there is no config, or a wrong one.
+    """
+    if config is None:
+        raise UserError(
+            f"{workdir}/config.json: no such file, expected the work directory of a run"
+        )
+    settings = read(config)
+    if (epath.Path(workdir) / "config.json").exists():
+        found = differences(read_config(workdir), settings.to_dict())
+        if notes := [text for text in found if text.startswith(_OF_THE_MODEL)]:
+            say(f"note: not as the model was trained: {name_some(notes)}", flush=True)
+    return settings
+
+
+def open_model_dataset(
+    directory: str, workdir: str, *, has_classes: bool = True, photos_only: bool = False
+) -> Dataset:
+    """A dataset as a trained model sees it: its classes are the model's.
+
+    Args:
+      directory: `config.data.dir`.
+      workdir: of the run.
+      has_classes: False for a model without outputs for classes: any dataset as it is.
+      photos_only: the annotations, of whatever classes, are left out.
+
+    Raises:
+      UserError: as `open_dataset`; the model's classes are not known, or the dataset has others.
+    """
+    dataset = open_dataset(directory)
+    if not has_classes:
+        return dataset
+    classes = read_model_classes(workdir)
+    return (photos_for_model if photos_only else with_model_classes)(dataset, classes)

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from common.io.errors import UserError
 
 DATA_AXIS = "data"
+LOST_SECONDS = 30  # without a sign of life until a process is taken for lost, and the run ends
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -38,7 +39,9 @@ def initialize() -> None:
     values = {name: os.environ.get(name, "") for name in _VARIABLES}
     if not any(values.values()):
         if _on_cloud_tpu():
-            jax.distributed.initialize()
+            jax.distributed.initialize(
+                heartbeat_timeout_seconds=LOST_SECONDS, shutdown_timeout_seconds=LOST_SECONDS
+            )
         return
     missing = [name for name, value in values.items() if not value]
     if missing:
@@ -55,7 +58,11 @@ def initialize() -> None:
             "numbers with 0 <= id < number"
         )
     jax.distributed.initialize(
-        coordinator_address=address, num_processes=int(count), process_id=int(index)
+        coordinator_address=address,
+        num_processes=int(count),
+        process_id=int(index),
+        heartbeat_timeout_seconds=LOST_SECONDS,
+        shutdown_timeout_seconds=LOST_SECONDS,
     )
 
 
@@ -193,6 +200,13 @@ def sum_over_devices(tree: Any) -> Any:
 def is_main_process() -> bool:
     """Whether this process writes what the run writes once (logs, config, tables)."""
     return jax.process_index() == 0
+
+
+def same_everywhere(flag: bool) -> bool:
+    """What process 0 says, in all processes."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 def barrier(name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from common.training import distributed
 from common.training.distributed import is_main_process
 from common.training.workdir import MetricsLog
 
@@ -42,6 +43,29 @@ class RunMetrics:
             self._log.write(step, scalars)
             if self._events is not None:
                 self._events.write_scalars(step, scalars)
+
+    def evaluated(
+        self, step: int, what: str, evaluate: Callable[[], Mapping[str, float]]
+    ) -> dict[str, float]:
+        """The figures of an evaluation, made now unless the log has them: each exists once.
+
+        All processes call it.
+
+        Args:
+          step: whose state is measured.
+          what: is measured, such as the split and the metric: another one is another evaluation.
+          evaluate: makes the figures (those of process 0 count) and leaves its files.
+        """
+        known = self._log.evaluation(step, what) if self._log is not None else None
+        if distributed.same_everywhere(known is not None):
+            return known or {}
+        figures = dict(evaluate())
+        if self._log is not None and figures:
+            scalars = {f"evaluation/{name}": float(value) for name, value in figures.items()}
+            self._log.write(step, {"evaluation_of": what, **scalars})
+            if self._events is not None:
+                self._events.write_scalars(step, scalars)
+        return figures
 
     def close(self) -> None:
         for writer in (self._log, self._events):

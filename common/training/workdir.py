@@ -3,7 +3,11 @@
 config.json     what the run was started with; a second start must agree with it
 classes.csv     label,name of the model's classes in the order of its outputs
 hierarchy.json  tree of the labels
-metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines
+metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines, which
+                say as "evaluation_of" what was measured
+checkpoints/    see `common.training.checkpoint`; without one, nothing binds the next start
+
+config.json and the classes of a run without a checkpoint are those of its last start.
 """
 
 import fnmatch
@@ -14,8 +18,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from common.data.dataset import Dataset, read_classes
-from common.data.dataset_writer import write_classes
+from common.data.dataset import Dataset
+from common.data.model_classes import read_model_classes, with_model_classes, write_model_classes
 from common.io.atomic import write_text
 from common.io.errors import UserError
 from common.io.paths import PathLike, to_epath
@@ -40,8 +44,8 @@ def prepare_workdir(
       the path of the work directory.
 
     Raises:
-      UserError: the directory holds a run of another config (names the fields that differ), an
-        unreadable `config.json`, or cannot be written.
+      UserError: the directory holds checkpoints of another config (names the fields that differ),
+        an unreadable `config.json`, or cannot be written.
     """
     workdir = to_epath(directory)
     path = workdir / "config.json"
@@ -50,30 +54,33 @@ def prepare_workdir(
         old = read_config(workdir)
         if old == new:
             return workdir
-        _refuse_differences(workdir, _flatten(old), _flatten(new), may_differ)
+        if has_checkpoint(workdir):
+            _refuse_differences(workdir, old, new, may_differ)
     if jax.process_index() == 0:
         write_text(path, json.dumps(new, indent=2, sort_keys=True) + "\n")
     return workdir
 
 
-def keep_classes(workdir: epath.Path, dataset: Dataset) -> None:
-    """Writes the classes of the run, or makes sure that they are those of its first start.
+def has_checkpoint(workdir: epath.Path) -> bool:
+    """Whether a training came so far that its state was saved."""
+    folder = workdir / "checkpoints"
+    return folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
+def keep_classes(workdir: epath.Path, dataset: Dataset) -> Dataset:
+    """The run's dataset with the classes of the run: those that its first checkpoint was made with.
+
+    They are written into a work directory that has no checkpoint yet; later a dataset that lists
+    them otherwise is renumbered by label (`with_model_classes`).
 
     Raises:
-      UserError: the work directory is of other classes than the dataset directory.
+      UserError: the dataset has a class that the run lacks.
     """
-    path = workdir / "classes.csv"
-    if path.exists():
-        labels, _ = read_classes(path)
-        if labels != list(dataset.class_labels):
-            raise UserError(
-                f"{path}: found {len(labels)} classes, {', '.join(labels[:_MAX_NAMED])}, ...; "
-                f"expected those of {dataset.directory}, in its order "
-                f"({', '.join(dataset.class_labels[:_MAX_NAMED])}, ...)"
-            )
-    elif jax.process_index() == 0:
-        write_classes(path, dataset.class_labels, dataset.class_names)
-        write_text(workdir / "hierarchy.json", json.dumps(dataset.hierarchy, indent=1) + "\n")
+    if has_checkpoint(workdir) and (workdir / "classes.csv").exists():
+        return with_model_classes(dataset, read_model_classes(workdir))
+    if jax.process_index() == 0:
+        write_model_classes(workdir, dataset)
+    return dataset
 
 
 def read_config(workdir: PathLike) -> dict[str, Any]:
@@ -103,10 +110,23 @@ class MetricsLog:
                 write_text(self._path, kept)
         self._file = self._path.open("a")
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Appends one line, visible to readers at once."""
         self._file.write(json.dumps({"step": int(step), **metrics}) + "\n")
         self._file.flush()
+
+    def evaluation(self, step: int, what: str) -> dict[str, float] | None:
+        """The figures of an evaluation of `what` that the log has, or None."""
+        for line in reversed(self._path.read_text().splitlines()):
+            values = json.loads(line)
+            if values["step"] < step:
+                return None
+            prefix = "evaluation/"
+            figures = {k[len(prefix) :]: v for k, v in values.items() if k.startswith(prefix)}
+            # Lines of earlier versions do not say what they are of.
+            if figures and values["step"] == step and values.get("evaluation_of", what) == what:
+                return figures
+        return None
 
     def close(self) -> None:
         self._file.close()
@@ -138,9 +158,17 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse_differences(
-    workdir: epath.Path, old: dict[str, Any], new: dict[str, Any], may_differ: Sequence[str]
-) -> None:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Sequence[str] = ()
+) -> list[str]:
+    """The fields in which two configs differ, with both values, as texts.
+
+    Args:
+      old: `config.json` of the work directory.
+      new: config of the command.
+      may_differ: as in `prepare_workdir`.
+    """
+
     def allowed(field: str) -> bool:
         return any(
             fnmatch.fnmatchcase(field, pattern)
@@ -153,18 +181,27 @@ def _refuse_differences(
     def show(value: Any) -> str:
         return "nothing" if value is absent else json.dumps(value)
 
-    differences = [
-        f"config.{field}: work directory has {show(old.get(field, absent))}, "
-        f"command has {show(new.get(field, absent))}"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field, absent) != new.get(field, absent) and not allowed(field)
+    before, after = _flatten(_plain(old)), _flatten(_plain(new))
+    return [
+        f"config.{field}: work directory has {show(before.get(field, absent))}, "
+        f"command has {show(after.get(field, absent))}"
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field, absent) != after.get(field, absent) and not allowed(field)
     ]
-    if not differences:
-        return
-    named = "; ".join(differences[:_MAX_NAMED])
-    if len(differences) > _MAX_NAMED:
-        named += f"; and {len(differences) - _MAX_NAMED} more fields"
-    raise UserError(
-        f"{workdir}: work directory of another config ({named}). "
-        "Choose another --workdir, or the config of this one."
-    )
+
+
+def name_some(texts: Sequence[str]) -> str:
+    """The first few differences, and how many more there are."""
+    named = "; ".join(texts[:_MAX_NAMED])
+    more = len(texts) - _MAX_NAMED
+    return f"{named}; and {more} more fields" if more > 0 else named
+
+
+def _refuse_differences(
+    workdir: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Sequence[str]
+) -> None:
+    if found := differences(old, new, may_differ):
+        raise UserError(
+            f"{workdir}: work directory of another config ({name_some(found)}). "
+            "Choose another --workdir, or the config of this one."
+        )

@@ -94,7 +94,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             scales=(8.0,),  # in strides
             ratios=(0.5, 1.0, 2.0),
             ratio_convention="h/w",  # what `ratios` are
-            centre=0.5,  # of a cell; 0 puts anchors on cell corners (torchvision)
+            centre=0.5,  # of a cell; 0 puts anchors on cell corners
+            rounded=False,  # sides on whole pixels; with centre=0 torchvision's anchors
         ),
         ignore_ioa=0.5,  # of a box inside an ignore region; above, it is never background
         rpn=dict(
@@ -115,7 +116,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             class_agnostic=False,  # one box a region instead of one a class
             pool_size=7,
             aligned=True,  # half-pixel RoIAlign
-            sample_mode="centre",  # centre | edge (the authors' code): where shifted bins are read
+            sample_mode="centre",  # centre | edge (as the authors' code: 4 samples an axis)
             offsets=dict(  # of the Decoupling Head
                 offset_width=256,
                 gamma=0.1,  # unit of the shifts, in region sizes
@@ -183,7 +184,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     config.evaluation = dict(
         batch_size=32,
-        every_epochs=0,  # 0: only at the end, 1: after each epoch
+        every_epochs=0,  # 0: only at the end, 1: after each epoch, -1: never
         metric="openimages",  # openimages | coco | lvis, or of masks: coco_masks and so on
         mask_threshold=0.5,  # probability that a pixel of a mask must exceed, in export too
         expand_predictions=True,  # copy detections to parent classes first (paper section 1)

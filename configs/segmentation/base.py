@@ -86,7 +86,7 @@ def get_config(crops: str = "256", arg: str | None = None) -> ml_collections.Con
     )
 
     config.checkpoint = dict(every_steps=2000, keep_last=2, keep_epochs=False)
-    config.evaluation = dict(batch_size=64, every_steps=0)  # 0: only at the end
+    config.evaluation = dict(batch_size=64, every_steps=0)  # 0: at the end, -1: never
     config.test = dict(  # of segmentation.evaluate and segmentation.export
         **TEST_CROPS[crops],
         canvases=TEST_CANVASES[crops],

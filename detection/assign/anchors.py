@@ -18,7 +18,11 @@ RATIO_CONVENTIONS = ("h/w", "w/h")
 
 
 def cell_anchors(
-    stride: int, scales: Sequence[float], ratios: Sequence[float], convention: str = "h/w"
+    stride: int,
+    scales: Sequence[float],
+    ratios: Sequence[float],
+    convention: str = "h/w",
+    rounded: bool = False,
 ) -> np.ndarray:
     """Anchors of one location, centred on the origin with area (stride * scale)^2.
 
@@ -27,6 +31,7 @@ def cell_anchors(
       scales: side of the square anchor in strides.
       ratios: height over width ("h/w") or width over height ("w/h").
       convention: which of the two readings of `ratios` applies.
+      rounded: sides of the anchors lie on whole pixels from the centre, as torchvision has them.
 
     Returns:
       (A, 4) float32 xmin, ymin, xmax, ymax in pixels.
@@ -45,6 +50,7 @@ def cell_anchors(
     if convention == "w/h":
         height, width = width, height
     half = np.stack([width.ravel(), height.ravel()], axis=-1) / 2
+    half = np.round(half) if rounded else half
     return np.concatenate([-half, half], axis=-1).astype(np.float32)
 
 
@@ -55,6 +61,7 @@ def grid_anchors(
     ratios: Sequence[float],
     convention: str = "h/w",
     centre: float = 0.5,
+    rounded: bool = False,
 ) -> list[Float[Array, "HWA 4"]]:
     """Anchors of every level, one (H * W * A, 4) array a level.
 
@@ -68,11 +75,12 @@ def grid_anchors(
       ratios: see `cell_anchors`.
       convention: see `cell_anchors`.
       centre: position of the anchor centre within its cell; 0.5 is the middle, 0 the corner
-        (torchvision and mmdetection 2).
+        (mmdetection 2, and with `rounded` torchvision).
+      rounded: see `cell_anchors`.
     """
     levels = []
     for (height, width), stride in zip(feature_shapes, strides, strict=True):
-        cell = jnp.asarray(cell_anchors(stride, scales, ratios, convention))
+        cell = jnp.asarray(cell_anchors(stride, scales, ratios, convention, rounded))
         y = (jnp.arange(height, dtype=jnp.float32) + centre) * stride
         x = (jnp.arange(width, dtype=jnp.float32) + centre) * stride
         x, y = jnp.meshgrid(x, y)

@@ -7,6 +7,7 @@ objects are background to it.
 Shape legend: K classes, P of them positive (C_pos), F features of the classifier.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from flax import traverse_util
 from jaxtyping import Bool, Float, Int
 
 from common.data.dataset import Dataset
+from common.data.model_classes import read_model_classes
 from common.io.errors import UserError
 from common.tables.hierarchy import ancestors, repeat_with, siblings
 from common.tables.ranges import rows_of
@@ -87,9 +89,12 @@ def cosine_similarity(
 
 
 def read_classifier(
-    path: str | Path, num_classes: int, *, step: int | None = None, name: str = CLASSIFIER
+    path: str | Path, labels: Sequence[str], *, step: int | None = None, name: str = CLASSIFIER
 ) -> Float[np.ndarray, "K F"]:
     """Class weight vectors of a trained model, without bias and without background.
+
+    Where the model says what its classes are (a work directory, a file of
+    scripts.export_weights), each label gets the vector of its own; else they are taken as in order.
 
     Of a Decoupling Head the decoupled class branch is taken, which inference uses: the classifier
     of the sibling head, which only trains beside it, does not count unless `name` names it.
@@ -97,15 +102,20 @@ def read_classifier(
     Args:
       path: work directory of a run, or a `.safetensors` file with paths such as
         params/box_head/classifier/kernel.
-      num_classes: K; the kernel must have K + 1 columns, background first.
+      labels: (K,) of the dataset; a kernel without labels must have K + 1 columns, background
+        first.
       step: checkpoint of the work directory, default the newest.
       name: end of the kernel's path, for models with several classifiers (cascades).
 
     Raises:
-      UserError: nothing readable there, no such kernel, several, or one of another shape.
+      UserError: nothing readable there, no such kernel, several, one of another shape, or a label
+        that the model lacks.
     """
     path = Path(path)
+    model_labels: Sequence[str] | None = None
     if path.is_dir():
+        if (path / "classes.csv").exists():
+            model_labels = read_model_classes(path).labels
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         checkpoints = Checkpoints(folder)
         params = checkpoints.restore_params(step)[0]["params"]
@@ -114,6 +124,9 @@ def read_classifier(
     else:
         try:
             flat = safetensors.numpy.load_file(path)
+            with safetensors.safe_open(path, "numpy") as file:
+                known = (file.metadata() or {}).get("labels")
+            model_labels = None if known is None else json.loads(known)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(
                 f"{path}: no readable weights ({error}), expected a work directory or a "
@@ -129,13 +142,20 @@ def read_classifier(
             "--classifier); there are "
             f"{', '.join(options[:8]) or 'no matrices'}"
         )
-    kernel = np.asarray(flat[kernels[0]])
-    if kernel.ndim != 2 or kernel.shape[1] != num_classes + 1:
+    kernel, whose = np.asarray(flat[kernels[0]]), "dataset" if model_labels is None else "model"
+    columns = list(labels if model_labels is None else model_labels)
+    if kernel.ndim != 2 or kernel.shape[1] != len(columns) + 1:
         raise UserError(
             f"{path}: {kernels[0]} has shape {kernel.shape}, expected (features, "
-            f"{num_classes + 1}): background and the {num_classes} classes of the dataset"
+            f"{len(columns) + 1}): background and the {len(columns)} classes of the {whose}"
         )
-    return kernel[:, 1:].T.astype(np.float32)
+    place = {label: column for column, label in enumerate(columns)}
+    if unknown := [label for label in labels if label not in place]:
+        raise UserError(
+            f"{path}: the model has no class {unknown[0]!r} ({len(unknown)} of the dataset's "
+            f"{len(labels)} are missing), expected a model of the dataset's classes"
+        )
+    return kernel[:, 1:].T[[place[label] for label in labels]].astype(np.float32)
 
 
 def negative_classes(

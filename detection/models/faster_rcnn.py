@@ -53,7 +53,7 @@ class FasterRCNN(TwoStage):
         a = self.settings.anchors
         shapes = [(level.shape[1], level.shape[2]) for level in levels]
         return anchor_ops.grid_anchors(
-            shapes, self.strides, a.scales, a.ratios, a.ratio_convention, a.centre
+            shapes, self.strides, a.scales, a.ratios, a.ratio_convention, a.centre, a.rounded
         )
 
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:

@@ -41,6 +41,7 @@ class AnchorSettings:
     ratios: tuple[float, ...]
     ratio_convention: Literal["h/w", "w/h"]
     centre: float
+    rounded: bool
 
     def __post_init__(self):
         for name, values in (("scales", self.scales), ("ratios", self.ratios)):

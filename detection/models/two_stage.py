@@ -171,9 +171,9 @@ class TwoStage(nn.Module):
         def pooled(boxes, offsets=None):
             if offsets is None:
                 return roi_align(levels, boxes, strides, **options)
-            return deform_roi_align(
-                levels, boxes, offsets, strides, sample_mode=h.sample_mode, **options
-            )
+            samples = {"centre": 2, "edge": 4}[h.sample_mode]  # edge: as the authors' code
+            shifted = {**options, "sampling_ratio": samples, "sample_mode": h.sample_mode}
+            return deform_roi_align(levels, boxes, offsets, strides, **shifted)
 
         return pooled
 

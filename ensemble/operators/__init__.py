@@ -16,7 +16,7 @@ What holds for all:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from common.io.errors import UserError
@@ -67,14 +67,16 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def make_operator(config: Mapping[str, Any], num_models: int | None = None) -> Operator:
+def make_operator(
+    config: Mapping[str, Any], model_weights: Sequence[float] | None = None
+) -> Operator:
     """Builds the operator that a config section asks for.
 
     Args:
       config: `name` (a key of `OPERATORS`) and any of the operator's fields; the others keep
         their defaults.
-      num_models: of the ensemble; weighted boxes fusion without `model_weights` gives each the
-        weight 1.
+      model_weights: of all models of the ensemble, by which their scores were multiplied; what
+        weighted boxes fusion divides by where `config` does not say.
 
     Raises:
       UserError: unknown name or field, or a value out of range.
@@ -93,9 +95,9 @@ def make_operator(config: Mapping[str, Any], num_models: int | None = None) -> O
     if kind is WeightedBoxesFusion:
         weights = fields.get("model_weights")
         if weights is None:
-            if num_models is None:
+            if model_weights is None:
                 raise UserError("operator.model_weights: wbf needs the weights of all models")
-            weights = (1.0,) * num_models
+            weights = map(float, model_weights)
         fields["model_weights"] = tuple(weights)
     for field, value in fields.items():
         accepts, expected = _RULES[field]

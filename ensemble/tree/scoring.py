@@ -26,7 +26,7 @@ from common.io.errors import UserError
 from common.io.parallel import map_ordered, prefetch
 from common.io.progress import Progress
 from common.metrics import matching, openimages
-from common.tables.hierarchy import ancestors
+from common.metrics.rules import make_rule
 from common.tables.ranges import expand_ranges
 from ensemble.chunks import aligned_chunks
 from ensemble.inputs import Tables
@@ -299,6 +299,7 @@ def build_scorers(
     tables: Tables,
     preparation: Preparation,
     *,
+    metric: str = "",
     iou_threshold: float = 0.5,
     group_of_weight: float = 1.0,
     image_labels: bool = True,
@@ -315,9 +316,10 @@ def build_scorers(
       tables: cover all images of the splits; others are left out.
       preparation: of the tables' rows; with expansion "after", what a candidate makes of them is
         copied to parent classes before it is scored, as `ensemble.merge` does.
+      metric: whose rules say which detections count, see `common.metrics.rules.make_rule`.
       iou_threshold: of the metric.
-      group_of_weight: of the metric.
-      image_labels: of the metric.
+      group_of_weight: of openimages.
+      image_labels: of openimages.
       threads: shards to score side by side.
       cache_bytes: for joined subtrees, of each split.
       shard_rows: rows of all tables in a shard, about; SHARD_ROWS unless given.
@@ -332,8 +334,8 @@ def build_scorers(
     indices = dataset.find_images(tables.image_ids)
     owner = np.full(len(indices), -1)  # shard of each image
     place = np.zeros(len(indices), np.int64)  # number of the image within its shard
-    options = {"iou_threshold": iou_threshold, "group_of_weight": group_of_weight}
-    parents = ancestors(dataset.hierarchy, dataset.class_labels)
+    rule = make_rule(dataset, metric, image_labels=image_labels, group_of_weight=group_of_weight)
+    options = {"iou_threshold": iou_threshold, "group_of_weight": rule.group_of_weight}
     shard_images = max((shard_rows or SHARD_ROWS) * len(indices) // tables.num_rows, 1)
     shards: list[Shard] = []
     scorers = []
@@ -341,7 +343,7 @@ def build_scorers(
         wanted = dataset.split(split)
         inside = np.flatnonzero(np.isin(indices, wanted))
         _check_cover(dataset, split, wanted, indices[inside], owner[inside])
-        counts = openimages.count_truth(dataset, indices[inside], parents, group_of_weight)
+        counts = rule.counts(indices[inside])
         if not counts.any():
             raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")
         # As many shards for each thread.
@@ -349,14 +351,14 @@ def build_scorers(
         parts = [part for part in np.array_split(inside, number) if len(part)]
         for part in parts:
             owner[part], place[part] = len(shards), np.arange(len(part))
-            truth = openimages.gather_truth(dataset, indices[part], parents, image_labels)
+            truth = rule.truth(indices[part])
             shards.append(Shard(truth, preparation, dataset.num_classes, options))
         scorers.append(
             Scorer(
                 shards[-len(parts) :],
                 counts,
                 tables.names,
-                group_of_weight,
+                rule.group_of_weight,
                 threads=threads,
                 cache_bytes=cache_bytes,
             )

@@ -27,11 +27,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from common.io import run_flags
 from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics.openimages import MEAN_AP
-from common.training import command
 from configs.detection import base
 
 
@@ -68,7 +68,7 @@ VARIANTS = {
 
 
 def define_flags() -> None:
-    command.define_flags()
+    run_flags.define_flags()
     flags.DEFINE_list("variants", list(VARIANTS), f"Some of {', '.join(VARIANTS)}.")
     flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
     flags.DEFINE_float(

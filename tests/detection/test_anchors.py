@@ -40,6 +40,20 @@ def test_grid_order_and_centres(centre):
             np.testing.assert_allclose(middle[row, column], [expected] * 3, atol=1e-4)
 
 
+def test_rounded_anchors_on_corners_are_those_of_torchvision():
+    rpn = pytest.importorskip("torchvision.models.detection.anchor_utils")
+    torch = pytest.importorskip("torch")
+    ratios, strides = (0.5, 1.0, 2.0), (4, 8, 16)
+    generator = rpn.AnchorGenerator(tuple((8 * s,) for s in strides), (ratios,) * 3)
+    images = torch.zeros(1, 3, 64, 96)
+    maps = [torch.zeros(1, 1, 64 // s, 96 // s) for s in strides]
+    batch = pytest.importorskip("torchvision.models.detection.image_list")
+    theirs = generator(batch.ImageList(images, [(64, 96)]), maps)[0].numpy()
+    shapes = [(64 // s, 96 // s) for s in strides]
+    ours = grid_anchors(shapes, strides, (8.0,), ratios, "h/w", 0.0, True)
+    np.testing.assert_array_equal(np.concatenate(ours), theirs)
+
+
 def test_count_at_1024_with_18_anchors():
     shapes = [(1024 // s, 1024 // s) for s in (4, 8, 16, 32, 64)]
     levels = grid_anchors(shapes, (4, 8, 16, 32, 64), (8, 11, 14), (0.1, 0.5, 1, 2, 4, 8))

@@ -1,5 +1,6 @@
 """Experts: lowest classes, three views of what is taken for them, images that are safe to use."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -140,16 +141,27 @@ def test_cosine_is_that_of_the_weights_without_background(tmp_path):
     file = tmp_path / "x.safetensors"
     safetensors.numpy.save_file({"params/box_head/classifier/kernel": kernel}, file)
     for path in (tmp_path, file):
-        weights = selection.read_classifier(path, 3)
+        weights = selection.read_classifier(path, "abc")
         np.testing.assert_array_equal(weights, kernel[:, 1:].T)
     cosine = selection.cosine_similarity(weights, np.array([2]))
     np.testing.assert_allclose(cosine, [[0.5**0.5, 0.5**0.5, 1]])
     with pytest.raises(UserError, match=r"has shape \(2, 4\), expected \(features, 501\)"):
-        selection.read_classifier(file, 500)
+        selection.read_classifier(file, [str(i) for i in range(500)])
     with pytest.raises(UserError, match="0 arrays are called head, expected one"):
-        selection.read_classifier(file, 3, name="head")
+        selection.read_classifier(file, "abc", name="head")
     with pytest.raises(UserError, match="nothing.safetensors: no readable weights"):
-        selection.read_classifier(tmp_path / "nothing.safetensors", 3)
+        selection.read_classifier(tmp_path / "nothing.safetensors", "abc")
+
+
+def test_a_classifier_is_read_by_label_where_the_model_has_labels(tmp_path):
+    kernel = np.float32(np.arange(8).reshape(2, 4))
+    file = tmp_path / "x.safetensors"
+    weights = {"params/box_head/classifier/kernel": kernel}
+    safetensors.numpy.save_file(weights, file, {"labels": json.dumps(["c", "a", "b"])})
+    found = selection.read_classifier(file, ["a", "b", "c"])
+    np.testing.assert_array_equal(found, kernel[:, [2, 3, 1]].T)
+    with pytest.raises(UserError, match="the model has no class 'd' \\(1 of the dataset's 2"):
+        selection.read_classifier(file, ["a", "d"])
 
 
 @pytest.mark.parametrize("name", [selection.CLASSIFIER, "sibling/classifier/kernel"])
@@ -165,7 +177,7 @@ def test_a_decoupling_head_gives_the_classifier_of_its_class_branch(tmp_path, na
         1, {"params": {"box_head": params["params"]}, "batch_stats": {}}, {}, wait=True
     )
     checkpoints.close()
-    weights = selection.read_classifier(tmp_path, 3, name=name)
+    weights = selection.read_classifier(tmp_path, "abc", name=name)
     scope = params["params"]["sibling"] if "sibling" in name else params["params"]
     np.testing.assert_array_equal(weights, scope["classifier"]["kernel"][:, 1:].T)
 

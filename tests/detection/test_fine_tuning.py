@@ -160,7 +160,7 @@ def test_fine_tuning_through_the_command_line(tmp_path):
 
     # The same command goes on from its own checkpoint, and other classes are refused there.
     assert "init_from" not in run("detection.train", *second, "--config.optimizer.num_epochs=2")
-    assert "classes.csv: found 3 classes, violet" in refusal(
+    assert "classes are none of the model's" in refusal(
         "detection.train", *second, f"--config.data.dir={old}"
     )
 

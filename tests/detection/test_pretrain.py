@@ -196,6 +196,7 @@ def flags(photos, workdir):
         "--config.data.image_size=32",
         "--config.data.crop_area=(0.5, 1.0)",
         "--config.optimizer.num_epochs=10.0",
+        "--config.optimizer.decay_epochs=(30,60,80)",
         "--config.optimizer.warmup_epochs=1.0",
         # Low enough that the running statistics of batch norm keep up with the weights: all
         # validation photos are right from the fourth epoch on, whatever the processor's rounding.

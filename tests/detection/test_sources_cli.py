@@ -64,7 +64,8 @@ def test_two_sources_of_different_classes_train_and_resume_bit_for_bit(config, t
     assert "  its classes in the run: rouge\n" in output
     assert "programs: one for each canvas, 64x96, 96x64" in output  # 48 x 72 is padded to it too
     command = ["detection.train", f"--config={config}", f"--workdir={halves}"]
-    run(*command, "--config.optimizer.num_epochs=0.75")
+    drops = "--config.optimizer.decay_epochs=(9,11)"  # that of the whole run
+    run(*command, "--config.optimizer.num_epochs=0.75", drops)
     output = run(*command)
     assert "resuming at step 3" in output
     assert losses(halves) == losses(whole)

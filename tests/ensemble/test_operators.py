@@ -188,7 +188,7 @@ def test_config_makes_operators():
     config = {"name": "soft_nms", "method": "linear", "iou_threshold": 0.4}
     assert make_operator(config) == SoftNms("linear", iou_threshold=0.4)
     assert make_operator({"name": "voting", "sigma": None}) == Voting(sigma=None)
-    assert make_operator({"name": "wbf"}, num_models=2) == WeightedBoxesFusion((1.0, 1.0))
+    assert make_operator({"name": "wbf"}, [1, 0.5]) == WeightedBoxesFusion((1.0, 0.5))
     assert make_operator({"name": "wbf", "model_weights": [1, 2]}).model_weights == (1.0, 2.0)
     assert make_operator({"name": "adj_nms"}) == AdjNms()
     assert make_operator({"name": "nmw"}) == Nmw() and make_operator({"name": "nms"}) == Nms()

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from common.tables import DetectionsWriter, read_detections
+from configs.ensemble import naive
+from ensemble.merge import merge_tables
 from ensemble.operators import Nms, Nmw, SoftNms, WeightedBoxesFusion, groups
 from ensemble.operators.groups import Rows, apply_operator
 
@@ -170,3 +173,29 @@ def test_the_package_rounds_great_labels(function):
     key = np.full(2, 2**24 + 1)
     ours, _ = apply_operator(Rows(key, rows.scores, rows.boxes, rows.model), Nmw())
     np.testing.assert_array_equal(ours.group, [2**24 + 1])
+
+
+@pytest.mark.parametrize(
+    "confidence", ["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
+)
+def test_merging_with_model_weights_weighs_them_once(tmp_path, confidence):
+    """`config.weights.models` alone: the scores' factors and what fusion divides by."""
+    config = naive.get_config("wbf")
+    config.operator.conf_type, config.operator.iou_threshold = confidence, 0.5
+    config.weights.models = "m0=2,m1=1,m2=3"
+    config.max_detections = 0
+    rows = draw_image(3)
+    boxes, scores, labels = lists(rows)
+    inputs = []
+    for model in range(MODELS):
+        inputs.append(f"m{model}={tmp_path / str(model)}.parquet")
+        with DetectionsWriter(tmp_path / f"{model}.parquet", {}) as writer:
+            names = [str(int(label)) for label in labels[model]]
+            writer.add("image", names, np.float32(scores[model]), np.float32(boxes[model]))
+    merge_tables(inputs, config, tmp_path / "merged.parquet", say=lambda *_, **__: None)
+    merged = read_detections(tmp_path / "merged.parquet")
+    found = table(merged.boxes, merged.scores, [int(merged.labels[i]) for i in merged.label_index])
+    theirs = peer.weighted_boxes_fusion(
+        boxes, scores, labels, weights=WEIGHTS, iou_thr=0.5, skip_box_thr=0.0, conf_type=confidence
+    )
+    np.testing.assert_allclose(found, table(*theirs), rtol=0, atol=3e-7)

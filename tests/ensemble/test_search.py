@@ -419,11 +419,22 @@ def test_a_killed_search_ends_with_the_same_tree(folder, tmp_path, monkeypatch, 
 
 
 def test_a_state_of_another_search_is_refused(folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "copy")
     config = small_config(topology=3, operators=0, joint=0)
     run(folder, tmp_path / "tree.json", config, report=None)
     config.search.seed = 1
     with pytest.raises(UserError, match="belongs to a search with other settings"):
         run(folder, tmp_path / "tree.json", config)
+    config.search.seed = 0
+    table = folder / "two.parquet"
+    rows = read_detections(table)
+    with DetectionsWriter(table, {}) as writer:  # of the same name and number of rows
+        for place, image_id in enumerate(rows.image_ids):
+            own = rows.image_index == place
+            labels = [rows.labels[i] for i in rows.label_index[own]]
+            writer.add(image_id, labels, rows.scores[own] / 2, rows.boxes[own])
+    with pytest.raises(UserError, match="belongs to a search with other inputs"):
+        run(folder, tmp_path / "tree.json", config, report=None)
     (tmp_path / "tree.search.json").write_text("{")
     with pytest.raises(UserError, match="no readable state .*remove it"):
         run(folder, tmp_path / "tree.json", config)

@@ -7,6 +7,8 @@ import pytest
 
 from common.data.dataset import CROWD, DEPICTION, GROUP_OF
 from common.io.errors import UserError
+from common.metrics.coco import evaluate_coco
+from common.tables import DetectionsWriter
 from tests.prepare_data_cli import prepare, reasons, write_photo
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
@@ -240,3 +242,21 @@ def test_what_is_no_mask_is_refused(tmp_path, mask, message):
     source = _write(tmp_path / "x.json", [annotation])
     with pytest.raises(UserError, match=f"annotations number 1 has a wrong value.*{message}"):
         prepare("coco", source=source, output=tmp_path / "d")
+
+
+def test_the_metric_compares_with_boxes_as_the_file_has_them(tmp_path):
+    """Training boxes end at the photo; pycocotools clips no truth, of which half is outside."""
+    annotations = [_annotation(1, 1, 7, [-50, 0, 100, 100], area=10000)]
+    annotations.append(_annotation(2, 2, 7, [10, 10, 30, 30], area=900))
+    _write(tmp_path / "s" / "val.json", annotations)
+    dataset = prepare("coco", source=tmp_path / "s", output=tmp_path / "d")
+    first, second = dataset.find_images(["1", "2"])
+    np.testing.assert_allclose(dataset.image_boxes(first)[0], [[0, 0, 0.25, 1]])
+    whole = dataset.whole_boxes[dataset.box_offsets[[first, second]]]
+    np.testing.assert_allclose(whole, [[-0.25, 0, 0.25, 1], [0.05, 0.1, 0.2, 0.4]], rtol=1e-6)
+    with DetectionsWriter(tmp_path / "x.parquet", {}) as writer:
+        writer.add("1", ["cat"], [0.9], [[0, 0, 0.25, 1]])
+        writer.add("2", ["cat"], [0.8], [[0.05, 0.1, 0.2, 0.4]])
+    result = evaluate_coco(dataset, "val", tmp_path / "x.parquet", say=lambda *_: None)
+    assert result["AP50"] == pytest.approx(1.0)
+    assert result["AP75"] == pytest.approx(0.252, abs=1e-3)  # the second, after a wrong one

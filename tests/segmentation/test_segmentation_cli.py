@@ -133,7 +133,7 @@ def setting(dataset, finished, tmp_path_factory):
     settings = read_run(config)
     opened = Dataset.open(dataset)
     mesh = distributed.make_mesh()
-    networks, _ = open_voters([str(finished)], opened, mesh)
+    networks, _ = open_voters([str(finished)], mesh)
     boxes = tiny_masks.write_boxes(
         tmp_path_factory.mktemp("boxes") / "x.parquet", opened, opened.split("train")
     )
@@ -193,9 +193,9 @@ def test_tables_that_do_not_fit_are_one_line(setting, tmp_path, rows, text):
 
 
 def test_a_folder_that_is_no_segmentation_run_is_refused(setting, tmp_path):
-    _, dataset, _, mesh, _ = setting
+    mesh = setting[3]
     with pytest.raises(UserError, match="config.json: no such file"):
-        open_voters([str(tmp_path)], dataset, mesh)
+        open_voters([str(tmp_path)], mesh)
     (tmp_path / "config.json").write_text('{"model": {"backbone": "resnet50"}}')
     with pytest.raises(UserError, match="not the config of a segmentation run"):
-        open_voters([f"{tmp_path}:flip"], dataset, mesh)
+        open_voters([f"{tmp_path}:flip"], mesh)

@@ -8,7 +8,7 @@ class that both models know are copied, the others keep the new model's values.
     predictor   of a mask head: K outputs; 1 where all classes share a mask
 
 A weights file (`.safetensors`) has the '/'-joined paths of the variables as keys, such as
-`params/box_head/classifier/kernel`, and the labels of the classes as metadata.
+`params/box_head/classifier/kernel`, and labels, names and hierarchy of the classes as metadata.
 
 Shape legend: K classes of the new model, k classes of the trained one, D features.
 """
@@ -39,11 +39,15 @@ class TrainedModel:
       source: where it was read from.
       labels: of its classes, in the order of its outputs.
       weights: values of params and batch_stats by '/'-joined path.
+      names: to show of the classes; () where they are not known.
+      hierarchy: of the labels, a nested dictionary; None where it is not known.
     """
 
     source: str
     labels: Sequence[str]
     weights: State
+    names: Sequence[str] = ()
+    hierarchy: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +199,12 @@ def save_trained_model(path: str | Path, model: TrainedModel) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    metadata = {"source": model.source, "labels": json.dumps(list(model.labels))}
+    metadata = {
+        "source": model.source,
+        "labels": json.dumps(list(model.labels)),
+        "names": json.dumps(list(model.names)),
+        "hierarchy": json.dumps(model.hierarchy),
+    }
     weights = {name: np.ascontiguousarray(value) for name, value in model.weights.items()}
     with open_atomic(path, "wb") as file:
         file.write(safetensors_numpy.save(weights, metadata))

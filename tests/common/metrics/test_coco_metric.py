@@ -98,6 +98,26 @@ def test_equals_pycocotools(tmp_path, seed):
     assert [result[name] for name in NAMES] == pytest.approx(evaluation.stats.tolist(), abs=1e-9)
 
 
+def test_overlaps_of_whole_pixels_that_equal_a_threshold_match(tmp_path):
+    """The table's float32 of a normalised box must not decide; squares and their halves."""
+    places = np.random.default_rng(0).integers(0, 60, (len(SIZES), 6, 2))
+    found = {}
+    with DatasetWriter(tmp_path / "set", "test", LABELS, LABELS, None, "") as writer:
+        for index, (size, corners) in enumerate(zip(SIZES, places, strict=True)):
+            corners = np.unique(corners // 10 * 10 + np.array([1, 3]), axis=0)
+            scale = np.array([size[1], size[0]] * 2, np.float64)
+            whole, half = (
+                np.float32(np.concatenate([corners, corners + sides], axis=1) / scale)
+                for sides in ((10, 10), (10, 5))
+            )
+            writer.add_image(str(index), "x.jpg", size, whole, [0] * len(whole))
+            found[str(index)] = ([0] * len(half), np.linspace(1, 0.5, len(half)), half)
+        writer.add_split("all", range(len(SIZES)))
+    table = write_table(tmp_path / "x.parquet", found)
+    result = evaluate_coco(Dataset.open(tmp_path / "set"), "all", table)
+    assert result["AP50"] == pytest.approx(1.0) and result["AP"] == pytest.approx(0.1)
+
+
 def test_unknown_image_sizes_are_named(tmp_path):
     with DatasetWriter(tmp_path / "set", "test", LABELS, LABELS, None, "") as writer:
         writer.add_image("a", "a.jpg", (0, 0), [[0, 0, 1, 1]], [0])

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 import signal
@@ -195,6 +196,26 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_intact_one(saved, damage)
         assert f"newest intact one is step 1; to go on from it, remove {saved / '2'}" in text
     shutil.rmtree(saved / "2")  # the advice works
     assert_equal_bits(Checkpoints(saved).restore(None, abstract(make_state()))[0], make_state(1))
+
+
+def test_arrays_that_changed_on_disk_are_damage(saved):
+    """As a flipped bit that still unpacks: other values of the right shape."""
+    path = saved / "2" / "extra" / "metadata"
+    extra = json.loads(path.read_text())
+    assert sorted(extra["checksums"])[0].startswith("model/batch_stats/")
+    extra["checksums"]["model/params/conv1/kernel"] ^= 1
+    path.write_text(json.dumps(extra))
+    for restore in (
+        lambda c: c.restore(None, abstract(make_state())),
+        lambda c: c.restore_params(),
+    ):
+        with pytest.raises(UserError) as error:
+            restore(Checkpoints(saved))
+        assert "conv1/kernel: not the values that were saved" in str(error.value)
+        assert "newest intact one is step 1" in str(error.value)
+    del extra["checksums"]  # as checkpoints of earlier versions
+    path.write_text(json.dumps(extra))
+    assert_equal_bits(Checkpoints(saved).restore(None, abstract(make_state()))[0], make_state(2))
 
 
 def test_damage_of_all_checkpoints_is_said(saved):

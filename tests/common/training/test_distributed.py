@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -138,28 +139,63 @@ print(json.dumps([float(w).hex() for w in distributed.to_host(again["params"]["w
 def test_two_processes_equal_one_and_share_checkpoints(tmp_path):
     """Two processes with two devices each hold one batch and one state, as one with four."""
     alone = start(PROGRAM, {"JAX_NUM_CPU_DEVICES": "4"}, tmp_path / "one")
+    results = []
+    for process in [alone, *start_pair(PROGRAM, tmp_path / "two")]:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        results.append(json.loads(out.splitlines()[-1]))
+    assert results[0] == results[1] == results[2]
+
+
+FAILING = """
+import sys
+import jax
+from common.io.commands import run_main
+from common.io.errors import UserError
+from common.training import distributed
+
+def main():
+    distributed.initialize()
+    distributed.barrier("together")
+    if jax.process_index() == 1:
+        raise UserError("x.jpg: cannot read the image")
+    distributed.barrier("without the other")
+
+sys.argv[1:] = []
+run_main(main)
+"""
+
+
+@pytest.mark.multiprocess
+def test_an_error_in_one_process_ends_all_with_its_reason(tmp_path):
+    waiting, failing = start_pair(FAILING)
+    begin = time.monotonic()
+    _, reason = failing.communicate(timeout=240)
+    ended = time.monotonic()
+    _, lost = waiting.communicate(timeout=240)
+    assert failing.returncode == 1 and waiting.returncode != 0
+    assert reason.splitlines()[-1] == "error: x.jpg: cannot read the image", (reason, ended - begin)
+    assert time.monotonic() - ended < distributed.LOST_SECONDS + 15, lost
+
+
+def start_pair(program, *arguments):
+    """Two processes of one run with two devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pair = [
+    return [
         start(
-            PROGRAM,
+            program,
             {
                 "JAX_NUM_CPU_DEVICES": "2",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(index),
             },
-            tmp_path / "two",
+            *arguments,
         )
         for index in range(2)
     ]
-    results = []
-    for process in [alone, *pair]:
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        results.append(json.loads(out.splitlines()[-1]))
-    assert results[0] == results[1] == results[2]
 
 
 def start(program, environment, *arguments):

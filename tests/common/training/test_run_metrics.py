@@ -67,3 +67,22 @@ def test_without_what_writes_events_the_log_has_all(tmp_path, monkeypatch, capsy
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "loss": 0.5}
     assert "no TensorBoard events, metrics.jsonl has the figures" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_is_made_once_whatever_was_killed_between(tmp_path):
+    made = []
+
+    def evaluate(what: str):
+        made.append(what)
+        return {"AP": len(made) / 4}
+
+    with RunMetrics(tmp_path) as log:
+        log.write(10, {"loss": 1.0})
+        assert log.evaluated(10, "val coco", lambda: evaluate("first")) == {"AP": 0.25}
+    with RunMetrics(tmp_path, start_step=10) as log:  # killed, and started again
+        assert log.evaluated(10, "val coco", lambda: evaluate("again")) == {"AP": 0.25}
+        assert log.evaluated(10, "val lvis", lambda: evaluate("other metric")) == {"AP": 0.5}
+    assert made == ["first", "other metric"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "evaluation/AP" in line]
+    assert [line["evaluation_of"] for line in evaluations] == ["val coco", "val lvis"]

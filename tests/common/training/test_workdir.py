@@ -15,6 +15,11 @@ def config(backbone="resnet18", canvas=(512, 512), epochs=13):
     }
 
 
+def with_checkpoint(workdir):
+    """From now on the config of the work directory binds."""
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
+
+
 def test_config_is_written_once_and_accepted_again(tmp_path):
     prepare_workdir(tmp_path / "a/b", config())
     text = (tmp_path / "a/b/config.json").read_text()
@@ -24,8 +29,15 @@ def test_config_is_written_once_and_accepted_again(tmp_path):
     assert [p.name for p in (tmp_path / "a/b").iterdir()] == ["config.json"]
 
 
+def test_without_a_checkpoint_another_config_takes_its_place(tmp_path):
+    prepare_workdir(tmp_path, config("resnet50"))
+    prepare_workdir(tmp_path, config("resnet18"))
+    assert read_config(tmp_path)["model"]["backbone"] == "resnet18"
+
+
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
     prepare_workdir(tmp_path, config("resnet50"))
+    with_checkpoint(tmp_path)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError) as error:
         prepare_workdir(tmp_path, config("resnet18", canvas=(640, 640)))
@@ -41,6 +53,7 @@ def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
 
 def test_a_field_that_only_one_side_has_is_named(tmp_path):
     prepare_workdir(tmp_path, config())
+    with_checkpoint(tmp_path)
     other = config()
     other["model"]["remat"] = True
     with pytest.raises(UserError, match="config.model.remat: work directory has nothing"):
@@ -49,6 +62,7 @@ def test_a_field_that_only_one_side_has_is_named(tmp_path):
 
 def test_listed_fields_may_change_and_the_new_values_are_recorded(tmp_path):
     prepare_workdir(tmp_path, config())
+    with_checkpoint(tmp_path)
     longer = config(epochs=26)
     longer["log"]["every_steps"] = 1
     prepare_workdir(tmp_path, longer, may_differ=("optimizer.num_epochs", "log"))
@@ -90,6 +104,18 @@ def test_metrics_past_the_resumed_step_are_dropped(tmp_path):
     ]
 
 
+def test_the_log_knows_the_evaluations_that_were_made(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write(10, {"loss": 2.0})
+    log.write(10, {"evaluation_of": "val coco", "evaluation/AP": 0.5, "evaluation/AP50": 0.75})
+    log.write(20, {"loss": 1.0})
+    log.close()
+    log = MetricsLog(tmp_path, start_step=20)
+    assert log.evaluation(10, "val coco") == {"AP": 0.5, "AP50": 0.75}
+    assert log.evaluation(10, "val lvis") is None and log.evaluation(20, "val coco") is None
+    log.close()
+
+
 def test_a_fresh_start_begins_an_empty_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
     MetricsLog(tmp_path, start_step=0).close()
@@ -101,6 +127,7 @@ def test_fields_of_a_list_may_differ_one_by_one(tmp_path):
         return config() | {"data": {"sources": [{"dir": folder, "share": share}]}}
 
     prepare_workdir(tmp_path, sources("a", 1))
+    with_checkpoint(tmp_path)
     prepare_workdir(tmp_path, sources("b", 1), may_differ=("data.sources.*.dir",))
     with pytest.raises(UserError, match=r"config.data.sources.0.share: work directory has 1"):
         prepare_workdir(tmp_path, sources("b", 2), may_differ=("data.sources.*.dir",))

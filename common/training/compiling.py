@@ -1,0 +1,59 @@
+"""Says when a program is being compiled, which takes minutes in which nothing else is said."""
+
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+_EVERY_SECONDS = 60.0
+# Image shapes that each compiled function has seen, so that a second evaluation says nothing.
+_seen: weakref.WeakKeyDictionary[Any, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+
+
+def announce_canvases(canvases: Iterable[tuple[int, int]], say: Callable) -> None:
+    """Names the programs that a training will compile, one for each (height, width)."""
+    names = ", ".join(f"{height}x{width}" for height, width in canvases)
+    say(f"programs: one for each canvas, {names}; compiled when it first comes", flush=True)
+
+
+def announced(step: Callable, what: str, say: Callable = print) -> Callable:
+    """The jitted `step(state, batch)`, which says its compilations, one for each canvas.
+
+    Args:
+      step: compiles when it is called with an image shape that is new to it.
+      what: it is, such as "training step".
+      say: where lines go.
+    """
+    shapes = _seen.setdefault(step, set())
+
+    def call(state: Any, batch: Mapping[str, Any]) -> Any:
+        shape = tuple(batch["image"].shape)
+        if shape in shapes:
+            return step(state, batch)
+        shapes.add(shape)
+        with compiling(f"{what} for {shape[0]} images of {shape[1]}x{shape[2]}", say):
+            return step(state, batch)
+
+    return call
+
+
+@contextlib.contextmanager
+def compiling(what: str, say: Callable, every_seconds: float = _EVERY_SECONDS) -> Iterator[None]:
+    """Says that the block compiles, that it still does from time to time, and how long it took."""
+    start, ended = time.monotonic(), threading.Event()
+    say(f"compiling the {what} ...", flush=True)
+
+    def remind() -> None:
+        while not ended.wait(every_seconds):
+            say(f"still compiling the {what}, {time.monotonic() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    say(f"compiled in {time.monotonic() - start:.1f} s", flush=True)

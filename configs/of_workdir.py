@@ -1,0 +1,51 @@
+"""The config of a run, as its work directory keeps it; ARG is the work directory.
+
+    python -m detection.evaluate --workdir=WORK
+
+takes this one by itself, with WORK as argument, unless --config names another. Fields that the
+run's version of the code did not have get their values from the base of today.
+"""
+
+import importlib
+import json
+
+import ml_collections
+
+from common.io.errors import UserError
+from common.io.paths import read_text
+
+_BASES = {
+    "detection": "configs.detection.base",
+    "segmentation": "configs.segmentation.base",
+    "classification": "configs.pretrain.resnet50",
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg`: work directory of the run."""
+    path = f"{arg}/config.json"
+    try:
+        config = json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read the config of the run ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
+    if config.get("task") in _BASES:
+        base = importlib.import_module(_BASES[config["task"]]).get_config().to_dict()
+        config = _completed(config, base)
+    return ml_collections.ConfigDict({name: _with_tuples(value) for name, value in config.items()})
+
+
+def _completed(config, base):
+    """`config` with those fields of `base` that it lacks, in all sections that both have."""
+    if not (isinstance(config, dict) and isinstance(base, dict)):
+        return config
+    own = {name: _completed(value, base.get(name)) for name, value in config.items()}
+    return {**base, **own}
+
+
+def _with_tuples(value):
+    """JSON has lists where configs have tuples."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
