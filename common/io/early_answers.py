@@ -26,6 +26,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
+_DEFINERS = ("common", "detection", "segmentation", "ensemble", "scripts", "ml_collections")
+
+
 def answer(package: str) -> None:
     """Ends the process with help or one line of error, where the command line asks for it.
 
@@ -43,9 +46,7 @@ def answer(package: str) -> None:
     definitions = flag_definitions(tree)
     if definitions is None:
         return
-    before = set(flags.FLAGS)
-    exec(compile(definitions, str(path), "exec"), {"__name__": module, "__file__": str(path)})
-    own = [name for name in set(flags.FLAGS) - before if _is_ours(name, module)]
+    own = define(definitions, module, path)
     if asks_for_help(sys.argv[1:]):
         print(help_text(module, ast.get_docstring(tree) or "", own))
         sys.exit(0)
@@ -60,10 +61,13 @@ def answer(package: str) -> None:
             delattr(flags.FLAGS, name)
 
 
-def _is_ours(flag: str, module: str) -> bool:
-    """Whether the command defines a flag, itself or by a function; libraries have flags, too."""
-    definer = str(flags.FLAGS.find_module_defining_flag(flag))
-    return definer == module or definer.split(".")[0] in ("common", "ml_collections")
+def define(definitions: ast.Module, module: str, path: Path) -> set[str]:
+    """Defines the flags of a command; returns their names, without those of libraries."""
+    before = set(flags.FLAGS)
+    exec(compile(definitions, str(path), "exec"), {"__name__": module, "__file__": str(path)})
+    definer = flags.FLAGS.find_module_defining_flag
+    new = set(flags.FLAGS) - before
+    return {name for name in new if str(definer(name)).split(".")[0] in _DEFINERS}
 
 
 def _started_module() -> str | None:

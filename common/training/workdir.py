@@ -77,7 +77,13 @@ def keep_classes(workdir: epath.Path, dataset: Dataset) -> Dataset:
       UserError: the dataset has a class that the run lacks.
     """
     if has_checkpoint(workdir) and (workdir / "classes.csv").exists():
-        return with_model_classes(dataset, read_model_classes(workdir))
+        try:
+            return with_model_classes(dataset, read_model_classes(workdir))
+        except UserError as error:
+            raise UserError(
+                f"{error}; other classes are another run: give another --workdir, with "
+                f"--config.init_from={workdir} to start from this one"
+            ) from error
     if jax.process_index() == 0:
         write_model_classes(workdir, dataset)
     return dataset
