@@ -158,7 +158,7 @@ def read_class_aps(path: str) -> dict[str, float]:
     """
     try:
         values = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no readable metrics file ({error})") from error
     aps = {}
     for name, value in values.items() if isinstance(values, dict) else ():

@@ -15,7 +15,6 @@ Shape legend: n rows, K classes.
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from common.data.dataset import Dataset
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.io.json_file import read_json
 from common.io.json_stream import stream_lists
 from common.io.paths import PathLike, local_copy
 from common.metrics import coco, lvis, openimages
@@ -127,14 +127,18 @@ def _listed_groups(path: PathLike) -> dict[str, int]:
         if categories:
             named = [c for c in categories if isinstance(c, dict)]
             return _from_letters({str(c.get("name")): c.get("frequency") for c in named}, path)
-        return _from_letters(json.loads(local.read_text(encoding="utf-8")), path)
+        return _from_letters(read_json(local), path)
 
 
 def _from_letters(frequencies: Mapping[str, Any], path: str | os.PathLike) -> dict[str, int]:
     letters = {"r": RARE, "c": COMMON, "f": FREQUENT}
+    if not isinstance(frequencies, Mapping):
+        raise UserError(f"{path}: expected an object of label: frequency")
     for label, letter in frequencies.items():
-        if letter not in letters:
-            raise UserError(f"{path}: class {label!r} has frequency {letter!r}, expected r, c or f")
+        if not isinstance(letter, str) or letter not in letters:
+            raise UserError(
+                f"{path}: class {label!r} has frequency {letter!r:.80}, expected r, c or f"
+            )
     return {label: letters[letter] for label, letter in frequencies.items()}
 
 

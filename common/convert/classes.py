@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.data.dataset_check import check_tree
 from common.io.errors import UserError
 from common.io.json_file import read_json
 
@@ -59,21 +60,7 @@ def read_hierarchy(path: Path | None, class_labels: Sequence[str]) -> dict[str, 
         tree = read_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the hierarchy ({error.strerror})") from error
-    mentioned: set[str] = set()
-    pending = [tree]
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, dict) or not isinstance(node.get("LabelName"), str):
-            raise UserError(
-                f'{path}: a node without "LabelName"; expected nested '
-                '{"LabelName": ..., "Subcategory": [...]}'
-            )
-        children = node.get("Subcategory", [])
-        if not isinstance(children, list):
-            raise UserError(f"{path}: Subcategory of {node['LabelName']} is no list")
-        names = (child.get("LabelName") for child in children if isinstance(child, dict))
-        mentioned |= {name for name in names if isinstance(name, str)}
-        pending += children
+    mentioned = check_tree(path, tree)
     missing = [label for label in class_labels if label not in mentioned]
     if len(missing) == len(class_labels):
         raise UserError(

@@ -15,6 +15,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 Rank = tuple[int, ...]
 
+_LOCAL_FILES = "/data/local-files/?d="  # how Label Studio names files of a mounted folder
+
 
 def normal(path: str) -> str:
     """A path with slashes and composed letters."""
@@ -35,6 +37,8 @@ def photo_name(image_id: str, file: str) -> str:
 
 def readings(file: str) -> tuple[str, ...]:
     """What a stored path can mean: as it is written, then with its percent signs decoded."""
+    if _LOCAL_FILES in file:
+        file = file.split(_LOCAL_FILES)[1]
     if file.startswith(("http://", "https://")):
         file = file.split("?")[0].split("#")[0]
     written = normal(file)

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 
-from common.data.dataset_check import check_index, check_meta, check_split
+from common.data.dataset_check import check_index, check_meta, check_split, check_tree
 from common.data.dataset_format import (
     ABSENT,
     CROWD,
@@ -169,12 +169,14 @@ class Dataset:
             absent = name in OPTIONAL and not meta.get(OPTIONAL[name])
             arrays[name] = None if absent else _load(directory, name)
         check_index(directory, meta, arrays)
+        hierarchy = _read_json(directory / "hierarchy.json")
+        check_tree(directory / "hierarchy.json", hierarchy)
         return cls(
             directory=directory,
             meta=meta,
             class_labels=labels,
             class_names=names,
-            hierarchy=_read_json(directory / "hierarchy.json"),
+            hierarchy=hierarchy,
             splits=sorted(path.stem for path in (directory / "splits").glob("*.npy")),
             **{_ATTRIBUTES.get(name, name): array for name, array in arrays.items()},
         )

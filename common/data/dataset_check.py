@@ -51,6 +51,30 @@ def check_meta(path: Path, meta: Any) -> dict[str, Any]:
     return meta
 
 
+def check_tree(path: Path, tree: Any) -> set[str]:
+    """The labels below the root of a hierarchy.
+
+    Raises:
+      UserError: a node that is none.
+    """
+    labels: set[str] = set()
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, dict) or not isinstance(node.get("LabelName"), str):
+            raise UserError(
+                f'{path}: a node without "LabelName"; expected nested '
+                '{"LabelName": ..., "Subcategory": [...]}'
+            )
+        children = node.get("Subcategory", [])
+        if not isinstance(children, list):
+            raise UserError(f"{path}: Subcategory of {node['LabelName']:.80} is no list")
+        names = (child.get("LabelName") for child in children if isinstance(child, dict))
+        labels |= {name for name in names if isinstance(name, str)}
+        pending += children
+    return labels
+
+
 def check_index(directory: Path, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """Checks types, lengths and references of the index arrays (None = the set has none).
 

@@ -106,6 +106,7 @@ def test_one_photo_under_two_ids_is_said(tmp_path):
         ("50%25.jpg", "50%.jpg"),
         ("100%.jpg", "100%.jpg"),
         ("https://host/day1/tree.jpg?size=full", "day1/tree.jpg"),
+        ("/data/local-files/?d=set/day1/tree.jpg", "day1/tree.jpg"),
         (unicodedata.normalize("NFD", "chêne.jpg"), unicodedata.normalize("NFC", "chêne.jpg")),
         (unicodedata.normalize("NFC", "chêne.jpg"), unicodedata.normalize("NFD", "chêne.jpg")),
         ("tree.jpg", "tree.JPG"),

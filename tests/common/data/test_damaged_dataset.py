@@ -84,6 +84,13 @@ def test_splits(folder, array):
         Dataset.open(folder).split("train")
 
 
+@pytest.mark.parametrize("tree", [[], {}, {"LabelName": "r", "Subcategory": [{"LabelName": [1]}]}])
+def test_hierarchies(folder, tree):
+    (folder / "hierarchy.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match='hierarchy.json: a node without "LabelName"'):
+        Dataset.open(folder)
+
+
 def test_texts_of_masks(folder):
     (folder / "masks.bin").write_bytes(b"{" * (folder / "masks.bin").stat().st_size)
     with pytest.raises(UserError, match="masks.bin: image '0': no valid JSON"):
