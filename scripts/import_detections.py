@@ -7,6 +7,7 @@
 openimages, openimages_masks: submission or offline-evaluator CSV, told apart by the header.
 coco, lvis: JSON results; --masks keeps their masks. Numbers of images and categories are turned
 into the dataset's ids and labels, or those of --annotations, --image_ids and --category_ids.
+yolo: a folder with one text file for each photo of --dataset.
 
 With --split the table covers that split, and a row of another image is an error; without, it
 covers the images that the file names. A row that breaks the rules of tables is named, and nothing
@@ -23,6 +24,7 @@ from common.io.errors import UserError
 from common.tables.exchange.openimages_csv import read_openimages
 from common.tables.exchange.results_json import read_results
 from common.tables.exchange.spool import Importer
+from common.tables.exchange.yolo_labels import read_labels
 from scripts.submit import FORMATS, define_id_flags, numbers
 
 
@@ -40,8 +42,8 @@ def define_flags() -> None:
 def main():
     args = flags.FLAGS
     path = Path(args.input)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    if not (path.is_dir() if args.format == "yolo" else path.is_file()):
+        raise UserError(f"{path}: no such {'folder' if args.format == 'yolo' else 'file'}")
     dataset = Dataset.open(args.dataset) if args.dataset else None
     covered = indices = None
     covered_by = ""
@@ -65,6 +67,10 @@ def main():
     if args.format in ("coco", "lvis"):
         images, categories = numbers(dataset)
         rows = read_results(path, images, categories, masks=masks)
+    elif args.format == "yolo":
+        if dataset is None:
+            raise UserError("--format=yolo needs --dataset")
+        rows = read_labels(path, dataset, importer.cover)
     else:
         rows = read_openimages(path, masks=masks, cover=importer.cover)
     metadata = {

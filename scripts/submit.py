@@ -5,13 +5,15 @@
         --dataset=DIR
     python -m scripts.submit --format=coco|lvis        --detections=x.parquet --output=x.json \\
         --dataset=DIR
+    python -m scripts.submit --format=yolo             --detections=x.parquet --output=labels \\
+        --dataset=DIR
 
 openimages, openimages_masks: one row for every covered image, empty if nothing was found there;
 --offline writes one row a detection instead, for the official offline evaluator.
 coco, lvis: a JSON list; the numbers of images and categories and the sizes of photos come from a
 dataset made of COCO or LVIS files, or from --annotations, --image_ids and --category_ids. LVIS
 takes the best 300 detections of an image. Output names that end in .gz are compressed.
-`scripts.import_detections` reads all of these back.
+yolo: a folder with one text file a photo. `scripts.import_detections` reads all of these back.
 """
 
 from collections.abc import Sequence
@@ -28,8 +30,9 @@ from common.tables import DetectionsReader
 from common.tables.exchange import ids, results_json
 from common.tables.exchange.openimages_csv import write_openimages
 from common.tables.exchange.rows import SCORES, Outgoing
+from common.tables.exchange.yolo_labels import write_labels
 
-FORMATS = ("openimages", "openimages_masks", "coco", "lvis")
+FORMATS = ("openimages", "openimages_masks", "coco", "lvis", "yolo")
 
 
 def define_flags() -> None:
@@ -107,6 +110,10 @@ def main():
             geometry=args.geometry or ("masks" if masks else "boxes"),
             digits=args.digits,
         )
+    elif args.format == "yolo":
+        if dataset is None:
+            raise UserError("--format=yolo needs --dataset")
+        write_labels(outgoing, args.output, dataset, args.digits)
     else:
         if not reader.metadata.get("expanded"):
             print(
@@ -128,7 +135,7 @@ def main():
 def _with_masks(reader: DetectionsReader) -> bool:
     """Whether the output holds masks."""
     args = flags.FLAGS
-    if args.format == "openimages" or args.geometry == "boxes":
+    if args.format in ("openimages", "yolo") or args.geometry == "boxes":
         return False
     wanted = args.format == "openimages_masks" or args.geometry in ("masks", "both")
     if wanted and not reader.has_masks:
