@@ -38,7 +38,7 @@ def _prepare(format_name: str, folder: Path, **values: object) -> None:
         prepare_data.define_flags()
         flags.FLAGS(["fuzz", "--source=-", "--output=-"])
     output = folder.parent / "out"
-    values = {"source": folder, "images": folder} | values
+    values = {"source": folder, "images": folder, "splits": None} | values
     settings = {name: None if v is None else str(v) for name, v in values.items()}
     for name, value in settings.items():
         flags.FLAGS[name].value = value

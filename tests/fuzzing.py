@@ -16,13 +16,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.io.errors import UserError
 from tests.fuzz_readers import READERS
 
-SPARE = 1 << 30  # bytes beside what the process has after its imports
+SPARE = 1 << 30  # bytes for one input
 LONGEST = 20  # seconds for one input
 _NASTY_NUMBERS = (
     *(b"0", b"-1", b"1", b"1e400", b"-1e400", b"NaN", b"1.5", b"2147483648", b"4294967296"),
@@ -97,8 +97,6 @@ def fuzz(
     """
     read(folder)
     contents = {path: path.read_bytes() for path in seeds}
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE, -1))
     signal.signal(signal.SIGALRM, _too_long)
     deadline, number = time.monotonic() + seconds, 0
     while time.monotonic() < deadline:
@@ -107,7 +105,8 @@ def fuzz(
         path.write_bytes(mutate(contents[path], list(contents.values()), draw))
         signal.alarm(LONGEST)
         try:
-            read(folder)
+            with _little_memory():
+                read(folder)
         except UserError as error:
             if "\n" in str(error):
                 raise AssertionError(f"an error of several lines: {error}") from error
@@ -121,6 +120,17 @@ def fuzz(
         path.write_bytes(contents[path])
         number += 1
     return number
+
+
+@contextlib.contextmanager
+def _little_memory() -> Iterator[None]:
+    """`SPARE` beside what the process has by now."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 
 
 def _too_long(*_: object) -> None:

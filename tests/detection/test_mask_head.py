@@ -9,7 +9,7 @@ import pytest
 
 from common.io.errors import UserError
 from common.masks.probability import PROBABILITY_ONE
-from common.training.step import init_state, init_variables, make_train_step, variable_shapes
+from common.training.step import init_state, make_train_step, variable_shapes
 from detection.batch_fields import init_shapes
 from detection.losses.mask import mask_losses, mask_targets
 from detection.models.faster_rcnn import build
@@ -19,6 +19,7 @@ from tests import tiny
 from tests.detection.test_faster_rcnn import make_batch, mesh_of
 from tests.detection.test_variants import TWO_STAGES
 from tests.oracles import masks as oracle
+from tests.oracles.variables import random_values
 
 
 def settings_of(kind="class_specific", **fields):
@@ -37,12 +38,6 @@ def with_masks(batch):
     has_mask = batch["gt_valid"] & (np.arange(shape[1]) != 1)
     masks = np.where(has_mask[..., None, None], disc, np.uint8(0))
     return {**batch, "gt_masks": masks, "gt_has_mask": has_mask}
-
-
-def variables_of(settings, num_classes=3):
-    model = build(settings.model, num_classes)
-    shapes = init_shapes(settings.data)
-    return model, jax.jit(lambda: init_variables(model, 0, shapes))()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,89 +124,82 @@ def test_loss_is_the_mean_over_counted_masks_and_others_get_no_gradient():
 
 @pytest.fixture(scope="module")
 def detector():
-    """Model, variables and jitted gradient of `(params, batch)`, of the losses by name."""
+    """Model, state before the first step, and jitted train steps on one and on two devices."""
     settings = settings_of()
-    model, variables = variables_of(settings)
+    model, tx = build(settings.model, 3, "data"), optax.sgd(0.1)
+    shapes = init_shapes(settings.data)
+    state = jax.eval_shape(lambda: init_state(model, tx, 0, shapes))
+    params = random_values(state.params)
+    key = np.array(jax.random.key_data(jax.random.key(0)))
+    state = state.replace(step=np.int32(0), key=key, params=params, opt_state=tx.init(params))
+    steps = {n: jax.jit(make_train_step(model, tx, mesh_of(n))) for n in (1, 2)}
+    return model, state, steps
 
-    @jax.jit
-    def gradient(params, batch):
-        def mask_loss(params):
-            losses = tiny.losses(model, {**variables, "params": params}, batch)
-            return losses["mask"], losses
 
-        return jax.grad(mask_loss, has_aux=True)(params)
-
-    return model, variables, gradient
+def mask_gradient(before, after):
+    """The largest move of any parameter of the mask head in a step."""
+    heads = (jax.tree.leaves(state.params["mask_head"]) for state in (before, after))
+    return [np.abs(a - b).max() for a, b in zip(*heads, strict=True)]
 
 
 def test_only_objects_with_masks_teach(detector):
-    _, variables, gradient = detector
+    _, state, steps = detector
     batch = with_masks(make_batch(2))
-    grads, losses = gradient(variables["params"], batch)
-    assert losses["mask"] > 0.5, "near log 2 at the start"
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["mask_head"]))
-    assert np.abs(grads["neck"]["output2"]["kernel"]).max() > 0
+
+    def masked(**fields):
+        after, metrics = steps[1](state, batch | fields)
+        return mask_gradient(state, after), metrics
+
+    moves, metrics = masked()
+    assert metrics["loss/mask"] > 0.1 and min(moves) > 0
     # What is written where no mask is changes nothing.
-    other = {**batch, "gt_masks": batch["gt_masks"].copy()}
-    other["gt_masks"][~batch["gt_has_mask"]] = 255
-    assert gradient(variables["params"], other)[1]["mask"] == losses["mask"]
+    other = batch["gt_masks"].copy()
+    other[~batch["gt_has_mask"]] = 255
+    assert masked(gt_masks=other)[1]["loss/mask"] == metrics["loss/mask"]
     # An image without masks beside one that has some counts no RoI.
-    without = {**batch, "gt_has_mask": batch["gt_has_mask"].copy()}
-    without["gt_has_mask"][1] = False
-    invalid = {**batch, "image_valid": np.array([True, False])}
+    without = batch["gt_has_mask"] & [[True], [False]]
     np.testing.assert_allclose(
-        gradient(variables["params"], without)[1]["mask"],
-        gradient(variables["params"], invalid)[1]["mask"],
+        masked(gt_has_mask=without)[1]["loss/mask"],
+        masked(image_valid=np.array([True, False]))[1]["loss/mask"],
         rtol=1e-5,
     )
-    nothing = {**batch, "gt_has_mask": np.zeros_like(batch["gt_has_mask"])}
-    grads, losses = gradient(variables["params"], nothing)
-    assert losses["mask"] == 0 and losses["box_class"] > 0
-    assert not any(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
+    moves, metrics = masked(gt_has_mask=np.zeros_like(without))
+    assert metrics["loss/mask"] == 0 and metrics["loss/box_class"] > 0 and max(moves) == 0
 
 
-def test_detections_have_the_masks_that_their_boxes_are_given(detector):
-    model, variables, _ = detector
-    batch = make_batch(2)
-    batch["image_valid"][1] = False
-    found, again = jax.jit(
-        lambda v: (
-            found := model.apply(v, batch, train=False),
-            model.apply(
-                v,
-                batch,
-                *(found[name] for name in ("boxes", "classes", "valid")),
-                method="predict_masks",
-            ),
-        )
-    )(variables)
-    assert found["masks"].shape == (2, 20, 28, 28) and found["masks"].dtype == np.uint16
-    np.testing.assert_array_equal(found["masks"], again)
-    assert found["valid"][0].any() and not found["masks"][~found["valid"]].any()
-    # Of an untrained head all probabilities are near a half.
-    share = found["masks"][found["valid"]] / PROBABILITY_ONE
-    np.testing.assert_allclose(share, 0.5, atol=0.1)
-    assert share.std() > 0
-
-
-@pytest.mark.slow
-def test_two_devices_compute_what_one_computes():
+def test_two_devices_compute_what_one_computes(detector):
     if jax.device_count() < 2:
         pytest.skip(f"needs 2 devices, this process has {jax.device_count()}")
-    settings, batch, results = settings_of(), with_masks(make_batch(2)), []
+    _, state, steps = detector
+    batch = with_masks(make_batch(2))
     batch["gt_has_mask"][1, 1] = True  # other numbers of masks on the two devices
-    for count in (1, 2):
-        model, tx = build(settings.model, 3, "data"), optax.sgd(0.1)
-        shapes = init_shapes(settings.data)
-        state = jax.jit(lambda m=model, t=tx, s=shapes: init_state(m, t, 0, s))()
-        step = jax.jit(make_train_step(model, tx, mesh_of(count)))
-        results.append(jax.device_get(step(state, batch)))
-    (one, one_metrics), (two, two_metrics) = results
+    (one, one_metrics), (two, two_metrics) = (
+        jax.device_get(step(state, batch)) for step in steps.values()
+    )
     assert one_metrics["loss/mask"] > 0 and one_metrics["mask_iou"] > 0
     for name, value in one_metrics.items():
         np.testing.assert_allclose(two_metrics[name], value, rtol=2e-4, err_msg=name)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, two.params)
     assert max(jax.tree.leaves(moved)) < 1e-4
+
+
+def test_detections_have_the_masks_that_their_boxes_are_given(detector):
+    model, state, _ = detector
+    batch = make_batch(2)
+    batch["image_valid"][1] = False
+
+    @jax.jit
+    def detect(variables):
+        found = model.apply(variables, batch, train=False)
+        given = (found[name] for name in ("boxes", "classes", "valid"))
+        return found, model.apply(variables, batch, *given, method="predict_masks")
+
+    found, again = detect(state.variables)
+    assert found["masks"].shape == (2, 20, 28, 28) and found["masks"].dtype == np.uint16
+    np.testing.assert_array_equal(found["masks"], again)
+    assert found["valid"][0].any() and not found["masks"][~found["valid"]].any()
+    share = found["masks"][found["valid"]] / PROBABILITY_ONE
+    assert 0 <= share.min() < share.mean() < share.max() <= 1
 
 
 @pytest.mark.parametrize(
