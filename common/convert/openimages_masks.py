@@ -42,7 +42,7 @@ def attach(
       class_index: label -> class.
       report: gets masks without box or without PNG.
     """
-    where = {os.path.basename(path): path for path in walk(folder) if path.endswith(".png")}
+    where = {os.path.basename(path): path for path in walk(folder) if path.lower().endswith(".png")}
     if not where:
         print(f"no mask PNGs below {folder}: masks are left out", flush=True)
         return

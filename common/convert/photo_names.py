@@ -58,6 +58,8 @@ def rank(path: str, file: str, *, folders: bool = True) -> Rank | None:
     """
     stem, extension = split_extension(path)
     order = EXTENSIONS.index(extension) if extension else len(EXTENSIONS)
+    if _name(stem) == file:  # an id, as of most of the millions of OpenImages
+        return (0, int(stem != file), 1, order)
     for place, (wanted, kind) in enumerate(stems(file)):
         if _same_end(stem, wanted) if folders else _name(stem) == _name(wanted):
             return (place, int(stem != wanted), int(extension != kind), order)

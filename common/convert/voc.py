@@ -23,7 +23,7 @@ from common.convert.classes import read_class_list, read_hierarchy
 from common.convert.cleaning import check_pixels
 from common.convert.photo_names import normal, photo_name, split_extension
 from common.convert.photos import walk
-from common.convert.report import Report
+from common.convert.report import REPAIRED, Report
 from common.convert.splits import ImageFinder, read_split_list
 from common.convert.voc_file import read_voc_file
 from common.io.errors import UserError
@@ -119,7 +119,7 @@ def read_voc(
         class_names=class_names,
         hierarchy=read_hierarchy(hierarchy, labels),
         images=images,
-        splits=_splits(source, listing, images),
+        splits=_splits(source, listing, images, report),
         boxes=columns.take(),
         labels=Columns(LABEL_COLUMNS).take(),
         files=files,
@@ -136,7 +136,9 @@ def _shift(database: str, one_based: str) -> int:
     return int("VOC" in database if one_based == "auto" else one_based == "true")
 
 
-def _splits(source: Path, listing: list[str], images: ImageTable) -> dict[str, np.ndarray]:
+def _splits(
+    source: Path, listing: list[str], images: ImageTable, report: Report
+) -> dict[str, np.ndarray]:
     annotated, find = np.arange(len(images)), ImageFinder(images)
     splits: dict[str, list[int]] = {}
     for path in listing:
@@ -152,6 +154,8 @@ def _splits(source: Path, listing: list[str], images: ImageTable) -> dict[str, n
         members = splits.setdefault(Path(path).stem, [])
         for line, place in zip(lines, places, strict=True):
             members.append(images.add(photo_name("", line)) if place < 0 else place)
+        repeats = len(lines) - len(set(lines))
+        report.add("id twice in a split", REPAIRED, str(source / path), [Path(path).stem] * repeats)
     if not splits:
         return {"train": annotated}
     return {name: np.unique(np.array(members, np.int64)) for name, members in splits.items()}
