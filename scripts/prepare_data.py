@@ -6,6 +6,8 @@
     python -m scripts.prepare_data objects365 --source=DIR --images=DIR --output=DIR
     python -m scripts.prepare_data voc        --source=DIR --output=DIR
     python -m scripts.prepare_data yolo       --source=DIR/data.yaml --output=DIR
+    python -m scripts.prepare_data cvat       --source=annotations.xml --images=DIR --output=DIR
+    python -m scripts.prepare_data label_studio --source=export.json --images=DIR --output=DIR
     python -m scripts.prepare_data tfds       --source=NAME[:VERSION] --data_dir=DIR --output=DIR
 
 Rows that mean nothing are dropped or repaired, counted by reason on the screen and listed in
@@ -26,6 +28,7 @@ from common.convert.options import Options
 from common.convert.report import Report
 from common.convert.splits import KINDS, parse_shares
 from common.convert.tfds import read_tfds
+from common.convert.tool_exports import read_cvat, read_label_studio
 from common.convert.voc import read_voc
 from common.convert.yolo import read_yolo
 from common.data.dataset import check_output
@@ -33,7 +36,17 @@ from common.io.atomic import remove_leftovers, temporary_beside
 from common.io.commands import run_main
 from common.io.errors import UserError
 
-FORMATS = ("openimages", "coco", "lvis", "objects365", "voc", "yolo", "tfds")
+FORMATS = (
+    "openimages",
+    "coco",
+    "lvis",
+    "objects365",
+    "voc",
+    "yolo",
+    "cvat",
+    "label_studio",
+    "tfds",
+)
 
 
 def define_flags() -> None:
@@ -191,6 +204,9 @@ def _read(format_name: str, source: str, report: Report, spool: Path) -> Annotat
         )
     if format_name == "yolo":
         return read_yolo(Path(source), report, spool, classes=classes, hierarchy=hierarchy)
+    if format_name in ("cvat", "label_studio"):
+        read = read_cvat if format_name == "cvat" else read_label_studio
+        return read(Path(source), report, spool, hierarchy)
     if format_name == "tfds":
         folder, download = args.data_dir, args.download
         return read_tfds(source, report, folder, spool, download=download, hierarchy=hierarchy)

@@ -132,6 +132,32 @@ def yolo(folder: Path) -> Reader:
     return lambda folder: _prepare("yolo", folder, source=folder / "data.yaml", images=None), seeds
 
 
+def cvat(folder: Path) -> Reader:
+    path = folder / "annotations.xml"
+    path.write_text(
+        "<annotations><label><name>oak</name></label><image id='0' name='a.jpg' width='60' "
+        "height='40'><box label='oak' xtl='1' ytl='2' xbr='30.5' ybr='35' rotation='10'/><polygon "
+        "label='oak' points='1,2;3,4;9,9'/></image></annotations>"
+    )
+    write_photo(folder / "a.jpg", *SIZE)
+    return lambda folder: _prepare("cvat", folder, source=path), [path]
+
+
+def label_studio(folder: Path) -> Reader:
+    path = folder / "x.json"
+    box = {"x": 1, "y": 2, "width": 30, "height": 5.5, "rotation": 3, "rectanglelabels": ["oak"]}
+    polygon = {"points": [[1, 2], [3, 4], [9, 9]], "polygonlabels": ["elm"]}
+    size = {"original_width": 60, "original_height": 40}
+    results = [
+        {"type": kind, "value": value, **size}
+        for kind, value in (("rectanglelabels", box), ("polygonlabels", polygon))
+    ]
+    task = {"data": {"image": "/data/upload/1/a.jpg"}, "annotations": [{"result": results}]}
+    path.write_text(json.dumps([task]))
+    write_photo(folder / "a.jpg", *SIZE)
+    return lambda folder: _prepare("label_studio", folder, source=path), [path]
+
+
 def dataset(folder: Path) -> Reader:
     path = folder / "d"
     extra = {"category_ids": [1, 2], "exhaustive": True}
@@ -315,7 +341,20 @@ def photos(folder: Path) -> Reader:
 READERS: dict[str, Callable[[Path], Reader]] = {
     function.__name__: function
     for function in (
-        *(coco, lvis, openimages, voc, yolo, dataset, parquet, results, submission, identities),
+        *(
+            coco,
+            lvis,
+            openimages,
+            voc,
+            yolo,
+            cvat,
+            label_studio,
+            dataset,
+            parquet,
+            results,
+            submission,
+            identities,
+        ),
         *(run_lengths, torch_zip, torch_legacy, safetensors, relations, tree, photos),
     )
 }

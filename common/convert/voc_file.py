@@ -11,6 +11,7 @@ from common.convert.photo_names import normal
 from common.convert.report import DROPPED, REPAIRED, Report
 from common.data.dataset import OCCLUDED, TRUNCATED
 from common.io.errors import UserError
+from common.io.paths import check_regular
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _ENCODING = re.compile(rb"""<\?xml[^>]*encoding\s*=\s*["']([A-Za-z0-9._-]+)["']""")
@@ -62,11 +63,9 @@ def read_voc_file(path: Path, report: Report) -> VocFile | None:
     Raises:
       UserError: it cannot be read, is no XML, or a number is none.
     """
-    root = _parse(path)
-    if _local(root.tag) != "annotation":
+    root = read_xml(path)
+    if root.tag != "annotation":
         return None
-    for node in root.iter():
-        node.tag = _local(node.tag)
     objects = []
     for number, node in enumerate(root.findall("object"), 1):
         name, box = _text(node, "name"), _box(node, f"{path}, object {number}")
@@ -84,18 +83,27 @@ def read_voc_file(path: Path, report: Report) -> VocFile | None:
     return VocFile(filename, _size(root, path), _text(root, "source/database"), objects)
 
 
-def _parse(path: Path) -> ElementTree.Element:
+def read_xml(path: Path) -> ElementTree.Element:
+    """The root of an XML file of any encoding, with tags without their namespaces.
+
+    Raises:
+      UserError: it cannot be read, or is no XML.
+    """
+    check_regular(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from error
     try:
-        return ElementTree.fromstring(_decoded(path, data))
+        root = ElementTree.fromstring(_decoded(path, data))
     # ValueError: a NUL; RecursionError: elements inside one another by the thousand.
     except (ElementTree.ParseError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: no valid XML ({error})") from error
+    for node in root.iter():
+        node.tag = _local(node.tag)
+    return root
 
 
 def _decoded(path: Path, data: bytes) -> str | bytes:

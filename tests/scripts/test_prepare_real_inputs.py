@@ -457,3 +457,85 @@ def test_broken_yolo_folders_get_one_line(tmp_path, yaml, text, message):
     with pytest.raises(UserError, match=message) as caught:
         prepare("yolo", source=source, output=tmp_path / "d")
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Forms of the tools' own
+# ------------------------------------------------------------------------------------------------
+
+
+def test_cvat_for_images(tmp_path):
+    (tmp_path / "annotations.xml").write_text(
+        "<annotations><meta><task><labels><label><name>oak</name></label><label><name>elm</name>"
+        "</label></labels></task></meta>"
+        '<image id="0" name="day1/a.jpg" width="120" height="60">'
+        '<box label="elm" xtl="12" ytl="6" xbr="24" ybr="12"/>'
+        '<box label="oak" xtl="20" ytl="20" xbr="40" ybr="30" rotation="90"/>'
+        '<polygon label="oak" points="30,10;90,10;90,40"/><points label="oak" points="1,2"/>'
+        "</image>"
+        '<image id="1" name="day2/a.jpg" width="120" height="60"/></annotations>'
+    )
+    for name in ("day1/a.jpg", "day2/a.jpg"):
+        write_photo(tmp_path / "images" / name, 60, 120)
+    dataset = prepare("cvat", source=tmp_path, output=tmp_path / "d")
+    assert found(dataset) == {f"day{n}/a": f"images/day{n}/a.jpg" for n in (1, 2)}
+    assert dataset.class_labels == ["oak", "elm"] and dataset.box_classes.tolist() == [1, 0, 0]
+    expected = [[12, 6, 24, 12], [25, 15, 35, 35], [30, 10, 90, 40]]
+    np.testing.assert_allclose(dataset.boxes * [120, 60, 120, 60], expected, rtol=1e-5)
+    assert dataset.image_masks(0) == [None, None, [[30, 10, 90, 10, 90, 40]]]
+    assert reasons(dataset) == {"object that is no box or polygon": 1}
+
+
+def _task(image, *values, **more):
+    results = [
+        {"type": kind, "value": value, "original_width": 120, "original_height": 60}
+        for kind, value in values
+    ]
+    return {"data": {"image": image}, "annotations": [{"result": results}], **more}
+
+
+def test_label_studio(tmp_path):
+    box = {"x": 10, "y": 10, "width": 10, "height": 10, "rectanglelabels": ["oak"]}
+    tasks = [
+        _task(
+            "/data/upload/3/1a2b-my%20a.jpg",
+            ("rectanglelabels", box),
+            ("rectanglelabels", box | {"rotation": 90}),
+            ("polygonlabels", {"points": [[25, 25], [75, 25], [75, 50]], "polygonlabels": ["elm"]}),
+            ("brushlabels", {"brushlabels": ["elm"], "rle": [1]}),
+        ),
+        _task("/data/local-files/?d=day1/b.jpg"),
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(tasks))
+    for name in ("1a2b-my a.jpg", "day1/b.jpg"):
+        write_photo(tmp_path / "photos" / name, 60, 120)
+    dataset = prepare(
+        "label_studio",
+        source=tmp_path / "x.json",
+        images=tmp_path / "photos",
+        output=tmp_path / "d",
+    )
+    assert found(dataset) == {"1a2b-my a": "1a2b-my a.jpg", "b": "day1/b.jpg"}
+    assert dataset.class_labels == ["elm", "oak"]
+    expected = [[12, 6, 24, 12], [6, 6, 12, 18], [30, 15, 90, 30]]
+    np.testing.assert_allclose(dataset.boxes * [120, 60, 120, 60], expected, rtol=1e-5)
+    assert reasons(dataset) == {"object that is no box or polygon": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("cvat", "<annotations/>", "found no image"),
+        ("cvat", "<a><image name='x'><box label='t' xtl='?'/></image></a>", "image 'x': .*numbers"),
+        ("cvat", "<a><image name='x'><polygon label='t' points='1'/></image></a>", "image 'x'"),
+        ("label_studio", "[]", "found no image"),
+        ("label_studio", '[{"data": {}}]', "task 1: found another form"),
+        ("label_studio", '[{"data": {"i": "a"}, "annotations": [{"result": [1]}]}]', "task 1"),
+        ("label_studio", "[[3]]", "task 1"),
+    ],
+)  # fmt: skip
+def test_broken_exports_get_one_line(tmp_path, kind, text, message):
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(kind, source=tmp_path / "x", output=tmp_path / "d")
+    assert "\n" not in str(caught.value)
