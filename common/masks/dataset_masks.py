@@ -111,8 +111,9 @@ class MaskReader:
         """Compressed counts in a frame of this height and width.
 
         Returns:
-          None where the box has no mask or an empty one. A mask that has pixels in its own frame
-          (polygons: the photo's) and none in this one gives the counts of an empty mask.
+          None where the box has no mask or an empty one. Sampled are the centres of the pixels; an
+          object that lies between all of them keeps the pixels that it lies in. (Polygons that
+          vanish in a frame smaller than the photo give the counts of an empty mask.)
 
         Raises:
           MaskError: the mask cannot be read.
@@ -130,7 +131,13 @@ class MaskReader:
             return None if same or self.rle(row, (height, width)) is None else counts
         if "png" not in entry:
             counts, own_size = self._run_lengths(row, entry)
-            return rle.resize([counts], own_size, size)[0] if rle.areas([counts])[0] else None
+            if not rle.areas([counts])[0]:
+                return None
+            resized = rle.resize([counts], own_size, size)[0]
+            if rle.areas([resized])[0]:
+                return resized
+            rows, columns = np.nonzero(rle.decode(counts, own_size))
+            return _lies_in(rows, columns, own_size, size)
         image = self._open_png(row, entry["png"])
         area = image.getbbox()
         if area is None:
@@ -140,6 +147,9 @@ class MaskReader:
         top, bottom = np.searchsorted(y, [y0, y1]).tolist()
         left, right = np.searchsorted(x, [x0, x1]).tolist()
         pixels = _cut(image, area)[np.ix_(y[top:bottom] - y0, x[left:right] - x0)]
+        if not pixels.any():
+            rows, columns = np.nonzero(_cut(image, area))
+            return _lies_in(rows + y0, columns + x0, (image.height, image.width), size)
         return rle.encode_window(pixels, top, left, size)
 
     def is_empty(self, row: int) -> bool:
@@ -277,6 +287,20 @@ class MaskReader:
             f"{dataset.directory}: image {dataset.image_id(image)!r}, box {number} ({label}): "
             f"{reason}"
         )
+
+
+def _lies_in(
+    rows: Int[np.ndarray, " p"],
+    columns: Int[np.ndarray, " p"],
+    frame: Sequence[int],
+    size: tuple[int, int],
+) -> bytes:
+    """Counts, in a frame of `size`, of the pixels in which pixels of another frame lie."""
+    rows, columns = rows * size[0] // frame[0], columns * size[1] // frame[1]
+    top, left = int(rows.min()), int(columns.min())
+    pixels = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
+    pixels[rows - top, columns - left] = True
+    return rle.encode_window(pixels, top, left, size)
 
 
 def same_shape(size: Sequence[int], photo: Sequence[int]) -> bool:

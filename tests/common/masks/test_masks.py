@@ -106,23 +106,25 @@ def test_parts_of_a_polygon_mask_are_united(tmp_path):
     assert masks.window(1, (0, 0, 1, 1), PHOTO)[:, :30].all()
 
 
-def test_a_mask_that_vanishes_in_a_small_frame_is_not_empty(tmp_path):
+def test_a_mask_that_no_pixel_of_a_small_frame_samples_keeps_the_one_that_it_lies_in(tmp_path):
     dot = np.zeros(PHOTO, bool)
     dot[20, 30] = True
     entry = {"size": list(PHOTO), "counts": rle.encode([dot])[0].decode()}
     empty = {"size": list(PHOTO), "counts": rle.encode([dot & False])[0].decode()}
     masks = reader(tmp_path, [entry, empty])
-    assert rle.areas([masks.rle(1, (4, 6))]).tolist() == [0] and not masks.is_empty(1)
+    assert np.argwhere(rle.decode(masks.rle(1, (4, 6)), (4, 6))).tolist() == [[2, 3]]
+    assert not masks.is_empty(1)
     assert masks.rle(2, (4, 6)) is None and masks.is_empty(2)
 
 
 def test_an_object_of_a_large_file_that_falls_between_the_pixels_of_the_photo(tmp_path):
-    """Mask files may be larger than the photo: an object that no pixel samples is an empty mask."""
+    """Mask files may be larger than the photo: what no pixel samples has one all the same."""
     for name, place in (("rows", (203, 315)), ("columns", (205, 313)), ("both", (203, 313))):
         dot = np.zeros((400, 600), bool)
         dot[place] = True
         masks = reader(tmp_path / name, [save(tmp_path, dot, f"{name}.png")])
         expected = np.zeros(PHOTO, bool)
+        expected[20, 31] = True
         assert masks.rle(1, PHOTO) == rle.encode([expected])[0] and not masks.is_empty(1)
         assert not masks.window(1, (0, 0, 1, 1), PHOTO).any()
 
