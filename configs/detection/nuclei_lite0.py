@@ -9,8 +9,8 @@ which, once data and weights are there, runs
         --config.model.pretrained=mask_demo_output/lite0.safetensors
         --workdir=mask_demo_output/detector
 
-Hardware: two CPU cores; 3 min 48 s of CPU time. Mask AP of the 39 nuclei of the validation tiles 53.6
-(AP50 83.4), box AP 52.7 (docs/results.md).
+Hardware: two CPU cores; 3 min 48 s of CPU time. Mask AP of the 39 nuclei of the validation tiles
+53.6 (AP50 83.4), box AP 52.7 (docs/results.md).
 """
 
 import ml_collections
