@@ -168,7 +168,7 @@ def main(format_name: str) -> None:
         annotations = _read(format_name, args.source, report, spool)
         write_dataset(annotations, options, report)
     except OSError as error:
-        raise UserError(f"{output}: cannot write the dataset ({error})") from error
+        raise UserError(f"{output}: cannot prepare the dataset ({error})") from error
     finally:
         shutil.rmtree(spool, ignore_errors=True)
     print(f"done in {time.monotonic() - started:.1f} s", flush=True)

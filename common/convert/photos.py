@@ -96,7 +96,7 @@ def find_photos(
             if old is None or rank < best[image]:
                 found.paths[image], best[image] = path, rank
                 found.ambiguous.pop(image, None)
-            elif rank == best[image]:
+            elif rank == best[image] and not os.path.samefile(folder / old, folder / path):
                 found.ambiguous.setdefault(image, (old, path))
     if near is not None:
         _keep_nearest(found, best)

@@ -89,6 +89,12 @@ def test_of_equal_photos_none_is_taken_and_the_very_path_wins(tmp_path):
     assert reasons(dataset) == {"several photos fit": 1}
 
 
+def test_a_photo_that_a_link_shows_twice_is_one(tmp_path):
+    write_photo(tmp_path / "photos" / "x" / "2.jpg", 60, 120)
+    (tmp_path / "photos" / "y").symlink_to("x")
+    assert found(convert(tmp_path, ["2.jpg"])) == {"1": "x/2.jpg"}
+
+
 def test_one_photo_under_two_ids_is_said(tmp_path):
     dataset = convert(tmp_path, ["1.jpg", "1.jpg"], photos=["1.jpg"])
     assert len(found(dataset)) == 2 and reasons(dataset) == {
