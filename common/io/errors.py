@@ -4,5 +4,13 @@
 class UserError(ValueError):
     """Wrong input, flag or file.
 
-    The text names the file, row or field, what was found, and what was expected.
+    The text names the file, row or field, what was found, and what was expected. It is one line
+    that can be printed, whatever names of the file stand in it.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        shown = (c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in text)
+        return " ".join("".join(shown).split())

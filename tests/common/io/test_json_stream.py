@@ -85,3 +85,8 @@ def test_compressed_files_and_byte_order_marks(tmp_path):
     with gzip.open(tmp_path / "x.json.gz", "wt", encoding="utf-8-sig") as file:
         file.write("[1, 2.5]")
     assert list(json_stream.stream_list(tmp_path / "x.json.gz")) == [1, 2.5]
+
+
+def test_an_error_is_one_line_that_can_be_printed_whatever_is_in_it():
+    error = UserError("x.json: no field 'a\nb\ud800', found\tc\x1b")
+    assert str(error) == "x.json: no field 'a b\\ud800', found c\\x1b"
