@@ -72,7 +72,7 @@ __all__ = [
 # What np.load raises on a damaged file: its header is a Python literal.
 _BROKEN = (
     *(OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, KeyError, TypeError),
-    tokenize.TokenError,
+    *(OverflowError, tokenize.TokenError),
 )
 # Files of the index whose attribute has another name.
 _ATTRIBUTES = {
@@ -239,6 +239,13 @@ class Dataset:
         if self.mask_offsets is None:
             return [None] * (last - first)
         offsets = np.asarray(self.mask_offsets[first : last + 1])
+        if (np.diff(offsets) < 0).any() or not 0 <= offsets[0] <= offsets[-1] <= self.mask_offsets[
+            -1
+        ]:
+            raise UserError(
+                f"{self.directory}/index/mask_offsets.npy: offsets that fall at image "
+                f"{self.image_id(index)!r}: prepare the data again"
+            )
         with open(self.directory / "masks.bin", "rb") as file:
             file.seek(offsets[0])
             data = file.read(int(offsets[-1] - offsets[0]))

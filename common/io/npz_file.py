@@ -12,7 +12,7 @@ from common.io.errors import UserError
 
 _BROKEN = (
     *(ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError),
-    tokenize.TokenError,
+    *(OverflowError, tokenize.TokenError),
 )
 _UNFOLDED = 1 << 30  # bytes of all arrays: counts of rare pairs are mostly zeros
 

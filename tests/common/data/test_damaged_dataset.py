@@ -60,6 +60,7 @@ def test_a_description_that_is_none(folder, text):
         ("box_offsets", np.array([0, 2, 1, 3]), "offsets that fall"),
         ("box_offsets", np.array([0, 1, 2, 9]), "ends with 9, dataset.json says 3 boxes"),
         ("box_offsets", np.array([1, 1, 2, 3]), "offsets that fall"),
+        ("mask_offsets", np.array([0, 1, 2, 1 << 60]), "masks.bin: .* bytes, expected 1152921504"),
         ("image_id_order", np.array([0, 1, 3], np.int32), "found 0 to 3, expected 0 to 2"),
         ("image_size", -np.ones((3, 2), np.int32), "found a side of -1"),
         ("image_path", np.array([b"\xff"] * 3), "bytes that are not UTF-8"),
