@@ -22,7 +22,8 @@ from pathlib import Path
 from common.io.errors import UserError
 from tests.fuzz_readers import READERS
 
-SPARE = 1 << 30  # bytes for one input
+# Bytes for one input; threads that it starts reserve addresses of their own.
+SPARE = (1 << 30) + (os.cpu_count() or 1) * (80 << 20)
 LONGEST = 20  # seconds for one input
 _NASTY_NUMBERS = (
     *(b"0", b"-1", b"1", b"1e400", b"-1e400", b"NaN", b"1.5", b"2147483648", b"4294967296"),
