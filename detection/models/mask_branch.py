@@ -9,6 +9,7 @@ Shape legend
   F  the first RoIs; all positives are among them
   D  boxes per image in inference
   S  side of a mask
+  P  pooled side, C channels of the pyramid
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +63,9 @@ def train_masks(
     targets, counted = jax.tree.map(
         lambda values: jax.vmap(lambda row, order: row[order])(values, order), (targets, counted)
     )
-    logits = head(branch.pool(targets.boxes), jnp.maximum(targets.labels - 1, 0), counted)
+    logits = head(
+        _pooled(branch, targets.boxes, counted), jnp.maximum(targets.labels - 1, 0), counted
+    )
     target = mask_targets(
         batch["gt_masks"], targets.gt_boxes, targets.matched_idx, targets.boxes, logits.shape[-1]
     )
@@ -83,7 +86,14 @@ def predict_masks(
       classes: 0..K-1.
       valid: boxes that are real.
     """
-    pooled = branch.pool(boxes)
+    pooled = _pooled(branch, boxes, valid)
     heads = [head for head in branch.heads if head is not None]
     masks = sum(jax.nn.sigmoid(head(pooled, classes, valid)) for head in heads) / len(heads)
     return jnp.where(valid[..., None, None], masks, 0.0)
+
+
+def _pooled(
+    branch: MaskBranch, boxes: Float[Array, "B R 4"], present: Bool[Array, "B R"]
+) -> Float[Array, "B R P P C"]:
+    """Features of the boxes that are present; others are empty boxes, which read a single cell."""
+    return branch.pool(jnp.where(present[..., None], boxes, 0.0))

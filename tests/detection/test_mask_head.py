@@ -203,14 +203,19 @@ def test_detections_have_the_masks_that_their_boxes_are_given(detector):
 
 
 @pytest.mark.parametrize(
-    ("stages", "heads", "terms"),
+    ("stages", "fields", "heads", "terms"),
     [
-        ("last", {"mask_head"}, {"mask"}),
-        ("all", {"mask_head", "mask_head2"}, {"mask_stage1", "mask_stage2"}),
+        ("last", dict(split_after="c3"), {"mask_head"}, {"mask"}),
+        (
+            "all",
+            dict(box_head=dict(kind="decoupling"), dtype="bfloat16"),
+            {"mask_head", "mask_head2"},
+            {"mask_stage1", "mask_stage2"},
+        ),
     ],
 )
-def test_cascades_train_masks_in_the_last_or_in_every_stage(stages, heads, terms):
-    settings = settings_of("class_agnostic", split_after="c3", stages=TWO_STAGES)
+def test_cascades_train_masks_in_the_last_or_in_every_stage(stages, fields, heads, terms):
+    settings = settings_of("class_agnostic", stages=TWO_STAGES, **fields)
     mask_head = dataclasses.replace(settings.model.mask_head, stages=stages)
     model = build(dataclasses.replace(settings.model, mask_head=mask_head), 3)
     shapes = variable_shapes(model, init_shapes(settings.data))
@@ -219,6 +224,7 @@ def test_cascades_train_masks_in_the_last_or_in_every_stage(stages, heads, terms
     batch = with_masks(make_batch(2))
     losses = jax.eval_shape(lambda v: tiny.losses(model, v, batch), shapes)
     assert {name for name in losses if name.startswith("mask")} == terms
+    assert all(losses[name].dtype == np.float32 for name in terms)
     found = jax.eval_shape(lambda v: model.apply(v, batch, train=False), shapes)
     assert found["masks"].shape == (2, 20, 28, 28)
 
