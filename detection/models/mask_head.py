@@ -20,8 +20,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from common.nn.layers.conv import conv2d, he_normal_fan_out
+from common.nn.layers.conv import he_normal_fan_out
 from common.nn.xla_cpu.present_rows import map_present
+from common.nn.xla_cpu.winograd import small_conv
 
 PREDICTOR_INIT = nn.initializers.normal(0.001)
 
@@ -101,7 +102,7 @@ def mask_logits(
     """
     dtype = x.dtype
     for kernel, bias in convs:
-        x = nn.relu(conv2d(x, kernel.astype(dtype)) + bias.astype(dtype))
+        x = nn.relu(small_conv(x, kernel.astype(dtype)) + bias.astype(dtype))
     count, side, _, channels = x.shape
     kernel = deconv.kernel.transpose(2, 0, 1, 3).reshape(channels, -1).astype(dtype)
     x = (x.reshape(-1, channels) @ kernel).reshape(count, side * side * 4, -1)
