@@ -1,10 +1,11 @@
 """Scores a trained detector on a split.
 
-    python -m detection.evaluate --workdir=WORK --split=validation
+    python -m detection.evaluate --workdir=WORK --split=validation [--watch]
 
 The config is that of the run; `--config.FIELD=VALUE` overrides it, --config=FILE replaces it.
 Prints the result and writes WORK/evaluation/STEP/{SPLIT.parquet, SPLIT_metrics.json}; with
 `--config.test_time.scales=600,800,1000` (`detection.tta.test_time`) they are SPLIT_test_time...
+With --watch each checkpoint of a training is scored as it appears (`common.training.watch`).
 Of a config that refines boxes, the table of `config.evaluation.proposals` is refined and scored.
 """
 
@@ -17,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common.data.dataset import Dataset
-from common.io import run_flags
+from common.io import activity, run_flags
 from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -25,10 +26,11 @@ from common.io.paths import PathLike
 from common.metrics.official import evaluate
 from common.metrics.readiness import check_metric, evaluation_split
 from common.tables.table import remove_table
-from common.training import command, distributed
+from common.training import command, distributed, watch
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
+from detection import watch as watching
 from detection.batch_fields import init_shapes
 from detection.inference import predict_split
 from detection.models.box_refiner import BoxRefiner
@@ -89,7 +91,8 @@ def evaluate_variables(
         detect(settings, model, variables, dataset, split, mesh, table, **options)
     if not distributed.is_main_process():
         return {}
-    results = score(settings, dataset, split, table)
+    with activity.doing(activity.SCORING):
+        results = score(settings, dataset, split, table)
     write_json(folder / f"{name}_metrics.json", results)
     summary = {k: v for k, v in results.items() if "PerformanceByCategory" not in k}
     for metric, value in summary.items():
@@ -115,11 +118,15 @@ def check_evaluation(settings: RunSettings, dataset: Dataset, say: Callable) -> 
 def define_flags() -> None:
     flags.DEFINE_string("split", None, "Split to score; default: config.data.eval_split.")
     flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
+    watch.define_flags()
+    watching.define_flags()
 
 
 def main() -> None:
     mesh, say = command.start()
     workdir = flags.FLAGS.workdir
+    if flags.FLAGS.watch:
+        watch.wait_for_training(workdir, say)
     settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
     dataset = command.open_model_dataset(
         settings.data.directory, workdir, has_classes=not settings.model.refines
@@ -128,6 +135,10 @@ def main() -> None:
     check_metric(dataset, split, settings.evaluation.metric)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))
+    if flags.FLAGS.watch:
+        common = (settings, model, shapes, dataset, split, mesh, workdir, say)
+        watching.watch_training(*common, evaluate_variables)
+        return
     variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
     folder = epath.Path(workdir) / "evaluation" / f"{step}"
     evaluate_variables(

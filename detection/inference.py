@@ -23,6 +23,7 @@ from common.masks.paste import PASTING_THREADS, box_masks
 from common.tables import DetectionsWriter
 from common.training import distributed
 from common.training.compiling import announced
+from common.training.preemption import stoppable
 from common.training.step import make_predict_step
 from detection.batch_fields import INFERENCE_FIELDS
 from detection.models.faster_rcnn import FasterRCNN
@@ -103,7 +104,7 @@ def predict_split(
             for batch in progress.timed(batches)
         )
         finished = finish_behind(finish, started, masks=settings.model.has_masks)
-        for number, photos in enumerate(finished, start=1):
+        for number, photos in enumerate(stoppable(finished), start=1):
             add_rows(writer, photos, dataset, labels)
             progress.report(number)
         if batches.skipped_images:

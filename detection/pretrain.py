@@ -28,10 +28,11 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import save_backbone_weights
-from common.training import command, distributed
+from common.training import command, distributed, preemption
 from common.training.compiling import announced
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
-from common.training.restore import first_state, open_checkpoints
+from common.training.preemption import stoppable
+from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import (
     TrainState,
@@ -40,7 +41,6 @@ from common.training.step import (
     make_predict_step,
     variable_shapes,
 )
-from common.training.stopping import StopRequests
 from common.training.watchdog import MetricsCheck, StallWatchdog
 from detection.models.classifier import Classifier
 from detection.models.settings import ClassifierSettings
@@ -48,6 +48,7 @@ from detection.settings import PretrainSettings, read_pretrain
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
+    "optimizer.accumulate",
     "log",
     "checkpoint",
     "evaluation",
@@ -100,7 +101,15 @@ def pretrain_in(
     state, start_step = first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    train_step = announced(jit_train_step(model, tx, mesh), "training step", say)
+    accumulate = choose_parts(
+        checkpoints,
+        batch_size,
+        mesh,
+        settings.optimizer.accumulate,
+        say,
+        whole_batch=settings.model.norm == "sync",
+    )
+    train_step = announced(jit_train_step(model, tx, mesh, accumulate), "training step", say)
     predict = announced(jax.jit(make_predict_step(model, mesh)), "evaluation step", say)
     fields = init_batch(settings.data).keys()
     batches = train_batches(
@@ -112,13 +121,26 @@ def pretrain_in(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": settings.name}
+    extra = {
+        "steps_per_epoch": steps_per_epoch,
+        "batch_size": batch_size,
+        "config": settings.name,
+        "parts": mesh.size * accumulate,
+        "num_steps": num_steps,
+    }
     progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
+    step = start_step
     check = MetricsCheck(train_images.name)
+
+    def save_stopped() -> None:
+        if step > start_step:
+            check.latest()  # nothing that is not finite is kept
+        checkpoints.save(step, state, extra, wait=True)
+
     with (
         RunMetrics(workdir, start_step) as log,
-        StallWatchdog(settings.log.stall_seconds) as watchdog,
-        StopRequests(say) as stop,
+        StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
+        preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
     ):
 
@@ -142,7 +164,7 @@ def pretrain_in(
 
             if settings.log.is_due(step, start_step + 1, num_steps):
                 figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
-                say(progress.line(step, figures), flush=True)
+                say(progress.line(step, figures) + distributed.slowest(), flush=True)
                 log.write(step, figures | progress.rates(step))
                 checkpoints.check()
 
@@ -155,11 +177,7 @@ def pretrain_in(
                 with progress.pause():
                     evaluate(step, state.variables)
             watchdog.beat()
-
-            if stop.requested(step) and step != num_steps:
-                check.latest()
-                checkpoints.save(step, state, extra, wait=True)
-                stop.leave(step)
+            preemption.passes()
 
         checkpoints.close()
         top1 = evaluate(num_steps, state.variables).get("top1", math.nan)
@@ -229,7 +247,7 @@ def top1_accuracy(
         process_count=jax.process_count(),
     )
     correct = jnp.zeros((), jnp.int32)
-    for batch in batches:
+    for batch in stoppable(batches):
         del batch["image_index"]
         correct += jnp.sum(predict(variables, distributed.to_global(batch, mesh))["correct"])
     return int(correct) / len(images)

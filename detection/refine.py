@@ -30,6 +30,7 @@ from common.metrics.coverage import split_images
 from common.metrics.openimages import best_overlaps
 from common.tables import DetectionsReader, DetectionsWriter
 from common.training import distributed
+from common.training.preemption import stoppable
 from detection.batch_fields import REFINER_FIELDS
 from detection.inference import compiled_predict_step
 from detection.models.box_refiner import BoxRefiner
@@ -166,7 +167,9 @@ def refine_table(
                 for batch in progress.timed(batches)
             )
             # The host writes batch i while the devices work on batch i + 1.
-            for number, (image_size, results) in enumerate(behind(started)):
+            for number, (image_size, results) in enumerate(
+                stoppable(behind(started), together=False)
+            ):
                 slots = members[number]
                 rows = [first[m] + np.arange(sizes[m]) for m in slots[slots >= 0]]
                 at = np.concatenate(rows)

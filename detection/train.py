@@ -22,14 +22,13 @@ from common.io import run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
-from common.training import command, distributed
+from common.training import command, distributed, preemption
 from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
-from common.training.restore import first_state, open_checkpoints
+from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
-from common.training.stopping import StopRequests
 from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import keep_classes
 from detection.batch_fields import init_shapes, train_shapes
@@ -42,6 +41,7 @@ from detection.settings import RunSettings, read_run
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
+    "optimizer.accumulate",
     "log",
     "checkpoint",
     "evaluation",
@@ -116,7 +116,15 @@ def train_in(
 
     # ---------------------------------------------------------------- loop
     announce_canvases(train_canvases(settings.data), say)
-    train_step = announced(jit_train_step(model, tx, mesh), "training step", say)
+    accumulate = choose_parts(
+        checkpoints,
+        batch_size,
+        mesh,
+        settings.optimizer.accumulate,
+        say,
+        whole_batch=settings.model.needs_whole_batch,
+    )
+    train_step = announced(jit_train_step(model, tx, mesh, accumulate), "training step", say)
     fields = train_shapes(settings.data, 1, dataset.num_classes).keys()
     batches = train_batches(
         dataset,
@@ -129,13 +137,26 @@ def train_in(
         process_count=jax.process_count(),
         proposals=proposals,
     )
-    extra = {"steps_per_epoch": steps_per_epoch, "batch_size": batch_size, "config": settings.name}
+    extra = {
+        "steps_per_epoch": steps_per_epoch,
+        "batch_size": batch_size,
+        "config": settings.name,
+        "parts": mesh.size * accumulate,
+        "num_steps": num_steps,
+    }
     progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
+    step = start_step
     check = MetricsCheck(plan.image_name)
+
+    def save_stopped() -> None:
+        if step > start_step:
+            check.latest()  # nothing that is not finite is kept
+        checkpoints.save(step, state, extra, wait=True)
+
     with (
         RunMetrics(workdir, start_step) as log,
-        StallWatchdog(settings.log.stall_seconds) as watchdog,
-        StopRequests(say) as stop,
+        StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
+        preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
     ):
 
@@ -156,7 +177,7 @@ def train_in(
 
             if settings.log.is_due(step, start_step + 1, num_steps):
                 figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
-                say(progress.line(step, figures), flush=True)
+                say(progress.line(step, figures) + distributed.slowest(), flush=True)
                 log.write(step, figures | progress.rates(step))
                 checkpoints.check()
 
@@ -169,11 +190,7 @@ def train_in(
                 with progress.pause():
                     evaluate(step, state.variables)
             watchdog.beat()
-
-            if stop.requested(step) and step != num_steps:
-                check.latest()
-                checkpoints.save(step, state, extra, wait=True)
-                stop.leave(step)
+            preemption.passes()
 
         checkpoints.close()
         if batches.left_out:

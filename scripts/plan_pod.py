@@ -96,7 +96,7 @@ def compile_train_step(
     schedule = make_schedule(optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
     tx = make_optimizer(optimizer, schedule, shapes["params"], frozen)
     state = jax.eval_shape(lambda: init_state(model, tx, config.seed, init_batch))
-    step = jit_train_step(model, tx, mesh)
+    step = jit_train_step(model, tx, mesh, optimizer.accumulate)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - start

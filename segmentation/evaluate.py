@@ -1,6 +1,6 @@
 """Measures a trained segmenter inside the ground-truth boxes of a split.
 
-    python -m segmentation.evaluate --workdir=WORK --split=validation
+    python -m segmentation.evaluate --workdir=WORK --split=validation [--watch]
 
 The config is that of the run; `--config.FIELD=VALUE` overrides it, --config=FILE replaces it.
 Prints the figures and writes WORK/evaluation/STEP/SPLIT_metrics.json, there also class by class:
@@ -29,7 +29,8 @@ from common.io.errors import UserError
 from common.io.parallel import behind
 from common.io.progress import Progress
 from common.metrics.readiness import check_masks, evaluation_split
-from common.training import command, distributed
+from common.training import command, distributed, watch
+from common.training.preemption import stoppable
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
 from segmentation.batch_fields import init_shapes
@@ -77,7 +78,7 @@ def evaluate_variables(
         for batch in progress.timed(batches)
     )
     # The host adds the figures of batch i while the devices work on batch i + 1.
-    for number, figures in enumerate(behind(started), start=1):
+    for number, figures in enumerate(stoppable(behind(started)), start=1):
         totals += distributed.to_host(figures)
         progress.report(number, last=number == batches.num_batches)
     results = summary(totals)
@@ -131,11 +132,14 @@ def check_evaluation(settings: RunSettings, dataset: Dataset, say: Callable) -> 
 def define_flags() -> None:
     flags.DEFINE_string("split", None, "Split to measure; default: config.data.eval_split.")
     flags.DEFINE_integer("step", None, "Checkpoint to measure; default: the newest.")
+    watch.define_flags()
 
 
 def main():
     mesh, say = command.start()
     workdir = flags.FLAGS.workdir
+    if flags.FLAGS.watch:
+        watch.wait_for_training(workdir, say)
     settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
     dataset = command.open_model_dataset(
         settings.data.dir, workdir, has_classes=settings.model.class_specific
@@ -143,6 +147,23 @@ def main():
     split = evaluation_split(dataset, flags.FLAGS.split or settings.data.eval_split, say)
     model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
     shapes = variable_shapes(model, init_shapes())
+    if flags.FLAGS.watch:
+
+        def measure(candidate: epath.Path, step: int, folder: epath.Path) -> dict[str, float]:
+            variables, _ = restore_variables(candidate, shapes, mesh, step)
+            common = (settings, model, dataset, mesh, variables, step, folder)
+            return evaluate_variables(*common, split=split, say=say)
+
+        watch.watch(
+            epath.Path(workdir),
+            split,
+            measure,
+            "mean_iou",
+            timeout=flags.FLAGS.timeout,
+            poll_seconds=flags.FLAGS.poll_seconds,
+            say=say,
+        )
+        return
     variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
     folder = epath.Path(workdir) / "evaluation" / f"{step}"
     evaluate_variables(

@@ -35,6 +35,7 @@ from common.tables import DetectionsReader, DetectionsWriter
 from common.tables.masked import RowMasks, write_with_masks
 from common.tables.table import Detections
 from common.training import command, distributed
+from common.training.preemption import stoppable
 from segmentation.crops.batches import BoxBatch, box_batches
 from segmentation.inference import Voter
 from segmentation.settings import RunSettings, read_run
@@ -121,7 +122,7 @@ def add_masks(
             threads=PASTING_THREADS,
             ahead=PASTING_THREADS,
         )
-        for masks in pasted:
+        for masks in stoppable(pasted, together=False):
             yield masks
             done += len(masks.rows)
             progress.report(done, last=done == total)

@@ -21,14 +21,13 @@ from common.io import run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.layers import norm
-from common.training import command, distributed
+from common.training import command, distributed, preemption
 from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
-from common.training.restore import first_state, open_checkpoints
+from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import init_state, jit_train_step, variable_shapes
-from common.training.stopping import StopRequests
 from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import keep_classes
 from segmentation.batch_fields import init_shapes
@@ -41,6 +40,7 @@ from segmentation.settings import RunSettings, read_run
 
 # Fields that may change between two starts of one run: they do not change what a step computes.
 MAY_DIFFER = (
+    "optimizer.accumulate",
     "log",
     "checkpoint",
     "evaluation",
@@ -103,7 +103,15 @@ def train_in(
 
     # ---------------------------------------------------------------- loop
     announce_canvases(settings.data.canvases, say)
-    train_step = announced(jit_train_step(model, tx, mesh), "training step", say)
+    accumulate = choose_parts(
+        checkpoints,
+        settings.data.batch_size,
+        mesh,
+        settings.optimizer.accumulate,
+        say,
+        whole_batch=settings.model.norm == "sync",
+    )
+    train_step = announced(jit_train_step(model, tx, mesh, accumulate), "training step", say)
     fields = tuple(init_shapes())
     batches = train_batches(
         dataset,
@@ -118,15 +126,24 @@ def train_in(
         "steps_per_epoch": steps_per_epoch,
         "batch_size": settings.data.batch_size,
         "config": settings.name,
+        "parts": mesh.size * accumulate,
+        "num_steps": num_steps,
     }
     progress = Progress(
         num_steps, settings.data.batch_size, mesh.size, steps_per_epoch=steps_per_epoch
     )
+    step = start_step
     check = MetricsCheck(functools.partial(instance_name, dataset))
+
+    def save_stopped() -> None:
+        if step > start_step:
+            check.latest()  # nothing that is not finite is kept
+        checkpoints.save(step, state, extra, wait=True)
+
     with (
         RunMetrics(workdir, start_step) as log,
-        StallWatchdog(settings.log.stall_seconds) as watchdog,
-        StopRequests(say) as stop,
+        StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
+        preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
     ):
 
@@ -146,7 +163,7 @@ def train_in(
 
             if settings.log.is_due(step, start_step + 1, num_steps):
                 figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
-                say(progress.line(step, figures), flush=True)
+                say(progress.line(step, figures) + distributed.slowest(), flush=True)
                 log.write(step, figures | progress.rates(step))
                 checkpoints.check()
 
@@ -159,11 +176,7 @@ def train_in(
                 with progress.pause():
                     evaluate(step, state.variables)
             watchdog.beat()
-
-            if stop.requested(step) and step != num_steps:
-                check.latest()
-                checkpoints.save(step, state, extra, wait=True)
-                stop.leave(step)
+            preemption.passes()
 
         checkpoints.close()
         if batches.skipped_images:

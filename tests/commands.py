@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +38,12 @@ def run(module: str, *flags: str, devices: int = 1) -> str:
     return output
 
 
-def run_two_processes(module: str, *flags: str, devices: int = 1) -> list[str]:
-    """The outputs of two processes that talk to each other, each with so many devices."""
+def start_two_processes(module: str, *flags: str, devices: int = 1) -> list[subprocess.Popen]:
+    """Two processes that talk to each other, each with so many devices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
+    return [
         start(
             module,
             *flags,
@@ -53,9 +54,23 @@ def run_two_processes(module: str, *flags: str, devices: int = 1) -> list[str]:
         )
         for i in range(2)
     ]
+
+
+def run_two_processes(module: str, *flags: str, devices: int = 1) -> list[str]:
+    """The outputs of `start_two_processes`, which succeed."""
+    processes = start_two_processes(module, *flags, devices=devices)
     outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     return outputs
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+    """Waits until a file that a process writes has so many lines."""
+    deadline = time.monotonic() + 400
+    while not (path.exists() and len(path.read_text().splitlines()) >= count):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def refusal(module: str, *flags: str) -> str:

@@ -15,6 +15,8 @@ xmin, ymin, xmax, ymax.
 import dataclasses
 import io
 import math
+import os
+import stat
 from typing import Any
 
 import numpy as np
@@ -164,7 +166,10 @@ def read_file(path: str) -> bytes:
     """
     try:
         if "://" not in path:
-            with open(path, "rb") as file:
+            # A pipe would be waited for.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ImageError("not a regular file")
                 return file.read()
         return tensorflow_io.read_address(path)
     except OSError as error:

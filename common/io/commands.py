@@ -4,13 +4,13 @@ import errno
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
 from common.io.command_line import parse_flags
-from common.io.errors import UserError
+from common.io.endings import EXIT_AGAIN, errors_told
+from common.io.errors import Stopped, UserError
 from common.io.home import expand_home_in_flags
 from common.io.memory import keep_freed_memory
 
@@ -20,6 +20,8 @@ def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> No
 
     That is a `UserError` here or in the command line, and what the operating system refuses. Help
     and wrong flags are answered before the imports of the command, see `common.io.early_answers`.
+
+    A command that was told to end (`Stopped`) and that the same command goes on with exits with 75.
 
     Args:
       main: the command. It is called without arguments, or with the chosen one of `actions`.
@@ -33,23 +35,17 @@ def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> No
 
     def guarded(argv: Sequence[str]) -> int | None:
         try:
-            expand_home_in_flags()
-            return main(*check_arguments(argv[1:], actions))
+            with errors_told():
+                expand_home_in_flags()
+                return main(*check_arguments(argv[1:], actions))
+        except Stopped as stopped:
+            print(f"stopped by {stopped}: the same command goes on from here", flush=True)
+            return EXIT_AGAIN
         except (UserError, OSError, RecursionError, MemoryError) as error:
-            return _leave(_refuse(error))
+            return _refuse(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
-            return _leave(128 + signal.SIGINT)
-        except Exception as error:
-            if not _has_others():
-                raise
-            lost = type(error).__name__ == "JaxRuntimeError"
-            if lost:
-                first = (str(error).splitlines() or [""])[0][:200]
-                print(f"error: another process of the run is lost ({first})", file=sys.stderr)
-            else:
-                traceback.print_exc()
-            return _leave(1)
+            return 128 + signal.SIGINT
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -58,24 +54,6 @@ def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> No
             sys.exit(_refuse(error))
 
     app.run(guarded, flags_parser=parse)
-
-
-def _has_others() -> bool:
-    """Whether this process is one of several that JAX has joined."""
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def _leave(status: int) -> int:
-    """Gives the status back, or ends this process at once where others would be waited for.
-
-    They may be in the middle of a step that needs this process: its end is what they notice.
-    """
-    if _has_others():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
 
 
 def _refuse(error: BaseException) -> int:

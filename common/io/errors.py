@@ -14,3 +14,7 @@ class UserError(ValueError):
             return text
         shown = (c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in text)
         return " ".join("".join(shown).split())
+
+
+class Stopped(Exception):
+    """A command was asked to end and has saved what it had; the same command goes on from there."""

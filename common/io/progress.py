@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
+from common.io import activity
+
 _Batch = TypeVar("_Batch")
 
 
@@ -94,7 +96,8 @@ class Progress:
         self._times_data = True
         start = self._clock()
         try:
-            yield
+            with activity.doing(activity.INPUT):
+                yield
         finally:
             self._data_wait += self._clock() - start
 
@@ -129,6 +132,7 @@ class Progress:
 
     def step_done(self, step: float) -> None:
         """Says that `step` (counted from 1) was handed to the device."""
+        activity.step_done(step)
         if self._first is None:
             self._first = self._mark(step)
             self._paused_before_first = self._paused
@@ -156,11 +160,13 @@ class Progress:
         seconds = max(now.time - since.time, 1e-9)
         steps = now.step - since.step
         images_per_second = steps * self._batch_size / seconds
+        data_wait_share = min((now.data_wait - since.data_wait) / seconds, 1.0)
+        activity.data_wait(data_wait_share)
         pause_per_step = (self._paused - self._paused_before_first) / (step - self._first.step)
         return {
             "images_per_second": images_per_second,
             "images_per_second_per_device": images_per_second / (self._num_devices or 1),
-            "data_wait_share": min((now.data_wait - since.data_wait) / seconds, 1.0),
+            "data_wait_share": data_wait_share,
             "seconds_left": (self._total - step) * (seconds / steps + pause_per_step),
         }
 

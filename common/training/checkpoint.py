@@ -39,7 +39,7 @@ from common.training.checkpoint_items import (
 )
 
 _MAX_NAMED = 4  # differing parameters spelled out in an error
-_COMMITTED = "commit_success.txt"  # orbax writes it last
+COMMITTED = "commit_success.txt"  # orbax writes it last
 
 
 class Checkpoints:
@@ -144,7 +144,7 @@ class Checkpoints:
         return sorted(
             int(path.name)
             for path in self._children()
-            if path.name.isdecimal() and (path / _COMMITTED).exists()
+            if path.name.isdecimal() and (path / COMMITTED).exists()
         )
 
     def latest_step(self) -> int | None:
@@ -221,7 +221,7 @@ class Checkpoints:
             path
             for path in self._children()
             if ".orbax-checkpoint-tmp" in path.name
-            or (path.name.isdecimal() and not (path / _COMMITTED).exists())
+            or (path.name.isdecimal() and not (path / COMMITTED).exists())
         ]
 
     def choose_step(self, step: int | None) -> int:

@@ -1,6 +1,7 @@
 """What every command that works on a run starts with: its devices, its dataset."""
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +14,7 @@ from common.data.dataset import Dataset
 from common.data.model_classes import photos_for_model, read_model_classes, with_model_classes
 from common.io.errors import UserError
 from common.io.paths import to_epath
-from common.training import distributed
+from common.training import distributed, preemption
 from common.training.workdir import differences, name_some, prepare_workdir, read_config
 from common.training.workdir_lock import workdir_lock
 
@@ -32,6 +33,8 @@ _OF_THE_MODEL = ("config.model.", "config.data.canvas", "config.data.pad_multipl
 def start(**batch_sizes: int) -> tuple[Mesh, Callable[..., None]]:
     """Joins the other processes; returns the mesh and a `print` that only one of them does.
 
+    From now on SIGTERM and SIGINT ask the command to stop where it can (`preemption`).
+
     Args:
       **batch_sizes: by table of the config, which must be multiples of the number of devices.
 
@@ -39,6 +42,7 @@ def start(**batch_sizes: int) -> tuple[Mesh, Callable[..., None]]:
       UserError: one of them is not.
     """
     distributed.initialize()
+    preemption.install(distributed.team(), socket.gethostname())
     mesh = distributed.make_mesh()
     say = print if distributed.is_main_process() else lambda *_, **__: None
     say(

@@ -6,78 +6,80 @@ first axis. The same code runs on one CPU, on one accelerator and on a pod slice
 Shapes: B global batch, b = B / processes the rows of one process.
 """
 
-import glob
-import importlib.util
-import os
+import atexit
+import signal
+import socket
+import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from common.io.commands import one_line
+from common.io.endings import on_error
 from common.io.errors import UserError
+from common.training.cluster import find_cluster
+from common.training.team import Team
 
 DATA_AXIS = "data"
-LOST_SECONDS = 30  # without a sign of life until a process is taken for lost, and the run ends
-_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_JOIN_SECONDS = 300
+_BARRIER_SECONDS = 1800.0
+
+_team: Team | None = None
 
 
 def initialize() -> None:
     """Joins the other processes of the run. Call it first, before anything asks for devices.
 
-    With `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` set, these say who takes part. On Cloud TPU, JAX finds the hosts of the slice
-    by itself. Otherwise the run is this process alone. Further calls do nothing.
+    They are found by `common.training.cluster`; a process without others is the run alone. From
+    then on an error of one process ends all of them (`common.training.team`). Further calls do
+    nothing.
 
     Raises:
-      UserError: some of the three variables are set but not all, or one is not a valid number.
+      UserError: the environment contradicts itself.
     """
+    global _team
     if jax.distributed.is_initialized():
         return
-    values = {name: os.environ.get(name, "") for name in _VARIABLES}
-    if not any(values.values()):
-        if _on_cloud_tpu():
-            jax.distributed.initialize(
-                heartbeat_timeout_seconds=LOST_SECONDS, shutdown_timeout_seconds=LOST_SECONDS
-            )
+    cluster = find_cluster()
+    if cluster is None:
         return
-    missing = [name for name, value in values.items() if not value]
-    if missing:
-        raise UserError(
-            f"environment: {', '.join(missing)} not set, expected all or none of "
-            f"{', '.join(_VARIABLES)}"
-        )
-    address, count, index = values.values()
-    if ":" not in address:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS: found {address!r}, expected host:port")
-    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-        raise UserError(
-            f"JAX_PROCESS_ID: found {index!r} of JAX_NUM_PROCESSES={count!r}, expected whole "
-            "numbers with 0 <= id < number"
-        )
-    jax.distributed.initialize(
-        coordinator_address=address,
-        num_processes=int(count),
-        process_id=int(index),
-        heartbeat_timeout_seconds=LOST_SECONDS,
-        shutdown_timeout_seconds=LOST_SECONDS,
-    )
+    jax.distributed.initialize(**cluster.arguments, initialization_timeout=_JOIN_SECONDS)
+    # JAX takes SIGTERM for a notice; commands that look for it say so (`preemption.install`).
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    store = jax_distributed.global_state.client
+    assert store is not None
+    _team = Team(store, jax.process_index(), jax.process_count(), socket.gethostname())
+    _team.start()
+    on_error(_end_all)
+    atexit.register(_team.finish)  # before JAX's own, which waits for five minutes only
 
 
-def _on_cloud_tpu() -> bool:
-    """Whether this is a host of a TPU slice, found without starting a backend."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms and "tpu" not in platforms.split(","):
-        return False
-    if importlib.util.find_spec("libtpu") is None:
-        return False
-    if "TPU_SKIP_MDS_QUERY" in os.environ and "TPU_WORKER_HOSTNAMES" not in os.environ:
-        return False  # one host that was told not to look for others
-    return bool(glob.glob("/dev/accel[0-9]*")) or (
-        bool(glob.glob("/dev/vfio/[0-9]*")) and "TPU_ACCELERATOR_TYPE" in os.environ
-    )
+def team() -> Team | None:
+    """The processes of the run; None: this one is alone."""
+    return _team
+
+
+def slowest() -> str:
+    """Who holds up the others, for the log line; "" where nobody does."""
+    return _team.slowest() if _team is not None else ""
+
+
+def _end_all(error: BaseException) -> None:
+    """Ends all processes because of the error that ends this one."""
+    assert _team is not None
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        _team.wait_for_cause()
+    if isinstance(error, UserError | OSError | RecursionError | MemoryError):
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+    _team.fail(one_line(error))
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -209,7 +211,11 @@ def same_everywhere(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes are here. `name` must be the same in all of them."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def barrier(name: str, seconds: float = _BARRIER_SECONDS) -> None:
+    """Waits until all processes are here. `name` must be the same in all of them.
+
+    Raises:
+      UserError: names the processes that are not here after `seconds`.
+    """
+    if _team is not None:
+        _team.barrier(name, seconds)

@@ -45,6 +45,7 @@ class OptimizerSettings:
         cosine to 0, or 'poly' with the `power` of the share of steps that is left.
       momentum, weight_decay: see the head of the module.
       clip_norm: of the gradient of all trained parameters together; 0: not clipped.
+      accumulate: parts, one after another, in which each device computes its images of a step.
     """
 
     learning_rate: float
@@ -61,6 +62,7 @@ class OptimizerSettings:
     momentum: float
     weight_decay: float
     clip_norm: float
+    accumulate: int
 
     def __post_init__(self):
         rates = self.learning_rate, self.learning_rate_per_image
@@ -76,6 +78,7 @@ class OptimizerSettings:
             check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("decay_factor", "power"):
             check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        check(self.accumulate >= 1, "accumulate", self.accumulate, "at least 1")
         if not self.num_steps:
             check(self.num_epochs > 0, "num_epochs", self.num_epochs, "more than 0")
         epochs = self.decay_epochs

@@ -7,6 +7,7 @@ from etils import epath
 from jax import eval_shape, jit
 from jax.sharding import Mesh
 
+from common.io.errors import UserError
 from common.training import distributed
 from common.training.checkpoint import Checkpoints
 from common.training.settings import CheckpointSettings
@@ -35,6 +36,48 @@ def first_state(
     state, _ = checkpoints.restore(step, abstract)
     say(f"resuming at step {step}", flush=True)
     return state, step
+
+
+def choose_parts(
+    checkpoints: Checkpoints,
+    batch_size: int,
+    mesh: Mesh,
+    accumulate: int,
+    say: Callable,
+    *,
+    whole_batch: bool = False,
+) -> int:
+    """Parts in which each device computes its images.
+
+    A run that goes on with fewer devices keeps its parts, and so its bits: each device computes
+    several of them.
+
+    Args:
+      checkpoints: of the run.
+      batch_size: images of a step.
+      mesh: all devices.
+      accumulate: `config.optimizer.accumulate`.
+      say: where notes go.
+      whole_batch: some layer needs all images at once.
+
+    Raises:
+      UserError: the batch cannot be shared by all parts.
+    """
+    parts = mesh.size * accumulate
+    if batch_size % parts:
+        raise UserError(
+            f"config.data.batch_size: found {batch_size}, expected a multiple of {parts}: "
+            f"{mesh.size} devices x config.optimizer.accumulate {accumulate}"
+        )
+    if checkpoints.latest_step() is None:
+        return accumulate
+    before = checkpoints.read_extra().get("parts", parts)
+    if before > parts and before % mesh.size == 0 and not whole_batch:
+        say(f"the batch stays in {before} parts, {before // mesh.size} a device", flush=True)
+        return before // mesh.size
+    if before != parts:
+        say(f"note: {parts} parts of a batch, before {before}: sums are rounded otherwise")
+    return accumulate
 
 
 def restore_variables(

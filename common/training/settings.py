@@ -38,14 +38,19 @@ class LogSettings:
     Attributes:
       every_steps: steps from one line of figures to the next.
       stall_seconds: without a finished step until the stacks of all threads are printed; 0: never.
+      abort_after_stalls: so many times `stall_seconds` without a step end the run, which names the
+        process that holds up the others; 0: never.
     """
 
     every_steps: int
     stall_seconds: float
+    abort_after_stalls: int
 
     def __post_init__(self):
         check(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
         check(self.stall_seconds >= 0, "stall_seconds", self.stall_seconds, "0 (off) or more")
+        stalls = self.abort_after_stalls
+        check(stalls >= 0, "abort_after_stalls", stalls, "0 (never) or more")
 
     def is_due(self, step: int, first_step: int, num_steps: int) -> bool:
         """Whether the figures of `step` are reported: also those of the first and the last step."""

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from common.training.distributed import DATA_AXIS, batch_sharded, replicated, sum_over_devices
+from common.training.accumulation import summed_over_parts
+from common.training.distributed import DATA_AXIS, batch_sharded, replicated
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -75,7 +76,7 @@ def variable_shapes(model: nn.Module, batch: Mapping[str, jax.ShapeDtypeStruct])
 
 
 def make_train_step(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The update `(state, batch) -> (state, metrics)`, a pure function of both.
 
@@ -84,27 +85,40 @@ def make_train_step(
     NMS would synchronise all devices in every round and bfloat16 gradients would be summed in
     bfloat16.
 
+    With `accumulate` each device computes its images in so many parts, one after another, which
+    gives what as many times the devices would (`common.training.accumulation`).
+
     Metrics: every loss term as `loss/...`, their sum `loss`, figures of the model, and the global
     norm of the gradient.
     """
+
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def device_gradients(params, batch_stats, key, batch):
         streams = {
             name: jax.random.fold_in(key, i) for i, name in enumerate(("sampling", "dropout"))
         }
 
-        def loss_fn(params):
-            out, mutated = model.apply(
+        def apply(params, batch):
+            return model.apply(
                 {"params": params, "batch_stats": batch_stats},
                 batch,
                 train=True,
                 rngs=streams,
                 mutable=["batch_stats"],
             )
+
+        def loss_fn(params, batch):
+            out, mutated = apply(params, batch)
             return sum(out["losses"].values()), (out, mutated.get("batch_stats", batch_stats))
 
-        grads, (out, new_stats) = jax.grad(loss_fn, has_aux=True)(params)
-        grads, out = sum_over_devices((grads, out))
+        def gradients(batch):
+            grads, (out, new_stats) = jax.grad(loss_fn, has_aux=True)(params, batch)
+            return (grads, out), new_stats
+
+        (grads, out), new_stats = summed_over_parts(
+            gradients, lambda batch: apply(params, batch), batch, accumulate, in_order=on_cpu
+        )
         return grads, out, new_stats
 
     sharded_gradients = jax.shard_map(
@@ -129,11 +143,11 @@ def make_train_step(
 
 
 def jit_train_step(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
 ) -> jax.stages.Wrapped:
     """`make_train_step` compiled: state replicated and given up, the batch split over devices."""
     return jax.jit(
-        make_train_step(model, tx, mesh),
+        make_train_step(model, tx, mesh, accumulate),
         donate_argnums=0,
         in_shardings=(replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),

@@ -1,13 +1,17 @@
-"""Stops a run that diverged and shows where a run hangs."""
+"""Stops a run that diverged, and shows where a run hangs, which it ends in the end."""
 
 import faulthandler
 import math
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
 
+from common.io import activity
 from common.io.errors import UserError
 from common.training import distributed
 
@@ -80,35 +84,75 @@ class MetricsCheck:
 
 
 class StallWatchdog:
-    """Prints the stacks of all threads when no step finished for a while; the run goes on.
+    """Prints the stacks of all threads when no step finished for a while, and ends a dead run.
 
-    The usual reasons are a host that waits in a collective for another one that died, and an input
-    file system that stopped answering. Compiling counts as no step, so choose a longer time.
+    The usual reason is an input file system that stopped answering. Compiling counts as no step, so
+    choose a longer time.
 
-        with StallWatchdog(seconds=600) as watchdog:
+        with StallWatchdog(seconds=600, abort_after=3) as watchdog:
             for step in ...:
                 ...
                 watchdog.beat()
     """
 
-    def __init__(self, seconds: float, file: TextIO | None = None):
+    def __init__(
+        self,
+        seconds: float,
+        abort_after: int = 0,
+        file: TextIO | None = None,
+        abort: Callable[[float], Any] | None = None,
+    ):
         """`seconds` without a step before stacks are printed; 0 turns the watchdog off.
 
         Args:
           seconds: see above.
+          abort_after: so many times `seconds` without a step or batch end the run; 0: none do.
           file: with a file descriptor, default the process's stderr.
+          abort: called with the seconds instead of ending the run.
         """
         self._seconds = seconds
+        self._abort_after = abort_after
         self._file = file or sys.__stderr__ or sys.stderr
+        self._abort = abort or _end_stalled
+        self._left = threading.Event()
 
     def __enter__(self) -> "StallWatchdog":
         self.beat()
+        if self._seconds > 0 and self._abort_after:
+            threading.Thread(target=self._watch, name="stalls", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        self._left.set()
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
         """Says that a step finished: the time starts anew."""
         if self._seconds > 0:
             faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
+
+    def _watch(self) -> None:
+        limit = self._seconds * self._abort_after
+        start = time.monotonic()
+        while not self._left.wait(min(limit / 4, 5.0)):
+            _, idle = activity.current()
+            idle = min(idle, time.monotonic() - start)
+            if idle > limit:
+                self._abort(idle)
+
+
+def _end_stalled(seconds: float) -> None:
+    team = distributed.team()
+    if team is not None:
+        team.stalled(seconds)
+        return
+    doing, _ = activity.current()
+    if doing.what == activity.SCORING:
+        return
+    what = doing.what or "in a step"
+    print(
+        f"error: {what}: no step finished for {seconds:.0f} s after step {doing.step}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

@@ -62,9 +62,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         momentum=0.9,
         weight_decay=1e-4,
         clip_norm=0.0,  # 0: off
+        accumulate=1,  # parts of a device's images, one after another; not with norm sync
     )
 
     config.checkpoint = dict(every_steps=2000, keep_last=2, keep_epochs=False)
     config.evaluation = dict(batch_size=256, every_epochs=5)  # 0: only at the end
-    config.log = dict(every_steps=50, stall_seconds=1800)
+    config.log = dict(
+        every_steps=50,
+        stall_seconds=1800,  # without a step until stacks are printed; 0: never
+        abort_after_stalls=2,  # so many times stall_seconds end the run; 0: never
+    )
     return config

@@ -83,6 +83,7 @@ def get_config(crops: str = "256", arg: str | None = None) -> ml_collections.Con
         momentum=0.9,
         weight_decay=5e-4,
         clip_norm=0.0,  # 0: off
+        accumulate=1,  # parts of a device's images, one after another; not with norm sync
     )
 
     config.checkpoint = dict(every_steps=2000, keep_last=2, keep_epochs=False)
@@ -94,5 +95,9 @@ def get_config(crops: str = "256", arg: str | None = None) -> ml_collections.Con
         vote="mean",  # mean | hard: of several voters, see common.masks.vote
         threshold=0.5,  # that the foreground's probability must exceed
     )
-    config.log = dict(every_steps=50, stall_seconds=1800)
+    config.log = dict(
+        every_steps=50,
+        stall_seconds=1800,  # without a step until stacks are printed; 0: never
+        abort_after_stalls=2,  # so many times stall_seconds end the run; 0: never
+    )
     return config

@@ -5,14 +5,15 @@ all devices of `axis_name`. Shares add up to the loss of the global batch, their
 gradient. Losses are float32.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from common.nn.parts import sum_over_batch
+
 
 def global_sum(x: Array, axis_name: str | None) -> Array:
-    """Sum over the devices of `axis_name`; `x` itself outside of a device axis."""
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
+    """Sum over the devices of `axis_name` and their parts; `x` itself outside of a device axis."""
+    return sum_over_batch(x, axis_name)
 
 
 def share(

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.backbones.hrnet import HRNETS
 from common.nn.layers.canvas import standardise
+from common.nn.parts import sum_over_batch
 
 
 class Classifier(nn.Module):
@@ -69,10 +70,7 @@ class Classifier(nn.Module):
         correct = (jnp.argmax(logits, -1) == labels) & valid
         if not train:
             return {"loss": loss, "correct": correct}
-        count = valid.sum()
-        if self.axis_name is not None:
-            count = jax.lax.psum(count, self.axis_name)
-        count = jnp.maximum(count, 1)
+        count = jnp.maximum(sum_over_batch(valid.sum(), self.axis_name), 1)
         return {
             "losses": {"classification": loss.sum() / count},
             "monitor": {"accuracy": correct.sum() / count},

@@ -287,6 +287,12 @@ class ModelSettings:
         """Whether the model outlines the objects that it finds."""
         return self.mask_head.kind != "none"
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a norm averages over all images of a batch."""
+        neck = self.nas_fpn.norm if self.neck == "nas_fpn" else self.fpn_norm
+        return "sync" in (self.norm, neck)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSettings:

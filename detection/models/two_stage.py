@@ -24,6 +24,7 @@ from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.layers.canvas import normalise
+from common.nn.parts import image_numbers
 from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
 from detection.models.fpn import FPN
@@ -183,9 +184,7 @@ class TwoStage(nn.Module):
         What is drawn for an image depends on the stream's key, the same on all devices, and on the
         image's slot in the global batch, never on the number of devices.
         """
-        slots = jnp.arange(num_images)
-        if self.axis_name is not None:
-            slots += jax.lax.axis_index(self.axis_name) * slots.size
+        slots = image_numbers(num_images, self.axis_name)
         return jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("sampling"), slots)
 
     def losses(self, batch: Mapping[str, Array]) -> dict:

@@ -47,6 +47,7 @@ from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
+from common.training.preemption import stoppable
 from detection.batch_fields import INFERENCE_FIELDS
 from detection.inference import (
     PhotoRows,
@@ -151,7 +152,8 @@ def predict_views(
             return int((photos.index >= 0).sum()), tables
 
         # The host writes a block while the devices work on the next.
-        for number, tables in finish_behind(finish, started(), masks=settings.model.has_masks):
+        finished = finish_behind(finish, started(), masks=settings.model.has_masks)
+        for number, tables in stoppable(finished, together=False):
             for writer, rows in zip(writers, tables, strict=True):
                 add_rows(writer, rows, dataset, labels)
             done += number

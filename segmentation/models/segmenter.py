@@ -26,6 +26,7 @@ from common.nn.backbones.hrnet import HRNETS, Layout, upsample
 from common.nn.layers.canvas import content, normalise
 from common.nn.layers.conv import conv2d, he_normal_fan_out
 from common.nn.layers.norm import Norm
+from common.nn.parts import sum_over_batch
 from segmentation.losses import pixel_losses
 from segmentation.settings import ModelSettings
 
@@ -153,9 +154,7 @@ class Segmenter(nn.Module):
         known = known_pixels(batch)
         sums = pixel_losses(logits, batch["mask"], known)
         totals = {name: value.sum() for name, value in sums.items()}
-        everywhere = totals
-        if self.axis_name is not None:
-            everywhere = jax.lax.psum(totals, self.axis_name)
+        everywhere = sum_over_batch(totals, self.axis_name)
         pixels = jnp.maximum(everywhere["pixels"], 1.0)
         return {
             "losses": {"mask": totals["loss"] / pixels},

@@ -8,6 +8,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from common.io.errors import UserError
 from common.training.step import init_state, init_variables, make_predict_step, make_train_step
 from detection.models.faster_rcnn import build
 from tests import tiny
@@ -128,6 +129,29 @@ def test_four_devices_compute_what_one_computes(config, norm):
         np.testing.assert_allclose(four_metrics[name], value, rtol=2e-4, err_msg=name)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, four.params)
     assert max(jax.tree.leaves(moved)) < 1e-4
+
+
+def test_fewer_devices_compute_the_bits_of_four_part_by_part(config):
+    """Losses are normalised over the whole batch, random choices follow the image."""
+    if jax.device_count() < 4:
+        pytest.skip(f"needs 4 devices, this process has {jax.device_count()}")
+    model, tx = build(dataclasses.replace(config.model, norm="group"), 3, "data"), optax.sgd(0.1)
+    state = jax.jit(lambda: make_state(model, tx))()
+    results = []
+    for count in (4, 2, 1):
+        step = jax.jit(make_train_step(model, tx, mesh_of(count), accumulate=4 // count))
+        results.append(jax.device_get(step(state, make_batch(4))))
+    for fewer in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, fewer, results[0])
+
+
+def test_parts_are_refused_where_a_norm_needs_the_whole_batch(config):
+    settings = dataclasses.replace(config.model, norm="sync")
+    assert settings.needs_whole_batch and not config.model.needs_whole_batch
+    model, tx = build(settings, 3, "data"), optax.sgd(0.1)
+    state = jax.eval_shape(lambda: make_state(model, tx))
+    with pytest.raises(UserError, match="accumulate: found 2, expected 1: norm 'sync'"):
+        jax.eval_shape(make_train_step(model, tx, mesh_of(1), accumulate=2), state, make_batch(4))
 
 
 def test_detections_stay_inside_the_content_and_experts_drop_background_regions(config):

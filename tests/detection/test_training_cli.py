@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,16 @@ import pytest
 from common.data.dataset import Dataset
 from common.tables import read_detections
 from tests import tiny
-from tests.commands import ROOT, losses, refusal, run, run_two_processes, start
+from tests.commands import (
+    ROOT,
+    losses,
+    refusal,
+    run,
+    run_two_processes,
+    start,
+    start_two_processes,
+    wait_for_lines,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +47,7 @@ def finished(dataset, tmp_path_factory) -> Path:
 def test_kill_and_same_command_give_the_uninterrupted_losses(dataset, finished, tmp_path):
     workdir = tmp_path / "killed"
     process = start("detection.train", *flags(dataset, workdir))
-    log = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 400
-    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_lines(workdir / "metrics.jsonl", 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     output = run("detection.train", *flags(dataset, workdir))
@@ -93,11 +96,57 @@ def test_missing_dataset_directory_is_one_line(tmp_path):
     assert str(nothing) in refusal("detection.train", *flags(nothing, tmp_path / "work"))
 
 
+@pytest.fixture(scope="module")
+def on_four_devices(dataset, tmp_path_factory) -> Path:
+    """An uninterrupted run of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("runs") / "four"
+    run("detection.train", *flags(dataset, workdir), devices=4)
+    return workdir
+
+
 @pytest.mark.multiprocess
-def test_two_processes_with_two_devices_equal_one_with_four(dataset, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run("detection.train", *flags(dataset, one), devices=4)
+def test_two_processes_with_two_devices_equal_one_with_four(dataset, on_four_devices, tmp_path):
+    two = tmp_path / "two"
     run_two_processes("detection.train", *flags(dataset, two), devices=2)
-    assert losses(two) == losses(one)
+    assert losses(two) == losses(on_four_devices)
     covered = read_detections(two / "evaluation" / "9" / "validation.parquet").image_ids
     assert len(covered) == 3
+
+
+@pytest.mark.multiprocess
+def test_sigterm_to_one_of_two_saves_and_two_devices_go_on(dataset, on_four_devices, tmp_path):
+    """Both exit with 75 and one checkpoint; then half the devices compute the same bits."""
+    workdir = tmp_path / "stopped"
+    processes = start_two_processes("detection.train", *flags(dataset, workdir), devices=2)
+    wait_for_lines(workdir / "metrics.jsonl", 3, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], "\n".join(outputs)
+    assert "stopped by SIGTERM at process 1" in outputs[0]
+    output = run("detection.train", *flags(dataset, workdir), devices=2)
+    assert "the batch stays in 4 parts, 2 a device" in output
+    assert losses(workdir) == losses(on_four_devices)
+
+
+def test_a_watcher_beside_a_training_scores_each_checkpoint_once(dataset, tmp_path):
+    """It is killed in between; the best checkpoint outlives the training's retention."""
+    workdir = tmp_path / "run"
+    watching = [*flags(dataset, workdir), "--watch", "--poll_seconds=0.1", "--export=best"]
+    scored = workdir / "watch" / "validation" / "metrics.jsonl"
+    watcher = start("detection.evaluate", *watching)
+    training = start("detection.train", *flags(dataset, workdir))
+    wait_for_lines(scored, 1, watcher)
+    watcher.kill()
+    watcher.communicate()
+    assert training.wait(400) == 0, training.communicate()[0]
+    output = run("detection.evaluate", *watching)
+    assert "up to step 9: the training is done" in output
+    steps = [json.loads(line)["step"] for line in scored.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and {8, 9} <= set(steps)
+    best = json.loads((scored.parent / "best.json").read_text())
+    assert best["step"] in steps
+    table = read_detections(scored.parent / "export" / "validation_best.parquet")
+    assert table.metadata["step"] == best["step"]
+    kept = scored.parent / "best"
+    output = run("detection.evaluate", *flags(dataset, kept), f"--step={best['step']}")
+    assert f"= {best['value']:.4f}" in output

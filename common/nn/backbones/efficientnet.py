@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from common.nn.layers.conv import Conv
 from common.nn.layers.norm import Norm, frozen_pattern
 from common.nn.layers.squeeze_excite import squeeze_excite
+from common.nn.parts import image_numbers
 
 # name -> (width multiplier, depth multiplier)
 EFFICIENTNETS = {
@@ -86,9 +87,7 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         key = self.make_rng("dropout")
         draw = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), keep))
-        slots = jnp.arange(x.shape[0])
-        if self.axis_name is not None:
-            slots += jax.lax.axis_index(self.axis_name) * slots.size
+        slots = image_numbers(x.shape[0], self.axis_name)
         kept = draw(slots)[:, None, None, None]
         return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 

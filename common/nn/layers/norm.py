@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from common.io.errors import UserError
+from common.nn.parts import refuse_parts
 
 NORM_KINDS = ("frozen", "batch", "sync", "group")
 
@@ -58,6 +59,8 @@ class Norm(nn.Module):
             offset = bias - mean.value * multiplier
             return (x.astype(jnp.float32) * multiplier + offset).astype(self.dtype)
 
+        if self.kind == "sync":
+            refuse_parts("norm 'sync'")
         x = x.astype(jnp.float32)
         part_mean, mean_square = x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))
         count = x.size // channels

@@ -1,6 +1,7 @@
 """Photos of any make land on the canvas where their boxes say they do."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -262,3 +263,9 @@ def test_damaged_exif_does_not_spoil_a_good_photo():
 def test_missing_file_is_told(tmp_path):
     with pytest.raises(images.ImageError, match="No such file"):
         images.read_file(str(tmp_path / "none.jpg"))
+
+
+def test_a_pipe_for_a_photo_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(images.ImageError, match="not a regular file"):
+        images.read_file(str(tmp_path / "pipe.jpg"))

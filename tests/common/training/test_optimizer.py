@@ -32,6 +32,7 @@ def config(**changes) -> OptimizerSettings:
         momentum=0.9,
         weight_decay=1e-4,
         clip_norm=35.0,
+        accumulate=1,
     )
     return read_settings(OptimizerSettings, fields | changes, "config.optimizer")
 

@@ -1,0 +1,69 @@
+"""What this process is doing, for those who watch it: the other processes of a run, the watchdog.
+
+Loops that report to `common.io.progress.Progress` say so by it.
+"""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+
+INPUT = "waiting for input"
+SCORING = "scoring"
+
+
+@dataclasses.dataclass(frozen=True)
+class Activity:
+    """A moment in the life of a process.
+
+    Attributes:
+      done: steps or batches that were finished, of all loops so far.
+      step: of the training, or batch of the evaluation, that was finished last.
+      what: it is doing now, such as `INPUT`; "" in a step.
+      data_wait_share: of the time, lately.
+    """
+
+    done: int = 0
+    step: int = 0
+    what: str = ""
+    data_wait_share: float = 0.0
+
+
+_lock = threading.Lock()
+_now = Activity()
+_since = time.monotonic()
+
+
+def current() -> tuple[Activity, float]:
+    """What is done now, and the seconds since a step was finished."""
+    with _lock:
+        return _now, time.monotonic() - _since
+
+
+def step_done(step: float) -> None:
+    """Says that a step or batch was finished."""
+    global _now, _since
+    with _lock:
+        _now = dataclasses.replace(_now, done=_now.done + 1, step=int(step))
+        _since = time.monotonic()
+
+
+def data_wait(share: float) -> None:
+    """Says what share of the time goes into waiting for input."""
+    global _now
+    with _lock:
+        _now = dataclasses.replace(_now, data_wait_share=share)
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says what is done in the block."""
+    global _now
+    with _lock:
+        before, _now = _now.what, dataclasses.replace(_now, what=what)
+    try:
+        yield
+    finally:
+        with _lock:
+            _now = dataclasses.replace(_now, what=before)

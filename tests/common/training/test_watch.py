@@ -1,0 +1,119 @@
+"""Checkpoints are scored once each, whatever the training and the watcher go through."""
+
+import json
+
+import numpy as np
+import pytest
+
+from common.io.errors import UserError
+from common.training import watch as watching
+from common.training.checkpoint import Checkpoints
+from common.training.watch import read_scored, watch
+
+LAST = 6
+
+
+def state(step):
+    return {
+        "params": {"w": np.full(3, step, np.float32)},
+        "batch_stats": {},
+        "step": np.int32(step),
+    }
+
+
+class Training:
+    """Saves checkpoints when told, and keeps the last two."""
+
+    def __init__(self, workdir):
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=2)
+        workdir.mkdir(exist_ok=True)
+        (workdir / "config.json").write_text("{}")
+
+    def save(self, step):
+        self.checkpoints.save(step, state(step), {"num_steps": LAST}, wait=True)
+
+
+def run(workdir, seen, values=None, **options):
+    """A watcher whose figure of a step is that of `values`, else the step itself."""
+
+    def score(candidate, step, folder):
+        params, _ = Checkpoints(candidate / "checkpoints").restore_params(step)
+        assert (params["params"]["w"] == step).all()
+        seen.append(step)
+        return {"AP": float((values or {}).get(step, step))}
+
+    options = dict(timeout=0.01, poll_seconds=0.01) | options
+    watch(workdir, "validation", score, "AP", say=lambda *_, **__: None, **options)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
+
+
+def test_each_checkpoint_is_scored_once_and_the_best_outlives_retention(workdir):
+    training, seen = Training(workdir), []
+    values = {2: 0.5, 4: 0.9, 5: 0.7, 6: 0.8}
+    for step in (2, 4):
+        training.save(step)
+    run(workdir, seen, values)
+    for step in (5, 6):
+        training.save(step)
+    run(workdir, seen, values, timeout=0.0)  # ends by itself after the last step
+    run(workdir, seen, values, timeout=0.0)
+    assert seen == [2, 4, 5, 6] and training.checkpoints.all_steps() == [5, 6]
+    folder = workdir / "watch" / "validation"
+    assert {step: line["AP"] for step, line in read_scored(folder).items()} == values
+    best = json.loads((folder / "best.json").read_text())
+    assert best == {"step": 4, "metric": "AP", "value": 0.9}
+    kept = Checkpoints(folder / "best" / "checkpoints")
+    assert kept.all_steps() == [4]
+    assert (kept.restore_params()[0]["params"]["w"] == 4).all()
+    assert (folder / "best" / "config.json").exists() and not (folder / "candidate").exists()
+
+
+def test_a_watcher_that_is_killed_scores_what_it_had_begun(workdir):
+    training, seen = Training(workdir), []
+    training.save(1)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(workdir, seen, on_scored=die)
+    training.save(2)
+    training.save(3)
+    run(workdir, seen)
+    assert training.checkpoints.all_steps() == [2, 3]
+    assert seen == [1, 1, 2, 3]
+    assert list(read_scored(workdir / "watch" / "validation")) == [1, 2, 3]
+
+
+def test_checkpoints_that_vanish_while_they_are_read_are_passed_over(workdir, monkeypatch):
+    training, seen = Training(workdir), []
+    training.save(1)
+    training.save(2)
+    copy_tree = watching._copy_tree
+
+    def vanish(source, target, without=()):
+        if source.name == "1":
+            source.rmtree()
+        copy_tree(source, target, without)
+
+    monkeypatch.setattr(watching, "_copy_tree", vanish)
+    run(workdir, seen)
+    assert seen == [2]
+
+
+def test_a_figure_that_is_not_there_is_refused(workdir):
+    Training(workdir).save(1)
+    with pytest.raises(UserError, match="no mAP among AP"):
+        watch(
+            workdir,
+            "validation",
+            lambda *_: {"AP": 1.0},
+            "mAP",
+            timeout=0.01,
+            poll_seconds=0.01,
+            say=print,
+        )
