@@ -118,8 +118,10 @@ def check_evaluation(settings: RunSettings, dataset: Dataset, say: Callable) -> 
 def define_flags() -> None:
     flags.DEFINE_string("split", None, "Split to score; default: config.data.eval_split.")
     flags.DEFINE_integer("step", None, "Checkpoint to score; default: the newest.")
-    watch.define_flags()
-    watching.define_flags()
+    run_flags.define_watch_flags()
+    exports = ["none", "each", "best"]
+    flags.DEFINE_enum("export", "none", exports, "With --watch: detections to export.")
+    flags.DEFINE_string("export_split", None, "Split to export; default: that of --split.")
 
 
 def main() -> None:

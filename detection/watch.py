@@ -66,11 +66,3 @@ def watch_training(
         say=say,
         on_scored=export,
     )
-
-
-def define_flags() -> None:
-    """What to do with the checkpoints, beside the flags of every watcher."""
-    flags.DEFINE_enum(
-        "export", "none", ["none", "each", "best"], "With --watch: detections to export."
-    )
-    flags.DEFINE_string("export_split", None, "Split to export; default: that of --split.")

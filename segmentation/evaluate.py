@@ -132,7 +132,7 @@ def check_evaluation(settings: RunSettings, dataset: Dataset, say: Callable) -> 
 def define_flags() -> None:
     flags.DEFINE_string("split", None, "Split to measure; default: config.data.eval_split.")
     flags.DEFINE_integer("step", None, "Checkpoint to measure; default: the newest.")
-    watch.define_flags()
+    run_flags.define_watch_flags()
 
 
 def main():

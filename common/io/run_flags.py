@@ -38,3 +38,10 @@ def training_config() -> ConfigDict:
         drops = tuple(round(scale * epoch, 4) for epoch in optimizer.decay_epochs)
         optimizer.decay_epochs = drops
     return config
+
+
+def define_watch_flags() -> None:
+    """--watch and when to look."""
+    flags.DEFINE_bool("watch", False, "Score each new checkpoint of a training until its last.")
+    flags.DEFINE_float("timeout", 0.0, "With --watch: seconds without a new one; 0: for ever.")
+    flags.DEFINE_float("poll_seconds", 10.0, "With --watch: seconds between two looks.")

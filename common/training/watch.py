@@ -97,13 +97,6 @@ def watch(
     say(f"watched {len(scored)} checkpoints up to step {last}: {why}", flush=True)
 
 
-def define_flags() -> None:
-    """--watch and when to look."""
-    flags.DEFINE_bool("watch", False, "Score each new checkpoint of a training until its last.")
-    flags.DEFINE_float("timeout", 0.0, "With --watch: seconds without a new one; 0: for ever.")
-    flags.DEFINE_float("poll_seconds", 10.0, "With --watch: seconds between two looks.")
-
-
 def wait_for_training(workdir: PathLike, say: Callable) -> None:
     """Waits for the first checkpoint, before which nobody knows the classes. All processes call it.
 
