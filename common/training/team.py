@@ -78,6 +78,7 @@ class Team:
         self._beats: dict[int, Beat] = {}
         self._barriers = 0
         self._finished = False
+        self._gone = 0  # processes that will hear of nothing
         self._tasks: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
 
@@ -152,7 +153,7 @@ class Team:
             self.store.key_value_set(f"heard/{self.index}", "", allow_overwrite=True)
             deadline = self._clock() + _HEARD_SECONDS
             while self.index == 0 and self._clock() < deadline:
-                if len(self.store.key_value_dir_get("heard/")) >= self.count:
+                if len(self.store.key_value_dir_get("heard/")) >= self.count - self._gone:
                     break
                 time.sleep(0.05)
         except RuntimeError:
@@ -201,6 +202,7 @@ class Team:
         now = self._clock()
         lost = [i for i, beat in self._beats.items() if now - beat.heard > LOST_SECONDS]
         if lost:
+            self._gone = len(lost)
             names = ", ".join(self.name(i) for i in lost[1:4])
             more = f"; so are {names}" if names else ""
             self.blame(lost[0], f"is gone: nothing heard for {LOST_SECONDS:.0f} s{more}")

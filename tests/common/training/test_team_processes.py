@@ -43,7 +43,8 @@ def main():
     step = 0
     def save():
         checkpoints.save(step, {"params": {"w": state}, "batch_stats": {}}, {}, wait=True)
-    with StallWatchdog(2.0, abort_after=2) as watchdog, preemption.saving(save):
+    stalls = int(what == "sleeps")
+    with StallWatchdog(8.0, abort_after=stalls) as watchdog, preemption.saving(save):
         for step, batch in enumerate(progress.timed(batches(process)), start=1):
             state = add(state, distributed.to_global({"x": batch}, mesh)["x"])
             progress.step_done(step)
@@ -132,7 +133,9 @@ def test_the_death_of_one_ends_the_other_by_name(pair, killed):
     pair.processes[killed].kill()
     other = pair.ends(SECONDS)[1 - killed]
     assert other != 0 and time.monotonic() - begin < SECONDS
-    assert f"process {killed} ({HOST})" in pair.output(1 - killed)
+    said = pair.output(1 - killed)
+    # Of the end of process 0, JAX's own client may be the first to tell.
+    assert f"process {killed} ({HOST})" in said or (killed == 0 and "leader" in said), said
 
 
 @pytest.mark.parametrize("pair", ["runs"], indirect=True)
