@@ -60,12 +60,12 @@ def watch(
       UserError: the figures lack `metric`, or what `score` raises.
     """
     folder = workdir / "watch" / name
-    candidate = folder / "candidate"
+    candidate, source = folder / "candidate", Checkpoints(workdir / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     since = time.monotonic()
     with RunMetrics(folder, _ALL_STEPS) as log:
         scored = read_scored(folder)
-        while (step := _agreed(_next(workdir, candidate, scored, since, timeout))) != _END:
+        while (step := _agreed(_next(workdir, source, candidate, scored, since, timeout))) != _END:
             if step == _WAIT:
                 time.sleep(poll_seconds)
                 preemption.passes()
@@ -140,6 +140,7 @@ def _agreed(choice: int) -> int:
 
 def _next(
     workdir: epath.Path,
+    source: Checkpoints,
     candidate: epath.Path,
     scored: Mapping[int, Mapping[str, float]],
     since: float,
@@ -148,12 +149,12 @@ def _next(
     """The step of the next checkpoint, which is copied to `candidate`, or _WAIT or _END."""
     if not distributed.is_main_process():
         return _WAIT
-    taken = [step for step in Checkpoints(candidate / "checkpoints").all_steps()]
+    taken = Checkpoints(candidate / "checkpoints").all_steps()
     if taken and taken[0] not in scored:
         return taken[0]  # of a watcher that was ended
     _remove(candidate)
     with _vanishing():
-        for step in Checkpoints(workdir / "checkpoints").all_steps():
+        for step in source.all_steps():
             if step not in scored and _take(workdir, candidate, step):
                 return step
     last = max(scored, default=None)
