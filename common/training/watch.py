@@ -34,7 +34,7 @@ _ALL_STEPS = 2**62
 
 
 def watch(
-    workdir: epath.Path,
+    directory: PathLike,
     name: str,
     score: Callable[[epath.Path, int, epath.Path], Mapping[str, float]],
     metric: str,
@@ -47,7 +47,7 @@ def watch(
     """Scores every checkpoint once; ends after the last one of the training. All processes call it.
 
     Args:
-      workdir: of the training, which may not have begun.
+      directory: work directory of the training, which may not have begun.
       name: of what is scored, such as the split.
       score: (work directory that holds the checkpoint, step, folder to write to) -> figures.
       metric: among the figures, which the best checkpoint has most of.
@@ -59,6 +59,7 @@ def watch(
     Raises:
       UserError: the figures lack `metric`, or what `score` raises.
     """
+    workdir = to_epath(directory)
     folder = workdir / "watch" / name
     candidate, source = folder / "candidate", Checkpoints(workdir / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
