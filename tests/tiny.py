@@ -63,23 +63,33 @@ def write_dataset(
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """ResNet-10 on 64x64 canvases; `arg` is the number of epochs (default 3), or "refine"."""
     refine = arg == "refine"
-    config = r50_refine.get_config() if refine else base.get_config()
+    config = shrink(r50_refine.get_config() if refine else base.get_config())
     config.name = "tiny_refine" if refine else "tiny"
-    config.data.update(sampler="uniform", batch_size=4, canvas=(64, 64), max_boxes=8)
-    config.model.update(backbone="resnet10", norm="group", frozen_stages=0, dtype="float32")
-    config.model.fpn_channels = 16
-    config.model.box_head.width = 32
-    config.model.box_head.sample.num_samples = 16
+    config.data.sampler = "uniform"
     config.optimizer.update(num_epochs=3.0, warmup_epochs=0.5, clip_norm=10.0)
     if refine:
         config.data.max_proposals = 8
     else:
+        config.optimizer.num_epochs = float(arg or 3)
+    return config
+
+
+def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Any detector's config at sizes that a test can pay; heads, losses and samplers stay."""
+    config.data.update(batch_size=4, canvas=(64, 64), scales=(), max_boxes=8)
+    config.model.update(backbone="resnet10", norm="group", frozen_stages=0, dtype="float32")
+    config.model.update(deform=(0, 0, 0), remat=False, fpn_channels=16)
+    config.model.box_head.width = 32
+    config.model.box_head.sample.num_samples = 16
+    if not config.model.box_head.kind == "regressor":
         config.model.anchors.scales = (4.0,)
         config.model.rpn.loss.num_samples = 32
         config.model.rpn.train_proposals.update(pre_nms=50, post_nms=50)
         config.model.rpn.test_proposals.update(pre_nms=50, post_nms=50)
         config.model.detections.update(max_candidates=64, max_detections=20)
-        config.optimizer.num_epochs = float(arg or 3)
+    if config.model.mask_head.kind != "none":
+        config.data.mask_size = 16
+        config.model.mask_head.update(width=8, num_convs=1)
     config.checkpoint.update(every_steps=2, keep_epochs=False)
     config.evaluation.batch_size = 4
     config.log.every_steps = 1

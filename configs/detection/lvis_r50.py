@@ -1,0 +1,36 @@
+"""Mask R-CNN, ResNet-50 with FPN, LVIS v0.5, softmax cross-entropy: the baseline.
+
+    python -m detection.train --config=configs/detection/lvis_r50.py --config.data.dir=DIR
+        --config.model.pretrained=FILE --workdir=WORK
+
+DIR is written by `scripts.prepare_data lvis`.
+
+Hardware: any number N of accelerators with 2 images each (--config.data.batch_size=2N; 16 here).
+Schedule: 25.4 epochs of 56,740 photos (90,000 steps of 16), learning rate 0.02 for 16 photos, x 0.1
+          after 16.9 and 22.6; short sides 640 to 800.
+Release:  mask AP 21.2, rare 3.2, common 21.1, frequent 28.7 on v0.5 validation (the authors'
+          code, which warns of large differences between runs). Not measured here.
+"""
+
+import ml_collections
+
+from configs.detection import base
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    del arg
+    config = base.get_config()
+    config.name = "lvis_r50"
+    config.data.sampler = "uniform"
+    config.data.eval_split = "val"
+    config.data.batch_size = 16
+    config.data.scales = (640, 672, 704, 736, 768, 800)
+    config.data.mask_size = 112
+    config.model.mask_head.kind = "class_specific"
+    config.model.detections.score_threshold = 1e-4
+    config.optimizer.learning_rate_per_image = 0.00125
+    config.optimizer.warmup_steps = 1000
+    config.optimizer.num_epochs = 25.4
+    config.optimizer.decay_epochs = (16.9, 22.6)
+    config.evaluation.metric = "lvis_masks"
+    return config
