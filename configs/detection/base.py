@@ -43,7 +43,9 @@ FOUR_STAGES = dict(  # section 5.6; its one list of weights serves losses and sc
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
     epochs = int(arg or 13)
-    decay = {12: (8, 11), 13: (9, 11), 26: (18, 22)}.get(epochs, (round(0.7 * epochs), round(0.85 * epochs)))
+    decay = {12: (8, 11), 13: (9, 11), 26: (18, 22)}.get(
+        epochs, (round(0.7 * epochs), round(0.85 * epochs))
+    )
     config = ml_collections.ConfigDict()
     config.task = "detection"
     config.name = "r50"
