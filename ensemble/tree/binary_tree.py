@@ -240,7 +240,8 @@ def from_json(content: Any, name: str) -> Tree:
     models = content["models"]
     if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
         raise UserError(f"{name}: models is {models!r:.80}, expected a list of names")
-    limits = {"iou_threshold": (0, 1), "sigma": (1e-6, float(np.finfo(float).max)), "min_score": (0, 1)}
+    largest = float(np.finfo(float).max)
+    limits = {"iou_threshold": (0, 1), "sigma": (1e-6, largest), "min_score": (0, 1)}
     settings = {
         key: _number(content[key], *limit, f"{name}: {key}") for key, limit in limits.items()
     }

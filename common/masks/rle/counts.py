@@ -17,7 +17,7 @@ Sizes = Sequence[tuple[int, int]] | Int[np.ndarray, "n 2"]  # height and width o
 _MAX_CHARACTERS = 12
 _RUN_CHARACTERS = 7
 _MAX_TEXT = 1 << 25  # characters of one mask
-MAX_FRAME = 1 << 29  # pixels, as of a photo
+MAX_FRAME, MAX_SIDE = 1 << 29, 1 << 17  # pixels, as of a photo
 _PIECE = 1 << 18  # characters looked at together: temporaries stay near the caches
 
 
@@ -181,13 +181,16 @@ def _find_odd_frame(counts: Counts, sizes: Int[np.ndarray, "n 2"]) -> tuple[int,
     sides = sizes.clip(0, MAX_FRAME + 1)
     pixels = sides[:, 0] * sides[:, 1]
     limit = max_text(sizes)
-    odd = np.flatnonzero((pixels > MAX_FRAME) | ((pixels > 0) & (lengths > limit)))
+    large = (pixels > MAX_FRAME) | (sides > MAX_SIDE).any(1)
+    odd = np.flatnonzero(large | ((pixels > 0) & (lengths > limit)))
     if not len(odd):
         return None
     index = int(odd[0])
     height, width = sizes[index]
-    if pixels[index] > MAX_FRAME:
-        return index, f"mask of {height}x{width} pixels, expected at most {MAX_FRAME}"
+    if large[index]:
+        return index, (
+            f"mask of {height}x{width} pixels, expected at most {MAX_FRAME} and sides of {MAX_SIDE}"
+        )
     return index, (
         f"mask of {height}x{width} pixels with {lengths[index]} characters of counts, expected at "
         f"most {limit[index]}"
