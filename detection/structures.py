@@ -6,7 +6,8 @@ Shape legend
   R  RoIs per image: sampled ones in training, all proposals in inference
   F  RoIs with a regressed box, the first F of the R. In training all positives are among them,
      because sampling puts positives first; in inference F = R
-  K  classes; logits have K + 1 columns, column 0 is background
+  K  classes
+  L  class logits of a RoI, see `detection.classifiers`
   k  boxes per RoI: K, or 1 when all classes share a box
 """
 
@@ -15,8 +16,6 @@ from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
-
-from detection.losses import classification
 
 # Features (B,R,S,S,C) of boxes (B,R,4), with optional shifts of each bin (B,R,S,S,2).
 Pool = Callable[..., Array]
@@ -44,35 +43,29 @@ class RoITargets(NamedTuple):
         """The targets of the first `count` RoIs of each image."""
         return RoITargets(*(values[:, :count] for values in self))
 
+    def counted(self, image_valid: Bool[Array, " B"]) -> Bool[Array, "B R"]:
+        """RoIs of real images that were sampled."""
+        return self.valid & image_valid[:, None]
+
     def positive(self, image_valid: Bool[Array, " B"]) -> Bool[Array, "B R"]:
         """RoIs of real images that are matched to an object."""
-        return self.valid & image_valid[:, None] & (self.labels > 0)
+        return self.counted(image_valid) & (self.labels > 0)
 
 
 class HeadOutput(NamedTuple):
     """Class logits of all RoIs, and box deltas of the first F of them."""
 
-    logits: Float[Array, "B R K1"] | None  # None: the head does not classify
+    logits: Float[Array, "B R L"] | None  # None: the head does not classify
     deltas: Float[Array, "B F k 4"]
     references: Float[Array, "B F 4"]  # boxes that the deltas are relative to
     sibling: "HeadOutput | None" = None  # of the plain head that trains beside a Decoupling Head
 
-    @property
-    def best_class(self) -> Int[Array, "B R"] | None:
-        """The best class of each RoI, background apart; None where the head does not classify."""
-        return None if self.logits is None else self.logits[..., 1:].argmax(axis=-1)
-
-    def masked(self, class_known: Bool[Array, "B K"]) -> "HeadOutput":
-        """The output without the logits of classes that are unknown in an image.
-
-        An unknown class then has probability 0, and neither its logits nor what they are made of
-        get a gradient: a RoI of that image is no negative of the class.
-        """
+    def with_logits(self, change: Callable[[Array], Array]) -> "HeadOutput":
+        """The output with changed logits, those of the sibling too; without logits itself."""
         if self.logits is None:
             return self
-        sibling = None if self.sibling is None else self.sibling.masked(class_known)
-        logits = classification.mask_unknown(self.logits, class_known)
-        return self._replace(logits=logits, sibling=sibling)
+        sibling = None if self.sibling is None else self.sibling.with_logits(change)
+        return self._replace(logits=change(self.logits), sibling=sibling)
 
 
 def of_class(

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from common.data.canvases import train_shapes as train_canvases
 from common.data.dataset import Dataset
+from common.data.frequencies import class_frequencies
 from common.data.input import train_batches
-from common.data.plans.plan import train_plan
+from common.data.plans.plan import ignored_flags, train_plan
 from common.io import run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
@@ -94,7 +95,11 @@ def train_in(
     proposals = open_proposals(settings, dataset, say)  # None: the model makes its own
 
     # ---------------------------------------------------------------- model and optimiser
-    model = build(settings.model, dataset.num_classes, DATA_AXIS)
+    frequencies = None
+    if settings.model.box_head.classifier.needs_frequencies:
+        frequencies = class_frequencies(plan.box_sources, ignored_flags(settings.data))
+        say(f"classes: {frequencies.summary(settings.model.box_head.classifier.eql.threshold)}")
+    model = build(settings.model, dataset.num_classes, DATA_AXIS, frequencies)
     schedule = make_schedule(
         settings.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from common.io.settings import check
 
-Sampler = Literal["uniform", "class_aware", "full_class_batch", "expert"]
+Sampler = Literal["uniform", "class_aware", "full_class_batch", "expert", "repeat_factor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,8 @@ class DataSettings:
         run's dataset is that of the first source.
       sampler: which images a step has, see `common.data.plans.plan.train_plan`.
       positive_share: of the slots of sampler 'expert'; the others are images without boxes.
+      repeat_threshold: of sampler 'repeat_factor': a class on this share of the annotated photos
+        or more is not repeated (LVIS' t).
       batch_size: images of all hosts together.
       canvas: short and long side, pixels, that photos are fitted into, each in its own
         orientation, see `common.data.canvases`.
@@ -76,6 +78,7 @@ class DataSettings:
     sources: tuple[SourceSettings, ...]
     sampler: Sampler
     positive_share: float
+    repeat_threshold: float
     batch_size: int
     canvas: tuple[int, int]
     scales: tuple[int, ...]
@@ -97,6 +100,7 @@ class DataSettings:
         low, high = self.scale_jitter
         for field, holds, expected in (
             ("positive_share", 0 < self.positive_share < 1, "a number between 0 and 1"),
+            ("repeat_threshold", 0 <= self.repeat_threshold <= 1, "a share of the photos, 0..1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("canvas", 1 <= self.canvas[0] <= self.canvas[1], "(short, long) side in pixels"),
             ("scales", all(side >= 1 for side in self.scales), "short sides in pixels"),

@@ -7,6 +7,7 @@ give, batch first. Random streams: "sampling", "dropout".
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -28,6 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: steps done.
       key: data of the run's random key. It is here and not in the program, so that runs that
         differ in their seed alone share a compiled program.
+      loss_state: what losses keep from one step to the next; {} for most models.
     """
 
     step: Array
@@ -35,6 +37,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
+    loss_state: dict = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict:
@@ -49,25 +52,32 @@ def init_state(
     batch: Mapping[str, jax.ShapeDtypeStruct],
 ) -> TrainState:
     """The state before the first step; only the shapes of `batch` matter. Call under `jit`."""
-    variables = init_variables(model, seed, batch)
+    variables = _first_variables(model, seed, batch)
     params = variables["params"]
     return TrainState(
         jnp.zeros((), jnp.int32),
         jax.random.key_data(jax.random.key(seed)),
         params,
-        variables["batch_stats"],
+        variables.get("batch_stats", {}),
         tx.init(params),
+        variables.get("loss_state", {}),
     )
 
 
 def init_variables(model: nn.Module, seed: int, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
     """Random parameters and statistics; only the shapes of `batch` matter. Call under `jit`."""
+    variables = _first_variables(model, seed, batch)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def _first_variables(
+    model: nn.Module, seed: int, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> Mapping[str, Any]:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(batch))
     key = jax.random.key(seed)
     streams = {"params": key, "sampling": key, "dropout": key}
     # Parameters do not depend on the devices, and outside of them there is no axis to sum over.
-    variables = model.clone(axis_name=None).init(streams, zeros, train=True)
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return model.clone(axis_name=None).init(streams, zeros, train=True)
 
 
 def variable_shapes(model: nn.Module, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
@@ -94,49 +104,52 @@ def make_train_step(
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
-    def device_gradients(params, batch_stats, key, batch):
+    def device_gradients(params, batch_stats, loss_state, key, batch):
         streams = {
             name: jax.random.fold_in(key, i) for i, name in enumerate(("sampling", "dropout"))
         }
 
         def apply(params, batch):
             return model.apply(
-                {"params": params, "batch_stats": batch_stats},
+                {"params": params, "batch_stats": batch_stats, "loss_state": loss_state},
                 batch,
                 train=True,
                 rngs=streams,
-                mutable=["batch_stats"],
+                mutable=["batch_stats", "loss_state"],
             )
 
         def loss_fn(params, batch):
             out, mutated = apply(params, batch)
-            return sum(out["losses"].values()), (out, mutated.get("batch_stats", batch_stats))
+            before = {"batch_stats": batch_stats, "loss_state": loss_state}
+            return sum(out["losses"].values()), (out, before | dict(mutated))
 
         def gradients(batch):
-            grads, (out, new_stats) = jax.grad(loss_fn, has_aux=True)(params, batch)
-            return (grads, out), new_stats
+            grads, (out, kept) = jax.grad(loss_fn, has_aux=True)(params, batch)
+            return (grads, out), kept
 
-        (grads, out), new_stats = summed_over_parts(
+        (grads, out), kept = summed_over_parts(
             gradients, lambda batch: apply(params, batch), batch, accumulate, in_order=on_cpu
         )
-        return grads, out, new_stats
+        return grads, out, kept
 
     sharded_gradients = jax.shard_map(
         device_gradients,
         mesh=mesh,
-        in_specs=(P(), P(), P(), P(DATA_AXIS)),
+        in_specs=(P(), P(), P(), P(), P(DATA_AXIS)),
         out_specs=P(),
         check_vma=False,
     )
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        grads, out, batch_stats = sharded_gradients(state.params, state.batch_stats, key, batch)
+        grads, out, kept = sharded_gradients(
+            state.params, state.batch_stats, state.loss_state, key, batch
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {f"loss/{name}": value for name, value in out["losses"].items()}
         metrics |= {"loss": sum(out["losses"].values()), "gradient_norm": optax.tree.norm(grads)}
-        state = TrainState(state.step + 1, state.key, params, batch_stats, opt_state)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, **kept)
         return state, metrics | out["monitor"]
 
     return train_step

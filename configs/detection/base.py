@@ -57,8 +57,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         train_split="train",
         eval_split="validation",
         sources=(),  # several datasets: common.data.settings.SourceSettings; (): train_split of dir
-        sampler="class_aware",  # uniform | class_aware | full_class_batch | expert
+        # uniform | class_aware | full_class_batch | expert | repeat_factor
+        sampler="class_aware",
         positive_share=0.25,  # sampler expert: of images with boxes, the rest has none
+        repeat_threshold=0.001,  # sampler repeat_factor: share of the photos of a class, below rare
         batch_size=64,  # images of all devices together
         canvas=(800, 1333),  # short and long side of landscape and portrait photos
         scales=(),  # multi-scale training: short sides, one a step, such as (640, 672, ..., 800)
@@ -119,6 +121,21 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             pool_size=7,
             aligned=True,  # half-pixel RoIAlign
             sample_mode="centre",  # centre | edge (as the authors' code: 4 samples an axis)
+            classifier=dict(  # see detection.classifiers
+                # softmax | softmax_eql | sigmoid | eql | federated | eqlv2 | seesaw
+                kind="softmax",
+                prior=0.001,  # of sigmoids: probability that each starts with
+                eql=dict(  # of eql and softmax_eql
+                    threshold=0.00177,  # share of the annotated photos below which a class is rare
+                    gamma=0.95,  # of softmax_eql: chance that a rare class is left out of a softmax
+                ),
+                federated=dict(
+                    num_classes=50,  # that have a loss in a step, the annotated ones among them
+                    power=0.5,  # of the number of photos of a class: its chance to be drawn
+                ),
+                eqlv2=dict(gamma=12.0, mu=0.8, alpha=4.0),
+                seesaw=dict(p=0.8, q=2.0, floor=0.01),  # floor: of a probability that divides
+            ),
             offsets=dict(  # of the Decoupling Head
                 offset_width=256,
                 gamma=0.1,  # unit of the shifts, in region sizes

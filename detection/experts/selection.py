@@ -24,6 +24,8 @@ from common.io.errors import UserError
 from common.tables.hierarchy import ancestors, repeat_with, siblings
 from common.tables.ranges import rows_of
 from common.training.checkpoint import Checkpoints
+from common.training.workdir import read_config
+from detection.classifiers.kinds import KINDS
 
 CLASSIFIER = "classifier/kernel"  # end of the path of the class weights
 _SLAB = 1 << 15  # images
@@ -102,8 +104,9 @@ def read_classifier(
     Args:
       path: work directory of a run, or a `.safetensors` file with paths such as
         params/box_head/classifier/kernel.
-      labels: (K,) of the dataset; a kernel without labels must have K + 1 columns, background
-        first.
+      labels: (K,) of the dataset; a kernel without labels must have K columns behind those of
+        background and object, of which the work directory's config says how many there are (a file:
+        one).
       step: checkpoint of the work directory, default the newest.
       name: end of the kernel's path, for models with several classifiers (cascades).
 
@@ -111,11 +114,13 @@ def read_classifier(
       UserError: nothing readable there, no such kernel, several, one of another shape, or a label
         that the model lacks.
     """
-    path = Path(path)
+    path, leading = Path(path), 1
     model_labels: Sequence[str] | None = None
     if path.is_dir():
         if (path / "classes.csv").exists():
             model_labels = read_model_classes(path).labels
+        if (path / "config.json").exists():
+            leading = _leading_columns(read_config(path))
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         checkpoints = Checkpoints(folder)
         params = checkpoints.restore_params(step)[0]["params"]
@@ -144,10 +149,11 @@ def read_classifier(
         )
     kernel, whose = np.asarray(flat[kernels[0]]), "dataset" if model_labels is None else "model"
     columns = list(labels if model_labels is None else model_labels)
-    if kernel.ndim != 2 or kernel.shape[1] != len(columns) + 1:
+    if kernel.ndim != 2 or kernel.shape[1] != len(columns) + leading:
         raise UserError(
             f"{path}: {kernels[0]} has shape {kernel.shape}, expected (features, "
-            f"{len(columns) + 1}): background and the {len(columns)} classes of the {whose}"
+            f"{len(columns) + leading}): {leading} of background or object and the {len(columns)} "
+            f"classes of the {whose}"
         )
     place = {label: column for column, label in enumerate(columns)}
     if unknown := [label for label in labels if label not in place]:
@@ -155,7 +161,13 @@ def read_classifier(
             f"{path}: the model has no class {unknown[0]!r} ({len(unknown)} of the dataset's "
             f"{len(labels)} are missing), expected a model of the dataset's classes"
         )
-    return kernel[:, 1:].T[[place[label] for label in labels]].astype(np.float32)
+    return kernel[:, leading:].T[[place[label] for label in labels]].astype(np.float32)
+
+
+def _leading_columns(config: Mapping[str, Any]) -> int:
+    """Columns of a run's classifiers before those of the classes."""
+    box_head = config.get("model", {}).get("box_head", {})
+    return KINDS[box_head.get("classifier", {}).get("kind", "softmax")].num_leading
 
 
 def negative_classes(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from common.geometry import boxes as box_ops
+from detection.classifiers import RoIClassifier
 from detection.losses.shares import share
 from detection.structures import HeadOutput, RoITargets, of_class
 
@@ -20,6 +21,7 @@ def margin_losses(
     output: HeadOutput,
     targets: RoITargets,
     image_valid: Bool[Array, " B"],
+    classifier: RoIClassifier,
     *,
     stds: tuple[float, float, float, float],
     class_margin: float,
@@ -30,13 +32,15 @@ def margin_losses(
     """The decoupled branch has to beat the sibling head by a margin.
 
     relu(sg(sibling) + margin - decoupled), for the probability of the RoI's label (background
-    included) and, on positive RoIs, for the IoU of the decoded box with its ground-truth box. An
-    image without positives counts as one RoI of loss 0, as in the authors' code.
+    included, if there is a probability of background) and, on positive RoIs, for the IoU of the
+    decoded box with its ground-truth box. An image without positives counts as one RoI of loss 0,
+    as in the authors' code.
 
     Args:
       output: of a `DecouplingHead` in training.
       targets: from `sample_rois`.
       image_valid: images that count.
+      classifier: of the heads.
       stds: of the deltas.
       class_margin: by how much the probability has to be higher (m_c).
       box_margin: by how much the IoU has to be higher (m_r).
@@ -45,14 +49,17 @@ def margin_losses(
       axis_name: device axis over which RoIs are counted.
     """
     assert output.sibling is not None, "margins need the sibling head, which runs in training"
-    valid = targets.valid & image_valid[:, None]
+    with_class = targets.counted(image_valid)
+    if not classifier.has_background:
+        with_class &= targets.labels > 0
     regressed = targets.first(output.deltas.shape[1])
     positive = regressed.positive(image_valid)
     with_positives = positive.any(axis=1)
 
     def probability(head):
-        label = jax.nn.one_hot(targets.labels, head.logits.shape[-1], dtype=jnp.float32)
-        return (jax.nn.softmax(head.logits) * label).sum(axis=-1)
+        scores = classifier.probabilities(head.logits)
+        label = jax.nn.one_hot(targets.labels, scores.shape[-1], dtype=jnp.float32)
+        return (scores * label).sum(axis=-1)
 
     def overlap(head):
         deltas = of_class(head.deltas, regressed.labels - 1)
@@ -68,7 +75,7 @@ def margin_losses(
     without = (image_valid & ~with_positives).sum()
     terms = {}
     for name, values, counted in (
-        ("margin_class", hinge(probability, class_margin), valid & with_positives[:, None]),
+        ("margin_class", hinge(probability, class_margin), with_class & with_positives[:, None]),
         ("margin_box", hinge(overlap, box_margin), positive),
     ):
         terms[name] = share(values, counted, counted.sum() + without, axis_name)

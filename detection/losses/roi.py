@@ -1,24 +1,22 @@
-"""Losses of a box head on sampled RoIs, and figures to watch.
+"""Box loss of a head on sampled RoIs, and figures to watch.
 
 Shape legend
   B  images
   R  sampled RoIs per image
   F  the first RoIs, with a regressed box; all positives are among them
-  K  classes; logits have K + 1 columns, column 0 is background
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from common.geometry import boxes as box_ops
 from detection.losses.box import smooth_l1
-from detection.losses.classification import softmax_cross_entropy
 from detection.losses.shares import share
 from detection.structures import HeadOutput, RoITargets, of_class
 
 
-def roi_losses(
+def box_loss(
     output: HeadOutput,
     targets: RoITargets,
     image_valid: Bool[Array, " B"],
@@ -28,10 +26,8 @@ def roi_losses(
     normaliser: str,
     target_gradient: bool = False,
     axis_name: str | None = None,
-) -> dict[str, Float[Array, ""]]:
-    """Softmax cross-entropy over K + 1, if the head classifies, and smooth L1 on the deltas.
-
-    Deltas are those of the matched class.
+) -> Float[Array, ""]:
+    """Smooth L1 on the deltas of the matched class.
 
     Args:
       output: of a head on `targets.boxes`.
@@ -44,8 +40,6 @@ def roi_losses(
         authors' code of the Decoupling Head.
       axis_name: device axis over which RoIs are counted.
     """
-    valid = targets.valid & image_valid[:, None]
-    count = valid.sum()
     regressed = targets.first(output.deltas.shape[1])
     positive = regressed.positive(image_valid)
     references = output.references
@@ -54,13 +48,8 @@ def roi_losses(
     target = box_ops.encode(regressed.gt_boxes, references, stds)
     deltas = of_class(output.deltas, regressed.labels - 1)
     regression = smooth_l1(deltas - target, beta).sum(axis=-1)
-    terms = {}
-    if output.logits is not None:
-        classification = softmax_cross_entropy(output.logits, targets.labels)
-        terms["box_class"] = share(classification, valid, count, axis_name)
-    if normaliser == "positive":
-        count = positive.sum()
-    return terms | {"box_regression": share(regression, positive, count, axis_name)}
+    counted = positive if normaliser == "positive" else targets.counted(image_valid)
+    return share(regression, positive, counted.sum(), axis_name)
 
 
 def mean_overlaps(
@@ -84,14 +73,17 @@ def mean_overlaps(
 
 
 def accuracy(
-    logits: Float[Array, "B R K1"],
+    prediction: Int[Array, "B R"],
     targets: RoITargets,
     image_valid: Bool[Array, " B"],
     axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """Share of positive RoIs whose class is right, and the number of positives per image."""
+    """Share of positive RoIs whose class is right, and the number of positives per image.
+
+    `prediction` is in terms of `RoITargets.labels`.
+    """
     positive = targets.positive(image_valid)
-    right = (logits.argmax(axis=-1) == targets.labels).astype(jnp.float32)
+    right = (prediction == targets.labels).astype(jnp.float32)
     ones = jnp.ones_like(right)
     return {
         "positive_accuracy": share(right, positive, positive.sum(), axis_name),

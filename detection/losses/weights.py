@@ -21,6 +21,15 @@ class Term(NamedTuple):
     branch: int | None = None
     stage: int | None = None
 
+    def label(self, num_stages: int) -> str:
+        """Name of the loss in a model with so many stages, such as `box_class_1_stage2`."""
+        label = self.name
+        if self.branch is not None:
+            label += f"_{self.branch + 1}"
+        if self.stage is not None and num_stages > 1:
+            label += f"_stage{self.stage + 1}"
+        return label
+
 
 def weighted(
     terms: Mapping[Term, Float[Array, ""]], settings: ModelSettings
@@ -34,13 +43,12 @@ def weighted(
         class losses of the branch for boxes (paper section 5.2).
     """
     result, stage_weights = {}, settings.stages.loss_weights
-    for (name, branch, stage), value in terms.items():
-        weight, label = getattr(settings.loss_weights, name), name
+    for term, value in terms.items():
+        name, branch, stage = term
+        weight = getattr(settings.loss_weights, name)
         if branch is not None:
             weight *= settings.low_weight if name.endswith("class") == (branch == 1) else 1.0
-            label += f"_{branch + 1}"
         if stage is not None:
             weight = stage_weights[stage] * weight
-            label += f"_stage{stage + 1}" if len(stage_weights) > 1 else ""
-        result[label] = weight * value
+        result[term.label(len(stage_weights))] = weight * value
     return result

@@ -5,7 +5,8 @@ Shape legend
   R  RoIs per image (sampled ones in training, proposals in inference)
   F  the first RoIs of each image, whose boxes are regressed; in inference F = R
   N  RoIs of all images, D their features
-  K  classes; logits have K + 1 columns, column 0 is background
+  K  classes
+  L  class logits of a RoI, see `detection.classifiers`
   k  boxes regressed per RoI: K (one a class) or 1 (class-agnostic)
 """
 
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from detection.classifiers import RoIClassifier
 from detection.structures import HeadOutput, Pool
 
 DENSE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -29,11 +31,17 @@ def two_fc(x: Float[Array, "N D"], width: int, dtype: jnp.dtype, prefix: str = "
 
 
 def classify(
-    x: Float[Array, "N D"], num_images: int, num_classes: int, dtype: jnp.dtype
-) -> Float[Array, "B R K1"]:
+    x: Float[Array, "N D"], num_images: int, classifier: RoIClassifier, dtype: jnp.dtype
+) -> Float[Array, "B R L"]:
     """Layer `classifier`, made in the scope of the calling module."""
-    dense = nn.Dense(num_classes + 1, dtype=dtype, kernel_init=CLASSIFIER_INIT, name="classifier")
-    return dense(x).reshape(num_images, -1, num_classes + 1).astype(jnp.float32)
+    dense = nn.Dense(
+        classifier.num_logits,
+        dtype=dtype,
+        kernel_init=CLASSIFIER_INIT,
+        bias_init=nn.initializers.constant(classifier.start_bias),
+        name="classifier",
+    )
+    return dense(x).reshape(num_images, -1, classifier.num_logits).astype(jnp.float32)
 
 
 def regress(
@@ -47,7 +55,7 @@ def regress(
 class TwoFCHead(nn.Module):
     """The plain ("sibling") head: class and box from the same two fully connected layers."""
 
-    num_classes: int
+    classifier: RoIClassifier
     width: int = 1024
     class_agnostic: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -66,9 +74,9 @@ class TwoFCHead(nn.Module):
         # One (B * R, features) matrix: rank-3 dense layers are slower on CPU.
         x = pool(boxes).reshape(num_images * num_rois, -1)
         x = two_fc(x, self.width, self.dtype)
-        logits = classify(x, num_images, self.num_classes, self.dtype)
+        logits = classify(x, num_images, self.classifier, self.dtype)
         x = x.reshape(num_images, num_rois, -1)[:, :num_regressed].reshape(-1, self.width)
-        num_deltas = 1 if self.class_agnostic else self.num_classes
+        num_deltas = 1 if self.class_agnostic else self.classifier.num_classes
         deltas = regress(x, num_images, num_deltas, self.dtype)
         return HeadOutput(logits, deltas, boxes[:, :num_regressed])
 

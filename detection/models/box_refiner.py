@@ -50,7 +50,7 @@ class BoxRefiner(TwoStage):
             jnp.concatenate([valid, jittered.valid], axis=1),
         )
         branches, keys = self.read(batch, train=True), self.image_keys(len(boxes))
-        terms, monitor = stage_losses(branches, keys, proposals, batch, s, self.axis_name)
+        terms, monitor = stage_losses(branches, keys, proposals, batch, s, axis_name=self.axis_name)
         return {"losses": weighted(terms, s), "monitor": monitor}
 
     def detect(self, batch: Mapping[str, Array]) -> dict[str, Array]:

@@ -9,7 +9,6 @@ Shape legend
   B  images
   R  RoIs per image
   F  the first RoIs of each image, whose boxes are regressed; in inference F = R
-  K  classes; logits have K + 1 columns, column 0 is background
   S  pooled side (7)
 """
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from common.io.errors import UserError
+from detection.classifiers import RoIClassifier
 from detection.models.box_head import DENSE_INIT, TwoFCHead, classify, regress, two_fc
 from detection.structures import HeadOutput, Pool
 
@@ -33,7 +33,7 @@ class DecouplingHead(nn.Module):
     """Decoupled classification and regression with learned sampling offsets.
 
     Attributes:
-      num_classes: K.
+      classifier: what its class logits are.
       width: of the fully connected layers of the three towers.
       offset_width: of the layers that offsets come from.
       gamma: offsets are learned in units of gamma x RoI size.
@@ -42,7 +42,7 @@ class DecouplingHead(nn.Module):
       dtype: of matmuls.
     """
 
-    num_classes: int
+    classifier: RoIClassifier
     width: int = 1024
     offset_width: int = 256
     gamma: float = 0.1
@@ -77,19 +77,19 @@ class DecouplingHead(nn.Module):
 
         features = pool(boxes, bin_offsets).reshape(num_images * num_rois, -1)
         for_class = two_fc(features, self.width, self.dtype, "class_")
-        logits = classify(for_class, num_images, self.num_classes, self.dtype)
+        logits = classify(for_class, num_images, self.classifier, self.dtype)
 
         regressed, box_offset = boxes[:, :num_regressed], box_offset[:, :num_regressed]
         features = pool(regressed, box_offset[:, :, None, None])
         features = features.reshape(num_images * num_regressed, -1)
         for_box = two_fc(features, self.width, self.dtype, "box_")
-        num_deltas = 1 if self.class_agnostic else self.num_classes
+        num_deltas = 1 if self.class_agnostic else self.classifier.num_classes
         deltas = regress(for_box, num_images, num_deltas, self.dtype)
 
         sibling = None
         if train or self.is_initializing():
             head = TwoFCHead(
-                self.num_classes, self.width, self.class_agnostic, self.dtype, name="sibling"
+                self.classifier, self.width, self.class_agnostic, self.dtype, name="sibling"
             )
             sibling = head(lambda _: pooled, boxes, train, num_regressed)
         return HeadOutput(logits, deltas, shifted(regressed, box_offset), sibling)

@@ -15,8 +15,9 @@ Shape legend
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
 height and width, image_valid bool (B,); in training also gt_boxes (B,M,4) pixels,
 gt_classes (B,M) 0..K-1 and gt_valid (B,M), and where the data has them ignore_boxes (B,G,4) pixels
-with ignore_valid (B,G), inside which nothing is background, and class_known bool (B,K), the
-classes that the annotations of an image cover; with a mask head gt_masks, gt_has_mask.
+with ignore_valid (B,G), inside which nothing is background, class_known bool (B,K), the classes
+that the annotations of an image cover, and labels (B,K), not 0 where a class was verified; with a
+mask head gt_masks, gt_has_mask.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
+from common.data.frequencies import ClassFrequencies
 from common.geometry.nms import multiclass_nms
 from common.masks.probability import quantise
 from detection.assign import anchors as anchor_ops
@@ -87,7 +89,9 @@ class FasterRCNN(TwoStage):
             batch["image_size"],
             s.rpn.train_proposals,
         )
-        roi_terms, monitor = stage_losses(branches, roi_keys, proposals, batch, s, axis_name)
+        roi_terms, monitor = stage_losses(
+            branches, roi_keys, proposals, batch, s, self.class_losses(), axis_name
+        )
         monitor["proposal_recall"] = recall(proposals, batch, axis_name=axis_name)
         terms = {Term(name): value for name, value in rpn_terms.items()} | roi_terms
         return {"losses": weighted(terms, s), "monitor": monitor}
@@ -165,7 +169,7 @@ class FasterRCNN(TwoStage):
         self, branches: list[RoIBranch], batch: Mapping[str, Array], proposals: Proposals
     ) -> tuple[Array, Array]:
         scores, boxes = detect_stages(
-            branches, proposals, batch["image_size"], self.settings.stages
+            branches, proposals, batch["image_size"], self.settings.stages, self.classifier
         )
         assert scores is not None, "only the refiner's heads do not classify"
         return scores, boxes
@@ -199,7 +203,10 @@ def select_detections(
 
 
 def build(
-    settings: ModelSettings, num_classes: int, axis_name: str | None = None
+    settings: ModelSettings,
+    num_classes: int,
+    axis_name: str | None = None,
+    frequencies: ClassFrequencies | None = None,
 ) -> FasterRCNN | BoxRefiner:
     """Makes the model of a run: the detector, or the refiner for heads that only regress.
 
@@ -208,6 +215,8 @@ def build(
       num_classes: K, from the dataset directory.
       axis_name: device axis over which losses are counted and synchronised batch norm averages;
         None when the model sees the whole batch.
+      frequencies: of the classes in the training photos, of which training asks where
+        `box_head.classifier.needs_frequencies`.
     """
     model = BoxRefiner if settings.refines else FasterRCNN
-    return model(num_classes, settings, axis_name)
+    return model(num_classes, settings, axis_name, frequencies)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from common.io.settings import check
 from common.nn.backbones import BACKBONES
 from common.nn.layers.norm import NORM_KINDS
+from detection.classifiers.settings import RoIClassifierSettings
 
 
 def _at_least(low: float, settings: Any, *names: str) -> None:
@@ -127,6 +128,7 @@ class BoxHeadSettings:
     pool_size: int
     aligned: bool
     sample_mode: Literal["centre", "edge"]
+    classifier: RoIClassifierSettings
     offsets: OffsetSettings
     sample: RoISampleSettings
     loss: BoxLossSettings
@@ -134,6 +136,13 @@ class BoxHeadSettings:
 
     def __post_init__(self):
         _at_least(1, self, "width", "pool_size")
+        classifier = self.classifier.kind
+        check(
+            self.kind != "regressor" or classifier == "softmax",
+            "classifier.kind",
+            classifier,
+            "'softmax', which is not used: kind 'regressor' has no classes",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +284,13 @@ class ModelSettings:
             "mask_head.kind",
             self.mask_head.kind,
             "'none': box_head.kind 'regressor' refines boxes",
+        )
+        check(
+            not self.drop_background_rois or self.box_head.classifier.has_background,
+            "drop_background_rois",
+            self.drop_background_rois,
+            f"False: box_head.classifier.kind {self.box_head.classifier.kind!r} has no score of "
+            "background",
         )
 
     @property

@@ -20,11 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from common.data.frequencies import ClassFrequencies
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
 from common.nn.backbones import make_backbone, preprocessing
 from common.nn.layers.canvas import normalise
 from common.nn.parts import image_numbers
+from detection.classifiers import make_classifier
+from detection.losses.roi_class import ClassLosses, class_loss_labels
 from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
 from detection.models.fpn import FPN
@@ -53,14 +56,29 @@ class Branch(NamedTuple):
 
 
 class TwoStage(nn.Module):
-    """Backbone, pyramids and heads by `config.model`; subclasses say where proposals come from."""
+    """Backbone, pyramids and heads by `config.model`; subclasses say where proposals come from.
+
+    Attributes:
+      num_classes: K.
+      settings: `config.model`.
+      axis_name: device axis; None when the model sees the whole batch.
+      frequencies: of the classes in the training photos, see `make_classifier`.
+    """
 
     num_classes: int
     settings: ModelSettings
     axis_name: str | None = None
+    frequencies: ClassFrequencies | None = None
 
     def setup(self):
         s = self.settings
+        self.classifier = make_classifier(s.box_head.classifier, self.num_classes, self.frequencies)
+        # Only training keeps what losses remember; inference and plain calls go without.
+        keeps_state = self.is_mutable_collection("loss_state") and self.classifier.start_state()
+        self.loss_states = {
+            label: self.variable("loss_state", label, self.classifier.start_state)
+            for label in (class_loss_labels(s) if keeps_state else ())
+        }
         split = int(s.split_after[1:]) - 1 if s.split_after else None  # the last shared stage
         self.backbone = self._make_backbone(None if split is None else dict(last_stage=split))
         # The last branch serves boxes and proposals, the first one classes.
@@ -104,7 +122,7 @@ class TwoStage(nn.Module):
         if h.kind == "regressor":
             return RegressorHead(h.width, dtype=dtype, name=name)
         fields: dict[str, Any] = dict(
-            num_classes=self.num_classes,
+            classifier=self.classifier,
             width=h.width,
             class_agnostic=h.class_agnostic,
             dtype=dtype,
@@ -186,6 +204,12 @@ class TwoStage(nn.Module):
         """
         slots = image_numbers(num_images, self.axis_name)
         return jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("sampling"), slots)
+
+    def class_losses(self) -> ClassLosses:
+        """How the heads learn to classify in this step; takes a key of the stream 'sampling'."""
+        # Making the parameters is no step.
+        states = {} if self.is_initializing() else self.loss_states
+        return ClassLosses(self.classifier, self.make_rng("sampling"), states)
 
     def losses(self, batch: Mapping[str, Array]) -> dict:
         """Of a training batch: {'losses': terms that are summed, 'monitor': figures to log}."""

@@ -7,6 +7,8 @@ import pytest
 
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
+from detection.classifiers.softmax import Softmax
+from detection.losses.roi_class import ClassLosses
 from detection.models import second_stage
 from detection.models.box_head import RegressorHead, TwoFCHead
 from detection.models.decoupling_head import DecouplingHead
@@ -16,8 +18,8 @@ from tests import tiny
 
 FEATURES = [jax.random.normal(jax.random.key(i), (2, 16 >> i, 16 >> i, 8)) for i in range(2)]
 HEADS = {
-    "two_fc": TwoFCHead(3, width=16),
-    "decoupling": DecouplingHead(3, width=16, offset_width=8),
+    "two_fc": TwoFCHead(Softmax(3), width=16),
+    "decoupling": DecouplingHead(Softmax(3), width=16, offset_width=8),
     "regressor": RegressorHead(width=16),
 }
 
@@ -53,8 +55,13 @@ def test_boxes_of_background_change_no_loss_and_no_gradient(kind, normaliser):
     def losses_and_gradient(params):
         def losses(params, num_regressed):
             output = head.apply(params, pool, targets.boxes, True, num_regressed)
+            valid, classes = jnp.ones(2, bool), None
+            if kind != "regressor":
+                keys = jax.random.split(jax.random.key(0), 2)
+                losses = ClassLosses(Softmax(3), keys[0], {})
+                classes = losses.of_stage(0, 1, targets, {"image_valid": valid}, keys, None)
             terms = second_stage.head_losses(
-                output, targets, jnp.ones(2, bool), model.stages.each[0], model.box_head, None
+                output, targets, valid, model.stages.each[0], model.box_head, None, classes
             )
             return sum(terms.values()), (terms, output)
 

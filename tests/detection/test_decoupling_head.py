@@ -9,11 +9,13 @@ from common.geometry import boxes as box_ops
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
 from common.io.errors import UserError
+from detection.classifiers.softmax import Softmax
 from detection.losses.margin import margin_losses
 from detection.models.decoupling_head import DecouplingHead, shifted
 from detection.structures import HeadOutput, RoITargets
 
 STDS = (0.1, 0.1, 0.2, 0.2)
+TWO = Softmax(1)  # background and a class
 OPTIONS = dict(stds=STDS, class_margin=0.2, box_margin=0.2, clip=True)
 
 
@@ -54,12 +56,12 @@ def test_margins_equal_the_equations_on_cases_by_hand():
         decoupled_boxes=[HALF, BOX],
         sibling_boxes=[MOST, BOX],
     )
-    terms = margin_losses(output, targets, np.ones(1, bool), **OPTIONS)
+    terms = margin_losses(output, targets, np.ones(1, bool), TWO, **OPTIONS)
     # Object: 0.6 + 0.2 - 0.7. Background: the margin shrinks to 1 - 0.9, 0.9 + 0.1 - 0.5.
     np.testing.assert_allclose(terms["margin_class"], (0.1 + 0.5) / 2, rtol=1e-5)
     # IoU 0.9 + min(0.2, 0.1) - 0.5 on the only positive.
     np.testing.assert_allclose(terms["margin_box"], 0.5, rtol=1e-4)
-    literal = margin_losses(output, targets, np.ones(1, bool), **OPTIONS | dict(clip=False))
+    literal = margin_losses(output, targets, np.ones(1, bool), TWO, **OPTIONS | dict(clip=False))
     np.testing.assert_allclose(literal["margin_class"], (0.1 + 0.6) / 2, rtol=1e-5)
     np.testing.assert_allclose(literal["margin_box"], 0.6, rtol=1e-4)
 
@@ -67,10 +69,10 @@ def test_margins_equal_the_equations_on_cases_by_hand():
 def test_no_loss_beyond_the_margin_and_none_without_positives():
     targets = one_image([1], [BOX], [BOX])
     output = output_for(targets, [[0.1, 0.9]], [[0.5, 0.5]], [MOST], [HALF])
-    terms = margin_losses(output, targets, np.ones(1, bool), **OPTIONS)
+    terms = margin_losses(output, targets, np.ones(1, bool), TWO, **OPTIONS)
     assert terms["margin_class"] == 0 and terms["margin_box"] == 0
     background = one_image([0], [BOX], [BOX])
-    terms = margin_losses(output, background, np.ones(1, bool), **OPTIONS)
+    terms = margin_losses(output, background, np.ones(1, bool), TWO, **OPTIONS)
     assert terms["margin_class"] == 0 and terms["margin_box"] == 0
 
 
@@ -80,8 +82,8 @@ def test_an_image_without_positives_counts_as_one_region():
     both.labels[1] = 0
     output = output_for(targets, [[0.5, 0.5]], [[0.5, 0.5]], [BOX], [BOX])
     output = jax.tree.map(lambda a: jnp.concatenate([a, a]), output)
-    alone = margin_losses(output, both, np.array([True, False]), **OPTIONS)["margin_class"]
-    together = margin_losses(output, both, np.array([True, True]), **OPTIONS)["margin_class"]
+    alone = margin_losses(output, both, np.array([True, False]), TWO, **OPTIONS)["margin_class"]
+    together = margin_losses(output, both, np.array([True, True]), TWO, **OPTIONS)["margin_class"]
     np.testing.assert_allclose([alone, together], [0.2, 0.1], rtol=1e-5)
 
 
@@ -90,7 +92,7 @@ def test_margins_push_the_decoupled_branch_and_never_the_sibling():
     output = output_for(targets, [[0.6, 0.4]], [[0.5, 0.5]], [HALF], [MOST])
 
     def loss(output):
-        return sum(margin_losses(output, targets, np.ones(1, bool), **OPTIONS).values())
+        return sum(margin_losses(output, targets, np.ones(1, bool), TWO, **OPTIONS).values())
 
     gradient = jax.grad(loss)(output)
     assert np.abs(gradient.logits).max() > 0 and np.abs(gradient.deltas).max() > 0
@@ -116,7 +118,7 @@ def scene():
 
 def test_zero_shifts_read_what_roi_align_reads(scene):
     pool, boxes = scene
-    head = DecouplingHead(3, width=16, offset_width=8, offset_init="zero")
+    head = DecouplingHead(Softmax(3), width=16, offset_width=8, offset_init="zero")
     variables = head.init(jax.random.key(1), pool, boxes, True)
     output = head.apply(variables, pool, boxes, True)
     np.testing.assert_array_equal(output.references, boxes)
@@ -133,7 +135,7 @@ def test_zero_shifts_read_what_roi_align_reads(scene):
 
 def test_inference_leaves_the_sibling_out(scene):
     pool, boxes = scene
-    head = DecouplingHead(3, width=16, offset_width=8)
+    head = DecouplingHead(Softmax(3), width=16, offset_width=8)
     variables = head.init(jax.random.key(1), pool, boxes, True)
     without = {k: v for k, v in variables["params"].items() if k != "sibling"}
     output = head.apply({"params": without}, pool, boxes, False)
@@ -148,4 +150,4 @@ def test_shift_of_the_region_is_a_fraction_of_its_size():
 
 def test_unknown_offset_init_is_named(scene):
     with pytest.raises(UserError, match="offset_init: found 'big', expected one of small"):
-        DecouplingHead(3, offset_init="big").init(jax.random.key(0), *scene, True)
+        DecouplingHead(Softmax(3), offset_init="big").init(jax.random.key(0), *scene, True)

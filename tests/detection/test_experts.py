@@ -16,6 +16,7 @@ from common.metrics.confusion import confusion_matrix
 from common.tables import Detections
 from common.tables.hierarchy import restrict, siblings
 from common.training.checkpoint import Checkpoints
+from detection.classifiers.softmax import Softmax
 from detection.experts import selection
 from detection.models.decoupling_head import DecouplingHead
 
@@ -143,6 +144,11 @@ def test_cosine_is_that_of_the_weights_without_background(tmp_path):
     for path in (tmp_path, file):
         weights = selection.read_classifier(path, "abc")
         np.testing.assert_array_equal(weights, kernel[:, 1:].T)
+    # A run without a column of background says so in its config.
+    (tmp_path / "config.json").write_text(
+        '{"model": {"box_head": {"classifier": {"kind": "eql"}}}}'
+    )
+    np.testing.assert_array_equal(selection.read_classifier(tmp_path, "abcd"), kernel.T)
     cosine = selection.cosine_similarity(weights, np.array([2]))
     np.testing.assert_allclose(cosine, [[0.5**0.5, 0.5**0.5, 1]])
     with pytest.raises(UserError, match=r"has shape \(2, 4\), expected \(features, 501\)"):
@@ -167,7 +173,7 @@ def test_a_classifier_is_read_by_label_where_the_model_has_labels(tmp_path):
 @pytest.mark.parametrize("name", [selection.CLASSIFIER, "sibling/classifier/kernel"])
 def test_a_decoupling_head_gives_the_classifier_of_its_class_branch(tmp_path, name):
     """Its sibling head only trains beside it; it can be asked for by name."""
-    head = DecouplingHead(num_classes=3, width=4)
+    head = DecouplingHead(Softmax(3), width=4)
     boxes = jnp.zeros((1, 2, 4))
     params = head.init(
         jax.random.key(0), lambda rois, offsets=None: jnp.ones((2, 7, 7, 3)), boxes, True

@@ -19,12 +19,12 @@ from tests.remote import use_fake_store
 OLD, NEW = ("red", "green", "blue"), ("violet", "blue", "red")
 
 
-def head(num_classes, value, class_agnostic=False):
+def head(num_classes, value, class_agnostic=False, leading=1):
     boxes = 1 if class_agnostic else num_classes
     shapes = {
         "box_head/fc1/kernel": (5, 4),
-        "box_head/classifier/kernel": (4, num_classes + 1),
-        "box_head/classifier/bias": (num_classes + 1,),
+        "box_head/classifier/kernel": (4, num_classes + leading),
+        "box_head/classifier/bias": (num_classes + leading,),
         "box_head/regressor/kernel": (4, 4 * boxes),
         "box_head/regressor/bias": (4 * boxes,),
         "mask_head/predictor/kernel": (4, boxes),
@@ -74,6 +74,28 @@ def test_rows_of_classes_follow_their_labels():
     assert report.shared == ["blue", "red"]
 
 
+def test_class_layers_are_taken_from_classifiers_of_the_same_columns_only():
+    """Sigmoids have no column of background, Seesaw loss has two of objects (0 and 2 leading)."""
+    for leading in (0, 2):
+        old, new = head(3, 1000, leading=leading), head(3, 0, leading=leading)
+        variables, _ = fine_tuned(nested(new), NEW, TrainedModel("x", OLD, old))
+        bias = variables["params"]["box_head"]["classifier"]["bias"]
+        theirs = old["params/box_head/classifier/bias"]
+        np.testing.assert_array_equal(bias[:leading], theirs[:leading])
+        assert bias[leading + 1] == theirs[leading + 2]  # blue
+        assert bias[leading] == leading  # violet is new
+    # Three classes with background have as many columns as four without.
+    new = head(4, 0, leading=0)
+    variables, report = fine_tuned(
+        nested(new), (*NEW, "green"), TrainedModel("x", OLD, head(3, 1000))
+    )
+    np.testing.assert_array_equal(
+        variables["params"]["box_head"]["classifier"]["kernel"],
+        new["params/box_head/classifier/kernel"],
+    )
+    assert any("classifier/kernel" in text for text in report.other_shape)
+
+
 def test_what_does_not_fit_is_named_and_what_all_classes_share_is_taken_whole():
     old = head(3, 1000, class_agnostic=True)
     old["params/rpn/kernel"] = np.zeros(7, np.float32)
@@ -93,8 +115,10 @@ def test_what_does_not_fit_is_named_and_what_all_classes_share_is_taken_whole():
 
 
 def test_labels_of_another_model_and_models_without_anything_in_common_are_refused():
-    with pytest.raises(UserError, match="found 2 labels, expected one for each of the 3 classes"):
+    with pytest.raises(UserError, match="found 2 labels, expected one for each .* of the 12 outp"):
         fine_tuned(nested(head(3, 0)), OLD, TrainedModel("x", OLD[:2], head(3, 0)))
+    with pytest.raises(UserError, match="found 1 labels, expected one for each .* of the 4 outp"):
+        fine_tuned(nested(head(3, 0)), OLD, TrainedModel("x", OLD[:1], head(3, 0)))
     with pytest.raises(UserError, match="'params/y', none of which fits"):
         fine_tuned(nested(head(3, 0)), OLD, TrainedModel("x", (), {"params/y": np.zeros(1)}))
 

@@ -11,6 +11,8 @@ from common.geometry import boxes as box_ops
 from common.io.errors import UserError
 from common.io.settings import read_settings
 from configs.detection import base
+from detection.classifiers.softmax import Softmax
+from detection.losses.roi_class import ClassLosses
 from detection.losses.weights import Term
 from detection.models import second_stage
 from detection.models.second_stage import RoIBranch
@@ -46,7 +48,8 @@ def proposals_of(*boxes):
 
 def detect(heads, stages, *more_heads):
     branches = [RoIBranch([], None, branch) for branch in (heads, *more_heads)]
-    return second_stage.detect_stages(branches, proposals_of([10, 10, 30, 30]), SIZE, stages)
+    proposals = proposals_of([10, 10, 30, 30])
+    return second_stage.detect_stages(branches, proposals, SIZE, stages, Softmax(2))
 
 
 def two_stages(**fields):
@@ -112,6 +115,7 @@ def losses_of(heads, stages):
         proposals_of([41, 40, 61, 60], [0, 0, 20, 20]),
         batch,
         model,
+        ClassLosses(Softmax(2), jax.random.key(0), {}),
     )
     return terms, monitor, seen
 

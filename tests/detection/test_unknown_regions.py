@@ -10,7 +10,9 @@ import pytest
 from common.geometry import boxes as box_ops
 from common.training.step import init_variables
 from detection.assign.anchors import grid_anchors
-from detection.losses.classification import mask_unknown, softmax_cross_entropy
+from detection.classifiers.softmax import Softmax
+from detection.losses.classification import softmax_cross_entropy
+from detection.losses.roi_class import ClassLosses
 from detection.losses.rpn import rpn_losses
 from detection.losses.weights import Term
 from detection.models.faster_rcnn import build
@@ -112,6 +114,7 @@ def stage_gradients(batch):
             Proposals(boxes, np.ones((1, 60), bool)),
             batch,
             read_run(config).model,
+            ClassLosses(Softmax(2), jax.random.key(0), {}),
         )
         return {str(term): value for term, value in terms.items()}
 
@@ -131,7 +134,7 @@ def test_unknown_classes_are_left_out_of_the_softmax():
     logits = rng.normal(size=(2, 5, 4)).astype(np.float32)
     known = np.array([[True, False, True], [True, True, True]])
     labels = np.array([[0, 1, 3, 0, 1], [0, 1, 2, 3, 0]])
-    found = softmax_cross_entropy(mask_unknown(logits, known), labels)
+    found = softmax_cross_entropy(Softmax(3).mask_unknown(logits, known), labels)
     for image in range(2):
         columns = np.flatnonzero(np.r_[True, known[image]])
         for region in range(5):

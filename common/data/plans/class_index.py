@@ -4,6 +4,8 @@ Shape legend: n images of a split, K classes with at least one image, P pairs (c
 containing it).
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
@@ -33,18 +35,34 @@ def images_by_class(
     """
     columns = source.num_classes
     pair_classes, pair_images = [], []
-    for first in range(0, len(source.images), chunk):
-        part = source.images[first : first + chunk]
-        place, classes = annotated_classes(source, part, ignore_flags)
-        pairs = np.sort(place * columns + classes)
-        pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique hashes, 30 times slower here
-        pair_classes.append((pairs % columns).astype(np.int32))
-        pair_images.append(part[pairs // columns].astype(np.int32))
+    for first, place, classes in annotated_images(source, ignore_flags, chunk):
+        pair_classes.append(classes.astype(np.int32))
+        pair_images.append(source.images[first + place].astype(np.int32))
     classes, members = np.concatenate(pair_classes), np.concatenate(pair_images)
     counts = np.bincount(classes, minlength=columns)
     present = np.flatnonzero(counts)
     members = members[np.argsort(classes, kind="stable")]
     return present.astype(np.int32), ClassImages(_offsets(counts[present]), members)
+
+
+def annotated_images(
+    source: Source, ignore_flags: int = 0, chunk: int = 65536
+) -> Iterator[tuple[int, Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]]]:
+    """All pairs (image, class that it has at least one object of), some images at a time.
+
+    Args: as `images_by_class`.
+
+    Yields:
+      first place in the split of the images looked at, the places of the pairs' images after it,
+      ascending, and the pairs' classes, ascending for each image.
+    """
+    columns = source.num_classes
+    for first in range(0, len(source.images), chunk):
+        part = source.images[first : first + chunk]
+        place, classes = annotated_classes(source, part, ignore_flags)
+        pairs = np.sort(place * columns + classes)
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique hashes, 30 times slower here
+        yield first, pairs // columns, pairs % columns
 
 
 def annotated_classes(

@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int64, UInt64
 _ROUNDS = 48  # of the swap-or-not shuffle
 _MAX_SIZE = 1 << 32  # of a permutation
 # Streams of random numbers, so that no two uses share a key.
-IMAGES, _, CLASS_IMAGES, ROUNDS, SLOTS, PORTRAIT, SCALES, OTHER_IMAGES, SOURCE = range(9)
+IMAGES, _, CLASS_IMAGES, ROUNDS, SLOTS, PORTRAIT, SCALES, OTHER_IMAGES, SOURCE, REPEATS = range(10)
 
 
 def permute(

@@ -20,8 +20,10 @@ from jaxtyping import Bool
 from common.data.canvases import Canvas, is_portrait, step_canvases
 from common.data.dataset import Dataset
 from common.data.dataset_format import CROWD, GROUP_OF
+from common.data.frequencies import class_frequencies, repeat_factors
 from common.data.plans.class_index import annotated_classes, images_by_class, of_orientation
 from common.data.plans.permutation import PORTRAIT, SCALES, SOURCE, permute, stream_key
+from common.data.plans.repeat_factor import RepeatFactorPlan
 from common.data.plans.streams import DENOMINATOR, ClassPlan, Drawn, Stream, UniformPlan, mix
 from common.data.settings import DataSettings
 from common.data.sources import Source, open_sources
@@ -51,6 +53,11 @@ class TrainPlan:
     seed: int
     batch_size: int
     steps_per_epoch: int
+
+    @property
+    def box_sources(self) -> list[Source]:
+        """The sources whose boxes are used."""
+        return [source for source in self.sources if source.has_boxes]
 
     def batch(self, step: int) -> Drawn:
         place, own_step = self._orientation(step)
@@ -101,6 +108,8 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
       'full_class_batch': the same, and every batch of at least K slots holds every class.
       'expert': images with boxes by class, mixed with images that have none (paper section 5.4);
         the share `data.positive_share`, over the steps of both orientations, has boxes.
+      'repeat_factor': an endless stream of epochs in which photos of rare classes come several
+        times (`common.data.plans.repeat_factor`); how rare a class is, all sources say together.
     Each source is sampled so on its own, and has its share of the slots.
 
     Args:
@@ -109,8 +118,8 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
       seed: of the run.
 
     Raises:
-      UserError: as `common.data.sources.open_sources`; a class sampler without any box, an expert
-        without images that have none, or full class batches of several sources.
+      UserError: as `common.data.sources.open_sources`; a sampler by classes without any box, an
+        expert without images that have none, or full class batches of several sources.
     """
     sources = open_sources(dataset, data)
     canvases = step_canvases(data)
@@ -120,7 +129,12 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
             f"config.data.sampler: found 'full_class_batch' with {len(sources)} sources, whose "
             "shares of the slots leave no room for every class: expected 'class_aware'"
         )
-    parts = [_part(source, data, _source_seed(seed, source.place), oriented) for source in sources]
+    if data.sampler == "repeat_factor":
+        parts = _by_repeat_factor(sources, data, seed, oriented)
+    else:
+        parts = [
+            _part(source, data, _source_seed(seed, source.place), oriented) for source in sources
+        ]
     mixed = _mix_parts(
         [(part, source.share) for part, source in zip(parts, sources, strict=True)], data, seed
     )
@@ -162,6 +176,32 @@ def _part(source: Source, data: DataSettings, seed: int, oriented: bool) -> _Par
     background = _uniform(source, empty, data, seed, oriented)
     share = Fraction(data.positive_share).limit_denominator(DENOMINATOR)
     return _mix_parts([(classes, share), (background, 1 - share)], data, seed)
+
+
+def _by_repeat_factor(
+    sources: Sequence[Source], data: DataSettings, seed: int, oriented: bool
+) -> list[_Part]:
+    flags, parts = ignored_flags(data), []
+    frequencies = class_frequencies(sources, flags)
+    if not any(frequencies.images):
+        raise UserError(
+            f"{sources[0].dataset.directory}: the training images have no boxes, sampler "
+            "'repeat_factor' draws images by the classes of their boxes: use sampler 'uniform'"
+        )
+    for source in sources:
+        factors = repeat_factors(source, frequencies, data.repeat_threshold, flags)
+        portrait = source.portrait if oriented else np.zeros(len(source.images), bool)
+        key, size = _source_seed(seed, source.place), data.batch_size
+        streams = [
+            RepeatFactorPlan(source.images[of], factors[of], stream_seed, size, source.place)
+            if of.any()
+            else None
+            for of, stream_seed in zip((~portrait, portrait), _seeds(key), strict=True)
+        ]
+        share = Fraction(float(factors[portrait].sum() / factors.sum()))
+        share = share.limit_denominator(_PORTRAIT_DENOMINATOR)
+        parts.append(_Part((streams[0], streams[1]), share))
+    return parts
 
 
 def _mix_parts(parts: Sequence[tuple[_Part, Fraction]], data: DataSettings, seed: int) -> _Part:

@@ -3,7 +3,7 @@
 Layers that have outputs for each class are matched by the labels of the classes: the rows of a
 class that both models know are copied, the others keep the new model's values.
 
-    classifier  K + 1 outputs, background first
+    classifier  0 to 2 outputs of background and object (`detection.classifiers`), then K
     regressor   4 K outputs, class after class; 4 where all classes share a box
     predictor   of a mask head: K outputs; 1 where all classes share a mask
 
@@ -28,6 +28,8 @@ from common.io.atomic import open_atomic
 from common.io.errors import UserError
 from common.nn.weights.backbone_weights import State, read_safetensors
 
+LEADING_OUTPUTS = (0, 1, 2)  # of a classifier, before those of its classes
+_CLASSIFIER, _REGRESSOR = "classifier", "regressor"
 _MAX_NAMED = 50  # labels or arrays that a report spells out
 
 
@@ -125,7 +127,7 @@ def fine_tuned(
         if outputs is not None:
             flat[path] = _with_shared_classes(value, old, rows, *outputs)
             matched.append(path)
-        elif value.shape == old.shape:
+        elif value.shape == old.shape and path.split("/")[-2] != _CLASSIFIER:
             flat[path] = old.astype(value.dtype)
             taken.append(path)
         else:
@@ -152,11 +154,17 @@ def fine_tuned(
 
 def _refuse_other_labels(trained: TrainedModel) -> None:
     for path, value in trained.weights.items():
-        classes = value.shape[-1] - 1
-        if path.endswith("classifier/kernel") and classes != len(trained.labels):
+        layer, found = path.split("/")[-2:], len(trained.labels)
+        if layer == [_CLASSIFIER, "kernel"]:
+            fits = value.shape[-1] - found in LEADING_OUTPUTS
+        elif layer == [_REGRESSOR, "kernel"]:
+            fits = value.shape[-1] in (4, 4 * found)
+        else:
+            continue
+        if not fits:
             raise UserError(
-                f"{trained.source}: found {len(trained.labels)} labels, expected one for each of "
-                f"the {classes} classes of {path}"
+                f"{trained.source}: found {found} labels, expected one for each class of the "
+                f"{value.shape[-1]} outputs of {path}"
             )
 
 
@@ -171,10 +179,11 @@ def _class_outputs(
         return None
     layer = path.split("/")[-2]
     outputs = new.shape[-1], old.shape[-1]
-    if layer == "classifier" and outputs == tuple(size + 1 for size in sizes):
-        return 1, 1
+    leading = {count - size for count, size in zip(outputs, sizes, strict=True)}
+    if layer == _CLASSIFIER and len(leading) == 1 and leading <= set(LEADING_OUTPUTS):
+        return leading.pop(), 1
     # One box for all classes is no row of a class, even if there is only one class.
-    if layer == "regressor" and outputs == tuple(4 * size for size in sizes) != (4, 4):
+    if layer == _REGRESSOR and outputs == tuple(4 * size for size in sizes) != (4, 4):
         return 0, 4
     if layer == "predictor" and outputs == sizes != (1, 1):
         return 0, 1

@@ -12,6 +12,7 @@ DATA = DataSettings(
     sources=(),
     sampler="uniform",
     positive_share=0.25,
+    repeat_threshold=0.001,
     batch_size=6,
     canvas=(64, 64),
     scales=(),

@@ -241,3 +241,58 @@ def test_expert_needs_both_kinds_of_images(tmp_path):
         writer.add_split("train", [0])
     with pytest.raises(UserError, match="training images all have boxes"):
         make_plan(Dataset.open(tmp_path / "full"), "train", "expert", 0, 8)
+
+
+def expected_factors(dataset, images, threshold):
+    """LVIS' repeat factors, image by image."""
+    classes = [set(dataset.image_boxes(i)[1].tolist()) for i in images]
+    annotated = sum(bool(present) for present in classes)
+    share = {c: sum(c in present for present in classes) / annotated for c in range(8)}
+    return np.array(
+        [max([1.0, *(np.sqrt(threshold / share[c]) for c in present)]) for present in classes]
+    )
+
+
+def test_repeat_factors_draw_each_image_by_its_rarest_class(dataset):
+    images, threshold, epochs = dataset.split("train"), 0.3, 400
+    plan = make_plan(dataset, "train", "repeat_factor", 3, 8, repeat_threshold=threshold)
+    factors = expected_factors(dataset, images, threshold)
+    assert factors.max() > 2 and (factors == 1).any() and len(set(factors)) > 3
+    (stream, _) = plan.streams
+    lengths = [int(stream.draws(epoch).sum()) for epoch in range(epochs)]
+    assert len(set(lengths)) > 5
+    start, totals, patterns = 0, np.zeros(60), set()
+    for length in lengths[:50]:
+        drawn = np.bincount(stream.draw(np.arange(start, start + length)).images, minlength=60)
+        start += length
+        # Rounded up or down, every image at least once: an epoch is complete.
+        assert (drawn[images] >= np.floor(factors)).all()
+        assert (drawn[images] <= np.ceil(factors)).all()
+        patterns.add(drawn.tobytes())
+    assert len(patterns) > 20
+    for epoch in range(epochs):
+        totals[images] += stream.draws(epoch)
+    error = (totals[images] / epochs - factors) / np.sqrt(0.25 / epochs)
+    assert np.abs(error).max() < 4  # standard deviations
+    _, drawn = draws(plan, 5)
+    assert (drawn == -1).all()
+
+
+def test_repeat_factor_batches_are_the_stream_wherever_one_starts(dataset):
+    plan, again = (
+        make_plan(dataset, "train", "repeat_factor", 3, 7, repeat_threshold=0.3) for _ in range(2)
+    )
+    stream = plan.streams[0].draw(np.arange(7 * 60)).images
+    np.testing.assert_array_equal(draws(plan, 60)[0], stream)
+    for step in (59, 0, 31):  # 60 steps are several epochs
+        np.testing.assert_array_equal(again.batch(step).images, stream[7 * step : 7 * step + 7])
+    uniform = make_plan(dataset, "train", "repeat_factor", 3, 7, repeat_threshold=0.0)
+    for epoch in draws(uniform, 47)[0].reshape(7, 47):
+        assert sorted(epoch) == sorted(dataset.split("train"))
+
+
+def test_repeat_factor_needs_boxes(tmp_path):
+    with DatasetWriter(tmp_path / "bare", "bare", LABELS, LABELS, None) as writer:
+        writer.add_split("train", [writer.add_image("a", "a.jpg")])
+    with pytest.raises(UserError, match="have no boxes, sampler 'repeat_factor'"):
+        make_plan(Dataset.open(tmp_path / "bare"), "train", "repeat_factor", 0, 8)
