@@ -16,6 +16,8 @@ Shape legend:
   M: max_candidates   D: max_detections or max_outputs
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -23,6 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 from common.geometry import boxes as box_ops
 
 _TILE = 64
+# Each turn of a loop launches kernels and lets the host read its condition: few, wide turns there.
+_GPU_TILE = 1024
 
 
 def nms_mask(
@@ -31,6 +35,8 @@ def nms_mask(
     valid: Bool[Array, " N"],
     iou_threshold: float,
     classes: Int[Array, " N"] | None = None,
+    *,
+    tile: int | None = None,
 ) -> Bool[Array, " N"]:
     """Greedy NMS, exact, for entries in any order.
 
@@ -41,19 +47,32 @@ def nms_mask(
       iou_threshold: a kept box suppresses later ones whose IoU with it is greater, compared in
         float32. A zero-area box neither suppresses nor is suppressed.
       classes: boxes of different classes do not see one another; None means one class.
+      tile: boxes that are looked at side by side; None takes what suits the platform that the
+        program is compiled for. The result does not depend on it.
 
     Returns:
       True for the kept entries, in the order of the input.
     """
-    n = boxes.shape[0]
-    if n == 0:
+    if boxes.shape[0] == 0:
         return jnp.zeros((0,), bool)
-    boxes = boxes.astype(jnp.float32)
-    tile = min(_TILE, n)
+    if classes is None:
+        classes = jnp.zeros(boxes.shape[:1], jnp.int32)
+    arrays = boxes.astype(jnp.float32), scores, valid, classes
+
+    def with_tile(tile, *arrays):
+        return _nms_mask(*arrays, iou_threshold, min(tile, boxes.shape[0]))
+
+    if tile is not None or boxes.shape[0] <= _TILE:
+        return with_tile(tile or _TILE, *arrays)
+    small = functools.partial(with_tile, _TILE)
+    wide = functools.partial(with_tile, _GPU_TILE)
+    return lax.platform_dependent(*arrays, cpu=small, tpu=small, default=wide)
+
+
+def _nms_mask(boxes, scores, valid, classes, iou_threshold, tile):
+    n = boxes.shape[0]
     num_tiles = -(-n // tile)
     pad = num_tiles * tile - n
-    if classes is None:
-        classes = jnp.zeros((n,), jnp.int32)
     # Invalid entries go behind all others whatever their class.
     _, groups, _, order = lax.sort(
         (~valid, classes.astype(jnp.int32), -scores.astype(jnp.float32), jnp.arange(n)), num_keys=3

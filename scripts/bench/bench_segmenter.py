@@ -32,8 +32,13 @@ def example(batch: int, height: int, width: int) -> dict[str, np.ndarray]:
     }
 
 
-def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], str]]:
-    """Task -> function that runs it once and tells the loss or the mean probability."""
+def torch_calls(
+    data, backbone: str, threads: int, device: str = "cpu"
+) -> dict[str, Callable[[], str]]:
+    """Task -> function that runs it once and tells the loss or the mean probability.
+
+    `device`: as of `bench_train_step.torchvision_calls`.
+    """
     import timm
     import torch
     from torch import nn
@@ -64,29 +69,37 @@ def torch_calls(data, backbone: str, threads: int) -> dict[str, Callable[[], str
             taps = [functional.interpolate(t, taps[0].shape[-2:], mode="bilinear") for t in taps]
             return functional.interpolate(self.head(torch.cat(taps, 1)), size, mode="bilinear")
 
-    model = Segmenter()
-    images = torch.from_numpy(data["image"])
-    masks = torch.from_numpy(data["mask"]).long()
-    mean = torch.tensor([123.675, 116.28, 103.53])
-    std = torch.tensor([58.395, 57.12, 57.375])
+    torch.backends.cudnn.benchmark = True
+    accelerated = device != "cpu"
+    layout = torch.channels_last if accelerated else torch.contiguous_format
+    model = Segmenter().to(device).to(memory_format=layout)
+    images = torch.from_numpy(data["image"]).to(device)
+    masks = torch.from_numpy(data["mask"]).to(device).long()
+    mean = torch.tensor([123.675, 116.28, 103.53], device=device)
+    std = torch.tensor([58.395, 57.12, 57.375], device=device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4
     )
 
+    def mixed():
+        return torch.autocast(device, torch.bfloat16, enabled=accelerated)
+
     def inputs():
-        return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+        normal = (images.float() - mean) / std
+        return normal.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
     def train():
         model.train()
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(inputs()), masks)
+        with mixed():
+            loss = functional.cross_entropy(model(inputs()), masks)
         loss.backward()
         optimizer.step()
         return f"loss {loss.item():.3f}"
 
     def inference():
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), mixed():
             return f"mean {model(inputs()).softmax(1)[:, 1].mean().item():.3f}"
 
     return {"train": train, "inference": inference}

@@ -34,14 +34,15 @@ LEARNING_RATE = 1e-5
 MASK_SIZE = 112
 
 
-def example(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
+def example(batch: int, size: tuple[int, int], classes: int) -> dict[str, np.ndarray]:
     """Random images (B,H,W,3) uint8 and 20 boxes (B,20,4) an image with classes (B,20)."""
     rng = np.random.default_rng(0)
     low = rng.uniform(0, 0.6, (batch, 20, 2))
     high = low + rng.uniform(0.05, 0.4, low.shape)
+    sides = np.tile(size[::-1], 2)
     return {
-        "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
-        "gt_boxes": (np.concatenate([low, high], -1) * size).astype(np.float32),
+        "image": rng.integers(0, 256, (batch, *size, 3), np.uint8),
+        "gt_boxes": (np.concatenate([low, high], -1) * sides).astype(np.float32),
         "gt_classes": rng.integers(0, classes, (batch, 20), np.int32),
     }
 
@@ -58,9 +59,18 @@ def ellipse(
 
 
 def torchvision_calls(
-    data, classes: int, threads: int, masks: bool
+    data,
+    classes: int,
+    threads: int,
+    masks: bool = False,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> dict[str, Callable[[], str]]:
-    """Task -> function that runs it once; that of inference returns the number of detections."""
+    """Task -> function that runs it once; that of inference returns the number of detections.
+
+    On another device than the CPU: channels last, bfloat16 where torch's `autocast` takes it, and
+    cuDNN chooses its algorithms by trying them. `compiled`: the trunk goes through torch.compile.
+    """
     import torch
     from torchvision.models import resnet50
     from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -69,10 +79,12 @@ def torchvision_calls(
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    size = data["image"].shape[1]
+    torch.backends.cudnn.benchmark = True
+    sides = data["image"].shape[1:3]
     # What `fasterrcnn_resnet50_fpn` builds for pretrained weights: frozen norms, 3 trained stages.
     trunk = _resnet_fpn_extractor(resnet50(norm_layer=FrozenBatchNorm2d), 3)
-    model = (MaskRCNN if masks else FasterRCNN)(trunk, classes + 1, min_size=size, max_size=size)
+    kind = MaskRCNN if masks else FasterRCNN
+    model = kind(trunk, classes + 1, min_size=min(sides), max_size=max(sides))
     with torch.no_grad():
         for name, buffer in trunk.named_buffers():
             if name.endswith("bn3.weight"):
@@ -80,21 +92,37 @@ def torchvision_calls(
         model.roi_heads.box_predictor.cls_score.weight.normal_(std=CLASSIFIER_STD)
     # Masks stay as the network gives them: pasting is measured by bench_paste.
     model.transform.postprocess = lambda found, *_: found
-    images = [torch.from_numpy(x).permute(2, 0, 1).float() / 255 for x in data["image"]]
+    accelerated = device != "cpu"
+    if accelerated:
+        model = model.to(device).to(memory_format=torch.channels_last)
+
+    if compiled:
+        model.backbone = torch.compile(model.backbone)
+
+    def mixed():
+        return torch.autocast(device, torch.bfloat16, enabled=accelerated)
+
+    pixels = torch.from_numpy(data["image"]).to(device)
+    images = [x.permute(2, 0, 1).float() / 255 for x in pixels]
     targets = [
-        {"boxes": torch.from_numpy(b), "labels": torch.from_numpy(c).long() + 1}
+        {
+            "boxes": torch.from_numpy(b).to(device),
+            "labels": torch.from_numpy(c).to(device).long() + 1,
+        }
         for b, c in zip(data["gt_boxes"], data["gt_classes"], strict=True)
     ]
-    for target in targets if masks else ():
-        pixels = [ellipse(size, size, box) for box in target["boxes"].numpy() / size]
-        target["masks"] = torch.from_numpy(np.stack(pixels).astype(np.uint8))
+    for target, boxes in zip(targets, data["gt_boxes"], strict=True) if masks else ():
+        shares = boxes / np.tile(sides[::-1], 2)
+        inside = np.stack([ellipse(*sides, box) for box in shares]).astype(np.uint8)
+        target["masks"] = torch.from_numpy(inside).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
 
     def train():
         model.train()
         optimizer.zero_grad()
-        loss = sum(model(images, targets).values())
+        with mixed():
+            loss = sum(model(images, targets).values())
         loss.backward()
         optimizer.step()
         if not torch.isfinite(loss):
@@ -103,7 +131,7 @@ def torchvision_calls(
 
     def inference():
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), mixed():
             return f"{sum(len(image['boxes']) for image in model(images))} detections"
 
     return {"train": train, "inference": inference}
@@ -203,7 +231,7 @@ def define_flags() -> None:
 
 def main() -> None:
     values = flags.FLAGS
-    data = example(values.batch, values.size, values.classes)
+    data = example(values.batch, (values.size, values.size), values.classes)
     ours = (data, values.classes)
     if values.peer == "torchvision":
         theirs = (torchvision_calls, (*ours, values.threads, values.masks))

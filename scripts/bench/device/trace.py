@@ -1,0 +1,89 @@
+"""Where the time of a training step goes: operations that take most of it, and their modules."""
+
+import collections
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from scripts.bench.device.clock import time_sides
+from scripts.bench.device.detectors import PLAIN, arguments, batch_of, our_side, trained
+from scripts.bench.device.programs import compile_program
+from scripts.bench.device.report import Report
+from scripts.bench.device.sizes import Sizes
+from scripts.bench.device.worker import Case
+
+_STEPS = 3
+_TOP = 25
+_DEPTH = 3  # modules of a path that are told apart
+# %fusion.7 = f32[...] fusion(...), ..., metadata={op_name="jit(train_step)/backbone/conv" ...}
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
+
+
+def origins(program_text: str) -> dict[str, str]:
+    """Instruction of a compiled program -> path of the modules and functions that it comes from."""
+    return dict(_INSTRUCTION.findall(program_text))
+
+
+def durations(folder: Path, names: dict[str, str]) -> collections.Counter[str]:
+    """Nanoseconds of each instruction of the program, of all devices and threads together.
+
+    An accelerator's kernels say which instruction they belong to; a CPU's threads name it.
+    """
+    (file,) = folder.rglob("*.xplane.pb")
+    total: collections.Counter[str] = collections.Counter()
+    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    for plane in devices or planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats: dict[Any, Any] = dict(event.stats) if event.stats else {}
+                instruction = str(stats.get("hlo_op", event.name))
+                if instruction in names or (devices and "hlo_op" in stats):
+                    total[instruction] += int(event.duration_ns)
+    return total
+
+
+def place(path: str) -> str:
+    """The innermost modules of a path, without what JAX wraps around them."""
+    words = [w for w in path.split("/") if not re.match(r"jit\(|jvp\(|transpose\(|shard_map", w)]
+    backward = "transpose(" in path
+    return "/".join(words[:_DEPTH]) + (" (backward)" if backward else "")
+
+
+def profile_training(report: Report, size: Sizes) -> None:
+    model = trained(PLAIN, size)
+    seen = arguments(model, "train", batch_of(PLAIN, size.variant_batch, size))[1]
+    program = compile_program(model.train, model.state, seen)
+    side = our_side(model, "train", program, seen)
+    seconds = time_sides({"ours": side}, size.seconds)["ours"].median
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(_STEPS):
+                side.wait(side.call())
+        names = origins(program.run.as_text())
+        taken = durations(Path(folder), names)
+    total = sum(taken.values()) or 1
+    report.line(
+        f"{PLAIN}, train, {size.variant_batch} images",
+        step_ms=1e3 * seconds,
+        busy_ms=total / _STEPS / 1e6,
+        operations=len(taken),
+        ok=bool(taken),
+    )
+    places: collections.Counter[str] = collections.Counter()
+    for name, nanoseconds in taken.items():
+        places[place(names.get(name, name))] += nanoseconds
+    for kind, counter in (("in", places), ("operation", taken)):
+        for name, nanoseconds in counter.most_common(_TOP):
+            report.line(
+                f"{kind} {name}",
+                ms=nanoseconds / _STEPS / 1e6,
+                share=nanoseconds / total,
+                **({"from": names.get(name, "")} if kind == "operation" else {}),
+            )
+
+
+CASES = (Case("training step", 110, profile_training),)
