@@ -104,9 +104,9 @@ def score(config: ConfigDict, folder: Path, metric: str) -> float:
     """
     if not (files := list(folder.glob("evaluation/*/*_metrics.json"))):
         # Here, not above: JAX reads the cache's place when it compiles first.
-        from detection.train import train
+        from detection.train import read_run, train
 
-        train(config, str(folder))
+        train(read_run(config), str(folder))
         files = list(folder.glob("evaluation/*/*_metrics.json"))
     (file,) = files
     figures = json.loads(file.read_text())

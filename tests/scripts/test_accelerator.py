@@ -40,7 +40,7 @@ def test_a_case_at_fault_costs_itself_alone(tmp_path, capsys):
     def command(part, events, done, seconds):
         return [sys.executable, "-c", WORKER, str(events), ",".join(done)]
 
-    part = Part("fast", 60.0, tmp_path / "log", command)
+    part = Part("fast", 60.0, tmp_path / "log", command, dict(os.environ))
     seen = []
     part.run(lambda: seen.append(len(part.results["cases"])))
     cases = part.results["cases"]
@@ -67,7 +67,7 @@ def test_a_part_without_time_says_what_it_left_out(tmp_path):
             "",
         ]
 
-    part = Part("fast", 1.5, tmp_path / "log", command)
+    part = Part("fast", 1.5, tmp_path / "log", command, dict(os.environ))
     part.run(lambda: None)
     statuses = [case["status"] for case in part.results["cases"].values()]
     assert statuses[0] == "done" and statuses[-1] == "no time left"
@@ -78,7 +78,7 @@ def test_a_worker_that_cannot_start_is_reported(tmp_path, capsys):
     def command(part, events, done, seconds):
         return [sys.executable, "-c", "import no_such_module"]
 
-    part = Part("fast", 60.0, tmp_path / "log", command)
+    part = Part("fast", 60.0, tmp_path / "log", command, dict(os.environ))
     part.run(lambda: None)
     assert "crashed with status 1" in part.results["error"]
     assert "No module named 'no_such_module'" in part.results["error"]

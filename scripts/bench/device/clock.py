@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scripts.bench.device.sizes import Sizes
 from scripts.bench.timing import time_in_turns
-
-REPEATS = 7
 
 
 class Side(NamedTuple):
@@ -33,13 +32,13 @@ class Time(NamedTuple):
         }
 
 
-def time_sides(sides: Mapping[str, Side], seconds: float) -> dict[str, Time]:
+def time_sides(sides: Mapping[str, Side], size: Sizes) -> dict[str, Time]:
     """Times the sides in turns, after calls that warm each of them up.
 
-    A turn makes so many calls, and waits for the last, that `REPEATS` of them take about `seconds`.
+    A turn makes so many calls, and waits for the last, that all turns take about `size.seconds`.
     """
-    turns = [_turn(side, seconds / REPEATS) for side in sides.values()]
-    taken = time_in_turns([turn for turn, _ in turns], REPEATS)
+    turns = [_turn(side, size.seconds / size.repeats) for side in sides.values()]
+    taken = time_in_turns([turn for turn, _ in turns], size.repeats)
     return {
         name: Time(*(float(f(t) / calls) for f in (np.median, np.min, np.max)))
         for name, t, (_, calls) in zip(sides, taken, turns, strict=True)

@@ -136,9 +136,9 @@ def time_detector(report: Report, size: Sizes, name: str, found: dict, count: in
         sides = {"ours": our_side(model, task, program, seen)}
         if calls:
             sides["torchvision"] = torch_side(calls[task])
-        times = time_sides(sides, size.seconds)
+        times = time_sides(sides, size)
         seconds = times["ours"].median
-        rate = matrix_rate(size.matrix, size.seconds)
+        rate = matrix_rate(size)
         figures: dict[str, Any] = {
             "images_per_second": count / seconds,
             "share_of_peak": program.flops / seconds / rate,
@@ -165,7 +165,7 @@ def time_compiled_torch(report: Report, size: Sizes) -> None:
     count = size.variant_batch
     calls = peer_calls(PLAIN, count, size, compiled=True)
     for task in TASKS:
-        taken = time_sides({"torchvision": torch_side(calls[task])}, size.seconds)["torchvision"]
+        taken = time_sides({"torchvision": torch_side(calls[task])}, size)["torchvision"]
         report.line(
             f"torch.compile, {title(PLAIN, task, count)}",
             torchvision_images_per_second=count / taken.median,

@@ -30,7 +30,7 @@ def jax_side(function: Callable, *arguments: Any) -> Side:
 
 def report_sides(report: Report, size: Sizes, name: str, sides: dict[str, Side]) -> None:
     """Times in turns; the speed-up is that of our best form over torchvision."""
-    times = time_sides(sides, size.seconds)
+    times = time_sides(sides, size)
     figures: dict[str, Any] = {}
     for side, taken in times.items():
         figures |= taken.figures(side)
@@ -43,9 +43,9 @@ def report_sides(report: Report, size: Sizes, name: str, sides: dict[str, Side])
 def measure_peaks(report: Report, size: Sizes) -> None:
     device = jax.devices()[0]
     report.line("device", kind=device.device_kind, platform=device.platform)
-    report.line("matrix product", tflop_per_second=matrix_rate(size.matrix, size.seconds) / 1e12)
+    report.line("matrix product", tflop_per_second=matrix_rate(size) / 1e12)
     x = jnp.ones((size.matrix, 4 * size.matrix), jnp.bfloat16)
-    taken = time_sides({"copy": jax_side(lambda x: x + 1, x)}, size.seconds)["copy"]
+    taken = time_sides({"copy": jax_side(lambda x: x + 1, x)}, size)["copy"]
     report.line("copy", tb_per_second=2 * x.nbytes / taken.median / 1e12)
 
 

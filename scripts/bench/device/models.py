@@ -29,10 +29,9 @@ DETECTORS: dict[str, dict[str, Any]] = {
 
 def detector_settings(name: str, size: Sizes, dtype: str) -> RunSettings:
     config = our_config(masks=name == MASKS)
-    for field, value in DETECTORS[name].items():
+    for field, value in [*DETECTORS[name].items(), *size.model]:
         config.model.update_from_flattened_dict({field: value})
     config.model.dtype = dtype
-    config.model.backbone = size.backbone
     return read_run(config)
 
 

@@ -20,6 +20,7 @@ from common.training.pod import flops
 from common.training.step import TrainState, jit_train_step, make_predict_step, variable_shapes
 from scripts.bench.bench_train_step import CLASSIFIER_STD, LAST_NORM_SCALE, LEARNING_RATE
 from scripts.bench.device.clock import Side, time_sides
+from scripts.bench.device.sizes import Sizes
 
 _THREADS = 8
 
@@ -126,10 +127,11 @@ def compile_all(jobs: Mapping[str, Callable[[], Program]]) -> dict[str, Program 
 
 
 @functools.cache
-def matrix_rate(side: int, seconds: float) -> float:
+def matrix_rate(size: Sizes) -> float:
     """FLOP a second of a bfloat16 matrix product, measured: what shares of peak are shares of."""
+    side = size.matrix
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (side, side), jnp.bfloat16) for key in keys)
     product = jax.jit(jnp.matmul)
-    taken = time_sides({"product": Side(lambda: product(a, b), jax.block_until_ready)}, seconds)
+    taken = time_sides({"product": Side(lambda: product(a, b), jax.block_until_ready)}, size)
     return 2 * side**3 / taken["product"].median

@@ -53,16 +53,18 @@ def jobs(size: Sizes) -> dict[str, Any]:
 
 def time_segmenters(report: Report, size: Sizes, found: dict[str, Any]) -> None:
     model = trained(size)
-    rate = matrix_rate(size.matrix, size.seconds)
+    rate = matrix_rate(size)
     for count, canvas, peer_canvas in size.crops:
-        calls = torch_calls(crop_batch(count, peer_canvas), size.hrnet, 2, torch_device())
+        calls = torch_calls(
+            crop_batch(count, peer_canvas), size.hrnet, size.torch_threads, torch_device()
+        )
         for task in TASKS:
             program = found[title(size, task, count, canvas)]
             if isinstance(program, Exception):
                 raise program
             seen = arguments(task, count, canvas, size)[1]
             ours = our_side(model, task, program, seen)
-            times = time_sides({"ours": ours, "timm": torch_side(calls[task])}, size.seconds)
+            times = time_sides({"ours": ours, "timm": torch_side(calls[task])}, size)
             seconds = times["ours"].median
             figures = {
                 "crops_per_second": count / seconds,

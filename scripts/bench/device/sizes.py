@@ -10,6 +10,8 @@ class Sizes:
 
     Attributes:
       dry: of the dry run: some cases leave out what takes minutes on a CPU.
+      patience: factor of the seconds that cases may take; CPUs are slow and busy.
+      repeats: turns in which calls are timed.
       seconds: that the timed calls of each side take together, about.
       matrix: side of the matrix products that measure the peak rate.
       canvas: height, width of the detectors' images, as padded.
@@ -17,7 +19,8 @@ class Sizes:
       batches: images of a step of the plain detector.
       variant_batch: of the other detectors, of compiled torch, and of the profile.
       classes: of the detectors, without background.
-      backbone: of our detectors.
+      model: changes of `config.model` of our detectors.
+      torch_threads: of torch.
       small_canvas: of the detectors that are compared with the CPU.
       rois: regions of an image, of the kernels.
       boxes: of an image, of NMS.
@@ -32,6 +35,8 @@ class Sizes:
     """
 
     dry: bool
+    patience: float
+    repeats: int
     seconds: float
     matrix: int
     canvas: tuple[int, int]
@@ -39,7 +44,8 @@ class Sizes:
     batches: tuple[int, ...]
     variant_batch: int
     classes: int
-    backbone: str
+    model: tuple[tuple[str, Any], ...]
+    torch_threads: int
     small_canvas: tuple[int, int]
     rois: int
     boxes: int
@@ -57,6 +63,8 @@ class Sizes:
 
 FULL = Sizes(
     dry=False,
+    patience=1.0,
+    repeats=7,
     seconds=1.0,
     matrix=8192,
     canvas=(800, 1344),
@@ -64,7 +72,8 @@ FULL = Sizes(
     batches=(8, 16, 2),
     variant_batch=8,
     classes=500,
-    backbone="resnet50",
+    model=(),
+    torch_threads=2,
     small_canvas=(256, 320),
     rois=512,
     boxes=2000,
@@ -87,6 +96,8 @@ FULL = Sizes(
 )
 DRY = Sizes(
     dry=True,
+    patience=10.0,
+    repeats=1,
     seconds=0.02,
     matrix=128,
     canvas=(64, 96),
@@ -94,7 +105,19 @@ DRY = Sizes(
     batches=(1,),
     variant_batch=1,
     classes=5,
-    backbone="resnet10",
+    model=(
+        ("backbone", "resnet10"),
+        ("fpn_channels", 16),
+        ("box_head.width", 32),
+        ("box_head.sample.num_samples", 16),
+        ("rpn.train_proposals.pre_nms", 50),
+        ("rpn.train_proposals.post_nms", 50),
+        ("rpn.test_proposals.pre_nms", 50),
+        ("rpn.test_proposals.post_nms", 50),
+        ("detections.max_candidates", 64),
+        ("detections.max_detections", 20),
+    ),
+    torch_threads=1,
     small_canvas=(64, 64),
     rois=4,
     boxes=20,

@@ -58,7 +58,7 @@ def profile_training(report: Report, size: Sizes) -> None:
     seen = arguments(model, "train", batch_of(PLAIN, size.variant_batch, size))[1]
     program = compile_program(model.train, model.state, seen)
     side = our_side(model, "train", program, seen)
-    seconds = time_sides({"ours": side}, size.seconds)["ours"].median
+    seconds = time_sides({"ours": side}, size)["ours"].median
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(_STEPS):

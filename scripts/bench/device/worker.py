@@ -56,7 +56,7 @@ def main() -> None:
     ]
     report.plan([case.name for case in cases])
     for case in cases:
-        report.start(case.name, case.limit)
+        report.start(case.name, size.patience * case.limit)
         try:
             case.run(report, size)
         except Exception as error:  # the next case may work: nothing runs twice on such a machine

@@ -174,3 +174,11 @@ def test_equals_torchvision():
         )
         ours = nms_mask(boxes, scores, np.ones(500, bool), 0.5, classes)
         np.testing.assert_array_equal(np.flatnonzero(ours), np.sort(theirs.numpy()))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 100, 1024])
+def test_the_result_does_not_depend_on_the_tile(tile):
+    boxes, scores, valid, classes = random_case(3, 150, 4, grid=False)
+    keep = jax.jit(functools.partial(nms.nms_mask, tile=tile))(boxes, scores, valid, 0.5, classes)
+    kept = oracle.greedy(boxes, scores, valid, 0.5, classes)
+    np.testing.assert_array_equal(np.flatnonzero(keep), np.sort(kept))
