@@ -113,7 +113,7 @@ def torchvision_calls(
     ]
     for target, boxes in zip(targets, data["gt_boxes"], strict=True) if masks else ():
         shares = boxes / np.tile(sides[::-1], 2)
-        inside = np.stack([ellipse(*sides, box) for box in shares]).astype(np.uint8)
+        inside = np.stack([ellipse(sides[0], sides[1], box) for box in shares]).astype(np.uint8)
         target["masks"] = torch.from_numpy(inside).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)

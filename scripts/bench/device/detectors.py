@@ -89,7 +89,11 @@ def peer_calls(
     name: str, count: int, size: Sizes, compiled: bool = False
 ) -> dict[str, Callable[[], str]]:
     data = example(count, size.photo, size.classes)
-    options = {"masks": name == MASKS, "device": torch_device(), "compiled": compiled}
+    options: dict[str, Any] = {
+        "masks": name == MASKS,
+        "device": torch_device(),
+        "compiled": compiled,
+    }
     return torchvision_calls(data, size.classes, size.torch_threads, **options)
 
 
