@@ -1,9 +1,5 @@
-"""Kernels and operators on the device against the CPU, and their unit tests on the device."""
+"""Kernels and operators on the device against the CPU."""
 
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -101,24 +97,9 @@ def check_operators(report: Report, size: Sizes) -> None:
         compare(report, name, operator.__call__, boxes, scores, models, valid)
 
 
-def run_unit_tests(report: Report, size: Sizes) -> None:
-    """The quick tests of kernels, with this device as JAX's first."""
-    platform = jax.devices()[0].platform
-    platforms = {"cpu": "cpu", "gpu": "cuda,cpu"}.get(platform, f"{platform},cpu")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    exact = {"JAX_PLATFORMS": platforms, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    result = subprocess.run(
-        [*command, *size.unit_tests], env=os.environ | exact, capture_output=True, text=True
-    )
-    lines = result.stdout.strip().splitlines() or [result.stderr.strip()[-200:]]
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
-    report.line("pytest", said=lines[-1], failed=failed[:20], ok=result.returncode == 0)
-
-
 CASES = (
     Case("nms", 40, check_nms),
     Case("RoIAlign", 40, check_roi_align),
     Case("deformable convolution", 40, check_deform_conv),
     Case("operators", 60, check_operators),
-    Case("unit tests", 100, run_unit_tests),
 )

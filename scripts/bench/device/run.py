@@ -9,14 +9,16 @@ stops the command leaves all that was measured. Exit status 1: something failed,
 no time.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,10 @@ def worker_command(part: str, events: Path, done: list[str], seconds: float) -> 
     return command + ["--dry_run"] * flags.FLAGS.dry_run
 
 
-def environment(dry_run: bool) -> dict[str, str]:
+def environment(dry_run: bool, programs: Path) -> dict[str, str]:
     """Of a worker: programs are kept, and other processes may use the device's memory too."""
     kept = {
-        "JAX_COMPILATION_CACHE_DIR": str(Path(".accelerator/compiled").absolute()),
+        "JAX_COMPILATION_CACHE_DIR": str(programs.absolute()),
         "PYTHONUNBUFFERED": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
@@ -94,11 +96,14 @@ class Part:
             events.touch()
             command = self.command(self.name, events, done, self.seconds_left())
             start = log.tell()
-            worker = subprocess.Popen(command, stderr=log, env=self.environment)
+            worker = subprocess.Popen(
+                command, stderr=log, env=self.environment, start_new_session=True
+            )
             try:
                 status = self._follow(worker, events, changed)
             finally:
-                worker.kill()
+                with contextlib.suppress(ProcessLookupError):  # it and what it started
+                    os.killpg(worker.pid, signal.SIGKILL)
                 worker.wait()
         if status == "":
             return False
@@ -158,10 +163,18 @@ def main() -> int:
     for name in values.parts:
         if name not in PARTS:
             raise UserError(f"--parts: found {name!r}, expected some of {', '.join(PARTS)}")
-    names = PARTS if values.dry_run else values.parts
+    if not values.dry_run:
+        return run_parts(values.parts, environment(False, Path(".accelerator/compiled")))
+    with tempfile.TemporaryDirectory() as folder:
+        return run_parts(PARTS, environment(True, Path(folder)))
+
+
+def run_parts(names: Sequence[str], workers: dict[str, str]) -> int:
+    """`workers`: environment of theirs."""
+    values = flags.FLAGS
     output = Path(values.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    begin, workers = time.monotonic(), environment(values.dry_run)
+    begin = time.monotonic()
     results: dict[str, Any] = {
         "jax": importlib.metadata.version("jax"),
         "dry_run": values.dry_run,

@@ -30,18 +30,23 @@ def origins(program_text: str) -> dict[str, str]:
 def durations(folder: Path, names: dict[str, str]) -> collections.Counter[str]:
     """Nanoseconds of each instruction of the program, of all devices and threads together.
 
-    An accelerator's kernels say which instruction they belong to; a CPU's threads name it.
+    An accelerator's kernels say which instruction they belong to, or are named after it, or are of
+    a library and count by themselves; a CPU's threads name instructions among much else.
     """
     (file,) = folder.rglob("*.xplane.pb")
     total: collections.Counter[str] = collections.Counter()
     planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    by_kernel = {re.sub(r"[.-]", "_", name): name for name in names}
     for plane in devices or planes:
-        for line in plane.lines:
+        lines = list(plane.lines)
+        streams = [line for line in lines if line.name.startswith("Stream")]
+        for line in streams or lines:
             for event in line.events:
-                stats: dict[Any, Any] = dict(event.stats) if event.stats else {}
-                instruction = str(stats.get("hlo_op", event.name))
-                if instruction in names or (devices and "hlo_op" in stats):
+                stats: dict[Any, Any] = dict(event.stats) if devices else {}
+                kernel = by_kernel.get(event.name, event.name)
+                instruction = str(stats.get("hlo_op") or kernel)
+                if instruction in names or streams:
                     total[instruction] += int(event.duration_ns)
     return total
 

@@ -14,7 +14,7 @@ from scripts.bench.device.report import Report
 PARTS = ("correct", "fast", "profile", "learn")
 # Imported in the worker alone: the command itself needs no device. A `Case` each, in CASES.
 _MODULES = {
-    "correct": ("correct_kernels", "correct_models"),
+    "correct": ("correct_kernels", "correct_models", "unit_tests"),
     "fast": ("speed",),
     "profile": ("trace",),
     "learn": ("learn",),
