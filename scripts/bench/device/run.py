@@ -62,7 +62,9 @@ def environment(dry_run: bool, programs: Path) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     if dry_run:  # programs that run once
-        kept["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        kept["XLA_FLAGS"] = (
+            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        )
     return kept | os.environ
 
 
