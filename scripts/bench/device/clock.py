@@ -37,7 +37,7 @@ def time_sides(sides: Mapping[str, Side], size: Sizes) -> dict[str, Time]:
 
     A turn makes so many calls, and waits for the last, that all turns take about `size.seconds`.
     """
-    turns = [_turn(side, size.seconds / size.repeats) for side in sides.values()]
+    turns = [_turn(side, size) for side in sides.values()]
     taken = time_in_turns([turn for turn, _ in turns], size.repeats)
     return {
         name: Time(*(float(f(t) / calls) for f in (np.median, np.min, np.max)))
@@ -45,12 +45,12 @@ def time_sides(sides: Mapping[str, Side], size: Sizes) -> dict[str, Time]:
     }
 
 
-def _turn(side: Side, seconds: float) -> tuple[Callable[[], None], int]:
-    for _ in range(2):
+def _turn(side: Side, size: Sizes) -> tuple[Callable[[], None], int]:
+    for _ in range(1 if size.dry else 2):
         start = time.perf_counter()
         side.wait(side.call())
         once = time.perf_counter() - start
-    calls = max(1, min(200, round(seconds / once)))
+    calls = max(1, min(200, round(size.seconds / size.repeats / once)))
 
     def turn() -> None:
         for _ in range(calls):

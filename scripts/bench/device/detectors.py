@@ -21,6 +21,11 @@ PLAIN = "R50-FPN"
 WITH_PEERS = (PLAIN, MASKS)
 
 
+def main_detector(size: Sizes) -> str:
+    """The one that is timed first and profiled; a dry run tries one only, that with most parts."""
+    return MASKS if size.dry else PLAIN
+
+
 def title(name: str, task: str, count: int) -> str:
     return f"{name}, {task}, {count} images"
 

@@ -19,7 +19,7 @@ _OTHERS = tuple(name for name in DETECTORS if name != detectors.PLAIN)
 
 @functools.cache
 def first(size: Sizes) -> dict[str, Any]:
-    return compile_all(detectors.jobs([detectors.PLAIN], size.batches, size))
+    return compile_all(detectors.jobs([detectors.main_detector(size)], size.batches, size))
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def compile_wave(wave):
 
 def time_plain(report: Report, size: Sizes) -> None:
     for count in size.batches:
-        detectors.time_detector(report, size, detectors.PLAIN, first(size), count)
+        detectors.time_detector(report, size, detectors.main_detector(size), first(size), count)
 
 
 def time_others(report: Report, size: Sizes) -> None:

@@ -9,7 +9,14 @@ from typing import Any
 import jax
 
 from scripts.bench.device.clock import time_sides
-from scripts.bench.device.detectors import PLAIN, arguments, batch_of, our_side, trained
+from scripts.bench.device.detectors import (
+    arguments,
+    batch_of,
+    main_detector,
+    our_side,
+    title,
+    trained,
+)
 from scripts.bench.device.programs import compile_program
 from scripts.bench.device.report import Report
 from scripts.bench.device.sizes import Sizes
@@ -59,8 +66,9 @@ def place(path: str) -> str:
 
 
 def profile_training(report: Report, size: Sizes) -> None:
-    model = trained(PLAIN, size)
-    seen = arguments(model, "train", batch_of(PLAIN, size.variant_batch, size))[1]
+    name = main_detector(size)
+    model = trained(name, size)
+    seen = arguments(model, "train", batch_of(name, size.variant_batch, size))[1]
     program = compile_program(model.train, model.state, seen)
     side = our_side(model, "train", program, seen)
     seconds = time_sides({"ours": side}, size)["ours"].median
@@ -72,7 +80,7 @@ def profile_training(report: Report, size: Sizes) -> None:
         taken = durations(Path(folder), names)
     total = sum(taken.values()) or 1
     report.line(
-        f"{PLAIN}, train, {size.variant_batch} images",
+        title(name, "train", size.variant_batch),
         step_ms=1e3 * seconds,
         busy_ms=total / _STEPS / 1e6,
         operations=len(taken),
