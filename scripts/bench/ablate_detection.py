@@ -9,6 +9,7 @@ Trains the config with
     sibling        the plain head
     dh             the Decoupling Head (section 2)
     dh_no_margin   the same without its margin losses (eq. 5 and 6)
+    uniform        the plain head on photos drawn evenly instead of by class
     cascade        the standard cascade of three stages
     cascade4       the paper's four (section 5.6)
 
@@ -48,6 +49,11 @@ def without_margin(config: ConfigDict) -> None:
     config.model.loss_weights.margin_class = config.model.loss_weights.margin_box = 0.0
 
 
+def uniform(config: ConfigDict) -> None:
+    plain(config)
+    config.data.sampler = "uniform"
+
+
 def three_stages(config: ConfigDict) -> None:
     plain(config)
     config.model.stages = base.THREE_STAGES
@@ -62,6 +68,7 @@ VARIANTS = {
     "sibling": plain,
     "dh": decoupling,
     "dh_no_margin": without_margin,
+    "uniform": uniform,
     "cascade": three_stages,
     "cascade4": four_stages,
 }

@@ -14,7 +14,12 @@ TREE = "OpenImagesDetectionChallenge_PerformanceByCategory/AP@0.5IOU/Tree"
 
 @pytest.mark.parametrize(
     ("variant", "kind", "stages"),
-    [("sibling", "two_fc", 1), ("dh", "decoupling", 1), ("cascade4", "two_fc", 4)],
+    [
+        ("sibling", "two_fc", 1),
+        ("uniform", "two_fc", 1),
+        ("dh", "decoupling", 1),
+        ("cascade4", "two_fc", 4),
+    ],
 )
 def test_a_variant_changes_the_heads_of_a_config(variant, kind, stages):
     config = run_config(quickstart.get_config(), variant, seed=2)
