@@ -111,7 +111,8 @@ def score(config: ConfigDict, folder: Path, metric: str) -> float:
     """
     if not (files := list(folder.glob("evaluation/*/*_metrics.json"))):
         # Here, not above: JAX reads the cache's place when it compiles first.
-        from detection.train import read_run, train
+        from detection.settings import read_run
+        from detection.train import train
 
         train(read_run(config), str(folder))
         files = list(folder.glob("evaluation/*/*_metrics.json"))
