@@ -2,7 +2,7 @@
 
     python -m scripts.bench.ablate_detection --config=configs/detection/photos_lite0.py \\
         --config.data.dir=DIR --config.model.pretrained=lite0.safetensors --workdir=WORK \\
-        [--variants=sibling,dh] [--seeds=3] [--epochs=2] [--metric=NAME]
+        [--variants=sibling,dh] [--seeds=3] [--epochs=2] [--metric=NAME,NAME]
 
 Trains the config with
 
@@ -13,7 +13,14 @@ Trains the config with
     cascade        the standard cascade of three stages
     cascade4       the paper's four (section 5.6)
 
-and prints mean and spread (least and largest) of the official mAP@0.5 of each, or of another figure
+or, of the LVIS 2019 solution (configs/detection/long_tail_lite0.py has a set for them),
+
+    ce             softmax cross-entropy
+    eql            equalization loss
+    rfs            cross-entropy and repeat factor sampling
+    eql_rfs        both
+
+and prints mean and spread (least and largest) of the official mAP@0.5 of each, or of other figures
 of WORK/VARIANT_SEED/evaluation, against the first. WORK keeps the runs: the same command goes on
 where it stopped, and another --metric asks the same runs. Runs of one variant share a compiled
 program (WORK/compiled). Photos of a split that training does not see are scored once, at the end.
@@ -22,6 +29,7 @@ program (WORK/compiled). Photos of a split that training does not see are scored
 import copy
 import json
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -64,6 +72,14 @@ def four_stages(config: ConfigDict) -> None:
     config.model.stages = base.FOUR_STAGES
 
 
+def long_tail(classifier: str, sampler: str) -> Callable[[ConfigDict], None]:
+    def change(config: ConfigDict) -> None:
+        config.model.box_head.classifier.kind = classifier
+        config.data.sampler = sampler
+
+    return change
+
+
 VARIANTS = {
     "sibling": plain,
     "dh": decoupling,
@@ -71,17 +87,21 @@ VARIANTS = {
     "uniform": uniform,
     "cascade": three_stages,
     "cascade4": four_stages,
+    "ce": long_tail("softmax", "uniform"),
+    "eql": long_tail("eql", "uniform"),
+    "rfs": long_tail("softmax", "repeat_factor"),
+    "eql_rfs": long_tail("eql", "repeat_factor"),
 }
 
 
 def define_flags() -> None:
     run_flags.define_flags()
-    flags.DEFINE_list("variants", list(VARIANTS), f"Some of {', '.join(VARIANTS)}.")
+    flags.DEFINE_list("variants", list(VARIANTS)[:5], f"Some of {', '.join(VARIANTS)}.")
     flags.DEFINE_integer("seeds", 3, "Runs of each variant.", lower_bound=1)
     flags.DEFINE_float(
         "epochs", None, "Shorten or lengthen the config's schedule to these.", lower_bound=0.01
     )
-    flags.DEFINE_string("metric", MEAN_AP.format(0.5), "Figure to compare.")
+    flags.DEFINE_list("metric", [MEAN_AP.format(0.5)], "Figure or figures to compare.")
 
 
 def run_config(
@@ -103,8 +123,8 @@ def run_config(
     return config
 
 
-def score(config: ConfigDict, folder: Path, metric: str) -> float:
-    """The figure of a run, trained now unless it is there.
+def score(config: ConfigDict, folder: Path, metrics: Sequence[str]) -> list[float]:
+    """Figures of a run, trained now unless it is there.
 
     Raises:
       UserError: the run has no such figure.
@@ -118,23 +138,33 @@ def score(config: ConfigDict, folder: Path, metric: str) -> float:
         files = list(folder.glob("evaluation/*/*_metrics.json"))
     (file,) = files
     figures = json.loads(file.read_text())
-    if metric not in figures:
-        example = next(iter(figures))
-        raise UserError(f"{file}: found no {metric!r}, expected a name such as {example!r}")
-    return figures[metric]
+    for metric in metrics:
+        if metric not in figures:
+            example = next(iter(figures))
+            raise UserError(f"{file}: found no {metric!r}, expected a name such as {example!r}")
+    return [figures[metric] for metric in metrics]
 
 
-def table(scores: dict[str, list[float]]) -> str:
-    """Markdown: mean, least and largest in percent, and the gain over the first variant."""
-    first = statistics.mean(next(iter(scores.values())))
-    lines = ["| variant | mean | least to largest | gain |", "| --- | --- | --- | --- |"]
-    for variant, values in scores.items():
-        mean = statistics.mean(values)
-        lines.append(
-            f"| {variant} | {100 * mean:.2f} | {100 * min(values):.2f} to {100 * max(values):.2f} "
-            f"| {100 * (mean - first):+.2f} |"
-        )
-    return "\n".join(lines)
+def table(scores: dict[str, list[list[float]]], metrics: Sequence[str]) -> str:
+    """Markdown: mean, least and largest in percent, and the gain over the first variant.
+
+    Args:
+      scores: variant -> figures of each of its runs.
+      metrics: their names.
+    """
+    lines = []
+    for place, metric in enumerate(metrics):
+        lines += [f"| {metric} | mean | least to largest | gain |", "| --- | --- | --- | --- |"]
+        columns = {variant: [run[place] for run in runs] for variant, runs in scores.items()}
+        first = statistics.mean(next(iter(columns.values())))
+        for variant, values in columns.items():
+            mean = statistics.mean(values)
+            lines.append(
+                f"| {variant} | {100 * mean:.2f} | {100 * min(values):.2f} to "
+                f"{100 * max(values):.2f} | {100 * (mean - first):+.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def main():
@@ -145,15 +175,16 @@ def main():
     workdir = Path(values.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, list[list[float]]] = {}
     for seed in range(values.seeds):  # round by round: an early end leaves equal numbers of runs
         for variant in values.variants:
             print(f"run {variant}, seed {seed}", flush=True)
             config = run_config(values.config, variant, seed, values.epochs)
-            figure = score(config, workdir / f"{variant}_{seed}", values.metric)
-            scores.setdefault(variant, []).append(figure)
-        print(f"after {seed + 1} of {values.seeds} seeds:\n{table(scores)}", flush=True)
-        write_text(workdir / "table.md", table(scores) + "\n")
+            figures = score(config, workdir / f"{variant}_{seed}", values.metric)
+            scores.setdefault(variant, []).append(figures)
+        text = table(scores, values.metric)
+        print(f"after {seed + 1} of {values.seeds} seeds:\n{text}", flush=True)
+        write_text(workdir / "table.md", text + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.io.errors import UserError
-from configs.detection import quickstart
+from configs.detection import long_tail_lite0, quickstart
 from scripts.bench.ablate_detection import run_config, score
 from tests.commands import run
 
@@ -28,6 +28,16 @@ def test_a_variant_changes_the_heads_of_a_config(variant, kind, stages):
     assert config.optimizer.to_dict() == quickstart.get_config().optimizer.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("variant", "classifier", "sampler"),
+    [("ce", "softmax", "uniform"), ("eql", "eql", "uniform"), ("rfs", "softmax", "repeat_factor")],
+)
+def test_a_variant_changes_classifier_and_sampler(variant, classifier, sampler):
+    config = run_config(long_tail_lite0.get_config(), variant, seed=1)
+    assert config.model.box_head.classifier.kind == classifier
+    assert config.data.sampler == sampler
+
+
 def test_epochs_stretch_the_whole_schedule():
     optimizer = run_config(quickstart.get_config(), "dh", seed=0, epochs=11).optimizer
     assert (optimizer.num_epochs, optimizer.warmup_steps) == (11, 15)
@@ -39,7 +49,7 @@ def finished(tmp_path):
     for name, value in {"sibling_0": 0.4, "sibling_1": 0.5, "dh_0": 0.5, "dh_1": 0.6}.items():
         folder = tmp_path / name / "evaluation" / "220"
         folder.mkdir(parents=True)
-        (folder / "validation_metrics.json").write_text(json.dumps({TREE: value}))
+        (folder / "validation_metrics.json").write_text(json.dumps({TREE: value, "AP": value / 2}))
     return tmp_path
 
 
@@ -47,15 +57,16 @@ def test_finished_runs_are_compared_by_any_of_their_figures(finished):
     output = run(
         "scripts.bench.ablate_detection",
         f"--workdir={finished}",
-        f"--metric={TREE}",
+        f"--metric={TREE},AP",
         "--config=configs/detection/quickstart.py",
         "--variants=sibling,dh",
         "--seeds=2",
     )
     assert "| sibling | 45.00 | 40.00 to 50.00 | +0.00 |" in output
+    assert "| sibling | 22.50 | 20.00 to 25.00 | +0.00 |" in output
     assert "| dh | 55.00 | 50.00 to 60.00 | +10.00 |" in (finished / "table.md").read_text()
 
 
 def test_a_figure_that_a_run_lacks_is_named(finished):
-    with pytest.raises(UserError, match="validation_metrics.json: found no 'AP', expected a name"):
-        score(quickstart.get_config(), finished / "dh_0", "AP")
+    with pytest.raises(UserError, match="validation_metrics.json: found no 'APr', expected a name"):
+        score(quickstart.get_config(), finished / "dh_0", ["AP", "APr"])

@@ -1,0 +1,41 @@
+"""Mask R-CNN, SENet-154 with deformable convolutions, LVIS v0.5: the second row of table 1.
+
+    python -m detection.train --config=configs/detection/lvis_se154.py --config.data.dir=DIR
+        --config.init_from=COCO_RUN --workdir=WORK
+
+COCO_RUN is a Mask R-CNN of the same backbone that COCO's training photos have taught
+(configs/detection/lvis_winner.py:coco_se154). DIR is written by `scripts.prepare_data lvis
+--ignore=instances_train2017.json`: under boxes of COCO nothing is background.
+
+Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
+Schedule: as lvis_r50.py; the paper says neither it nor the scales of "multi-scale training".
+Paper:    mask AP 30.8, rare 19.7, common 32.2, frequent 33.4 on v0.5 validation (table 1).
+"""
+
+import ml_collections
+
+from configs.detection import base
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    del arg
+    config = base.get_config()
+    config.name = "lvis_se154"
+    config.data.sampler = "repeat_factor"
+    config.data.eval_split = "val"
+    config.data.batch_size = 64
+    config.data.scales = (480, 560, 640, 720, 800)
+    config.data.mask_size = 112
+    config.model.backbone = "senet154"
+    config.model.deform = (1, 1, 1)
+    config.model.norm = "sync"
+    config.model.remat = True
+    config.model.box_head.classifier.kind = "eql"
+    config.model.mask_head.kind = "class_specific"
+    config.model.detections.score_threshold = 1e-4
+    config.optimizer.learning_rate_per_image = 0.00125
+    config.optimizer.warmup_steps = 1000
+    config.optimizer.num_epochs = 25.4
+    config.optimizer.decay_epochs = (16.9, 22.6)
+    config.evaluation.metric = "lvis_masks"
+    return config

@@ -1,0 +1,38 @@
+"""The road map names commands that exist, in an order in which each finds what it reads."""
+
+import json
+import re
+import shlex
+
+from scripts.lvis_road_map import table
+from tests.commands import run
+
+WHERE = ("--lvis=L", "--coco=C", "--openimages=O", "--x101=x", "--se154=s", "--workdir=W")
+
+
+def test_each_command_reads_what_one_before_made():
+    output = run("scripts.lvis_road_map", *WHERE, "--dry_run", "--set=config.seed=3")
+    made: set[str] = set()
+    lines = re.findall(r"^\d+/(\d+), row (\d): (.*)$", output, re.MULTILINE)
+    assert len(lines) == int(lines[0][0])
+    assert sorted({row for _, row, _ in lines}) == list("123456")
+    for _, _, line in lines:
+        words = shlex.split(line)
+        values = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+        trained = "detection.train" in words
+        assert ("config.seed" in values) == any(word.startswith("detection.") for word in words)
+        for key in ("config.init_from", "detections", "proposals", "workdir", "inputs"):
+            if trained and key == "workdir":
+                continue
+            for text in values.get(key, "").split(",") if key in values else ():
+                assert text.split("=")[-1] in made, line
+        made |= {values[key] for key in ("output", "json") if key in values}
+        if trained:
+            made.add(values["workdir"])
+    assert {f"W/{row}.json" for row in range(1, 7)} <= made
+
+
+def test_the_table_is_in_percent(tmp_path):
+    figures = {"AP": 0.301, "APr": 0.193, "APc": 0.318, "APf": 0.323}
+    (tmp_path / "1.json").write_text(json.dumps(figures))
+    assert table([1], tmp_path).splitlines()[-1] == "| 1 | 30.1 | 19.3 | 31.8 | 32.3 |"
