@@ -141,7 +141,7 @@ def _mask_overlaps(
     row = np.unique(row[np.minimum(one, other) >= _LEAST[0] * np.maximum(one, other)])
     keys = found.keys[row]
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    ends = np.append(starts[1:], len(row))
+    ends = np.append(starts, len(row))[1:]
     first = np.searchsorted(truth.keys, keys[starts])
     last = np.searchsorted(truth.keys, keys[starts], "right")
     overlaps = [

@@ -12,6 +12,7 @@ from common.data.dataset import Dataset, DatasetWriter
 from common.io.errors import UserError
 from common.metrics.coco import evaluate_coco
 from common.metrics.lvis import CLASS_AP, evaluate_lvis
+from common.metrics.lvis_matching import Shapes, match
 from common.tables import DetectionsWriter, read_detections
 from tests.oracles.lvis import lvis_ap
 from tests.prepare_data_cli import prepare
@@ -229,6 +230,20 @@ def test_perfect_masks_and_no_detections(tmp_path):
         assert evaluate_coco(dataset, "val", table, masks=masks)["AP"] == pytest.approx(1.0)
     nothing = evaluate_lvis(dataset, "val", write_table(tmp_path / "y.parquet", []))
     assert nothing["AP"] == nothing["AR@300"] == 0.0
+
+
+def test_a_chunk_without_masks_of_like_areas_has_no_pairs():
+    """As that of a hardly trained model, whose masks are specks."""
+
+    def one(pixels):
+        mask = np.zeros((64, 64), np.uint8, order="F")
+        mask.T.flat[:pixels] = 1
+        counts = np.array([coco_mask.encode(mask)["counts"]], object)
+        return Shapes(np.array([3]), counts, np.array([float(pixels)]), np.array([[64, 64]]))
+
+    right, counted = match(one(3), one(900), np.zeros(1, bool))
+    assert not right.any()
+    assert counted[0, :, 0].all()
 
 
 @pytest.mark.parametrize("seed", range(2))
