@@ -1,8 +1,9 @@
 """Gradients of a device's images in several parts, one after another, as if on as many devices.
 
 A part has the images of one device of a larger mesh, and K parts on D devices equal one on K D
-devices: losses are normalised over the whole batch, random numbers follow the image. On CPU they
-are equal bit for bit, because all parts are added in the order of their images.
+devices up to the rounding of float32: losses are normalised over the whole batch, random numbers
+follow the image. On CPU all parts are added in the order of their images; what is left are the last
+bits of convolutions' gradients, which XLA compiles differently inside a loop.
 """
 
 from collections.abc import Callable, Mapping

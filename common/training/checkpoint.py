@@ -69,6 +69,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every_steps = keep_every_steps
         self._manager: ocp.CheckpointManager | None = None  # made by the first save
+        self._saved: int | None = None  # the last save, which may still be under way
         _silence_orbax_tracebacks()
         for path in self._half_written():
             _print_once(f"note: {path}: half-written checkpoint, ignored")
@@ -88,7 +89,9 @@ class Checkpoints:
           UserError: this or the previous write failed, such as on a full disk; earlier
             checkpoints are intact.
         """
-        if step in self.all_steps():
+        if step == self._saved or step in self.all_steps():
+            if wait:
+                self.wait()
             return
         model, training = split_fields(to_nested_dict(state))
         saved = {**extra, CHECKSUMS: checksums({"model": model, "training": training})}
@@ -100,6 +103,7 @@ class Checkpoints:
                 self._manager = self._make_manager()
             # `force`: orbax would silently skip a step older than the latest one.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._saved = step
         if wait:
             self.wait()
 

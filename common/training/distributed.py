@@ -73,7 +73,8 @@ def slowest() -> str:
 def _end_all(error: BaseException) -> None:
     """Ends all processes because of the error that ends this one."""
     assert _team is not None
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # Sums over CPUs that another process does not take part in end with a ValueError of Gloo.
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
         _team.wait_for_cause()
     if isinstance(error, UserError | OSError | RecursionError | MemoryError):
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)

@@ -49,8 +49,8 @@ def choose_parts(
 ) -> int:
     """Parts in which each device computes its images.
 
-    A run that goes on with fewer devices keeps its parts, and so its bits: each device computes
-    several of them.
+    A run that goes on with fewer devices keeps its parts, and so the order of their sums: each
+    device computes several of them.
 
     Args:
       checkpoints: of the run.

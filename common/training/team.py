@@ -78,6 +78,7 @@ class Team:
         self._beats: dict[int, Beat] = {}
         self._barriers = 0
         self._finished = False
+        self._told = threading.Lock()  # taken by the one thread that says what ended the run
         self._gone = 0  # processes that will hear of nothing
         self._tasks: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
@@ -120,7 +121,7 @@ class Team:
             told = True
         except RuntimeError:  # another one was first, or process 0 is gone
             told = False
-            time.sleep(0.5)  # the listener says what was first
+            self._say_first()
         if leave:
             self._leave()
         return told
@@ -143,9 +144,20 @@ class Team:
                     _say(f"process 0 ({leader}), which coordinates the run, is gone")
                     self._end(1)
                     return
-        if record["by"] != self.index:
-            _say(record["text"])
+        self._say_once(record)
         self._leave()
+
+    def _say_first(self) -> None:
+        """Says the failure that was told first, if process 0 still knows."""
+        try:
+            record = json.loads(self.store.blocking_key_value_get("failure", _LISTEN_MS))
+        except RuntimeError:
+            return  # process 0 is gone, which the listener says
+        self._say_once(record)
+
+    def _say_once(self, record: dict[str, Any]) -> None:
+        if record["by"] != self.index and self._told.acquire(blocking=False):
+            _say(record["text"])
 
     def _leave(self) -> None:
         """Ends the process; process 0, which carries the news, after the others heard them."""

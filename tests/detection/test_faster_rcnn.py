@@ -131,18 +131,21 @@ def test_four_devices_compute_what_one_computes(config, norm):
     assert max(jax.tree.leaves(moved)) < 1e-4
 
 
-def test_fewer_devices_compute_the_bits_of_four_part_by_part(config):
+def test_two_devices_compute_part_by_part_what_four_compute(config):
     """Losses are normalised over the whole batch, random choices follow the image."""
     if jax.device_count() < 4:
         pytest.skip(f"needs 4 devices, this process has {jax.device_count()}")
     model, tx = build(dataclasses.replace(config.model, norm="group"), 3, "data"), optax.sgd(0.1)
     state = jax.jit(lambda: make_state(model, tx))()
     results = []
-    for count in (4, 2, 1):
+    for count in (4, 2):
         step = jax.jit(make_train_step(model, tx, mesh_of(count), accumulate=4 // count))
         results.append(jax.device_get(step(state, make_batch(4))))
-    for fewer in results[1:]:
-        jax.tree.map(np.testing.assert_array_equal, fewer, results[0])
+    (four, four_metrics), (two, two_metrics) = results
+    for name, value in four_metrics.items():
+        np.testing.assert_allclose(two_metrics[name], value, rtol=1e-5, err_msg=name)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), two.params, four.params)
+    assert max(jax.tree.leaves(moved)) < 1e-6
 
 
 def test_parts_are_refused_where_a_norm_needs_the_whole_batch(config):
