@@ -34,7 +34,7 @@ RUNS = {"size": list(SIZE), "counts": [400, 1000, 1000]}
 
 def _prepare(format_name: str, folder: Path, **values: object) -> None:
     """Converts `folder` in this process, and opens what came of it."""
-    if not flags.FLAGS.is_parsed():
+    if "source" not in flags.FLAGS:
         prepare_data.define_flags()
         flags.FLAGS(["fuzz", "--source=-", "--output=-"])
     output = folder.parent / "out"

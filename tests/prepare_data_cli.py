@@ -15,7 +15,7 @@ HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf"
 
 def prepare(format_name: str, **values) -> Dataset:
     """Converts and opens the result; flags as keywords, UserErrors pass through."""
-    if not flags.FLAGS.is_parsed():
+    if "source" not in flags.FLAGS:
         prepare_data.define_flags()
         # Required flags would fail on an empty command line.
         flags.FLAGS(["test", "--source=-", "--output=-"])

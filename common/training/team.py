@@ -144,6 +144,8 @@ class Team:
                     _say(f"process 0 ({leader}), which coordinates the run, is gone")
                     self._end(1)
                     return
+        if record["by"] == self.index:
+            return  # the thread that told it says it, and leaves
         self._say_once(record)
         self._leave()
 

@@ -37,6 +37,15 @@ for name in sys.argv[1:]:
 @pytest.fixture
 def parse(monkeypatch):
     """Parses the command line of a command with --config and --workdir."""
+    # Other tests of this process may have defined flags of commands that they run in it.
+    parsed = flags.FLAGS.is_parsed()
+    others = {
+        name: flags.FLAGS[name]
+        for name in flags.FLAGS
+        if (flags.FLAGS.find_module_defining_flag(name) or "scripts").startswith("scripts")
+    }
+    for name in others:
+        delattr(flags.FLAGS, name)
     before = set(flags.FLAGS)
 
     def forget() -> None:
@@ -52,6 +61,10 @@ def parse(monkeypatch):
 
     yield parse
     forget()
+    for name, flag in others.items():
+        flags.FLAGS[name] = flag
+    if parsed:
+        flags.FLAGS.mark_as_parsed()
 
 
 @pytest.mark.parametrize(
