@@ -99,10 +99,7 @@ def outline_table(
         the model's, unless all classes share a mask.
     """
     process, processes = jax.process_index(), jax.process_count()
-    own = [device for device in mesh.devices.flat if device.process_index == process]
-    local_mesh = distributed.make_mesh(own)
-    if len(own) < mesh.size:
-        variables = distributed.to_local(variables, local_mesh)
+    variables, local_mesh = distributed.own_part(variables, mesh)
     reader = DetectionsReader(table)
     if not reader.num_rows:
         raise UserError(f"{table}: found a table without rows, expected boxes to outline")

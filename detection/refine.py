@@ -120,11 +120,8 @@ def refine_table(
       UserError: a broken table, or one of images that the dataset has not.
     """
     process, processes = jax.process_index(), jax.process_count()
-    own = [device for device in mesh.devices.flat if device.process_index == process]
-    local_mesh = distributed.make_mesh(own)
-    if len(own) < mesh.size:
-        variables = distributed.to_local(variables, local_mesh)
-    batch_size = -(-settings.evaluation.batch_size // mesh.size) * len(own)
+    variables, local_mesh = distributed.own_part(variables, mesh)
+    batch_size = -(-settings.evaluation.batch_size // mesh.size) * local_mesh.size
 
     reader = DetectionsReader(table)
     num_images = len(reader.image_ids)
@@ -260,7 +257,10 @@ def mean_overlaps(
         old, new, keys = old[has_area], new[has_area], keys[has_area]
         iou, matched_idx = best_overlaps(old, keys, gt_boxes, gt_keys, _CHUNK, union=True)
         matched = iou >= _MATCH_IOU
-        sums += [iou[matched].sum(), _iou(new[matched], gt_boxes[matched_idx[matched]]).sum()]
+        sums += [
+            iou[matched].sum(),
+            box_ops.paired_iou(new[matched], gt_boxes[matched_idx[matched]]).sum(),
+        ]
         count += int(matched.sum())
     means = sums / max(count, 1)
     return {
@@ -274,11 +274,3 @@ def _objects(dataset: Dataset, image: int) -> np.ndarray:
     """The annotated boxes of single objects."""
     boxes, _, flags = dataset.image_boxes(image)
     return boxes[flags & GROUP_OF == 0]
-
-
-def _iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
-    """Of boxes side by side, all with an area."""
-    shared = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    shared = np.maximum(shared, 0).prod(axis=1)
-    areas = [(box[:, 2:] - box[:, :2]).prod(axis=1) for box in (a, b)]
-    return shared / (areas[0] + areas[1] - shared)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
+from common.geometry.boxes import paired_iou
 from common.masks import rle
 from common.masks.rle.counts import counts_of_ones, ones
 from common.tables.ranges import expand_ranges, pieces
@@ -41,22 +42,13 @@ def find_clusters(
     for part in pieces(counts, _PAIRS):
         row, place = expand_ranges(first[part], counts[part])
         row += part.start
-        iou = _paired_iou(rows.boxes[row], merged.boxes[place])
+        iou = paired_iou(rows.boxes[row], merged.boxes[place])
         order = np.lexsort((place, -iou, row))
         best = order[np.unique(row[order], return_index=True)[1]]
         best = best[iou[best] > iou_threshold]
         cluster[row[best]] = place[best]
     cluster[source] = np.arange(len(source))
     return cluster
-
-
-def _paired_iou(
-    a: Float[np.ndarray, "p 4"], b: Float[np.ndarray, "p 4"]
-) -> Float[np.ndarray, " p"]:
-    shared = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    shared = np.maximum(shared, 0).prod(axis=1)
-    union = sum((box[:, 2:] - box[:, :2]).prod(axis=1) for box in (a, b)) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def mean_masks(

@@ -78,6 +78,14 @@ def iou(a: Float[Array, "... N 4"], b: Float[Array, "... M 4"]) -> Float[Array, 
     return _safe_divide(shared, area(a)[..., :, None] + area(b)[..., None, :] - shared)
 
 
+def paired_iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+    """`iou` of boxes side by side, in NumPy."""
+    shared = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    shared = np.maximum(shared, 0).prod(axis=1)
+    union = sum(np.maximum(box[:, 2:] - box[:, :2], 0).prod(axis=1) for box in (a, b)) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
 def ioa(a: Float[Array, "... N 4"], b: Float[Array, "... M 4"]) -> Float[Array, "... N M"]:
     """Returns intersection over the area of `a`'s box; zero where that area is zero."""
     return _safe_divide(intersection(a, b), area(a)[..., :, None])

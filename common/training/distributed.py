@@ -150,6 +150,13 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
+def own_part(tree: Any, mesh: Mesh) -> tuple[Any, Mesh]:
+    """A mesh of this process's devices, and the replicated arrays on it (`to_local`)."""
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    local_mesh = make_mesh(own)
+    return (to_local(tree, local_mesh) if len(own) < mesh.size else tree), local_mesh
+
+
 def to_local(tree: Any, mesh: Mesh) -> Any:
     """Replicated arrays of the whole run on a mesh of this process's devices, without a copy.
 

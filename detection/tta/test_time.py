@@ -99,11 +99,8 @@ def predict_views(
 ) -> None:
     """`detect_split` with several views."""
     views = settings.test_time
-    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    local_mesh = distributed.make_mesh(own)
-    if len(own) < mesh.size:
-        variables = distributed.to_local(variables, local_mesh)
-    layout = make_layout(settings, mesh.size, len(own))
+    variables, local_mesh = distributed.own_part(variables, mesh)
+    layout = make_layout(settings, mesh.size, local_mesh.size)
     indices = dataset.split(split)
     share = indices[jax.process_index() :: jax.process_count()]
     errors = PhotoErrors(settings.data.on_image_error)

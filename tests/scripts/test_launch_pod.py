@@ -114,6 +114,6 @@ def test_wrong_arguments_are_refused_in_one_line(host, arguments, message):
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shell_scripts_pass_shellcheck():
     root = SCRIPT.parents[1]
-    names = ("launch_pod.sh", "mask_demo", "quickstart", "test", "venv.sh")
+    names = ("bench/accelerator", "launch_pod.sh", "mask_demo", "quickstart", "test", "venv.sh")
     paths = [".ci/run", *(f"scripts/{name}" for name in names)]
     subprocess.run(["shellcheck", "-x", *paths], cwd=root, check=True)

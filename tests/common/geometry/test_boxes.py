@@ -35,6 +35,9 @@ def test_overlaps_equal_the_twin(a, b):
     np.testing.assert_allclose(ioa, oracle.pairwise(oracle.ioa, a, b), rtol=1e-6)
     valid = [box[2] > box[0] and box[3] > box[1] for box in a]
     np.testing.assert_array_equal(is_valid, valid)
+    np.testing.assert_allclose(
+        box_ops.paired_iou(a, a[::-1]), np.diag(box_ops.iou(a, a[::-1])), rtol=1e-6
+    )
 
 
 def test_overlaps_take_leading_dimensions():
