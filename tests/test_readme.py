@@ -1,4 +1,4 @@
-"""What README.md and docs/*.md tell people to type exists: files, modules, flags, links."""
+"""What README.md and docs/ tell people to type exists: files, modules, flags, links."""
 
 import ast
 import functools
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 # Flags that absl and ml_collections give to every command.
 COMMON_FLAGS = {"config", "help", "helpfull", "verbosity"}
@@ -127,3 +127,19 @@ def test_scripts_to_run_are_executable(script):
 def test_pictures_stay_small():
     for path in (ROOT / "docs").rglob("*.*"):
         assert path.stat().st_size < 300_000, path
+
+
+ZOO = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        path
+        for path in sorted((ROOT / "configs").glob("*ion/*.py"))
+        if path.stem not in ("__init__", "base")
+    ],
+    ids=lambda path: path.stem,
+)
+def test_the_zoo_lists_every_config(config):
+    assert f"`{config.stem}`" in ZOO

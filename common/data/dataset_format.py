@@ -15,6 +15,7 @@ ABSENT = 0
 PRESENT = 1
 NOT_EXHAUSTIVE = 2  # present, and not every instance has a box (LVIS)
 
+# --8<-- [start:index]
 # File stem -> dtype, columns (None for a vector), and what there is one row of.
 INDEX: dict[str, tuple[str, int | None, str]] = {
     "image_size": ("int32", 2, "images"),
@@ -41,3 +42,4 @@ OPTIONAL = {
 }
 # Byte strings, one an image, each file in the width of its longest.
 STRINGS = ("image_id", "image_path")
+# --8<-- [end:index]
