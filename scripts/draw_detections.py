@@ -18,7 +18,7 @@ from absl import flags
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.data import images
+from common.data import images, placement
 from common.data.dataset import Dataset
 from common.io.atomic import open_atomic
 from common.io.commands import run_main
@@ -71,8 +71,8 @@ def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Ima
         photo = images.open_photo(
             images.read_file(path), (int(annotated_size[0]), int(annotated_size[1]))
         )
-        geometry = images.fit(photo.size, (side, side))
-        return Image.fromarray(images.draw(photo, geometry, geometry.content))
+        geometry = placement.fit(photo.size, (side, side))
+        return Image.fromarray(placement.draw(photo, geometry, geometry.content))
     except images.ImageError as error:
         raise UserError(f"{path}: cannot read this photo: {error}") from error
 

@@ -323,7 +323,7 @@ def tree(folder: Path) -> Reader:
 
 
 def photos(folder: Path) -> Reader:
-    from common.data import images
+    from common.data import images, placement
 
     kinds = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "gif": "GIF"}
     for extension in kinds:
@@ -333,7 +333,7 @@ def photos(folder: Path) -> Reader:
         for path in sorted(folder.iterdir()):
             photo = images.open_photo(images.read_file(str(path)))
             if photo.size[0] * photo.size[1] < 1 << 22:  # more is memory, not a defect
-                images.draw_content(photo, images.fit(photo.size, (32, 32)))
+                placement.draw_content(photo, placement.fit(photo.size, (32, 32)))
 
     return read, sorted(folder.iterdir())
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 from numpy.typing import DTypeLike
 
-from common.data import images
+from common.data import images, placement
+from common.data.augmentation import NUM_DRAWS, ElaborateAugmentation
 from common.data.batches import Example, Fields
 from common.data.canvases import Canvas
 from common.data.dataset_format import CROWD, GROUP_OF
@@ -53,6 +54,8 @@ class PhotoLoader:
       photo_errors: counts the unreadable photos that were left out.
     """
 
+    _num_draws = 4  # random numbers of a photo: scale, top, left, mirror
+
     def __init__(
         self, sources: Sequence[Source], settings: DataSettings, proposals: TableBoxes | None = None
     ):
@@ -87,7 +90,7 @@ class PhotoLoader:
         source = self._sources[slot.source]
         example["image_index"][()] = slot.index + source.first_index if slot.index >= 0 else -1
         # Before anything is known of the photo, so that they depend on the slot alone.
-        draws = [] if slot.rng is None else slot.rng.random(4).tolist()
+        draws = [] if slot.rng is None else slot.rng.random(self._num_draws).tolist()
         if slot.index < 0:
             return
         self.photo_errors.count()
@@ -96,7 +99,7 @@ class PhotoLoader:
             size = source.dataset.image_sizes[slot.index].tolist()
             photo = images.open_photo(images.read_file(path), tuple(size))
             geometry = self._fit(photo.size, slot, draws)
-            content = images.draw_content(photo, geometry)
+            content = placement.draw_content(photo, geometry)
         except images.ImageError as error:
             self.photo_errors.skip(path, error)
             return
@@ -107,12 +110,12 @@ class PhotoLoader:
         example["image_valid"][()] = True
         self._annotate(example, slot, geometry)
 
-    def _fit(self, size: tuple[int, int], slot: Slot, draws: Sequence[float]) -> images.Geometry:
+    def _fit(self, size: tuple[int, int], slot: Slot, draws: Sequence[float]) -> placement.Geometry:
         if slot.rng is None:
-            return images.fit(size, slot.canvas)
+            return placement.fit(size, slot.canvas)
         scale, top, left, coin = draws
         low, high = self._settings.scale_jitter
-        return images.fit(
+        return placement.fit(
             size,
             slot.canvas,
             scale=low + (high - low) * scale,
@@ -120,14 +123,14 @@ class PhotoLoader:
             flip=self._settings.flip and coin < 0.5,
         )
 
-    def _annotate(self, example: Example, slot: Slot, geometry: images.Geometry) -> None:
+    def _annotate(self, example: Example, slot: Slot, geometry: placement.Geometry) -> None:
         """Writes what belongs to the photo: proposals."""
         if self._proposals is None:
             return
         first, count = slot.first_proposal, self._settings.max_proposals
         boxes = self._proposals.image_boxes(slot.index)[first : first + count]
         # In the order of the table, so that what becomes of them can be put beside its rows.
-        boxes, keep = images.transform_boxes(boxes, geometry)
+        boxes, keep = placement.transform_boxes(boxes, geometry)
         example["proposals"][: len(boxes)] = boxes
         example["proposal_valid"][: len(boxes)] = keep
 
@@ -147,12 +150,15 @@ class TrainingLoader(PhotoLoader):
         settings: DataSettings,
         proposals: TableBoxes | None = None,
         labels: VerifiedLabels | None = None,
+        augmentation: ElaborateAugmentation | None = None,
     ):
-        """`labels`: of `data.image_labels`."""
+        """`labels`: of `data.image_labels`; `augmentation`: of `data.elaborate`."""
         super().__init__(sources, settings, proposals)
         self.dropped_boxes = self.dropped_ignore_boxes = 0
         self._lock = threading.Lock()
-        self._labels = labels
+        self._labels, self._augmentation = labels, augmentation
+        if augmentation is not None:
+            self._num_draws = NUM_DRAWS
         size, on_error = settings.mask_size, settings.on_image_error
         self.masks = ObjectMasks(sources, size, on_error) if size else None
 
@@ -188,7 +194,15 @@ class TrainingLoader(PhotoLoader):
             example["source"][()] = slot.source
         super().load(slot, example)
 
-    def _annotate(self, example: Example, slot: Slot, geometry: images.Geometry) -> None:
+    def _fit(self, size: tuple[int, int], slot: Slot, draws: Sequence[float]) -> placement.Geometry:
+        if self._augmentation is None or slot.rng is None:
+            return super()._fit(size, slot, draws)
+        source = self._sources[slot.source]
+        return self._augmentation.geometry(
+            size, slot.canvas, source, slot.index, slot.drawn_class, draws
+        )
+
+    def _annotate(self, example: Example, slot: Slot, geometry: placement.Geometry) -> None:
         super()._annotate(example, slot, geometry)
         source = self._sources[slot.source]
         if source.has_boxes:
@@ -200,11 +214,12 @@ class TrainingLoader(PhotoLoader):
             example["labels"][:] = self._labels.of_image(source, slot.index)
 
     def _add_boxes(
-        self, example: Example, slot: Slot, source: Source, geometry: images.Geometry
+        self, example: Example, slot: Slot, source: Source, geometry: placement.Geometry
     ) -> Float32[np.ndarray, "n 4"]:
         """Writes the objects; returns the ignore boxes, some without area."""
         annotated, classes, flags = source.dataset.image_boxes(slot.index)
-        boxes, visible = images.transform_boxes(annotated, geometry)
+        ellipse = self._settings.elaborate.boxes == "ellipse"
+        boxes, visible = placement.transform_boxes(annotated, geometry, ellipse=ellipse)
         classes = source.classes[classes]
         group_of = flags & GROUP_OF > 0
         crowd = flags & CROWD > 0
@@ -227,11 +242,14 @@ class TrainingLoader(PhotoLoader):
         example["gt_group_of"][:count] = group_of[rows]
         example["gt_valid"][:count] = True
         if self.masks is not None:
-            self.masks.write(example, source, slot.index, rows, boxes[rows], geometry)
+            height, width = example["original_size"].tolist()
+            self.masks.write(
+                example, source, slot.index, rows, boxes[rows], (height, width), geometry
+            )
         regions = source.dataset.image_ignore_boxes(slot.index)
-        if not len(regions):
-            return boxes[ignored]
-        return np.concatenate([boxes[ignored], images.transform_boxes(regions, geometry)[0]])
+        # Hulls, turned or not: nothing that a region may hold is outside.
+        regions = np.concatenate([annotated[ignored], regions])
+        return placement.transform_boxes(regions, geometry)[0]
 
     def _add_ignore_boxes(
         self, example: Example, boxes: Float32[np.ndarray, "n 4"], slot: Slot, source: Source

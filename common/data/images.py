@@ -1,4 +1,4 @@
-"""Photos of any make to uint8 RGB on a fixed canvas, and their boxes with them.
+"""Photos of any make to uint8 RGB, whole or in part, at any size.
 
 Decoding and resizing are Pillow's: it releases the interpreter lock, reads everything that photo
 collections hold (greyscale, CMYK, palette, 16 bits, EXIF rotation), tells truncated files from
@@ -8,8 +8,7 @@ least twice too large is decoded at 1/2, 1/4 or 1/8 of its size (DCT scaling). O
 files are decoded by TensorFlow: Pillow has no way to do so. Where TensorFlow is not installed,
 Pillow decodes all of the file and the part is cut out: the same pixels, for more time.
 
-Shape legend: H, W canvas; n boxes of an image. Sizes are (height, width), boxes
-xmin, ymin, xmax, ymax.
+Sizes are (height, width), windows and areas xmin, ymin, xmax, ymax.
 """
 
 import dataclasses
@@ -20,15 +19,13 @@ import stat
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
 from PIL import ExifTags, Image
 
 from common.data import tensorflow_io
 from common.data.image_file import BROKEN, ImageError, open_image, reason
 
-MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the box is dropped
-
 _WORTH_PART = 0.6  # share of a photo above which all of it is decoded
+_ROUNDING = 1e-6  # pixels by which a window may miss whole ones and need no resampling
 _PART_MARGIN = 16  # pixels around a part; the outermost ones lack their neighbours' colour
 
 
@@ -79,83 +76,10 @@ class Pixels:
     origin: tuple[int, int] = (0, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """How a photo lies on the canvas: resized to `full`, cropped, then mirrored.
-
-    Attributes:
-      full: height, width of the whole resized photo in pixels.
-      offset: top, left of the crop in it.
-      content: height, width of the crop, which is put at the top left of the canvas.
-      flip: whether the content is mirrored left to right.
-    """
-
-    full: tuple[int, int]
-    offset: tuple[int, int]
-    content: tuple[int, int]
-    flip: bool
-
-
 def canvas_shape(canvas: tuple[int, int], pad_multiple: int) -> tuple[int, int]:
     """Height, width of the canvas padded up to a multiple: 800x1333 by 32 is 800x1344."""
     height, width = (-(-side // pad_multiple) * pad_multiple for side in canvas)
     return height, width
-
-
-def fit(
-    size: tuple[int, int],
-    canvas: tuple[int, int],
-    *,
-    scale: float = 1.0,
-    crop: tuple[float, float] = (0.0, 0.0),
-    flip: bool = False,
-) -> Geometry:
-    """Places a photo on a canvas.
-
-    The photo is resized, keeping its aspect, to the largest size that fits. On an 800x1333 canvas
-    a landscape photo gets the usual short side 800, long side at most 1333; a portrait photo gets
-    it on 1333x800 (`common.data.canvases`).
-
-    Args:
-      size: height, width of the photo as displayed.
-      canvas: height, width without padding.
-      scale: multiplies the fitted size. What then exceeds the canvas is cropped.
-      crop: top, left of the crop in [0, 1) of the room there is.
-      flip: mirror left to right.
-    """
-    ratio = scale * min(canvas[0] / size[0], canvas[1] / size[1])
-    height, width = (max(1, math.floor(side * ratio + 0.5)) for side in size)
-    content = min(height, canvas[0]), min(width, canvas[1])
-    top, left = (
-        int(share * (side - seen + 1))
-        for share, side, seen in zip(crop, (height, width), content, strict=True)
-    )
-    return Geometry((height, width), (top, left), content, flip)
-
-
-def transform_boxes(
-    boxes: Float32[np.ndarray, "n 4"], geometry: Geometry
-) -> tuple[Float32[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]:
-    """Normalised boxes to canvas pixels, with the exact scale factors of the resized photo.
-
-    Returns:
-      Boxes clipped to the content, and which of them to keep: those with an area, of which at least
-      `MIN_VISIBLE` is inside the crop.
-    """
-    height, width = geometry.full
-    top, left = geometry.offset
-    low, high = (0, 0), geometry.content[::-1]
-    whole = np.asarray(boxes, np.float32) * np.array([width, height, width, height], np.float32)
-    moved = whole - np.array([left, top, left, top], np.float32)
-    if geometry.flip:
-        moved[:, [0, 2]] = np.float32(geometry.content[1]) - moved[:, [2, 0]]
-    clipped = np.clip(
-        moved, np.array([*low, *low], np.float32), np.array([*high, *high], np.float32)
-    )
-    area = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
-    whole_area = np.prod(whole[:, 2:] - whole[:, :2], axis=1)
-    keep = np.all(clipped[:, 2:] > clipped[:, :2], axis=1) & (area >= MIN_VISIBLE * whole_area)
-    return clipped, keep
 
 
 def read_file(path: str) -> bytes:
@@ -313,36 +237,16 @@ def resample(
             strict=True,
         )
     )
-    if image.size != (width, height) or (x0, y0, x1, y1) != (0, 0, width, height):
+    left, top = round(x0), round(y0)
+    right, bottom = left + width, top + height
+    if max(abs(x0 - left), abs(y0 - top), abs(x1 - right), abs(y1 - bottom)) < _ROUNDING:
+        if image.size != (width, height):
+            image = image.crop((left, top, right, bottom))
+    else:
         image = image.resize(
             (width, height), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1), reducing_gap=3.0
         )
     return image if operation is None else image.transpose(operation)
-
-
-def draw_content(photo: Photo, geometry: Geometry) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes a photo and draws what its canvas shows of it.
-
-    Bilinear with antialiasing; greyscale becomes three equal channels, 16 bits lose their low byte,
-    transparency is ignored.
-
-    Raises:
-      ImageError: the data are damaged or end early.
-    """
-    full, (top, left), (height, width) = geometry.full, geometry.offset, geometry.content
-    window = (left / full[1], top / full[0], (left + width) / full[1], (top + height) / full[0])
-    image = resample(decode(photo, full), window, geometry.content)
-    if geometry.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
-
-
-def draw(photo: Photo, geometry: Geometry, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """`draw_content` at the top left of a canvas of height, width `shape`; padding is 0."""
-    canvas = np.zeros((*shape, 3), np.uint8)
-    content = draw_content(photo, geometry)
-    canvas[: content.shape[0], : content.shape[1]] = content
-    return canvas
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

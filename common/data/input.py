@@ -42,6 +42,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int64
 
+from common.data.augmentation import ElaborateAugmentation
 from common.data.batches import Batches, StepMemo, generator, local_batch
 from common.data.canvases import Canvas, is_portrait, orientations
 from common.data.dataset import Dataset
@@ -121,7 +122,7 @@ def train_batches(
       dataset: that of the run, whose classes and hierarchy are the run's.
       plan: from `common.data.plans.plan.train_plan`; its batch_size is that of all hosts together.
       settings: `config.data`.
-      seed: of flips, scales and box subsets.
+      seed: of flips, scales, angles, crops and box subsets.
       start_step: first step.
       num_steps: number of batches to make.
       process_index: this host; it gets slots [p b, (p + 1) b) of each batch.
@@ -148,7 +149,10 @@ def train_batches(
         )
 
     labels = VerifiedLabels(dataset) if settings.image_labels else None
-    loader = TrainingLoader(plan.sources, settings, proposals, labels)
+    augmentation = None
+    if settings.elaborate.enabled:
+        augmentation = ElaborateAugmentation.of(plan.sources, settings, plan.pools)
+    loader = TrainingLoader(plan.sources, settings, proposals, labels, augmentation)
     numbers = range(start_step * local, (start_step + num_steps) * local)
     return PhotoBatches(loader, slot, numbers, local, settings)
 

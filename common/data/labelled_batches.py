@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.data import images
+from common.data import images, placement
 from common.data.batches import Batches, Example, Fields, generator, local_batch
 from common.data.labelled_images import LabelledImages
 from common.data.photo_errors import PhotoErrors
@@ -95,7 +95,7 @@ def eval_batches(
 
 def random_crop(
     shape: tuple[int, int], size: int, config: LabelledDataSettings, rng: np.random.Generator
-) -> images.Geometry:
+) -> placement.Geometry:
     """A crop of random area and aspect (Szegedy et al. 2015), resized to size x size.
 
     Where no crop of ten fits into the photo, its middle with the nearest allowed aspect is taken.
@@ -117,14 +117,14 @@ def random_crop(
     return _crop(shape, (top, left, h, w), size, flip=config.flip and coin < 0.5)
 
 
-def centre_crop(shape: tuple[int, int], size: int, share: float) -> images.Geometry:
+def centre_crop(shape: tuple[int, int], size: int, share: float) -> placement.Geometry:
     """The middle square, `share` of the short side, resized to size x size."""
     side = share * min(shape)
     top, left = ((length - side) / 2 for length in shape)
     return _crop(shape, (top, left, side, side), size, flip=False)
 
 
-def _crop(shape, window, size, *, flip) -> images.Geometry:
+def _crop(shape, window, size, *, flip) -> placement.Geometry:
     top, left, h, w = window
     # Whole pixels of the resized photo; `Geometry` has no others.
     full = (max(size, round(shape[0] * size / h)), max(size, round(shape[1] * size / w)))
@@ -132,7 +132,7 @@ def _crop(shape, window, size, *, flip) -> images.Geometry:
         min(round(top * size / h), full[0] - size),
         min(round(left * size / w), full[1] - size),
     )
-    return images.Geometry(full, offset, (size, size), flip)
+    return placement.Geometry(full, offset, (size, size), flip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Slot:
     """Image (-1: padding) and which part of a photo of given height, width is taken."""
 
     index: int
-    place: Callable[[tuple[int, int]], images.Geometry]
+    place: Callable[[tuple[int, int]], placement.Geometry]
 
 
 class _LabelledLoader:
@@ -166,7 +166,7 @@ class _LabelledLoader:
         try:
             data, example["label"][()] = self._source.read(slot.index)
             photo = images.open_photo(data)
-            example["image"][:] = images.draw_content(photo, slot.place(photo.size))
+            example["image"][:] = placement.draw_content(photo, slot.place(photo.size))
         except images.ImageError as error:
             raise UserError(
                 f"{self._source.name(slot.index)}: cannot read the image: {error}"

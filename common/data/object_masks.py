@@ -6,11 +6,11 @@ Shape legend: n objects of a slot, M = max_boxes, S = mask_size.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Int
 
 from common.data.batches import Example, Fields
-from common.data.images import Geometry
 from common.data.photo_errors import PhotoErrors
+from common.data.placement import Geometry
 from common.data.sources import Source
 from common.masks.dataset_masks import MaskError, MaskReader
 
@@ -42,6 +42,7 @@ class ObjectMasks:
         image: int,
         rows: Int[np.ndarray, " n"],
         boxes: Float32[np.ndarray, "n 4"],
+        photo_size: tuple[int, int],
         geometry: Geometry,
     ) -> None:
         """Writes the masks of the first n boxes of an example.
@@ -54,6 +55,7 @@ class ObjectMasks:
           image: the photo, an index of the source's dataset.
           rows: of the objects among the boxes of the image.
           boxes: on the canvas, clipped to its content, with an area.
+          photo_size: height, width of the photo as displayed.
           geometry: how the photo lies on the canvas.
 
         Raises:
@@ -63,26 +65,16 @@ class ObjectMasks:
         if reader is None or not len(rows):
             return
         rows = np.asarray(rows, np.int64) + int(source.dataset.box_offsets[image])
-        windows = photo_windows(boxes, geometry)
+        size = (self._size, self._size)
         for place in np.flatnonzero(reader.has_mask(rows)):
             self.errors.count()
+            cut = geometry.cut(photo_size, boxes[place], size, enlarge_first=True)
             try:
-                mask = reader.window(int(rows[place]), windows[place], (self._size, self._size))
+                mask = cut.mask(reader.window(int(rows[place]), cut.area, cut.area_size))
             except MaskError as error:
                 self.errors.skip(source.dataset.image_file(image), error, "mask")
                 continue
             if not mask.any():
                 continue
-            example["gt_masks"][place] = np.packbits(mask[:, :: -1 if geometry.flip else 1], axis=1)
+            example["gt_masks"][place] = np.packbits(mask, axis=1)
             example["gt_has_mask"][place] = True
-
-
-def photo_windows(
-    boxes: Float32[np.ndarray, "n 4"], geometry: Geometry
-) -> Float64[np.ndarray, "n 4"]:
-    """Normalised boxes of the photo from canvas pixels: `images.transform_boxes` reversed."""
-    (height, width), (top, left) = geometry.full, geometry.offset
-    photo = np.array(boxes, np.float64)
-    if geometry.flip:
-        photo[:, [0, 2]] = geometry.content[1] - photo[:, [2, 0]]
-    return (photo + [left, top, left, top]) / [width, height, width, height]

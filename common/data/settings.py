@@ -7,6 +7,7 @@ from typing import Literal
 from common.io.settings import check
 
 Sampler = Literal["uniform", "class_aware", "full_class_batch", "expert", "repeat_factor"]
+CLASS_SAMPLERS = ("class_aware", "full_class_batch", "expert")  # those that draw classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,35 @@ class SourceSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ElaborateSettings:
+    """Elaborate augmentation, see `common.data.augmentation`.
+
+    Attributes:
+      scale: how a photo is cropped around a box of the class that it was drawn for. 'none': not;
+        'crop': a window of the photo, fitted into the canvas; 'resize': the photo is shrunk or
+        enlarged, of which the canvas shows a window.
+      rotate: turn photos, those of classes of long boxes more.
+      boxes: what a turned box becomes. 'hull': the box around its corners; 'ellipse': the tighter
+        one around the ellipse that fills it.
+      max_zoom: by how much a box is at most enlarged (with 'resize' also shrunk) against the whole
+        photo fitted into the canvas.
+    """
+
+    scale: Literal["none", "crop", "resize"]
+    rotate: bool
+    boxes: Literal["hull", "ellipse"]
+    max_zoom: float
+
+    def __post_init__(self):
+        holds = 1 <= self.max_zoom < math.inf
+        check(holds, "max_zoom", self.max_zoom, "at least 1, finite")
+
+    @property
+    def enabled(self) -> bool:
+        return self.rotate or self.scale != "none"
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
     """What `config.data` says of the dataset, its sampling and its batches.
 
@@ -50,6 +80,8 @@ class DataSettings:
       positive_share: of the slots of sampler 'expert'; the others are images without boxes.
       repeat_threshold: of sampler 'repeat_factor': a class on this share of the annotated photos
         or more is not repeated (LVIS' t).
+      pools: file of the classes that are drawn from each other's photos too, see
+        `common.data.plans.pools`; '' for none. Of samplers by class.
       batch_size: images of all hosts together.
       canvas: short and long side, pixels, that photos are fitted into, each in its own
         orientation, see `common.data.canvases`.
@@ -60,6 +92,7 @@ class DataSettings:
       max_ignore: G, ignore boxes of an image; of more, the largest are kept.
       flip: mirrors half of the images left to right.
       scale_jitter: (min, max) of a uniform factor on the fitted size; above 1 crops at random.
+      elaborate: the paper's augmentation; with its `scale` instead of scale_jitter.
       group_of: 'ordinary': group-of boxes are boxes, marked in gt_group_of; 'ignore': ignore boxes;
         'drop': left out, so that their objects are background. Crowds are always ignore boxes.
       mask_size: S, pixels of the side of the objects' masks, each of its box; 0: batches have none.
@@ -79,6 +112,7 @@ class DataSettings:
     sampler: Sampler
     positive_share: float
     repeat_threshold: float
+    pools: str
     batch_size: int
     canvas: tuple[int, int]
     scales: tuple[int, ...]
@@ -87,6 +121,7 @@ class DataSettings:
     max_ignore: int
     flip: bool
     scale_jitter: tuple[float, float]
+    elaborate: ElaborateSettings
     group_of: Literal["ordinary", "ignore", "drop"]
     mask_size: int
     image_labels: bool
@@ -108,6 +143,16 @@ class DataSettings:
             ("max_boxes", self.max_boxes >= 1, "at least 1"),
             ("max_ignore", self.max_ignore >= 1, "at least 1"),
             ("scale_jitter", 0 < low <= high < math.inf, "0 < min <= max, both finite"),
+            (
+                "scale_jitter",
+                self.elaborate.scale == "none" or (low, high) == (1.0, 1.0),
+                f"(1.0, 1.0) beside elaborate.scale {self.elaborate.scale!r}",
+            ),
+            (
+                "pools",
+                not self.pools or self.sampler in CLASS_SAMPLERS,
+                f"'' with sampler {self.sampler!r}; pools are of {', '.join(CLASS_SAMPLERS)}",
+            ),
             ("max_proposals", self.max_proposals >= 0, "0 (none) or more"),
             (
                 "mask_size",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt8
 
-from common.data import images
+from common.data import images, placement
 from common.data.batches import Example, Fields, stack_examples
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
@@ -205,10 +205,10 @@ class _ViewLoader:
             return
         # Opened anew: the decoder's size reduction is a state of the handle.
         opened = _opened(self._dataset, photo.index, photo.data)
-        geometry = images.fit(opened.size, slot.canvas)
+        geometry = placement.fit(opened.size, slot.canvas)
         height, width = geometry.content
         try:
-            example["image"][:height, :width] = images.draw_content(opened, geometry)
+            example["image"][:height, :width] = placement.draw_content(opened, geometry)
         except images.ImageError as error:
             if not photo.broken:
                 photo.broken = True

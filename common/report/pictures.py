@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from common.data import images
+from common.data import images, placement
 from common.data.dataset import Dataset
 from common.report.analysis import TableReport
 from common.report.confusion import Confusions
@@ -112,12 +112,12 @@ def read_photos(
         try:
             photo = images.open_photo(images.read_file(path), size)
             side = min(SIDE, max(photo.size))
-            geometry = images.fit(photo.size, (side, side))
-            pixels = images.draw(photo, geometry, geometry.content)
+            geometry = placement.fit(photo.size, (side, side))
+            pixels = placement.draw(photo, geometry, geometry.content)
         except images.ImageError as error:
             failures.append(f"{path}: {error}")
             if all(size):
-                picture.height, picture.width = images.fit(size, (SIDE, SIDE)).content
+                picture.height, picture.width = placement.fit(size, (SIDE, SIDE)).content
             continue
         picture.height, picture.width = pixels.shape[:2]
         data = _jpeg(Image.fromarray(pixels), budget)

@@ -40,6 +40,15 @@ FOUR_STAGES = dict(  # section 5.6; its one list of weights serves losses and sc
 )
 
 
+ELABORATE_OFF = dict(  # section 5.3, `config.data.elaborate`, see common.data.augmentation
+    scale="none",  # none | crop | resize: a window around a box of the class drawn
+    rotate=False,  # classes of long boxes more
+    boxes="hull",  # hull | ellipse: what becomes of a turned box
+    max_zoom=4.0,  # of a box, against the whole photo fitted into the canvas
+)
+ELABORATE = {**ELABORATE_OFF, "scale": "crop", "rotate": True}
+
+
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: number of epochs, "13" (default) or "26"."""
     epochs = int(arg or 13)
@@ -61,6 +70,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         sampler="class_aware",
         positive_share=0.25,  # sampler expert: of images with boxes, the rest has none
         repeat_threshold=0.001,  # sampler repeat_factor: share of the photos of a class, below rare
+        pools="",  # samplers by class: file of classes drawn from each other's photos; openimages
         batch_size=64,  # images of all devices together
         canvas=(800, 1333),  # short and long side of landscape and portrait photos
         scales=(),  # multi-scale training: short sides, one a step, such as (640, 672, ..., 800)
@@ -69,6 +79,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         max_ignore=32,  # regions of a photo in which nothing is background
         flip=True,
         scale_jitter=(1.0, 1.0),  # shrinks or enlarges the photo before it is fitted
+        elaborate=ELABORATE_OFF,
         group_of="ordinary",  # ordinary | ignore | drop: what a group-of box is in training
         mask_size=0,  # pixels of the side of an object's mask in batches, such as 112; 0: none
         image_labels=False,  # batches say which classes were verified as present or absent

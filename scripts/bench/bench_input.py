@@ -27,7 +27,7 @@ import tensorflow as tf
 from absl import flags
 from PIL import Image
 
-from common.data import images
+from common.data import images, placement
 from common.data.canvases import is_portrait, orientations
 from common.data.dataset import Dataset
 from common.data.input import train_batches
@@ -105,6 +105,7 @@ def generated_index(num_images: int, num_boxes: int, num_classes: int) -> Any:
     return types.SimpleNamespace(
         directory="generated",
         num_classes=num_classes,
+        class_labels=[str(number) for number in range(num_classes)],
         split=lambda name: np.arange(num_images),
         box_offsets=np.concatenate([[0], np.cumsum(counts)]),
         box_classes=classes,
@@ -162,7 +163,7 @@ def bench_decoders(dataset: Dataset) -> None:
 
 def pillow_canvas(canvas: tuple[int, int], data: bytes) -> np.ndarray:
     photo = images.open_photo(data)
-    return images.draw(photo, images.fit(photo.size, canvas), canvas)
+    return placement.draw(photo, placement.fit(photo.size, canvas), canvas)
 
 
 def tf_canvas(height: int, width: int, *, antialias: bool) -> Callable[[bytes], np.ndarray]:

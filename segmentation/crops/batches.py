@@ -24,21 +24,16 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from common.data import images
 from common.data.batches import Batches, StepMemo, local_batch
+from common.data.box_shapes import photo_sizes
+from common.data.cut import Cut
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
 from common.io.parallel import map_ordered
 from segmentation.crops.examples import CropLoader, CropSlot, open_photo
-from segmentation.crops.instances import find_instances, photo_sizes
+from segmentation.crops.instances import find_instances
 from segmentation.crops.plan import InstancePlan
 from segmentation.crops.settings import DataSettings
-from segmentation.crops.windows import (
-    CropSize,
-    Cut,
-    choose_canvas,
-    clip_boxes,
-    on_canvas,
-    windows_of,
-)
+from segmentation.crops.windows import CropSize, choose_canvas, clip_boxes, on_canvas, windows_of
 
 _CHUNK = 1 << 16  # instances whose canvases are found at once
 
@@ -331,7 +326,7 @@ def _plan_cuts(
         chosen[view, real] = choose_canvas(whole.content, allowed)
         fitted = whole.on_canvas(allowed[chosen[view, real]])
         for place, row in enumerate(np.flatnonzero(real)):
-            cuts[view][row] = Cut.of(fitted, place, photo_size)
+            cuts[view][row] = fitted.cut(place, photo_size)
     return np.where(real[:, None], windows, 0).astype(np.float32), chosen, cuts
 
 

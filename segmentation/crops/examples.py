@@ -13,7 +13,7 @@ from common.data.batches import Example, Fields
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
 from common.masks.dataset_masks import MaskError, MaskReader
-from segmentation.crops.windows import Augmentation, CropSize, Cut, Windows, clip_boxes, windows_of
+from segmentation.crops.windows import Augmentation, CropSize, Windows, clip_boxes, windows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +82,9 @@ class CropLoader:
         try:
             photo = open_photo(self._dataset, slot.image)
             windows = self._windows(slot, photo.size).on_canvas(slot.canvas)
-            cut = Cut.of(windows, 0, photo.size, max_scale=1.0)
+            cut = windows.cut(0, photo.size)
             image = cut.image(images.decode(photo, cut.photo_size, cut.area))
-            cut = Cut.of(windows, 0, photo.size)
+            cut = windows.cut(0, photo.size, enlarge_first=True)
             mask = cut.mask(self._masks.window(slot.row, cut.area, cut.area_size))
         except images.ImageError as error:
             self.photo_errors.skip(self._dataset.image_file(slot.image), error)

@@ -6,13 +6,13 @@ Shape legend: n instances of a split, m boxes, K classes.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int32, Int64, UInt64
+from jaxtyping import Bool, Float, Int32, Int64, UInt64
 
+from common.data.box_shapes import medians, photo_sizes, pixel_sides
 from common.data.dataset import GROUP_OF, Dataset
 from common.data.plans.permutation import permute
 from common.io.errors import UserError
 from common.tables.ranges import rows_of
-from segmentation.crops.windows import ASSUMED_SIZE
 
 _CHUNK = 1 << 16  # images looked at at once
 
@@ -82,22 +82,9 @@ def _may_have_mask(dataset: Dataset, rows: Int64[np.ndarray, " m"]) -> Bool[np.n
     return has_area & (dataset.box_flags[rows] & GROUP_OF == 0)
 
 
-def photo_sizes(dataset: Dataset, images: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n 2"]:
-    """Heights and widths of photos, assumed ones where the dataset does not know them."""
-    sizes = dataset.image_sizes[images]
-    return np.where((sizes > 0).all(axis=1, keepdims=True), sizes, np.array(ASSUMED_SIZE, np.int32))
-
-
 def median_aspects(dataset: Dataset, instances: Instances) -> Float[np.ndarray, " K"]:
     """Median over the instances of a class of long side / short side in pixels; 1 without any."""
-    boxes = np.clip(dataset.boxes[instances.rows], 0.0, 1.0)
-    sides = (boxes[:, 2:] - boxes[:, :2]) * photo_sizes(dataset, instances.images)[:, ::-1]
-    aspect = sides.max(axis=1) / sides.min(axis=1)
-    order = np.lexsort((aspect, instances.classes))
-    counts = np.bincount(instances.classes, minlength=dataset.num_classes)
-    starts = np.cumsum(counts) - counts
-    result = np.ones(dataset.num_classes)
-    there = np.flatnonzero(counts)
-    low, high = starts[there] + (counts[there] - 1) // 2, starts[there] + counts[there] // 2
-    result[there] = (aspect[order[low]] + aspect[order[high]]) / 2
-    return result
+    sizes = photo_sizes(dataset, instances.images)
+    sides = pixel_sides(dataset.boxes[instances.rows], sizes)
+    aspects = sides.max(axis=1) / sides.min(axis=1)
+    return medians(instances.classes, aspects, dataset.num_classes)[1]

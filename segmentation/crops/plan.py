@@ -16,13 +16,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from common.data.batches import StepMemo
+from common.data.box_shapes import photo_sizes
 from common.data.dataset import Dataset
 from common.data.plans.permutation import permute, stream_key, uniforms
 from common.data.plans.streams import ClassImages, ClassPlan, UniformPlan
-from segmentation.crops.instances import Instances, find_instances, median_aspects, photo_sizes
+from common.data.rotation import rotation_deviations
+from segmentation.crops.instances import Instances, find_instances, median_aspects
 from segmentation.crops.proposals import Matches, match_proposals
 from segmentation.crops.settings import DataSettings
-from segmentation.crops.windows import NUM_DRAWS, Augmentation, choose_canvas, rotation_deviations
+from segmentation.crops.windows import NUM_DRAWS, Augmentation, choose_canvas
 
 # Streams of random numbers, apart from those of common.data.plans.permutation.
 _CROPS, _STEPS, _PLACES, _SAMPLE = 16, 17, 18, 19

@@ -30,7 +30,7 @@ class DataSettings:
       group_steps: steps whose crops are sorted by aspect into batches; more sort better and need
         more crops to be planned at once.
       jitter: share of its length by which each side of an annotated box may move, below 0.5.
-      rotate: turn crops, those of classes of long boxes more (`windows.rotation_deviations`).
+      rotate: turn crops, those of classes of long boxes more (`rotation.rotation_deviations`).
       flip: mirror half of the crops.
       proposals: path of a detections table, or '' for none. Its boxes that match an instance (of
         the same label, IoU at least 0.5) are cut as they are, instead of the annotated box,

@@ -12,22 +12,16 @@ boxes and windows xmin, ymin, xmax, ymax, points x, y.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
 
-from common.data import images
+from common.data.cut import Cut
+from common.data.placement import turned_extent
+from common.data.rotation import turn_angles
 from common.io.settings import check
 
 NUM_DRAWS = 8  # random numbers of a crop
-# Of photos whose size the dataset does not know, until they are opened: most are like this.
-ASSUMED_SIZE = (768, 1024)
-_MEAN_PIXEL = (124, 116, 104)  # where a turned crop reaches beyond the photo
-_MAX_DEVIATIONS = 3.0
-# Standard deviation of the angle of a class by the median aspect of its boxes.
-_ASPECTS, _DEGREES = (2.0, 6.0), (5.0, 30.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +92,6 @@ def shrink(
     return np.clip(np.floor(content * ratio + 0.5).astype(np.int64), 1, canvas)
 
 
-def rotation_deviations(aspects: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Standard deviations of the angles, in radians, for median aspects (long over short side).
-
-    "Larger rotated variance for classes with severely unbalanced aspect ratio": 5 degrees up to
-    2, 30 degrees from 6 on, linear between.
-    """
-    return np.radians(np.interp(aspects, _ASPECTS, _DEGREES))
-
-
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Where crops lie in their photos. All lengths are in pixels of the photo but for `content`.
@@ -131,6 +116,28 @@ class Windows:
     def on_canvas(self, canvas: tuple[int, int] | Int[np.ndarray, "n 2"]) -> "Windows":
         """The same windows, drawn smaller where they do not fit (`shrink`)."""
         return dataclasses.replace(self, content=shrink(self.content, canvas))
+
+    def cut(self, row: int, photo_size: tuple[int, int], *, enlarge_first: bool = False) -> Cut:
+        """How to read one of the windows from a photo of this height, width."""
+        x, y = self.centre[row].tolist()
+        sides, content = self.sides[row].tolist(), tuple(self.content[row].tolist())
+        flip, angle = bool(self.flip[row]), float(self.angle[row])
+        if not angle:
+            (photo_height, photo_width), (half_y, half_x) = photo_size, (side / 2 for side in sides)
+            x0, x1 = max(x - half_x, 0.0), min(x + half_x, float(photo_width))
+            y0, y1 = max(y - half_y, 0.0), min(y + half_y, float(photo_height))
+            area = (x0 / photo_width, y0 / photo_height, x1 / photo_width, y1 / photo_height)
+            return Cut.upright(area, content, flip)
+        # Photo pixels for a pixel of the crop, along its own axes.
+        step_y, step_x = sides[0] / content[0], sides[1] / content[1]
+        cos, sin = math.cos(angle), math.sin(angle)
+        a, b, d, e = step_x * cos, -step_y * sin, step_x * sin, step_y * cos
+        middle_y, middle_x = content[0] / 2, content[1] / 2
+        to_photo = (
+            *(a, b, x - a * middle_x - b * middle_y),
+            *(d, e, y - d * middle_x - e * middle_y),
+        )
+        return Cut.turned(to_photo, content, photo_size, flip, enlarge_first=enlarge_first)
 
 
 def clip_boxes(
@@ -195,14 +202,9 @@ class Augmentation:
         limits = np.asarray(photo_sizes, np.float64)[:, [1, 0, 1, 0]]
         pixels = np.clip(pixels + move * length, 0.0, limits)
         corners = pixels.reshape(-1, 2, 2)
-        # Box and Muller's way from uniform to normal numbers.
-        normal = np.sqrt(-2 * np.log1p(-draws[:, 4])) * np.cos(2 * np.pi * draws[:, 5])
-        angle = np.clip(normal, -_MAX_DEVIATIONS, _MAX_DEVIATIONS) * deviations
+        angle = turn_angles(deviations, draws[:, 4:6])
         width, height = (corners[:, 1] - corners[:, 0]).T
-        cos, sin = np.cos(angle), np.sin(angle)
-        sides = np.stack(
-            [np.hypot(width * sin, height * cos), np.hypot(width * cos, height * sin)], axis=1
-        )
+        sides = np.stack(turned_extent(width, height, angle, ellipse=True)[::-1], axis=1)
         return Windows(
             centre=corners.mean(axis=1),
             sides=sides,
@@ -210,101 +212,6 @@ class Augmentation:
             flip=self.flip & (draws[:, 7] < 0.5),
             content=self.size.content(sides, draws[:, 6]),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """One window, ready to be read: the upright area around it, and the way from there.
-
-    The area is brought to `area_size` first, where antialiasing is cheap, then turned.
-
-    Attributes:
-      area: normalised, inside the photo.
-      area_size: height, width of the area when resized.
-      content: height, width of the crop.
-      affine: from x, y of the crop to x, y of the resized area; None when it is upright.
-      beyond: whether the crop reaches beyond the photo.
-      flip: mirror the crop.
-    """
-
-    area: tuple[float, float, float, float]
-    area_size: tuple[int, int]
-    content: tuple[int, int]
-    affine: tuple[float, ...] | None
-    beyond: bool
-    flip: bool
-
-    @classmethod
-    def of(
-        cls, windows: Windows, row: int, photo_size: tuple[int, int], max_scale: float = math.inf
-    ) -> "Cut":
-        """The cut of one of the windows; a turned one is not enlarged by more than `max_scale`
-        before it is turned."""
-        x, y = windows.centre[row].tolist()
-        height, width = windows.sides[row].tolist()
-        content = tuple(windows.content[row].tolist())
-        angle, flip = float(windows.angle[row]), bool(windows.flip[row])
-        cos, sin = math.cos(angle), math.sin(angle)
-        half_x = (width * abs(cos) + height * abs(sin)) / 2
-        half_y = (width * abs(sin) + height * abs(cos)) / 2
-        photo_height, photo_width = photo_size
-        x0, x1 = max(x - half_x, 0.0), min(x + half_x, float(photo_width))
-        y0, y1 = max(y - half_y, 0.0), min(y + half_y, float(photo_height))
-        area = (x0 / photo_width, y0 / photo_height, x1 / photo_width, y1 / photo_height)
-        if not angle:
-            return cls(area, content, content, None, False, flip)
-        # Photo pixels for a pixel of the crop, along its own axes, then along the photo's.
-        step_x, step_y = width / content[1], height / content[0]
-        scale_x = min(1 / math.hypot(step_x * cos, step_y * sin), max_scale)
-        scale_y = min(1 / math.hypot(step_x * sin, step_y * cos), max_scale)
-        area_size = (max(round((y1 - y0) * scale_y), 1), max(round((x1 - x0) * scale_x), 1))
-        scale_x, scale_y = area_size[1] / (x1 - x0), area_size[0] / (y1 - y0)
-        a, b = step_x * cos * scale_x, -step_y * sin * scale_x
-        d, e = step_x * sin * scale_y, step_y * cos * scale_y
-        middle_y, middle_x = content[0] / 2, content[1] / 2
-        affine = (
-            a,
-            b,
-            (x - x0) * scale_x - a * middle_x - b * middle_y,
-            d,
-            e,
-            (y - y0) * scale_y - d * middle_x - e * middle_y,
-        )
-        reach_x, reach_y = 2 * half_x - (x1 - x0), 2 * half_y - (y1 - y0)
-        return cls(area, area_size, content, affine, max(reach_x, reach_y) > 1e-6, flip)
-
-    @property
-    def photo_size(self) -> tuple[float, float]:
-        """Height, width at which the whole photo would be drawn: what decoding must provide."""
-        x0, y0, x1, y1 = self.area
-        return self.area_size[0] / (y1 - y0), self.area_size[1] / (x1 - x0)
-
-    def image(self, pixels: images.Pixels) -> UInt8[np.ndarray, "h w 3"]:
-        """Pixels of the crop; the mean pixel outside the photo."""
-        image = images.resample(pixels, self.area, self.area_size)
-        return np.asarray(self._turn(image, Image.Resampling.BILINEAR, _MEAN_PIXEL))
-
-    def mask(self, area: Bool[np.ndarray, "a b"]) -> UInt8[np.ndarray, "h w"]:
-        """The mask of the crop, 1 for foreground, from that of the area at `area_size`."""
-        return np.asarray(self._turn(_grey(area), Image.Resampling.NEAREST, 0))
-
-    def inside(self) -> Bool[np.ndarray, "h w"]:
-        """Which pixels of the crop lie in the photo."""
-        if not self.beyond:
-            return np.ones(self.content, bool)
-        return self.mask(np.ones(self.area_size, bool)) > 0
-
-    def _turn(self, image: Image.Image, method: Image.Resampling, fill: Any) -> Image.Image:
-        if self.affine is not None:
-            size = self.content[::-1]
-            image = image.transform(
-                size, Image.Transform.AFFINE, self.affine, method, fillcolor=fill
-            )
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
-
-
-def _grey(mask: Bool[np.ndarray, "a b"]) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(mask, np.uint8))
 
 
 def on_canvas(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import images
+from common.data import placement
 from common.data.canvases import orientations
 from common.data.dataset import DatasetWriter
 from detection.assign.anchor_selection import (
@@ -88,7 +88,7 @@ def test_sizes_are_those_of_training():
     sizes = np.random.default_rng(3).integers(1, 3000, (200, 2))
     landscape, portrait = orientations((800, 1333))
     expected = [
-        images.fit((height, width), portrait if height > width else landscape).full
+        placement.fit((height, width), portrait if height > width else landscape).full
         for height, width in sizes.tolist()
     ]
     np.testing.assert_array_equal(fitted_sizes(sizes, (800, 1333)), expected)

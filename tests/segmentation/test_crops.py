@@ -60,11 +60,6 @@ def test_the_smallest_canvas_that_holds_the_content_is_chosen():
     assert windows.shrink(sizes, canvases[choice]).tolist() == [[19, 96], [96, 6]]
 
 
-def test_long_classes_turn_further():
-    degrees = np.degrees(windows.rotation_deviations(np.array([1.0, 2.0, 4.0, 6.0, 20.0])))
-    np.testing.assert_allclose(degrees, [5, 5, 17.5, 30, 30])
-
-
 def decoded(image: np.ndarray, size=SIZE):
     """x, y in pixels of the photo that each pixel of a crop shows."""
     return image[..., 0] / 255 * size[1], image[..., 1] / 255 * size[0]
@@ -72,7 +67,7 @@ def decoded(image: np.ndarray, size=SIZE):
 
 def cut(planned, row=0, size=SIZE, **options):
     photo = images.open_photo(png(coded.photo(size)))
-    part = windows.Cut.of(planned, row, size, **options)
+    part = planned.cut(row, size, **options)
     return part, part.image(images.decode(photo, part.photo_size))
 
 
@@ -90,7 +85,7 @@ def test_every_pixel_shows_its_place_in_the_photo(angle, flip, shape):
     window = windows.Windows(
         centre[None], sides[None], np.array([angle]), np.array([flip]), np.array([shape])
     )
-    _, image = cut(window, max_scale=1.0)
+    _, image = cut(window)
     assert image.shape == (*shape, 3)
     found_x, found_y = decoded(image.astype(float))
     for i, j in np.random.default_rng(0).integers([2, 2], np.array(shape) - 2, (40, 2)):
@@ -165,7 +160,7 @@ def test_a_turned_window_holds_the_object_as_a_box_would():
     box = np.array([0.3, 0.4, 0.7, 0.55])
     windows = augmented(box, np.random.default_rng(1).random((20, 8)), jitter=0.0, deviation=0.5)
     for row in range(20):
-        part, image = cut(windows, row, max_scale=1.0)
+        part, image = cut(windows, row)
         x, y = decoded(image.astype(float))
         mask = coded.in_ellipse(box, x / SIZE[1], y / SIZE[0]) & part.inside()
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

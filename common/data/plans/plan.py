@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32
 
 from common.data.canvases import Canvas, is_portrait, step_canvases
 from common.data.dataset import Dataset
@@ -23,6 +23,7 @@ from common.data.dataset_format import CROWD, GROUP_OF
 from common.data.frequencies import class_frequencies, repeat_factors
 from common.data.plans.class_index import annotated_classes, images_by_class, of_orientation
 from common.data.plans.permutation import PORTRAIT, SCALES, SOURCE, permute, stream_key
+from common.data.plans.pools import class_pools, pooled_images
 from common.data.plans.repeat_factor import RepeatFactorPlan
 from common.data.plans.streams import DENOMINATOR, ClassPlan, Drawn, Stream, UniformPlan, mix
 from common.data.settings import DataSettings
@@ -44,6 +45,7 @@ class TrainPlan:
       seed: of the run.
       batch_size: B, images of all hosts together.
       steps_per_epoch: steps that draw as many images as the sources have.
+      pools: (K,) of the classes of the run.
     """
 
     sources: tuple[Source, ...]
@@ -53,6 +55,7 @@ class TrainPlan:
     seed: int
     batch_size: int
     steps_per_epoch: int
+    pools: Int32[np.ndarray, " K"]
 
     @property
     def box_sources(self) -> list[Source]:
@@ -118,10 +121,12 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
       seed: of the run.
 
     Raises:
-      UserError: as `common.data.sources.open_sources`; a sampler by classes without any box, an
-        expert without images that have none, or full class batches of several sources.
+      UserError: as `common.data.sources.open_sources` and `class_pools`; a sampler by classes
+        without any box, an expert without images that have none, or full class batches of several
+        sources.
     """
     sources = open_sources(dataset, data)
+    pools = class_pools(dataset.class_labels, data.pools)
     canvases = step_canvases(data)
     oriented = any(landscape != portrait for landscape, portrait in canvases)
     if data.sampler == "full_class_batch" and len(sources) > 1:
@@ -133,7 +138,8 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
         parts = _by_repeat_factor(sources, data, seed, oriented)
     else:
         parts = [
-            _part(source, data, _source_seed(seed, source.place), oriented) for source in sources
+            _part(source, data, pools, _source_seed(seed, source.place), oriented)
+            for source in sources
         ]
     mixed = _mix_parts(
         [(part, source.share) for part, source in zip(parts, sources, strict=True)], data, seed
@@ -147,6 +153,7 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
         seed,
         data.batch_size,
         steps_per_epoch=-(-images // data.batch_size),
+        pools=pools,
     )
 
 
@@ -155,12 +162,14 @@ def ignored_flags(data: DataSettings) -> int:
     return CROWD | (0 if data.group_of == "ordinary" else GROUP_OF)
 
 
-def _part(source: Source, data: DataSettings, seed: int, oriented: bool) -> _Part:
+def _part(
+    source: Source, data: DataSettings, pools: Int32[np.ndarray, " K"], seed: int, oriented: bool
+) -> _Part:
     """How the images of a source are drawn."""
     if data.sampler == "uniform":
         return _uniform(source, np.ones(len(source.images), bool), data, seed, oriented)
     where = f"{source.dataset.directory}: its {len(source.images)} training images"
-    classes = _by_class(source, data, seed, oriented, where)
+    classes = _by_class(source, data, pools, seed, oriented, where)
     if data.sampler != "expert":
         return classes
     if source.has_boxes:
@@ -236,13 +245,22 @@ def _uniform(
     return _Part((streams[0], streams[1]), Fraction(int(portrait.sum()), len(images)))
 
 
-def _by_class(source: Source, data: DataSettings, seed: int, oriented: bool, where: str) -> _Part:
+def _by_class(
+    source: Source,
+    data: DataSettings,
+    pools: Int32[np.ndarray, " K"],
+    seed: int,
+    oriented: bool,
+    where: str,
+) -> _Part:
     classes, images = images_by_class(source, ignored_flags(data))
     if not len(classes):
         raise UserError(
             f"{where} have no boxes, sampler {data.sampler!r} draws images by the classes of their "
             "boxes: use sampler 'uniform'"
         )
+    if data.pools:
+        images = pooled_images(classes, images, pools)
     full_rounds = data.batch_size // len(classes) if data.sampler == "full_class_batch" else 0
     fixed = (data.batch_size, full_rounds, source.place)
     sizes = source.dataset.image_sizes

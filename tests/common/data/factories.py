@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from common.data.settings import DataSettings
+from common.data.settings import DataSettings, ElaborateSettings
 
 DATA = DataSettings(
     dir="",
@@ -13,6 +13,7 @@ DATA = DataSettings(
     sampler="uniform",
     positive_share=0.25,
     repeat_threshold=0.001,
+    pools="",
     batch_size=6,
     canvas=(64, 64),
     scales=(),
@@ -21,6 +22,7 @@ DATA = DataSettings(
     max_ignore=8,
     flip=True,
     scale_jitter=(0.8, 1.3),
+    elaborate=ElaborateSettings(scale="none", rotate=False, boxes="hull", max_zoom=4.0),
     group_of="ordinary",
     mask_size=0,
     image_labels=False,

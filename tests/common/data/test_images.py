@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.data import images
+from common.data import images, placement
 
 CANVAS = (60, 100)
 
@@ -31,8 +31,8 @@ def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
 
 def drawn(data: bytes, geometry=None, shape=CANVAS, **fit_options) -> np.ndarray:
     photo = images.open_photo(data)
-    geometry = geometry or images.fit(photo.size, shape, **fit_options)
-    return images.draw(photo, geometry, shape)
+    geometry = geometry or placement.fit(photo.size, shape, **fit_options)
+    return placement.draw(photo, geometry, shape)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -59,7 +59,7 @@ def test_canvas_is_padded_up_to_the_multiple():
     ],
 )
 def test_photos_fit_the_canvas_and_keep_their_aspect(size, content):
-    assert images.fit(size, (800, 1333)).content == content
+    assert placement.fit(size, (800, 1333)).content == content
 
 
 @given(
@@ -70,7 +70,7 @@ def test_photos_fit_the_canvas_and_keep_their_aspect(size, content):
 )
 @settings(max_examples=200, deadline=None)
 def test_content_is_inside_canvas_and_photo_and_boxes_inside_content(size, scale, crop, flip):
-    geometry = images.fit(size, (80, 133), scale=scale, crop=crop, flip=flip)
+    geometry = placement.fit(size, (80, 133), scale=scale, crop=crop, flip=flip)
     for axis in (0, 1):
         assert 1 <= geometry.content[axis] <= (80, 133)[axis]
         end = geometry.offset[axis] + geometry.content[axis]
@@ -78,7 +78,7 @@ def test_content_is_inside_canvas_and_photo_and_boxes_inside_content(size, scale
     rng = np.random.default_rng(0)
     corners = np.sort(rng.random((2, 50, 2)), axis=0)
     boxes = np.concatenate([corners[0], corners[1]], axis=1).astype(np.float32)
-    moved, keep = images.transform_boxes(boxes, geometry)
+    moved, keep = placement.transform_boxes(boxes, geometry)
     height, width = geometry.content
     assert (moved >= 0).all() and (moved <= [width, height, width, height]).all()
     assert (moved[keep, 2:] > moved[keep, :2]).all()
@@ -87,26 +87,26 @@ def test_content_is_inside_canvas_and_photo_and_boxes_inside_content(size, scale
 
 
 def test_boxes_use_the_exact_scale_of_each_axis():
-    geometry = images.fit((333, 500), (800, 1333))  # 800 x 1201: scales 2.4024, 2.402
-    boxes, keep = images.transform_boxes(np.float32([[0.1, 0.2, 0.5, 1.0]]), geometry)
+    geometry = placement.fit((333, 500), (800, 1333))  # 800 x 1201: scales 2.4024, 2.402
+    boxes, keep = placement.transform_boxes(np.float32([[0.1, 0.2, 0.5, 1.0]]), geometry)
     np.testing.assert_allclose(boxes, [[120.1, 160.0, 600.5, 800.0]], rtol=1e-6)
-    mirrored = images.fit((333, 500), (800, 1333), flip=True)
-    boxes, _ = images.transform_boxes(np.float32([[0.1, 0.2, 0.5, 1.0]]), mirrored)
+    mirrored = placement.fit((333, 500), (800, 1333), flip=True)
+    boxes, _ = placement.transform_boxes(np.float32([[0.1, 0.2, 0.5, 1.0]]), mirrored)
     np.testing.assert_allclose(boxes, [[600.5, 160.0, 1080.9, 800.0]], rtol=1e-6)
     assert keep.all()
 
 
 def test_a_box_of_which_a_crop_leaves_little_is_dropped():
-    geometry = images.fit((100, 100), (100, 100), scale=2.0, crop=(0.0, 0.0))  # left upper quarter
+    geometry = placement.fit((100, 100), (100, 100), scale=2.0, crop=(0.0, 0.0))  # upper left
     boxes = np.float32([[0, 0, 0.5, 0.5], [0.48, 0, 1, 0.5], [0.6, 0.6, 1, 1], [0.1, 0.1, 1, 0.5]])
-    moved, keep = images.transform_boxes(boxes, geometry)
+    moved, keep = placement.transform_boxes(boxes, geometry)
     assert keep.tolist() == [True, False, False, True]
     np.testing.assert_allclose(moved[3], [20, 20, 100, 100])
 
 
 def test_box_without_area_is_dropped():
-    geometry = images.fit((100, 100), (100, 100))
-    _, keep = images.transform_boxes(np.float32([[0.5, 0.1, 0.5, 0.9]]), geometry)
+    geometry = placement.fit((100, 100), (100, 100))
+    _, keep = placement.transform_boxes(np.float32([[0.5, 0.1, 0.5, 0.9]]), geometry)
     assert not keep[0]
 
 
@@ -124,11 +124,11 @@ def test_boxes_frame_their_object_in_the_pixels(orientation, flip, scale, crop):
     stored = shown if orientation == 1 else shown.transpose(undo[orientation])
     photo = images.open_photo(encode(stored, "PNG", exif=exif(orientation)))
     assert photo.size == (height, width)
-    geometry = images.fit(photo.size, (100, 120), scale=scale, crop=crop, flip=flip)
-    canvas = images.draw(photo, geometry, (128, 128))
+    geometry = placement.fit(photo.size, (100, 120), scale=scale, crop=crop, flip=flip)
+    canvas = placement.draw(photo, geometry, (128, 128))
     rows, columns = np.nonzero(canvas[..., 0] >= 128)
     found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    boxes, keep = images.transform_boxes(box, geometry)
+    boxes, keep = placement.transform_boxes(box, geometry)
     assert keep[0]
     np.testing.assert_allclose(boxes[0], found, atol=0.75)
     assert not canvas[geometry.content[0] :].any() and not canvas[:, geometry.content[1] :].any()
@@ -145,14 +145,14 @@ def test_exif_is_not_applied_when_the_annotations_have_the_stored_shape():
 def test_flip_of_the_picture_is_the_mirror_image():
     data = encode(smooth(50, 70))
     plain, mirrored = drawn(data), drawn(data, flip=True)
-    width = images.fit((50, 70), CANVAS).content[1]
+    width = placement.fit((50, 70), CANVAS).content[1]
     np.testing.assert_array_equal(mirrored[:, :width], plain[:, :width][:, ::-1])
 
 
 def test_crop_shows_the_part_of_the_enlarged_photo():
     data = encode(smooth(90, 120))
-    geometry = images.fit((90, 120), (60, 80), scale=1.5, crop=(0.99, 0.4))
-    whole = images.Geometry(geometry.full, (0, 0), geometry.full, False)
+    geometry = placement.fit((90, 120), (60, 80), scale=1.5, crop=(0.99, 0.4))
+    whole = placement.Geometry(geometry.full, (0, 0), geometry.full, False)
     (top, left), (height, width) = geometry.offset, geometry.content
     expected = drawn(data, whole, geometry.full)[top : top + height, left : left + width]
     found = drawn(data, geometry, (60, 80))[:height, :width]
@@ -209,7 +209,7 @@ def test_cmyk_and_greyscale_jpeg():
 @pytest.mark.parametrize("size", [(1, 1), (2, 20000), (20000, 2), (300, 20000)])
 def test_extreme_shapes(size):
     canvas = drawn(encode(Image.new("RGB", size[::-1], (10, 200, 30)), "JPEG", quality=95))
-    height, width = images.fit(size, CANVAS).content
+    height, width = placement.fit(size, CANVAS).content
     assert np.abs(canvas[:height, :width].astype(int) - [10, 200, 30]).max() <= 3
     assert canvas[height:].sum() + canvas[:, width:].sum() == 0
 
