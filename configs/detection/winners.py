@@ -1,7 +1,9 @@
-"""The 28 models of the winning ensemble (table 4), by number.
+"""The 28 models of the winning ensemble (table 4) and its 13 experts, by number.
 
     python -m detection.train --config=configs/detection/winners.py:17 --config.data.dir=DIR
         --config.model.pretrained=FILE --workdir=WORK
+    python -m scripts.select_experts --base_config=configs/detection/winners.py:e1
+        --num_classes=150 --dataset=DIR --metrics=score.json --output=EXPERT
 
 Hardware: as the family's file says, 2 images a device.
 Schedule: 13 or 26 epochs, as listed below.
@@ -13,6 +15,14 @@ without the photos that the auto ensemble is searched on (give them a dataset di
 training split leaves those out: `scripts.prepare_data --splits=FILE.json`). It says neither which
 model has which number nor which have a Decoupling Head: the list below is a reading, in which all
 have one, since it is the best setting of table 2.
+
+"For models trained with 512 accelerators" it has full-class batches and elaborate augmentation
+(section 5.3), and does not say which those are; here 17 to 28, as in pod512_elaborate.py. Models 1
+to 16 draw classes evenly and flip photos.
+
+Experts (sections 5.4 and 7): e1 to e3 for the 150, 27 and 40 classes of lowest AP, whose data sets
+`scripts.select_experts` writes; e4 and e5 on COCO, a Mask R-CNN ResNet-152 and a Cascade R-CNN
+ResNet-50; e6 to e13 on Objects365, whose models the paper does not tell.
 """
 
 import importlib
@@ -54,18 +64,44 @@ MODELS = (
 )
 
 
+EXPERTS = (  # family's file, epochs, backbone if another one
+    ("se154_dcn_dh", 13, None),
+    ("se154_dcn_dh", 13, None),
+    ("se154_dcn_dh", 13, None),
+    ("coco_mask_r152", 12, None),
+    ("coco_cascade_r50", 12, None),
+    ("o365_r50", 13, None),
+    ("o365_r50", 13, "resnet101"),
+    ("o365_r50", 13, "resnet152"),
+    ("o365_cascade_r50", 13, None),
+    ("o365_cascade_r50", 13, "seresnext101_32x4d"),
+    ("o365_x101_dcn", 13, None),
+    ("o365_x101_dcn", 13, "resnext152_32x8d"),
+    ("o365_x101_dcn", 13, "senet154"),
+)
+_FULL_CLASS = 17  # the first model of those with full-class batches and elaborate augmentation
+
+
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg`: number of the model, "1" (default) to "28"."""
-    number = int(arg or 1)
-    if not 1 <= number <= len(MODELS):
-        raise ValueError(f"winners.py:{arg}: found model {number}, expected 1 to {len(MODELS)}")
-    family, epochs, backbone, cascade = MODELS[number - 1]
+    """`arg`: number of the model, "1" (default) to "28", or of the expert, "e1" to "e13"."""
+    kind, models = ("e", EXPERTS) if (arg or "").startswith("e") else ("", MODELS)
+    number = int((arg or "1").removeprefix("e"))
+    if not 1 <= number <= len(models):
+        raise ValueError(
+            f"winners.py:{arg}: found model {number}, expected {kind}1 to {kind}{len(models)}"
+        )
+    family, epochs, backbone, *cascade = models[number - 1]
     config = _family(family).get_config(str(epochs))
-    config.name = f"winner{number}"
+    config.name = f"expert{number}" if kind else f"winner{number}"
     if backbone:
         config.model.backbone = backbone
-    if cascade:
+    if any(cascade):
         config.model.stages = base.FOUR_STAGES
+    if not kind and number >= _FULL_CLASS:
+        config.data.sampler = "full_class_batch"
+        config.data.batch_size = 1024
+        config.data.elaborate = base.ELABORATE
+        config.optimizer.warmup_epochs = 2.0
     return config
 
 

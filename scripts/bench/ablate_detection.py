@@ -13,6 +13,12 @@ Trains the config with
     cascade        the standard cascade of three stages
     cascade4       the paper's four (section 5.6)
 
+or, of how photos are augmented (section 5.3; docs/augmentation.md),
+
+    flip           mirrored photos only
+    elaborate      turned, and cropped around a box of the class that they were drawn for
+    resize         the same by the other reading of the paper's scale
+
 or, of the LVIS 2019 solution (configs/detection/long_tail_lite0.py has a set for them),
 
     ce             softmax cross-entropy
@@ -31,6 +37,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -80,6 +87,15 @@ def long_tail(classifier: str, sampler: str) -> Callable[[ConfigDict], None]:
     return change
 
 
+def augmentation(**elaborate: Any) -> Callable[[ConfigDict], None]:
+    def change(config: ConfigDict) -> None:
+        plain(config)
+        config.data.scale_jitter = (1.0, 1.0)
+        config.data.elaborate.update(elaborate)
+
+    return change
+
+
 VARIANTS = {
     "sibling": plain,
     "dh": decoupling,
@@ -87,6 +103,9 @@ VARIANTS = {
     "uniform": uniform,
     "cascade": three_stages,
     "cascade4": four_stages,
+    "flip": augmentation(**base.ELABORATE_OFF),
+    "elaborate": augmentation(**base.ELABORATE),
+    "resize": augmentation(**{**base.ELABORATE, "scale": "resize"}),
     "ce": long_tail("softmax", "uniform"),
     "eql": long_tail("eql", "uniform"),
     "rfs": long_tail("softmax", "repeat_factor"),

@@ -3,12 +3,14 @@
     python -m scripts.bench.bench_input --dataset=DIR --part=plan,padding,decoders,batches
 
 plan      time per global batch on a generated index of OpenImages' size (1.74 M images, 12.2 M
-          boxes, 500 classes), building the plan and its memory; needs no dataset
+          boxes, 500 classes), building the plan and its memory, and the statistics of the boxes
+          that elaborate augmentation needs; needs no dataset
 padding   share of the canvases' pixels that is padding, and of the photos that reach the short side
           of the canvas: all photos on the landscape canvas, against canvases of both orientations
 decoders  one photo to one canvas: `common.data.images` against the same steps in tf.image, CPU time
           and the ratio; photos of the dataset as they are, and enlarged to the sizes given
-batches   images/s of `train_batches` as training sees them
+batches   images/s of `train_batches` as training sees them, plain and with elaborate augmentation
+          (section 5.3), photos as they are and enlarged: OpenImages' usual size is 768x1024
 """
 
 import dataclasses
@@ -16,10 +18,12 @@ import functools
 import io
 import itertools
 import resource
+import tempfile
 import time
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +32,12 @@ from absl import flags
 from PIL import Image
 
 from common.data import images, placement
+from common.data.box_shapes import find_box_shapes
 from common.data.canvases import is_portrait, orientations
 from common.data.dataset import Dataset
 from common.data.input import train_batches
 from common.data.plans.plan import train_plan
-from common.data.settings import DataSettings, Sampler
+from common.data.settings import DataSettings, ElaborateSettings, Sampler
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.settings import read_settings
@@ -51,6 +56,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("batch_size", 8, "images of a batch (part batches)")
     flags.DEFINE_integer("steps", 60, "batches to time (part batches)")
+    flags.DEFINE_list(
+        "augmentation",
+        ["plain", "crop"],
+        "plain, crop, resize: data.elaborate.scale (part batches)",
+    )
+    flags.DEFINE_integer("photos", 64, "photos of each format that are enlarged (part batches)")
     flags.DEFINE_integer("mask_size", 0, "data.mask_size (part batches)")
     flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic")
 
@@ -59,6 +70,9 @@ def main() -> None:
     unknown = set(flags.FLAGS.part) - set(_PARTS)
     if unknown:
         raise UserError(f"--part={','.join(unknown)}: expected some of {','.join(_PARTS)}")
+    for name in flags.FLAGS.augmentation:
+        if name not in ("plain", "crop", "resize"):
+            raise UserError(f"--augmentation={name}: expected plain, crop or resize")
     if "plan" in flags.FLAGS.part:
         bench_plan()
     if {"padding", "decoders", "batches"} & set(flags.FLAGS.part):
@@ -94,6 +108,14 @@ def bench_plan() -> None:
             flush=True,
         )
 
+    start = time.perf_counter()
+    shapes = find_box_shapes(index, index.split("train"), 0)
+    print(
+        f"shapes of {shapes.counts.sum():,} boxes found in {time.perf_counter() - start:5.2f} s "
+        f"(peak memory {_peak_mib():.0f} MiB)",
+        flush=True,
+    )
+
 
 def generated_index(num_images: int, num_boxes: int, num_classes: int) -> Any:
     """What a plan reads of a dataset, with class frequencies like 1 / rank and a quarter of the
@@ -101,6 +123,8 @@ def generated_index(num_images: int, num_boxes: int, num_classes: int) -> Any:
     rng = np.random.default_rng(0)
     counts = rng.multinomial(num_boxes, np.full(num_images, 1 / num_images))
     weights = 1 / np.arange(1, num_classes + 1)
+    corners = rng.random((num_boxes, 2), np.float32)
+    sides = (1 - corners) * rng.beta(0.8, 2.0, (num_boxes, 2)).astype(np.float32)
     classes = rng.choice(num_classes, num_boxes, p=weights / weights.sum()).astype(np.int32)
     return types.SimpleNamespace(
         directory="generated",
@@ -108,6 +132,7 @@ def generated_index(num_images: int, num_boxes: int, num_classes: int) -> Any:
         class_labels=[str(number) for number in range(num_classes)],
         split=lambda name: np.arange(num_images),
         box_offsets=np.concatenate([[0], np.cumsum(counts)]),
+        boxes=np.concatenate([corners, corners + sides], axis=1),
         box_classes=classes,
         box_flags=np.zeros(num_boxes, np.uint8),
         image_sizes=np.where(rng.random((num_images, 1)) < 0.25, (1024, 768), (768, 1024)),
@@ -202,31 +227,70 @@ def cpu_time(function: Callable[[bytes], np.ndarray], jpegs: list[bytes]) -> flo
 
 
 def bench_batches(dataset: Dataset) -> None:
-    for canvas in flags.FLAGS.canvas:
-        settings = _settings(
-            _size(canvas),
-            train_split=flags.FLAGS.split,
-            batch_size=flags.FLAGS.batch_size,
-            mask_size=flags.FLAGS.mask_size,
-            num_threads=flags.FLAGS.threads,
+    """The plain pipeline, and each augmentation of `--augmentation` against it."""
+    for photo, canvas in itertools.product(flags.FLAGS.photo, flags.FLAGS.canvas):
+        with tempfile.TemporaryDirectory() as folder:
+            photos = dataset if photo == "as_is" else enlarged(dataset, _size(photo), Path(folder))
+            plain = None
+            for name in flags.FLAGS.augmentation:
+                wall, cpu, busy = time_batches(photos, _size(canvas), name)
+                plain = plain or wall
+                print(
+                    f"batches {canvas:8} photos {photo:9} {name:7}: {1 / wall:6.1f} images/s "
+                    f"({plain / wall:.2f}x), {cpu * 1e3:.1f} ms of CPU an image, {busy:.1f} cores "
+                    "busy",
+                    flush=True,
+                )
+
+
+def time_batches(
+    dataset: Dataset, canvas: tuple[int, int], augmentation: str
+) -> tuple[float, float, float]:
+    """Wall clock and CPU seconds of an image of `train_batches`, and cores busy."""
+    settings = _settings(
+        canvas,
+        train_split=flags.FLAGS.split,
+        batch_size=flags.FLAGS.batch_size,
+        mask_size=flags.FLAGS.mask_size,
+        num_threads=flags.FLAGS.threads,
+    )
+    if augmentation != "plain":
+        elaborate = {**base.ELABORATE, "scale": augmentation}
+        settings = dataclasses.replace(
+            settings, elaborate=read_settings(ElaborateSettings, elaborate, "--augmentation")
         )
-        plan = train_plan(dataset, settings, 0)
-        warm_up = 5
-        batches = train_batches(
-            dataset, plan, settings, seed=0, num_steps=flags.FLAGS.steps + warm_up
-        )
-        for _ in range(warm_up):
-            next(batches)
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in batches:
-            pass
-        count = flags.FLAGS.steps * flags.FLAGS.batch_size
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        print(
-            f"batches {canvas:8}: {count / wall:6.1f} images/s, {cpu / count * 1e3:.1f} ms of CPU "
-            f"an image, {cpu / wall:.1f} cores busy",
-            flush=True,
-        )
+    plan, warm_up = train_plan(dataset, settings, 0), 5
+    batches = train_batches(dataset, plan, settings, seed=0, num_steps=flags.FLAGS.steps + warm_up)
+    for _ in range(warm_up):
+        next(batches)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in batches:
+        pass
+    count = flags.FLAGS.steps * flags.FLAGS.batch_size
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / count, cpu / count, cpu / wall
+
+
+def enlarged(dataset: Dataset, size: tuple[int, int], folder: Path) -> Dataset:
+    """The dataset with its photos enlarged to a size, each in its own orientation.
+
+    Only `--photos` photos of the split are; all others of it show one of them.
+    """
+    members = dataset.split(flags.FLAGS.split)
+    portrait = is_portrait(dataset.image_sizes[members])
+    sizes, paths = np.array(dataset.image_sizes), np.array(dataset.image_paths, dtype=object)
+    for upright in (False, True):
+        chosen = members[portrait == upright]
+        shape = size[::-1] if upright else size
+        names = []
+        for index in chosen[: flags.FLAGS.photos].tolist():
+            names.append(f"{index}.jpg")
+            data = images.read_file(dataset.image_file(index))
+            (folder / names[-1]).write_bytes(enlarge(data, shape))
+        sizes[chosen] = shape
+        paths[chosen] = [names[place % len(names)].encode() for place in range(len(chosen))]
+    meta = dataset.meta | {"image_root": str(folder)}
+    return dataclasses.replace(dataset, image_sizes=sizes, image_paths=paths, meta=meta)
 
 
 def _settings(canvas: tuple[int, int], **changes: Any) -> DataSettings:

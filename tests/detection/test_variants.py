@@ -114,8 +114,19 @@ def test_the_winning_ensemble_has_28_models():
     assert {len(config.model.stages.iou) for config in configs} == {1, 4}
     for config in configs:
         make_backbone(config.model.backbone, deform=tuple(config.model.deform))
+    full = [c.data.sampler == "full_class_batch" for c in configs]
+    assert full == [c.data.elaborate.scale == "crop" for c in configs] == [False] * 16 + [True] * 12
     with pytest.raises(ValueError, match="found model 29, expected 1 to 28"):
         winners.get_config("29")
+
+
+def test_the_winning_ensemble_has_13_experts():
+    configs = [winners.get_config(f"e{number}") for number in range(1, 14)]
+    assert [config.name for config in configs] == [f"expert{n}" for n in range(1, 14)]
+    for config in configs:
+        make_backbone(config.model.backbone, deform=tuple(config.model.deform))
+    with pytest.raises(ValueError, match="found model 14, expected e1 to e13"):
+        winners.get_config("e14")
 
 
 @pytest.mark.parametrize(

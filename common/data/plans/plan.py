@@ -294,18 +294,23 @@ class ClassHistogram(NamedTuple):
     drawn: np.ndarray  # slots drawn for the class
     images: np.ndarray  # images that contain it
     boxes: np.ndarray  # boxes of it
+    absent: np.ndarray  # batches without: no slot drawn for it; of plans without classes, no image
 
 
 def class_histogram(plan: TrainPlan, steps: Iterable[int]) -> ClassHistogram:
     """Realised class frequencies of some steps of a plan (all boxes of each image counted)."""
     count = plan.sources[0].num_classes
-    counts = ClassHistogram(*(np.zeros(count, np.int64) for _ in range(3)))
+    counts = ClassHistogram(*(np.zeros(count, np.int64) for _ in range(4)))
     for step in steps:
         images, drawn, places = plan.batch(step)
-        counts.drawn[:] += np.bincount(drawn[drawn >= 0], minlength=count)
+        slots = np.bincount(drawn[drawn >= 0], minlength=count)
+        shown = np.zeros(count, np.int64)
         for source in plan.sources:
             slot, classes = annotated_classes(source, images[places == source.place])
             counts.boxes[:] += np.bincount(classes, minlength=count)
             once = np.unique(slot * count + classes) % count
-            counts.images[:] += np.bincount(once, minlength=count)
+            shown += np.bincount(once, minlength=count)
+        counts.drawn[:] += slots
+        counts.images[:] += shown
+        counts.absent[:] += (slots if slots.any() else shown) == 0
     return counts

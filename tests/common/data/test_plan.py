@@ -168,14 +168,15 @@ def test_no_image_is_drawn_for_the_crowds_of_a_class(tmp_path, group_of):
 def test_class_histogram_counts_draws_images_and_boxes(dataset):
     plan = make_plan(dataset, "all", "class_aware", 2, 6)
     found = class_histogram(plan, range(10, 20))
-    drawn, images, boxes = (np.zeros(8, int) for _ in range(3))
+    drawn, images, boxes, absent = (np.zeros(8, int) for _ in range(4))
     for step in range(10, 20):
+        absent += ~np.isin(np.arange(8), plan.batch(step).classes)
         for image, label in zip(*plan.batch(step)[:2], strict=True):
             drawn[label] += 1
             classes = dataset.image_boxes(image)[1]
             np.add.at(boxes, classes, 1)
             images[np.unique(classes)] += 1
-    np.testing.assert_array_equal(found, [drawn, images, boxes])
+    np.testing.assert_array_equal(found, [drawn, images, boxes, absent])
     uniform = make_plan(dataset, "all", "uniform", 2, 6)
     assert class_histogram(uniform, range(3)).drawn.sum() == 0
 
