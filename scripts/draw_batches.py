@@ -35,6 +35,7 @@ from scripts.draw_detections import (
     stack,
 )
 
+MIN_WIDTH = 512  # pixels that a canvas is enlarged to
 MAX_OVERVIEW = 16  # slots in overview.jpg
 OVERVIEW_WIDTH = 560  # pixels of a slot there
 _REGION = (255, 255, 255)
@@ -61,26 +62,29 @@ def object_masks(batch: Example, slot: int, shape: tuple[int, int]) -> list[np.n
 def draw_slot(batch: Example, slot: int, dataset: Dataset) -> Image.Image:
     """The canvas of a slot with all that the batch says of it."""
     valid = batch["gt_valid"][slot]
-    photo = Image.fromarray(batch["image"][slot])
-    boxes, classes = batch["gt_boxes"][slot][valid], batch["gt_classes"][slot][valid]
+    canvas = Image.fromarray(batch["image"][slot])
+    scale = -(-MIN_WIDTH // canvas.width)
+    photo = canvas.resize((scale * canvas.width, scale * canvas.height))
+    boxes, classes = batch["gt_boxes"][slot][valid] * scale, batch["gt_classes"][slot][valid]
     group_of = batch["gt_group_of"][slot][valid]
     size = np.tile(photo.size, 2)
     names = [
         dataset.class_names[c] + (" (group)" if group else "")
         for c, group in zip(classes.tolist(), group_of.tolist(), strict=True)
     ]
-    masks = object_masks(batch, slot, (photo.height, photo.width)) if "gt_masks" in batch else []
+    masks = object_masks(batch, slot, (canvas.height, canvas.width)) if "gt_masks" in batch else []
     colours = [class_colour(c) for c in classes.tolist()]
     panel = draw_boxes(photo, Drawing(boxes / size, colours, names, masks))
     draw = ImageDraw.Draw(panel)
     for box in boxes[classes == batch["drawn_class"][slot]].tolist():
         draw.rectangle(box, outline=class_colour(int(batch["drawn_class"][slot])), width=_WIDE)
-    for x0, y0, x1, y1 in batch["ignore_boxes"][slot][batch["ignore_valid"][slot]].tolist():
+    for region in batch["ignore_boxes"][slot][batch["ignore_valid"][slot]] * scale:
+        x0, y0, x1, y1 = region.tolist()
         draw.rectangle((x0, y0, x1, y1), outline=_REGION, width=1)
         draw.line((x0, y0, x1, y1), fill=_REGION)
         draw.line((x0, y1, x1, y0), fill=_REGION)
     if "proposals" in batch:
-        for box in batch["proposals"][slot][batch["proposal_valid"][slot]].tolist():
+        for box in (batch["proposals"][slot][batch["proposal_valid"][slot]] * scale).tolist():
             draw.rectangle(box, outline=(160, 160, 160), width=1)
     return panel
 

@@ -8,6 +8,7 @@
     python -m scripts.prepare_data yolo       --source=DIR/data.yaml --output=DIR
     python -m scripts.prepare_data cvat       --source=annotations.xml --images=DIR --output=DIR
     python -m scripts.prepare_data label_studio --source=export.json --images=DIR --output=DIR
+    python -m scripts.prepare_data folders    --source=DIR --output=DIR
     python -m scripts.prepare_data tfds       --source=NAME[:VERSION] --data_dir=DIR --output=DIR
 
 Rows that mean nothing are dropped or repaired, counted by reason on the screen and listed in
@@ -24,6 +25,7 @@ from common.convert import openimages
 from common.convert.annotations import Annotations
 from common.convert.assemble import write_dataset
 from common.convert.coco import read_coco
+from common.convert.folders import read_folders
 from common.convert.options import Options
 from common.convert.report import Report
 from common.convert.splits import KINDS, parse_shares
@@ -45,6 +47,7 @@ FORMATS = (
     "yolo",
     "cvat",
     "label_studio",
+    "folders",
     "tfds",
 )
 
@@ -100,7 +103,7 @@ def define_flags() -> None:
         "read_sizes", None, "Read photo sizes from headers (default: for up to 200,000 photos)."
     )
     flags.DEFINE_bool("check_photos", False, "Decode every photo once, to find cut ones.")
-    flags.DEFINE_string("classes", None, "Class list (label,name); openimages, voc and yolo.")
+    flags.DEFINE_string("classes", None, "Class list (label,name); openimages, voc, yolo, folders.")
     flags.DEFINE_string("hierarchy", None, "Hierarchy JSON.")
     flags.DEFINE_enum(
         "task",
@@ -116,6 +119,13 @@ def define_flags() -> None:
         "V4 to V7 alike). auto = the challenge's, if they are there.",
     )
     flags.DEFINE_string("masks", None, "openimages: folder of the mask PNGs (default: source).")
+    flags.DEFINE_list(
+        "boxes_from_masks",
+        [],
+        "openimages: classes (labels or names) whose instance masks become boxes where they have "
+        "none, such as Grape, which is boxed in groups; or the least share of group-of boxes of "
+        "the classes to take, such as 0.5.",
+    )
     flags.DEFINE_enum(
         "voc_one_based",
         "auto",
@@ -184,8 +194,10 @@ def _refuse_division_without_split() -> None:
 def _read(format_name: str, source: str, report: Report, spool: Path) -> Annotations:
     args = flags.FLAGS
     hierarchy, classes = _path(args.hierarchy), _path(args.classes)
-    if classes is not None and format_name not in ("openimages", "voc", "yolo"):
+    if classes is not None and format_name not in ("openimages", "voc", "yolo", "folders"):
         raise UserError(f"--classes: {format_name} brings its own class list")
+    if args.boxes_from_masks and format_name != "openimages":
+        raise UserError(f"--boxes_from_masks: found with {format_name}, expected openimages")
     if format_name == "openimages":
         return openimages.read_openimages(
             Path(source),
@@ -196,7 +208,10 @@ def _read(format_name: str, source: str, report: Report, spool: Path) -> Annotat
             classes=classes,
             hierarchy=hierarchy,
             mask_folder=_path(args.masks),
+            boxes_from_masks=args.boxes_from_masks,
         )
+    if format_name == "folders":
+        return read_folders(Path(source), report, classes=classes, hierarchy=hierarchy)
     if format_name == "voc":
         one_based = args.voc_one_based
         return read_voc(

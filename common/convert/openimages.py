@@ -6,6 +6,7 @@ MID: names are not unique. Rows of an image need not be together; nothing is exp
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.convert.annotations import ImageTable as Images
 from common.convert.classes import read_class_list, read_hierarchy
 from common.convert.cleaning import check_layout
 from common.convert.csv_columns import stream_csv
+from common.convert.instance_boxes import add_instance_boxes
 from common.convert.photos import walk
 from common.convert.report import DROPPED, EXAMPLES, Report
 from common.data.dataset import DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
@@ -79,6 +81,7 @@ def read_openimages(
     classes: Path | None = None,
     hierarchy: Path | None = None,
     mask_folder: Path | None = None,
+    boxes_from_masks: Sequence[str] = (),
 ) -> Annotations:
     """Reads the official files below a folder.
 
@@ -92,6 +95,7 @@ def read_openimages(
       classes: class list instead of the one found.
       hierarchy: hierarchy instead of the one found.
       mask_folder: where the mask PNGs lie; by default below `source`.
+      boxes_from_masks: classes, see `instance_boxes.add_instance_boxes`.
 
     Raises:
       UserError: a file is missing, found twice or broken.
@@ -125,6 +129,9 @@ def read_openimages(
         search=source,
         extra={"exhaustive": False},
     )
+    if boxes_from_masks:
+        masks = list(sources.masks.values())
+        add_instance_boxes(annotations, masks, boxes_from_masks, report)
     if sources.masks:
         openimages_masks.attach(
             annotations,

@@ -6,7 +6,9 @@ Shape legend: P mask rows, M boxes.
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -49,20 +51,16 @@ def attach(
     num_boxes = len(annotations.boxes["image"])
     start, length = np.zeros(num_boxes, np.int64), np.zeros(num_boxes, np.int32)
     check = np.zeros(num_boxes, np.uint32)
-    order = np.argsort(annotations.boxes["image"], kind="stable")
-    sorted_image = annotations.boxes["image"][order]
+    order = box_order(annotations)
     written = 0
-    types = {name: pa.string() for name in ("MaskPath", "ImageID", "LabelName")}
-    types |= {name: pa.float32() for name in _COORDINATES}
     with open(spool, "wb") as out:
         for path in mask_files:
-            for line, batch in stream_csv(path, types):
-                names = batch["MaskPath"].to_pylist()
+            for line, rows in mask_rows(path, annotations, order, class_index):
+                names, match = rows.names, rows.match
                 there = np.array([name in where for name in names], bool)
                 gone = np.flatnonzero(~there)
                 few = [names[i] for i in gone[:EXAMPLES]]
                 report.add("mask file not found", DROPPED, str(path), gone + line, few)
-                match = _match(batch, annotations, order, sorted_image, class_index)
                 lost = np.flatnonzero(there & (match < 0))
                 report.add("mask without a box", DROPPED, str(path), lost + line)
                 for row in np.flatnonzero(there & (match >= 0)):
@@ -76,25 +74,57 @@ def attach(
     annotations.extra["mask_root"] = str(folder.absolute())
 
 
+class MaskRows(NamedTuple):
+    """Rows of a file of masks.
+
+    Attributes:
+      names: of the PNG files.
+      image: index of the image, -1 when the annotations have none such.
+      class_: of the mask, -2 when it is unknown.
+      box: xmin, ymin, xmax, ymax.
+      match: row of the box that the mask is of, -1 where there is none.
+    """
+
+    names: list[str]
+    image: Int[np.ndarray, " P"]
+    class_: Int[np.ndarray, " P"]
+    box: Float[np.ndarray, "P 4"]
+    match: Int[np.ndarray, " P"]
+
+
+def box_order(annotations: Annotations) -> Int[np.ndarray, " M"]:
+    """Rows of the boxes, image by image, for `mask_rows`."""
+    return np.argsort(annotations.boxes["image"], kind="stable")
+
+
+def mask_rows(
+    path: Path, annotations: Annotations, order: Int[np.ndarray, " M"], class_index: dict[str, int]
+) -> Iterator[tuple[int, MaskRows]]:
+    """Line of the first row, and the rows, of one part of a file after the other."""
+    types = {name: pa.string() for name in ("MaskPath", "ImageID", "LabelName")}
+    types |= {name: pa.float32() for name in _COORDINATES}
+    sorted_image = annotations.boxes["image"][order]
+    for line, batch in stream_csv(path, types):
+        yield line, _match(batch, annotations, order, sorted_image, class_index)
+
+
 def _match(
     batch: pa.RecordBatch,
     annotations: Annotations,
     order: Int[np.ndarray, " M"],
     sorted_image: Int[np.ndarray, " M"],
     class_index: dict[str, int],
-) -> Int[np.ndarray, " P"]:
-    """Row of the box of each mask, -1 where there is none."""
+) -> MaskRows:
     table = annotations.boxes
     image = np.array([annotations.images.find(i) for i in batch["ImageID"].to_pylist()], np.int32)
     class_ = np.array([class_index.get(c, -2) for c in batch["LabelName"].to_pylist()], np.int32)
     box = np.stack([batch[c].to_numpy(zero_copy_only=False) for c in _COORDINATES], 1)
+    box = box.astype(np.float32)
     result = np.full(len(image), -1, np.int64)
     for first in range(0, len(image), _PAIRS):
         part = slice(first, first + _PAIRS)
-        result[part] = _nearest(
-            image[part], class_[part], box[part].astype(np.float32), table, order, sorted_image
-        )
-    return result
+        result[part] = _nearest(image[part], class_[part], box[part], table, order, sorted_image)
+    return MaskRows(batch["MaskPath"].to_pylist(), image, class_, box, result)
 
 
 def _nearest(

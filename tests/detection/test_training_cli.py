@@ -30,9 +30,13 @@ def dataset(tmp_path_factory) -> Path:
 
 
 def flags(dataset: Path, workdir: Path) -> list[str]:
+    """With elaborate augmentation: of all, its batches have the most random numbers."""
     return [
         f"--config={ROOT / 'tests' / 'tiny.py'}",
         f"--config.data.dir={dataset}",
+        "--config.data.sampler=class_aware",
+        "--config.data.elaborate.scale=crop",
+        "--config.data.elaborate.rotate=True",
         f"--workdir={workdir}",
     ]
 
