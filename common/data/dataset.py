@@ -6,6 +6,7 @@
     report.json     rows dropped or repaired while converting, by reason, with examples
     splits/*.npy    int64 image indices
     index/*.npy     the arrays of `dataset_format.INDEX`, memory-mapped: page cache, not heap
+    statistics/     shapes of the boxes of splits, found by trainings that need them (optional)
     masks.bin       JSON texts, one a box: {"png": path} | COCO polygons | COCO RLE (optional)
 
 Boxes with the flag CROWD are regions of many objects (COCO's `iscrowd`); they have GROUP_OF too, by

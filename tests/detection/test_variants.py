@@ -11,7 +11,7 @@ from common.io.errors import UserError
 from common.nn.backbones import make_backbone
 from common.training.distributed import DATA_AXIS
 from common.training.step import init_variables, variable_shapes
-from configs.detection import winners
+from configs.detection import pod512, pod512_elaborate, winners
 from detection.batch_fields import init_shapes
 from detection.models.faster_rcnn import build
 from detection.settings import RunSettings, read_run
@@ -118,6 +118,14 @@ def test_the_winning_ensemble_has_28_models():
     assert full == [c.data.elaborate.scale == "crop" for c in configs] == [False] * 16 + [True] * 12
     with pytest.raises(ValueError, match="found model 29, expected 1 to 28"):
         winners.get_config("29")
+
+
+def test_the_elaborate_pod_runs_the_program_of_the_plain_one():
+    """So what is compiled and planned for pod512 holds for it."""
+    plain, elaborate = pod512.get_config().to_dict(), pod512_elaborate.get_config().to_dict()
+    assert elaborate["data"].pop("elaborate") != plain["data"].pop("elaborate")
+    del plain["name"], elaborate["name"]
+    assert plain == elaborate
 
 
 def test_the_winning_ensemble_has_13_experts():
