@@ -28,6 +28,7 @@ from common.data.rotation import rotation_deviations, turn_angles
 from common.data.settings import DataSettings, ElaborateSettings
 from common.data.sources import Source
 
+_MIN_ANGLE = np.radians(1.0)  # smaller ones change little and cost as much as large ones
 NUM_DRAWS = 7  # random numbers of a photo: ratio, top, left, mirror, box, and two of the angle
 
 
@@ -117,6 +118,7 @@ class ElaborateAugmentation:
         ratio, top, left, coin, which, *normal = draws
         chosen = self._choose(source, image, drawn_class, which)
         angle = float(turn_angles(np.array([chosen.deviation]), np.array([normal]))[0])
+        angle = 0.0 if abs(angle) < _MIN_ANGLE else angle
         flip = self.flip and coin < 0.5
         whole = dataclasses.replace(fit(photo_size, canvas, flip=flip), angle=angle)
         if chosen.box is None:

@@ -15,6 +15,7 @@ from PIL import Image
 from common.data import images
 
 MEAN_PIXEL = (124, 116, 104)  # where a turned view reaches beyond the photo
+_MUCH = 1.3  # enlargement; a turned pixel costs 2.5 times a resized one
 _NEIGHBOURS = 1  # pixels around an area that bilinear reading may look at
 
 # a, b, c, d, e, f: x, y becomes a x + b y + c, d x + e y + f.
@@ -26,13 +27,15 @@ class Cut:
     """One view, ready to be read: the upright area around it, and the way from there.
 
     Where the photo is shrunk, the area is resized first, with antialiasing, and then turned; where
-    it is enlarged, the pixels of the photo themselves are turned, which resamples only once.
+    it is enlarged, the pixels of the photo themselves are turned, which resamples only once, but
+    where they are enlarged by so much that it is cheaper to turn the few and then to resize.
 
     Attributes:
       area: normalised, inside the photo.
       area_size: height, width of the area when resized.
       content: height, width of the cut.
-      affine: from x, y of the cut to x, y of the resized area; None when it is upright.
+      turned_size: height, width of the cut when turned: `content`, or smaller.
+      affine: from x, y of that to x, y of the resized area; None when it is upright.
       beyond: whether the cut reaches beyond the photo.
       flip: mirror the cut.
     """
@@ -40,6 +43,7 @@ class Cut:
     area: tuple[float, float, float, float]
     area_size: tuple[int, int]
     content: tuple[int, int]
+    turned_size: tuple[int, int]
     affine: Affine | None
     beyond: bool
     flip: bool
@@ -49,7 +53,7 @@ class Cut:
         cls, area: tuple[float, float, float, float], content: tuple[int, int], flip: bool
     ) -> "Cut":
         """All of an area that lies inside the photo."""
-        return cls(area, content, content, None, False, flip)
+        return cls(area, content, content, content, None, False, flip)
 
     @classmethod
     def turned(
@@ -71,8 +75,9 @@ class Cut:
           enlarge_first: the area gets the resolution of the cut also where that enlarges it: right
             for what has no pixels of its own, such as polygons.
         """
-        a, b, c, d, e, f = to_photo
-        height, width = content
+        size = content if enlarge_first else _turned_size(to_photo, content)
+        a, b, c, d, e, f = _scaled(to_photo, content, size)
+        height, width = size
         x, y = (a * width + b * height) / 2 + c, (d * width + e * height) / 2 + f
         half_x = (abs(a) * width + abs(b) * height) / 2
         half_y = (abs(d) * width + abs(e) * height) / 2
@@ -93,7 +98,7 @@ class Cut:
             *(a * scale_x, b * scale_x, (c - x0) * scale_x),
             *(d * scale_y, e * scale_y, (f - y0) * scale_y),
         )
-        return cls(area, area_size, content, affine, reach > 1e-6, flip)
+        return cls(area, area_size, content, size, affine, reach > 1e-6, flip)
 
     @property
     def photo_size(self) -> tuple[float, float]:
@@ -119,11 +124,30 @@ class Cut:
 
     def _turn(self, image: Image.Image, method: Image.Resampling, fill: Any) -> Image.Image:
         if self.affine is not None:
-            size = self.content[::-1]
+            size = self.turned_size[::-1]
             image = image.transform(
                 size, Image.Transform.AFFINE, self.affine, method, fillcolor=fill
             )
+            if self.turned_size != self.content:
+                image = image.resize(self.content[::-1], method)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
+
+def _turned_size(to_photo: Affine, content: tuple[int, int]) -> tuple[int, int]:
+    """Height, width at which a cut is turned: that of the photo's pixels if they are much fewer."""
+    a, b, _, d, e, _ = to_photo
+    step_x, step_y = math.hypot(a, d), math.hypot(b, e)  # photo pixels for a pixel of the cut
+    if max(step_x, step_y) > 1 / _MUCH:
+        return content
+    height, width = content
+    return max(math.ceil(height * step_y), 1), max(math.ceil(width * step_x), 1)
+
+
+def _scaled(to_photo: Affine, content: tuple[int, int], size: tuple[int, int]) -> Affine:
+    """The map from pixels of the cut when drawn at another size."""
+    a, b, c, d, e, f = to_photo
+    x, y = content[1] / size[1], content[0] / size[0]
+    return a * x, b * y, c, d * x, e * y, f
 
 
 def _inside(low: float, high: float, limit: int) -> tuple[float, float]:

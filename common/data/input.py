@@ -7,7 +7,8 @@ Annotations are looked up in the memory-mapped index image by image; nothing is 
 A batch is a dictionary (b: images of this host, M: data.max_boxes, G: data.max_ignore,
 P: data.max_proposals, S: data.mask_size, K: classes of the run, H, W: the canvas of the step,
 padded):
-  image          uint8   (b, H, W, 3)  RGB, content top left, padding 0 (the model normalises)
+  image          uint8   (b, H, W, 3)  RGB, content top left, padding 0 (the model normalises);
+                                       what a turned photo leaves of its content is a mean grey
   image_size     float32 (b, 2)        height, width of the content on the canvas
   original_size  int32   (b, 2)        height, width of the photo as displayed (after EXIF rotation)
   image_index    int32   (b,)          row of the dataset (those of several sources one after the

@@ -18,6 +18,8 @@ from common.data.cut import Affine, Cut
 
 MIN_VISIBLE = 0.1  # share of a box that must lie inside a random crop, else the box is dropped
 
+_LARGE = 4e6  # pixels of a photo of which it pays to decode a part only
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -208,6 +210,8 @@ def draw_content(photo: images.Photo, geometry: Geometry) -> UInt8[np.ndarray, "
     cut = geometry.cut(photo.size, np.array([0, 0, width, height]), geometry.content)
     if cut.affine is None:
         return cut.image(images.decode(photo, geometry.full))
+    if math.prod(photo.size) < _LARGE:
+        return cut.image(images.decode(photo, cut.photo_size))
     return cut.image(images.decode(photo, cut.photo_size, cut.area))
 
 
