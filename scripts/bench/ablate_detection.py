@@ -37,7 +37,6 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -87,11 +86,12 @@ def long_tail(classifier: str, sampler: str) -> Callable[[ConfigDict], None]:
     return change
 
 
-def augmentation(**elaborate: Any) -> Callable[[ConfigDict], None]:
+def augmentation(scale: str) -> Callable[[ConfigDict], None]:
     def change(config: ConfigDict) -> None:
         plain(config)
         config.data.scale_jitter = (1.0, 1.0)
-        config.data.elaborate.update(elaborate)
+        elaborate = base.ELABORATE_OFF if scale == "none" else base.ELABORATE
+        config.data.elaborate.update({**elaborate, "scale": scale})
 
     return change
 
@@ -103,9 +103,9 @@ VARIANTS = {
     "uniform": uniform,
     "cascade": three_stages,
     "cascade4": four_stages,
-    "flip": augmentation(**base.ELABORATE_OFF),
-    "elaborate": augmentation(**base.ELABORATE),
-    "resize": augmentation(**{**base.ELABORATE, "scale": "resize"}),
+    "flip": augmentation("none"),
+    "elaborate": augmentation("crop"),
+    "resize": augmentation("resize"),
     "ce": long_tail("softmax", "uniform"),
     "eql": long_tail("eql", "uniform"),
     "rfs": long_tail("softmax", "repeat_factor"),
