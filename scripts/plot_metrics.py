@@ -5,42 +5,13 @@
 Metrics are names in the runs' metrics.jsonl. Noisy ones are drawn with a running mean over them.
 """
 
-import json
-
 import numpy as np
 from absl import flags
-from etils import epath
 
 from common.io.atomic import write_text
 from common.io.commands import run_main
-from common.io.errors import UserError
 from common.report.plots import COLOURS, svg_text
-
-
-def read_curve(workdir: epath.Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric of a run.
-
-    Raises:
-      UserError: no metrics.jsonl there, or the metric is not in it.
-    """
-    path = workdir / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected the work directory of a run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [(line["step"], line[metric]) for line in lines if metric in line]
-    if not points:
-        names = sorted({name for line in lines for name in line} - {"step"})
-        raise UserError(f"{path}: no {metric!r}, expected one of {', '.join(names)}")
-    steps, values = np.array(points, np.float64).T
-    return steps, values
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of up to `window` values ending at each one."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    last = np.arange(1, len(values) + 1)
-    first = np.maximum(last - window, 0)
-    return (sums[last] - sums[first]) / (last - first)
+from common.report.run_log import RunLog, running_mean
 
 
 def draw_panel(axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str) -> None:
@@ -69,11 +40,11 @@ def main() -> None:
     from matplotlib.figure import Figure
 
     metrics = flags.FLAGS.metrics
-    workdirs = [epath.Path(workdir) for workdir in flags.FLAGS.workdirs]
+    runs = [RunLog(workdir) for workdir in flags.FLAGS.workdirs]
     figure = Figure((4.4 * len(metrics), 3.2), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        curves = {workdir.name: read_curve(workdir, metric) for workdir in workdirs}
+        curves = {run.workdir.name: run.curve(metric) for run in runs}
         draw_panel(axes, curves, metric.rsplit("/", 1)[-1])
     write_text(flags.FLAGS.output, svg_text(figure))
     print(f"wrote {flags.FLAGS.output}")

@@ -40,9 +40,9 @@ def draw(scope: Scope, table: TableReport, picture: Picture, pairs: dict, limit:
     for box, index, flag, hit in zip(boxes, classes, flags, is_found, strict=True):
         name = names[index] + (" (group)" if flag & GROUP_OF else "")
         status = "found" if hit else "missed"
-        parts.append(_path(box * size, status, f"truth: {name}, {status}"))
+        parts.append(box_path(box * size, status, f"truth: {name}, {status}"))
         if not hit:
-            texts.append(_text(box * size, status, f"missed {name}", picture))
+            texts.append(box_text(box * size, status, f"missed {name}", picture))
     for row in drawn_rows(scope, table, picture.image, limit):
         status, score = table.judged.status[row], table.judged.scores[row]
         index, target = int(table.judged.classes[row]), int(table.judged.targets[row])
@@ -56,8 +56,8 @@ def draw(scope: Scope, table: TableReport, picture: Picture, pairs: dict, limit:
         status = errors.STATUS_NAMES[status]
         box = np.clip(table.judged.boxes[row], 0, 1) * size
         title = text if status == "class" else f"{text}, {status}"
-        parts.append(_path(box, status, title, attributes))
-        texts.append(_text(box, status, text, picture, attributes))
+        parts.append(box_path(box, status, title, attributes))
+        texts.append(box_text(box, status, text, picture, attributes))
     return "".join(parts + texts)
 
 
@@ -82,7 +82,8 @@ def boxes_per_picture(num_pictures: int, num_tables: int) -> int:
     return max(8, min(MAX_BOXES, MAX_DRAWN // max(num_pictures * num_tables, 1)))
 
 
-def _path(box: np.ndarray, status: str, title: str, attributes: str = "") -> str:
+def box_path(box: np.ndarray, status: str, title: str, attributes: str = "") -> str:
+    """A box in pixels as a path; `status` is a class of the style sheet, `title` its tooltip."""
     x0, y0, x1, y1 = (f"{value:.0f}" for value in box)
     return (
         f'<path class="box {status}"{attributes} d="M{x0} {y0}H{x1}V{y1}H{x0}Z">'
@@ -90,7 +91,9 @@ def _path(box: np.ndarray, status: str, title: str, attributes: str = "") -> str
     )
 
 
-def _text(box: np.ndarray, status: str, text: str, picture: Picture, attributes: str = "") -> str:
+def box_text(
+    box: np.ndarray, status: str, text: str, picture: Picture, attributes: str = ""
+) -> str:
     x = max(min(box[0] + 3, picture.width - LETTER * len(text)), 2)
     y = box[1] - 4 if status != "missed" and box[1] > 16 else box[1] + 15
     return (

@@ -1,11 +1,7 @@
-"""The HTML page: everything in one file, nothing fetched.
-
-It reads without its script; the script sorts, filters, opens classes and enlarges pictures.
-"""
+"""The page about detections tables; its script filters and opens classes and enlarges pictures."""
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +9,7 @@ from common.report import drawing, figures, gallery
 from common.report.analysis import TableReport
 from common.report.classes import class_data, class_table, embed_json, rarity, sort_head
 from common.report.confusion import Confusions
+from common.report.frame import html_page
 from common.report.pictures import Picture, image_f1
 from common.report.scope import Scope
 
@@ -39,7 +36,6 @@ _METRIC = {
     "every object of a class has a box, detections that find none count nothing. AP of a class "
     "and by size are areas under the whole curve.",
 }
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def build_page(
@@ -62,7 +58,6 @@ def build_page(
     """
     name = str(scope.dataset.meta.get("name") or scope.dataset.directory.name)
     title = f"Detection report: {name}, {scope.split}"
-    folder = Path(__file__).parent
     bodies = {
         "summary": figures.summary(scope, tables, min_score),
         "breakdown": figures.breakdown(scope, tables),
@@ -72,29 +67,17 @@ def build_page(
         "pictures": _pictures(scope, tables, confusions, pictures),
         "method": _method(scope, min_score),
     }
-    links = "".join(f'<a href="#{key}">{text}</a>' for key, text in SECTIONS)
-    sections = "".join(
-        f'<section id="{key}"><h2>{text}</h2>{bodies[key]}</section>' for key, text in SECTIONS
-    )
     boxes = f"{len(scope.images):,} images, {scope.counts.sum():,.0f} boxes to find"
     classes = f"{np.count_nonzero(scope.counts):,} classes with truth"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_asset(folder / 'style.css')}</style></head>"
-        f'<body><a class="skip" href="#summary">Skip to content</a><header><h1>{escape(title)}</h1>'
-        f"<p>{boxes} (copies for parent classes included), {classes}.</p></header>"
-        f'<nav aria-label="Sections">{links}</nav><main>{sections}</main>'
-        '<dialog id="viewer" aria-label="Enlarged picture"></dialog>'
-        f'<script type="application/json" id="data">'
-        f"{embed_json(class_data(scope, tables, confusions))}</script>"
-        f"<script>{_asset(folder / 'script.js')}</script></body></html>\n"
+    return html_page(
+        title,
+        f"{boxes} (copies for parent classes included), {classes}.",
+        [(key, text, bodies[key]) for key, text in SECTIONS],
+        scripts=("script.js",),
+        after='<dialog id="viewer" aria-label="Enlarged picture"></dialog>'
+        '<script type="application/json" id="data">'
+        f"{embed_json(class_data(scope, tables, confusions))}</script>",
     )
-
-
-def _asset(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
 
 
 def _classes(scope: Scope, tables: Sequence[TableReport]) -> str:
