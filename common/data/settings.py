@@ -24,6 +24,8 @@ class SourceSettings:
         image-level labels only; then no place of its photos is background.
       others: what the run's classes that it lacks are on its photos. 'unknown': batches say so in
         class_known; 'absent': an object of such a class would be background.
+      max_images: of the photos with boxes of the run's classes so many are used, spread evenly over
+        the split; 0: all photos.
     """
 
     dir: str = ""
@@ -32,8 +34,12 @@ class SourceSettings:
     class_map: str = ""
     annotations: Literal["boxes", "boxes_masks", "labels"] = "boxes"
     others: Literal["absent", "unknown"] = "absent"
+    max_images: int = 0
 
     def __post_init__(self):
+        most = 0 if self.annotations == "labels" else math.inf
+        expected = "0 or more" if most else "0: annotations 'labels' have no boxes"
+        check(0 <= self.max_images <= most, "max_images", self.max_images, expected)
         holds = self.share >= 1e-5 and math.isfinite(self.share)
         check(holds, "share", self.share, "a positive number (at least 1e-5, finite)")
 

@@ -1,6 +1,6 @@
 """The datasets of a run: which images, how often, and what each says of the run's classes.
 
-Shape legend: n images of a split, K classes of the run, C classes of a dataset.
+Shape legend: n images of a split, m of them, K classes of the run, C classes of a dataset.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from common.data.dataset import Dataset
 from common.data.settings import DataSettings, SourceSettings
 from common.io.errors import UserError
 from common.tables.class_mapping import ClassMapping, find_class_mapping
+from common.tables.ranges import rows_of
 
 _DENOMINATOR = 10**6  # of shares
 
@@ -80,7 +81,8 @@ def open_sources(dataset: Dataset, data: DataSettings) -> tuple[Source, ...]:
       data: `config.data`.
 
     Raises:
-      UserError: no such split, a source without photos, a class map that maps nothing.
+      UserError: no such split, a source without photos (or, with `max_images`, without any that
+        has boxes of the run's classes), a class map that maps nothing.
     """
     if not data.sources:
         images = dataset.split(data.train_split)
@@ -132,6 +134,15 @@ def _open(run: Dataset, settings: SourceSettings, place: int, first_index: int) 
             "a set with masks or annotations 'boxes'"
         )
     classes = map_classes(dataset.class_labels, run.class_labels, settings.class_map, field)
+    if settings.max_images:
+        shown = _with_objects(dataset, images, classes)
+        if not len(shown):
+            raise UserError(
+                f"{field}: none of the {len(images)} photos of {dataset.directory} has a box of a "
+                "class of the run, expected some for max_images"
+            )
+        spread = np.linspace(0, len(shown), min(settings.max_images, len(shown)), endpoint=False)
+        images = shown[spread.astype(np.int64)]
     known = np.ones(run.num_classes, bool)
     if settings.others == "unknown":
         known[:] = False
@@ -148,6 +159,16 @@ def _open(run: Dataset, settings: SourceSettings, place: int, first_index: int) 
         has_boxes=settings.annotations != "labels",
         has_masks=settings.annotations == "boxes_masks",
     )
+
+
+def _with_objects(
+    dataset: Dataset, images: Int64[np.ndarray, " n"], classes: Int32[np.ndarray, " C"]
+) -> Int64[np.ndarray, " m"]:
+    """Those of the images that have a box of a class of the run."""
+    place, rows = rows_of(dataset.box_offsets, images)
+    has_object = np.zeros(len(images), bool)
+    has_object[place[classes[dataset.box_classes[rows]] >= 0]] = True
+    return images[has_object]
 
 
 def map_classes(

@@ -252,6 +252,22 @@ def test_sources_have_their_shares_and_say_what_they_know(datasets, sampler):
     assert set(seen) == set(range(12))
 
 
+def test_a_source_gives_some_of_its_photos_that_show_classes_of_the_run(tmp_path, datasets):
+    run, _ = datasets
+    car, hound = ({"boxes": BOXES[:1], "classes": [c]} for c in (1, 0))
+    other = write(tmp_path, "many", [car, hound, hound, car, NO_BOXES] * 3, ["hound", "car"], None)
+    for most, expected in ((2, [1, 7]), (4, [1, 2, 7, 11]), (9, [1, 2, 6, 7, 11, 12])):
+        _, source = open_sources(
+            run, data_settings(sources=sources_of((run, other), max_images=most))
+        )
+        assert source.images.tolist() == expected
+    empty = write(tmp_path, "empty", [car], ["hound", "car"], None)
+    with pytest.raises(UserError, match="none of the 1 photos .* has a box of a class of the run"):
+        open_sources(run, data_settings(sources=sources_of((run, empty), max_images=2)))
+    with pytest.raises(UserError, match="max_images: found 2, expected 0: annotations 'labels'"):
+        SourceSettings(annotations="labels", max_images=2)
+
+
 def test_every_source_goes_through_all_its_images(datasets):
     run, _ = datasets
     settings = data_settings(sources=sources_of(datasets), batch_size=4)
