@@ -3,9 +3,11 @@
     pip install libtpu
     python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v3-512
     python -m scripts.plan_pod --config=configs/segmentation/hrnet_w48_112.py --images_per_device=16
+    python -m scripts.plan_pod --config=configs/detection/lvis_r50.py --slice=v3-8 \\
+        --num_classes=1230 --photos=56740
 
 Prints memory per device and headroom, FLOPs per image, about how long the config's schedule takes
-on OpenImages' 1.74 million photos, traffic between devices and compile time.
+on --photos training photos (OpenImages' 1.74 million), traffic between devices and compile time.
 Exits with status 1 when the program does not fit the device's memory.
 """
 
@@ -84,13 +86,17 @@ def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
 
 
 def compile_train_step(
-    config: ConfigDict, slice_name: str, num_classes: int, images_per_device: int
+    config: ConfigDict,
+    slice_name: str,
+    num_classes: int,
+    images_per_device: int,
+    photos: int = OPENIMAGES,
 ) -> dict:
     """Compiles the step and returns the report as plain values (bytes, seconds, counts)."""
     slice_, devices = topologies.slice_devices(slice_name)
     mesh = distributed.make_mesh(devices)
     batch_size = images_per_device * mesh.size
-    steps_per_epoch = OPENIMAGES // batch_size
+    steps_per_epoch = max(photos // batch_size, 1)
     model, init_batch, batch, frozen, optimizer, images = program(config, num_classes, batch_size)
     shapes = variable_shapes(model, init_batch)
     schedule = make_schedule(optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
@@ -160,6 +166,7 @@ def define_flags() -> None:
     flags.DEFINE_string("slice", "v3-512", "TPU slice; a wrong name lists those that are known.")
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
     flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
+    flags.DEFINE_integer("photos", OPENIMAGES, "Training photos.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the report here.")
 
 
@@ -169,6 +176,7 @@ def main() -> None:
         flags.FLAGS.slice,
         flags.FLAGS.num_classes,
         flags.FLAGS.images_per_device,
+        flags.FLAGS.photos,
     )
     print_report(report)
     if flags.FLAGS.json:
