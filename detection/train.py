@@ -26,7 +26,13 @@ from common.nn.weights.backbone_weights import load_backbone_weights
 from common.training import command, distributed, preemption
 from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
-from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
+from common.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    total_steps,
+    trained_mask,
+    warmup_note,
+)
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
@@ -88,6 +94,8 @@ def train_in(
         f"{dataset.num_classes} classes, {steps_per_epoch} steps an epoch",
         flush=True,
     )
+    if note := warmup_note(settings.optimizer, steps_per_epoch):
+        say(note, flush=True)
     for source in plan.sources if settings.data.sources else ():
         say(f"source: {source.summary}", flush=True)
         if source.mapped_names:

@@ -24,7 +24,13 @@ from common.nn.layers import norm
 from common.training import command, distributed, preemption
 from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
-from common.training.optimizer import make_optimizer, make_schedule, total_steps, trained_mask
+from common.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    total_steps,
+    trained_mask,
+    warmup_note,
+)
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import init_state, jit_train_step, variable_shapes
@@ -81,6 +87,8 @@ def train_in(
         "an epoch",
         flush=True,
     )
+    if note := warmup_note(settings.optimizer, steps_per_epoch):
+        say(note, flush=True)
 
     # ---------------------------------------------------------------- model and optimiser
     model = build(settings.model, dataset.num_classes, DATA_AXIS)

@@ -91,6 +91,21 @@ def total_steps(settings: OptimizerSettings, steps_per_epoch: int) -> int:
     return settings.num_steps or max(round(settings.num_epochs * steps_per_epoch), 1)
 
 
+def warmup_note(settings: OptimizerSettings, steps_per_epoch: int) -> str:
+    """A line for the start of a run that ends before its warm-up does; "" of others."""
+    steps, warmup = total_steps(settings, steps_per_epoch), _warmup_steps(settings, steps_per_epoch)
+    if warmup < steps:
+        return ""
+    return (
+        f"note: the warm-up takes {warmup} steps, the run has {steps}: the learning rate does not "
+        "reach its full value (config.optimizer.warmup_steps, warmup_epochs)"
+    )
+
+
+def _warmup_steps(settings: OptimizerSettings, steps_per_epoch: int) -> int:
+    return settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
+
+
 def make_schedule(
     settings: OptimizerSettings, *, batch_size: int, steps_per_epoch: int
 ) -> optax.Schedule:
@@ -106,7 +121,7 @@ def make_schedule(
     """
     peak = settings.learning_rate or settings.learning_rate_per_image * batch_size
     start = min(settings.warmup_start, peak)
-    warmup_steps = settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
+    warmup_steps = _warmup_steps(settings, steps_per_epoch)
     warmup = optax.linear_schedule(start, peak, warmup_steps)
     if not warmup_steps:  # optax would stay at `start`
         warmup = optax.constant_schedule(peak)

@@ -12,6 +12,7 @@ from common.training.optimizer import (
     make_schedule,
     total_steps,
     trained_mask,
+    warmup_note,
 )
 from configs.segmentation import hrnet_w48_256
 
@@ -245,3 +246,11 @@ def test_shapes_are_enough_to_make_the_optimizer():
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, toy_params()))
     tx = make_optimizer(config(), lambda _: 0.1, shapes)
     assert jax.tree.leaves(jax.eval_shape(tx.init, shapes))
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so():
+    """Recipes for large data sets have warm-ups that small ones never finish."""
+    recipe = config(num_epochs=12, warmup_steps=1000)
+    assert warmup_note(recipe, steps_per_epoch=100) == ""
+    assert "takes 1000 steps, the run has 240" in warmup_note(recipe, steps_per_epoch=20)
+    assert warmup_note(config(warmup_epochs=0.0), steps_per_epoch=1) == ""
