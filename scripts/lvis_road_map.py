@@ -14,6 +14,8 @@ with masks, and ROW.json, its figures. What is there already is not made again: 
 goes on where it stopped. On a pod, where each host runs the same command, take the commands from
 --dry_run. --set changes a field of the config of every training and test. The re-scoring factors
 are searched on the split that is scored, as the paper's rows are all of its validation split.
+
+A small trial of the whole chain: small canvases and few steps by --set, and few --scales.
 """
 
 import dataclasses
@@ -29,7 +31,6 @@ from absl import flags
 from common.io.commands import run_main
 from common.io.errors import UserError
 
-SCALES = "(600,800,1000,1200,1400)"
 _CONFIG = "configs/detection/lvis_winner.py"
 _RS = "configs/ensemble/lvis_rs.py"
 # What is merged: the network of row 3 at several scales, and the experts.
@@ -75,6 +76,7 @@ def define_flags() -> None:
     flags.DEFINE_string("se154", None, "Weights of SENet-154.", required=True)
     flags.DEFINE_string("workdir", None, "Folder of everything that is made.", required=True)
     flags.DEFINE_string("split", "val", "Split of LVIS that is scored.")
+    flags.DEFINE_list("scales", ["600", "800", "1000", "1200", "1400"], "Of rows 4 to 6.")
     flags.DEFINE_integer("last_row", 6, "Of the table.", lower_bound=1, upper_bound=6)
     flags.DEFINE_bool("dry_run", False, "Print the commands and run none.")
     flags.DEFINE_multi_string("set", [], "config.FIELD=VALUE for every training and test.")
@@ -112,7 +114,8 @@ def steps() -> list[Step]:
         flags_ = (*common, *place, *rest)
         result.append(Step(row, work / output, "ensemble.merge", flags_, factors))
 
-    split, scales = f"--split={args.split}", f"--config.test_time.scales={SCALES}"
+    split = f"--split={args.split}"
+    scales = f"--config.test_time.scales=({','.join(args.scales)},)"
     weights = {name: f"--config.model.pretrained={args[name].value}" for name in ("x101", "se154")}
     train(1, "coco_x101", args.coco, weights["x101"])
     train(1, "lvis_x101", args.lvis, f"--config.init_from={work / 'coco_x101'}")
