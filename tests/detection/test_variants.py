@@ -11,7 +11,7 @@ from common.io.errors import UserError
 from common.nn.backbones import make_backbone
 from common.training.distributed import DATA_AXIS
 from common.training.step import init_variables, variable_shapes
-from configs.detection import pod512, pod512_elaborate, winners
+from configs.detection import lvis_winner, pod512, pod512_elaborate, winners
 from detection.batch_fields import init_shapes
 from detection.models.faster_rcnn import build
 from detection.settings import RunSettings, read_run
@@ -135,6 +135,21 @@ def test_the_winning_ensemble_has_13_experts():
         make_backbone(config.model.backbone, deform=tuple(config.model.deform))
     with pytest.raises(ValueError, match="found model 14, expected e1 to e13"):
         winners.get_config("e14")
+
+
+def test_the_trainings_of_the_lvis_table_are_of_two_deformable_backbones():
+    for name in lvis_winner.TRAININGS:
+        config = lvis_winner.get_config(f"{name}:OI" if name.endswith("se154_openimages") else name)
+        settings = read_run(config)
+        assert settings.name == name
+        assert settings.model.backbone == ("senet154" if "se154" in name else "resnext101_64x4d")
+        assert settings.model.deform == (1, 1, 1)
+        assert settings.model.has_masks == (name != "openimages_x101")
+        assert settings.model.norm == ("sync" if settings.model.has_masks else "frozen")
+        own, *others = settings.data.sources or ("",)
+        assert [source.dir for source in others] == (["OI"] if own else [])
+    with pytest.raises(ValueError, match="expected one of coco_x101, lvis_x101"):
+        lvis_winner.get_config("r50")
 
 
 @pytest.mark.parametrize(

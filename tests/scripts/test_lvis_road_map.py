@@ -11,7 +11,8 @@ WHERE = ("--lvis=L", "--coco=C", "--openimages=O", "--x101=x", "--se154=s", "--w
 
 
 def test_each_command_reads_what_one_before_made():
-    output = run("scripts.lvis_road_map", *WHERE, "--dry_run", "--set=config.seed=3")
+    small = ("--set=config.seed=3", "--scales=64,96")
+    output = run("scripts.lvis_road_map", *WHERE, "--dry_run", *small)
     made: set[str] = set()
     lines = re.findall(r"^\d+/(\d+), row (\d): (.*)$", output, re.MULTILINE)
     assert len(lines) == int(lines[0][0])
@@ -21,6 +22,8 @@ def test_each_command_reads_what_one_before_made():
         values = dict(word.removeprefix("--").partition("=")[::2] for word in words)
         trained = "detection.train" in words
         assert ("config.seed" in values) == any(word.startswith("detection.") for word in words)
+        if scales := values.get("config.test_time.scales"):
+            assert scales == "(64,96,)" and "detection.export" in words
         for key in ("config.init_from", "detections", "proposals", "workdir", "inputs"):
             if trained and key == "workdir":
                 continue
