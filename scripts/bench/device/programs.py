@@ -18,11 +18,12 @@ from common.training import distributed
 from common.training.optimizer import make_optimizer
 from common.training.pod import flops
 from common.training.step import TrainState, jit_train_step, make_predict_step, variable_shapes
-from scripts.bench.bench_train_step import CLASSIFIER_STD, LAST_NORM_SCALE, LEARNING_RATE
+from scripts.bench.bench_train_step import LAST_NORM_SCALE, LEARNING_RATE
 from scripts.bench.device.clock import Side, time_sides
 from scripts.bench.device.sizes import Sizes
 
 _THREADS = 8
+_CLASSIFIER_STD = 0.1  # spreads the scores, so that inference has detections to select among
 
 
 def random_values(shapes: dict) -> dict:
@@ -34,7 +35,7 @@ def random_values(shapes: dict) -> dict:
 
     def fill(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
         if path[-2:] == ("classifier", "kernel"):
-            return (CLASSIFIER_STD * rng.standard_normal(leaf.shape)).astype(np.float32)
+            return (_CLASSIFIER_STD * rng.standard_normal(leaf.shape)).astype(np.float32)
         if path[-1] == "kernel":
             scale = np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
             return scale * rng.standard_normal(leaf.shape, np.float32)
