@@ -8,6 +8,8 @@ run's version of the code did not have get their values from the base of today.
 
 import importlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -30,6 +32,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise UserError(f"{path}: cannot read the config of the run ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
+    return completed(config)
+
+
+def completed(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a run as JSON keeps it, with what today's base has beside it."""
     if config.get("task") in _BASES:
         base = importlib.import_module(_BASES[config["task"]]).get_config().to_dict()
         config = _completed(config, base)

@@ -78,10 +78,8 @@ def predict_split(
 
     def finish(started: tuple[dict[str, np.ndarray], dict[str, jax.Array]]) -> list[PhotoRows]:
         batch, results = started
-        detections = distributed.to_host(results)
-        detections["boxes"] = detections["boxes"] / box_ops.per_side(batch["image_size"])[:, None]
         return photo_rows(
-            detections,
+            fetch_detections(results, batch["image_size"]),
             batch["image_index"],
             batch["image_valid"],
             batch["original_size"],
@@ -110,6 +108,19 @@ def predict_split(
         if batches.skipped_images:
             say(f"detect {split}: {batches.skipped_images} unreadable photos have no detections")
     distributed.barrier("predict_split")
+
+
+def fetch_detections(
+    results: Mapping[str, jax.Array], image_size: Float32[np.ndarray, "b 2"]
+) -> dict[str, np.ndarray]:
+    """Waits for the detections of a batch; their boxes become normalised.
+
+    Args:
+      results: of the inference step, boxes in canvas pixels.
+      image_size: height and width of the content on the canvas.
+    """
+    detections = distributed.to_host(results)
+    return detections | {"boxes": detections["boxes"] / box_ops.per_side(image_size)[:, None]}
 
 
 def table_metadata(

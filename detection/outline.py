@@ -27,6 +27,7 @@ from common.data.dataset import Dataset
 from common.data.input import proposal_batches
 from common.data.photo_errors import PhotoErrors
 from common.data.proposals import TableBoxes
+from common.data.views import DatasetPhotos
 from common.geometry import boxes as box_ops
 from common.io.errors import UserError
 from common.io.paths import PathLike
@@ -189,7 +190,8 @@ class _Outliner:
     def _start_views(self, pieces: "Pieces") -> Iterator["Started"]:
         views, mesh = self._settings.test_time.views, self._mesh
         layout = make_layout(self._settings, jax.device_count(), mesh.size)
-        batches = open_views(self._settings, self._dataset, pieces.images, layout, self._errors)
+        photos_of = DatasetPhotos(self._dataset)
+        batches = open_views(self._settings, photos_of, pieces.images, layout, self._errors)
         on_devices: list[list] = [[] for _ in layout.canvases]
         photos = None
         for batch in self._progress.timed(batches):

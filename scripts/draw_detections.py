@@ -8,110 +8,33 @@ Left the boxes of the dataset, right the detections with class and score, one JP
 boxes in the ground truth are drawn; --image_ids chooses others.
 """
 
-import colorsys
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.data import images, placement
 from common.data.dataset import Dataset
-from common.io.atomic import open_atomic
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.masks import rle
 from common.masks.dataset_masks import MaskReader
+from common.report.photo_drawing import (
+    Drawing,
+    class_colour,
+    draw_boxes,
+    drawing_of,
+    open_photo,
+    save_jpeg,
+)
 from common.tables import DetectionsReader
 
 GAP = 8  # pixels between the two panels and between rows of the overview
 CAPTION = 24  # pixels above a panel
 MAX_OVERVIEW = 6  # photos in overview.jpg
 OVERVIEW_WIDTH = 840  # pixels of one photo with both its panels there
-OPACITY = 0.45  # of a mask's inside
-
-
-class Drawing(NamedTuple):
-    """What is drawn on a photo.
-
-    Attributes:
-      boxes: (n, 4) normalised xmin, ymin, xmax, ymax.
-      colours: (n,) red, green, blue.
-      texts: (n,) written at the box, "" for none.
-      masks: (n,) of the whole photo at any resolution, bool, or None; or () for no masks at all.
-    """
-
-    boxes: np.ndarray
-    colours: Sequence[tuple[int, int, int]]
-    texts: Sequence[str]
-    masks: Sequence[np.ndarray | None] = ()
-
-
-def class_colour(index: int) -> tuple[int, int, int]:
-    """A bright colour; neighbouring class indices are far apart on the colour wheel."""
-    red, green, blue = colorsys.hsv_to_rgb(0.13 + index * 0.618034, 0.85, 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Image:
-    """The photo as the model sees it, with its longest side at `side` pixels.
-
-    Args:
-      path: local file or gs:// address.
-      annotated_size: height, width in the dataset, (0, 0) when unknown.
-      side: pixels.
-
-    Raises:
-      UserError: it is missing or broken.
-    """
-    try:
-        photo = images.open_photo(
-            images.read_file(path), (int(annotated_size[0]), int(annotated_size[1]))
-        )
-        geometry = placement.fit(photo.size, (side, side))
-        return Image.fromarray(placement.draw(photo, geometry, geometry.content))
-    except images.ImageError as error:
-        raise UserError(f"{path}: cannot read this photo: {error}") from error
-
-
-def fill_masks(photo: Image.Image, drawing: Drawing) -> Image.Image:
-    """A copy of the photo with the masks' insides tinted and their outlines in full colour."""
-    pixels = np.asarray(photo, np.float32)
-    for mask, colour in zip(drawing.masks, drawing.colours, strict=True):
-        if mask is None:
-            continue
-        sized = Image.fromarray(mask).resize(photo.size, Image.Resampling.NEAREST)
-        inside = np.asarray(sized, bool)
-        padded = np.pad(inside, 1)
-        within = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-        opacity = np.where(within, OPACITY, 1.0)[inside, None]
-        pixels[inside] += opacity * (np.asarray(colour, np.float32) - pixels[inside])
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def draw_boxes(photo: Image.Image, drawing: Drawing) -> Image.Image:
-    """A copy of the photo with masks and boxes; texts come last, so that no box hides them."""
-    boxes, colours, texts, masks = drawing
-    panel = fill_masks(photo, drawing) if masks else photo.copy()
-    draw = ImageDraw.Draw(panel)
-    font = ImageFont.load_default(size=11)
-    corners = np.asarray(boxes, np.float64).reshape(-1, 4) * np.tile(photo.size, 2)
-    limit = np.tile(photo.size, 2) - 1
-    corners = np.clip(corners, 0, limit)
-    for box, colour in zip(corners, colours, strict=True):
-        draw.rectangle(tuple(box), outline=colour, width=1 if masks else 2)
-    for box, colour, text in zip(corners, colours, texts, strict=True):
-        if not text:
-            continue
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        x = min(box[0], max(0, photo.width - (right - left) - 2))
-        y = max(0, box[1] - (bottom - top) - 2)
-        draw.rectangle((x, y, x + right - left + 2, y + bottom - top + 2), fill=colour)
-        draw.text((x + 1 - left, y + 1 - top), text, fill=(0, 0, 0), font=font)
-    return panel
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -184,11 +107,6 @@ def ground_truth(
     return Drawing(boxes, [class_colour(i) for i in range(len(rows))], names, drawn)
 
 
-def save_jpeg(picture: Image.Image, path: epath.Path) -> None:
-    with open_atomic(path, "wb") as file:
-        picture.save(file, format="JPEG", quality=88)
-
-
 def draw_split(
     dataset: Dataset,
     indices: Sequence[int],
@@ -236,22 +154,12 @@ def read_drawings(
             raise UserError(f"{path}: image {dataset.image_id(index)!r} is not covered by it")
         index_of[code] = index
     drawings = {index: Drawing(np.zeros((0, 4)), [], []) for index in indices}
+    names = dict(zip(dataset.class_labels, dataset.class_names, strict=True))
     for chunk in reader.chunks(dataset.class_labels, masks=reader.has_masks):
         for code in index_of.keys() & set(chunk.image_index.tolist()):
             # Rows of an image are sorted by score: the best first.
             rows = np.flatnonzero((chunk.image_index == code) & (chunk.scores >= min_score))
-            rows = rows[:max_boxes]
-            classes = chunk.label_index[rows]
-            texts = [
-                f"{dataset.class_names[c]} {score:.2f}"
-                for c, score in zip(classes, chunk.scores[rows], strict=True)
-            ]
-            colours, masks = [class_colour(number) for number in classes], []
-            if chunk.masks is not None and chunk.mask_sizes is not None:
-                pairs = zip(chunk.masks[rows], chunk.mask_sizes[rows].tolist(), strict=True)
-                masks = [rle.decode(counts, (height, width)) for counts, (height, width) in pairs]
-                colours = [class_colour(number) for number in range(len(rows))]
-            drawings[index_of[code]] = Drawing(chunk.boxes[rows], colours, texts, masks)
+            drawings[index_of[code]] = drawing_of(chunk.take(rows[:max_boxes]), names)
     return drawings
 
 

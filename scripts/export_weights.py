@@ -3,15 +3,19 @@
     python -m scripts.export_weights --workdir=RUN --output=detector.safetensors
     python -m scripts.export_weights --workdir=RUN --step=90000 --output=gs://bucket/x.safetensors
 
-The file is what `detection.train --config.init_from=FILE` starts from; without a training's
-optimiser state it is half as large as the checkpoint.
+The file is what `detection.train --config.init_from=FILE` starts from, and what
+`detection.load(FILE)` and `detection.predict --workdir=FILE` run: it has the config, too. Without
+the optimiser's state it is half as large as the checkpoint.
 """
+
+import dataclasses
 
 from absl import flags
 
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.nn.weights.fine_tuning import save_trained_model
+from common.training.workdir import read_config
 from detection.fine_tuning import trained_in
 
 
@@ -25,7 +29,9 @@ def main() -> None:
     output = flags.FLAGS.output
     if not output.endswith(".safetensors"):
         raise UserError(f"--output={output}: expected a name that ends with .safetensors")
-    model = trained_in(flags.FLAGS.workdir, flags.FLAGS.step)
+    workdir = flags.FLAGS.workdir
+    model = trained_in(workdir, flags.FLAGS.step)
+    model = dataclasses.replace(model, config=read_config(workdir))
     save_trained_model(output, model)
     size = sum(value.size for value in model.weights.values())
     print(f"wrote {size:,} values and {len(model.labels)} classes to {output}")

@@ -9,6 +9,7 @@ that of each work directory's own config.json does; `:flip` averages a network w
 mirrored crop, as `config.test.flip` does. What the voters make of a pixel is decided by
 `config.test.vote` and `config.test.threshold` (`common.masks.vote`) of --config.
 
+A table of `detection.predict` says itself where its photos are; of others `config.data.dir` does.
 With several hosts each writes the shard of its part of the photos into the folder --output.
 """
 
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Int64
 
 from common.data.dataset import Dataset
+from common.data.table_photos import table_dataset
 from common.io import run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
@@ -226,7 +228,8 @@ def main():
         settings = command.read_trained(read_run, values.config, values.workdir, say)
         networks = [open_network(settings, values.workdir, values.step, mesh)]
         voters = [Voter(0, settings.test.flip)]
-    dataset = with_classes_of(networks, command.open_dataset(settings.data.dir))
+    own = table_dataset(DetectionsReader(values.boxes))
+    dataset = with_classes_of(networks, own or command.open_dataset(settings.data.dir))
     count = add_masks(
         settings, dataset, networks, voters, mesh, values.boxes, values.output, say=say
     )

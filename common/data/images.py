@@ -130,6 +130,19 @@ def open_photo(data: bytes, annotated_size: tuple[int, int] = (0, 0)) -> Photo:
     return Photo(image, orientation, (width, height) if swap else (height, width), data)
 
 
+def photo_of_pixels(image: Image.Image) -> Photo:
+    """An image in memory as a photo, as its pixels lie; `image` itself stays as it is.
+
+    Raises:
+      ImageError: its pixels cannot be read as colours.
+    """
+    try:
+        pixels = _to_rgb(image.copy())  # decoding at a reduced size changes the handle of a file
+    except BROKEN as error:
+        raise ImageError(reason(error)) from error
+    return Photo(pixels, 1, (pixels.height, pixels.width), b"")
+
+
 def decode(
     photo: Photo,
     full: tuple[float, float],

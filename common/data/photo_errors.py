@@ -15,9 +15,11 @@ class PhotoErrors:
       skipped: how often one was left out.
     """
 
-    def __init__(self, on_image_error: str):
+    def __init__(self, on_image_error: str, *, tolerant: bool = False):
+        """`tolerant`: also where most of them cannot be read, the others are wanted."""
         self.skipped = 0
         self._fatal = on_image_error == "fatal"
+        self._tolerant = tolerant
         self._tried = 0
         self._told: set[str] = set()
         self._lock = threading.Lock()
@@ -45,7 +47,7 @@ class PhotoErrors:
             skipped, tried = self.skipped, self._tried
         if first:
             print(f"{path}: skipped, cannot read the {what}: {error}", file=sys.stderr, flush=True)
-        if tried >= _MIN_TRIED and skipped > tried // 2:
+        if tried >= _MIN_TRIED and skipped > tried // 2 and not self._tolerant:
             raise UserError(
                 f"{path}: cannot read the {what}: {error}; {skipped} of {tried} {what}s could not "
                 f"be read: is the dataset's {what}_root their folder?"

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt8
@@ -26,12 +27,41 @@ from common.io.parallel import num_threads as thread_count
 _TOLERATED = 1.01  # a photo longer than its canvas by less than this is rather shrunk a little
 
 
+class Photos(Protocol):
+    """Photos by number; threads share them."""
+
+    def name(self, index: int) -> str:
+        """What errors call a photo."""
+
+    def read(self, index: int) -> Callable[[], images.Photo]:
+        """Reads a photo; returns what opens it, anew at each call.
+
+        Raises:
+          ImageError: it cannot be read.
+        """
+
+
+class DatasetPhotos:
+    """Those of a dataset, as large as it says."""
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+
+    def name(self, index: int) -> str:
+        return self._dataset.image_file(index)
+
+    def read(self, index: int) -> Callable[[], images.Photo]:
+        data = images.read_file(self.name(index))
+        height, width = self._dataset.image_sizes[index].tolist()
+        return lambda: images.open_photo(data, (height, width))
+
+
 @dataclasses.dataclass(frozen=True)
 class ViewBatch:
     """Some photos of a block at one size.
 
     Attributes:
-      image_index: (B,) row of the dataset of each photo of the block, -1: padding.
+      image_index: (B,) number of each photo of the block, -1: padding.
       place: (B,) position of each among the photos asked for, -1: padding.
       last: whether this is the last batch of the block.
       scale: which of the sizes.
@@ -76,7 +106,7 @@ def choose_format(size: tuple[int, int], long_ratios: Sequence[float]) -> int:
 
 
 def view_batches(
-    dataset: Dataset,
+    photos: Photos,
     indices: Int64[np.ndarray, " n"],
     canvases: Sequence[Sequence[tuple[int, int]]],
     long_ratios: Sequence[float],
@@ -92,9 +122,10 @@ def view_batches(
     is padded.
 
     Args:
-      dataset: where the photos are listed.
-      indices: of the photos; one may come several times.
-      canvases: of each scale and format, height and width (`format_canvases`).
+      photos: where to read them.
+      indices: numbers of the photos; one may come several times.
+      canvases: of each scale and format, height and width (`format_canvases`), or of each scale
+        one for all formats.
       long_ratios: of the formats.
       rows: of each scale, the places in the block of the photos of each batch.
       errors: what becomes of unreadable photos.
@@ -105,14 +136,15 @@ def view_batches(
       UserError: a photo that cannot be read (unless `errors` skips it).
     """
     opened = map_ordered(
-        lambda item: _open(dataset, *item, errors),
+        lambda item: _open(photos, *item, errors),
         enumerate(np.asarray(indices).tolist()),
         threads=num_threads,
     )
-    loader = _ViewLoader(dataset, errors)
+    loader = _ViewLoader(photos, errors)
+    num_formats = len(canvases[0])
 
     def batches() -> Iterator[tuple[Callable[..., ViewBatch], list[_View]]]:
-        for format_, block in _blocks(opened, long_ratios, sum(map(len, rows[0]))):
+        for format_, block in _blocks(opened, long_ratios, num_formats, sum(map(len, rows[0]))):
             index = np.array([-1 if photo is None else photo.index for photo in block])
             place = np.array([-1 if photo is None else photo.place for photo in block])
             parts = [(scale, part) for scale, parts in enumerate(rows) for part in parts]
@@ -138,35 +170,30 @@ def view_batches(
 class _Photo:
     place: int
     index: int
-    data: bytes
+    open: Callable[[], images.Photo]
     size: tuple[int, int]
     broken: bool = False
 
 
-def _open(dataset: Dataset, place: int, index: int, errors: PhotoErrors) -> _Photo | None:
+def _open(photos: Photos, place: int, index: int, errors: PhotoErrors) -> _Photo | None:
     errors.count()
-    path = dataset.image_file(index)
     try:
-        data = images.read_file(path)
-        return _Photo(place, index, data, _opened(dataset, index, data).size)
+        open_photo = photos.read(index)
+        return _Photo(place, index, open_photo, open_photo().size)
     except images.ImageError as error:
-        errors.skip(path, error)
+        errors.skip(photos.name(index), error)
         return None
 
 
-def _opened(dataset: Dataset, index: int, data: bytes) -> images.Photo:
-    return images.open_photo(data, tuple(dataset.image_sizes[index].tolist()))
-
-
 def _blocks(
-    photos: Iterable[_Photo | None], long_ratios: Sequence[float], block_size: int
+    photos: Iterable[_Photo | None], long_ratios: Sequence[float], num_formats: int, block_size: int
 ) -> Iterator[tuple[int, list[_Photo | None]]]:
     """Format and photos of each block."""
     open_blocks: dict[int, list[_Photo | None]] = {}
     for photo in photos:
         if photo is None:
             continue
-        format_ = choose_format(photo.size, long_ratios)
+        format_ = choose_format(photo.size, long_ratios) if num_formats > 1 else 0
         block = open_blocks.setdefault(format_, [])
         block.append(photo)
         if len(block) == block_size:
@@ -187,9 +214,9 @@ class _View:
 class _ViewLoader:
     """Draws views."""
 
-    def __init__(self, dataset: Dataset, errors: PhotoErrors):
+    def __init__(self, photos: Photos, errors: PhotoErrors):
         self.photo_errors = errors
-        self._dataset = dataset
+        self._photos = photos
 
     def fields(self, slot: _View) -> Fields:
         return {
@@ -204,7 +231,7 @@ class _ViewLoader:
         if photo is None or photo.broken:
             return
         # Opened anew: the decoder's size reduction is a state of the handle.
-        opened = _opened(self._dataset, photo.index, photo.data)
+        opened = photo.open()
         geometry = placement.fit(opened.size, slot.canvas)
         height, width = geometry.content
         try:
@@ -212,7 +239,7 @@ class _ViewLoader:
         except images.ImageError as error:
             if not photo.broken:
                 photo.broken = True
-                self.photo_errors.skip(self._dataset.image_file(photo.index), error)
+                self.photo_errors.skip(self._photos.name(photo.index), error)
             return
         example["image_size"][:] = geometry.content
         example["original_size"][:] = opened.size

@@ -4,7 +4,9 @@ Parquet, one row a detection: `image_id, label: string`, `score, xmin, ymin, xma
 (boxes normalised to [0, 1]), optionally `mask: binary` (COCO compressed RLE counts) with
 `mask_height, mask_width: int32`. The file metadata holds a JSON object under the key `detections`:
 model, config, dataset, split, step, `image_ids` (all images covered, with detections or not) and
-`expanded` when every row was copied to its parent classes. Rows are sorted by image id (by code
+`expanded` when every row was copied to its parent classes; tables of `detection.predict` also
+`photo_root`, the folder (local or gs://, with a slash at its end) below which image ids are paths,
+and `class_names`. Rows are sorted by image id (by code
 point), then score descending. A table is one file, or a folder of shards
 `part-00000-of-00004.parquet`, each with images of its own.
 

@@ -1,4 +1,4 @@
-"""Blocks of photos that are looked at in several views: their canvases, batches and photos.
+"""Blocks of photos that are looked at together: their canvases, batches and photos.
 
 Shape legend: B photos of a block, b of them in one batch.
 """
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from common.data.dataset import Dataset
+from common.data.canvases import orientations
 from common.data.photo_errors import PhotoErrors
-from common.data.views import ViewBatch, format_canvases, view_batches
+from common.data.views import Photos, ViewBatch, format_canvases, view_batches
 from detection.settings import RunSettings
 
 
@@ -22,14 +22,18 @@ class Layout(NamedTuple):
     Attributes:
       canvases: of each scale and format, height and width.
       rows: of each scale, places in the block of the photos of each batch.
+      long_ratios: long side over short side of the formats.
     """
 
     canvases: list[list[tuple[int, int]]]
     rows: list[list[np.ndarray]]
+    long_ratios: tuple[float, ...]
 
 
 def make_layout(settings: RunSettings, num_devices: int, num_local: int) -> Layout:
-    """Where the canvas is larger than `data.canvas`, fewer photos go through at a time.
+    """Of `config.test_time`, or without any views a batch on `data.canvas` for each block.
+
+    Where the canvas is larger than `data.canvas`, fewer photos go through at a time.
 
     Args:
       settings: of the run.
@@ -37,11 +41,16 @@ def make_layout(settings: RunSettings, num_devices: int, num_local: int) -> Layo
       num_local: of this one.
     """
     views = settings.test_time
-    canvases = [format_canvases(scale, views.long_ratios, views.max_long) for scale in views.scales]
     per_device = -(-settings.evaluation.batch_size // num_devices)
+    if not views.is_on:
+        short, long = settings.data.canvas
+        formats = list(dict.fromkeys(orientations(settings.data.canvas)))
+        return Layout([formats], [[np.arange(num_local * per_device)]], (long / short,))
+    canvases = [format_canvases(scale, views.long_ratios, views.max_long) for scale in views.scales]
     room = per_device * np.prod(settings.data.canvas)
     limits = [int(room // np.prod(formats[-1])) for formats in canvases]
-    return Layout(canvases, [batch_rows(per_device, num_local, limit) for limit in limits])
+    rows = [batch_rows(per_device, num_local, limit) for limit in limits]
+    return Layout(canvases, rows, views.long_ratios)
 
 
 def batch_rows(per_device: int, num_devices: int, limit: int) -> list[np.ndarray]:
@@ -61,17 +70,17 @@ def batch_rows(per_device: int, num_devices: int, limit: int) -> list[np.ndarray
 
 def open_views(
     settings: RunSettings,
-    dataset: Dataset,
+    photos: Photos,
     indices: Int64[np.ndarray, " n"],
     layout: Layout,
     errors: PhotoErrors,
 ) -> Iterator[ViewBatch]:
     """The batches of all blocks of photos, as `common.data.views.view_batches` gives them."""
     return view_batches(
-        dataset,
+        photos,
         indices,
         layout.canvases,
-        settings.test_time.long_ratios,
+        layout.long_ratios,
         layout.rows,
         errors,
         pad_multiple=settings.data.pad_multiple,
@@ -84,7 +93,7 @@ class BlockPhotos:
     """The photos of a block.
 
     Attributes:
-      index: (B,) row of the dataset, -1: padding.
+      index: (B,) number of the photo, such as its row of a dataset, -1: padding.
       place: (B,) position among the photos that were asked for, -1: padding.
       readable: (B,) False: padding, or one that could not be read.
       size: (B, 2) height and width.

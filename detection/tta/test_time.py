@@ -31,36 +31,27 @@ uint16 (B,D,S,S), as `common.masks.probability` counts.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
-from common.data.views import ViewBatch
+from common.data.views import DatasetPhotos, ViewBatch
 from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.tables import DetectionsWriter
 from common.training import distributed
 from common.training.preemption import stoppable
-from detection.batch_fields import INFERENCE_FIELDS
-from detection.inference import (
-    PhotoRows,
-    add_rows,
-    finish_behind,
-    photo_rows,
-    predict_split,
-    table_metadata,
-)
+from detection.inference import add_rows, predict_split, table_metadata
 from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
-from detection.tta import view_steps
-from detection.tta.blocks import BlockPhotos, make_layout, open_views
+from detection.tta.blocks import make_layout, open_views
+from detection.tta.engine import detect_blocks, make_engine
 from detection.tta.settings import ViewSettings
 
 
@@ -105,13 +96,21 @@ def predict_views(
     share = indices[jax.process_index() :: jax.process_count()]
     errors = PhotoErrors(settings.data.on_image_error)
     labels = np.array(dataset.class_labels)
-    engine = _Engine(model, variables, local_mesh, views, layout.rows)
+    engine = make_engine(settings, model, variables, local_mesh, layout, say)
 
     progress = Progress(
         len(share), jax.process_count(), mesh.size, what=f"detect {split}", unit="photos", say=say
     )
     names = ", ".join(map(views.view_name, views.views))
     say(f"detect {split}: {len(indices)} photos, {len(views.views)} views: {names}", flush=True)
+    done = content = area = 0
+
+    def counted(batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
+        nonlocal content, area
+        for batch in batches:
+            content += batch.image_size.prod(axis=1).sum()
+            area += batch.image[..., 0].size
+            yield batch
 
     with contextlib.ExitStack() as stack:
         writers = [
@@ -123,37 +122,12 @@ def predict_views(
                 settings.model.has_masks,
             )
         ]
-        batches = open_views(settings, dataset, share, layout, errors)
-        done = content = area = 0
-
-        def started() -> Iterator[tuple[BlockPhotos, Callable]]:
-            """The photos of each block, and what fetches their detections."""
-            nonlocal content, area
-            photos = None
-            for batch in progress.timed(batches):
-                photos = BlockPhotos.of(batch) if photos is None else photos
-                photos.add(batch)
-                content += batch.image_size.prod(axis=1).sum()
-                area += batch.image[..., 0].size
-                engine.add(batch)
-                if batch.last:
-                    yield photos, engine.finish()
-                    photos = None
-
-        def finish(block: tuple[BlockPhotos, Callable]) -> tuple[int, list[list[PhotoRows]]]:
-            """Number of photos of a block, and the rows of each table."""
-            photos, fetch = block
-            what = photos.index, photos.readable, photos.size
-            threshold = settings.evaluation.mask_threshold
-            tables = [photo_rows(detections, *what, threshold) for detections in fetch()]
-            return int((photos.index >= 0).sum()), tables
-
-        # The host writes a block while the devices work on the next.
-        finished = finish_behind(finish, started(), masks=settings.model.has_masks)
-        for number, tables in stoppable(finished, together=False):
+        batches = open_views(settings, DatasetPhotos(dataset), share, layout, errors)
+        blocks = detect_blocks(settings, engine, counted(progress.timed(batches)))
+        for photos, tables in stoppable(blocks, together=False):
             for writer, rows in zip(writers, tables, strict=True):
                 add_rows(writer, rows, dataset, labels)
-            done += number
+            done += int((photos.index >= 0).sum())
             progress.report(done, {"padding %": 100 * (1 - content / max(area, 1))})
         if errors.skipped:
             say(f"detect {split}: {errors.skipped} unreadable photos have no detections")
@@ -176,78 +150,3 @@ def _writers(
         )
         for name in names
     ]
-
-
-class _Engine:
-    """Runs the compiled steps of a block: `add` each batch, then `finish`."""
-
-    def __init__(
-        self,
-        model: FasterRCNN,
-        variables: dict,
-        mesh: Mesh,
-        settings: ViewSettings,
-        rows: Sequence[Sequence[np.ndarray]],
-    ):
-        self._model, self._variables, self._mesh = model, variables, mesh
-        self._settings, self._rows = settings, rows
-        self._mean = settings.merge == "mean"
-        self._own_masks = model.settings.has_masks and settings.merge == "tables"
-        self._joint_masks = model.settings.has_masks and settings.merge != "tables"
-        self._start()
-
-    def _start(self) -> None:
-        self._results: dict[tuple[int, bool], list[dict[str, Array]]] = {
-            view: [] for view in self._settings.views
-        }
-        self._batches: list[list[dict[str, Array]]] = [[] for _ in self._settings.scales]
-
-    def add(self, batch: ViewBatch) -> None:
-        """Sends the views of a batch to the devices; does not wait for them."""
-        fields = {name: getattr(batch, name) for name in INFERENCE_FIELDS}
-        on_device = distributed.to_global(fields, self._mesh)
-        method = "propose_on" if self._mean else None
-        look = view_steps.view_step(self._model, self._mesh, method, self._own_masks)
-        for (scale, flip), chunks in self._results.items():
-            if scale == batch.scale:
-                chunks.append(look(self._variables, on_device, flip))
-        if self._mean or self._joint_masks:
-            self._batches[batch.scale].append(on_device)
-
-    def finish(self) -> Callable[[], list[dict[str, np.ndarray]]]:
-        """Starts merging the views; the function returned fetches the detections of each table."""
-        results, batches = self._results, self._batches
-        self._start()
-        if self._settings.merge == "tables":
-            return lambda: [
-                _in_order(distributed.to_host(chunks), self._rows[scale])
-                for (scale, _), chunks in results.items()
-            ]
-        views = list(results.values())
-        if self._mean:
-            merged = self._score_all(views, batches)
-        else:
-            merged = view_steps.union_step(self._model, self._mesh)(views)
-        if self._joint_masks:
-            given = (self._variables, batches, merged, self._settings.views)
-            merged |= {"masks": view_steps.mean_masks(self._model, self._mesh, *given)}
-        return lambda: [distributed.to_host(merged)]
-
-    def _score_all(self, views, batches) -> dict[str, Array]:
-        proposals = view_steps.join_step(self._model, self._mesh)(views)
-        score = view_steps.score_step(self._model, self._mesh)
-        total = None
-        for scale, flip in self._settings.views:
-            chunks = [
-                score(self._variables, batch, flip, proposals, np.int32(number))
-                for number, batch in enumerate(batches[scale])
-            ]
-            total = view_steps.sum_step(self._mesh)(total, chunks)
-        average = view_steps.average_step(self._model, self._mesh)
-        return average(total, proposals["valid"], np.float32(len(self._settings.views)))
-
-
-def _in_order(chunks: Sequence[dict], rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Puts the rows of batches to their places in the block."""
-    order = np.argsort(np.concatenate(rows))
-    return {name: np.concatenate([c[name] for c in chunks])[order] for name in chunks[0]}

@@ -24,6 +24,9 @@ from ensemble.operators import Fused, Operator
 
 # Entries of a block on one device: it stays within a core's cache.
 _BLOCK_ENTRIES = 1 << 15
+# Of few rows: entries up to which groups of several sizes share a program, and its least size.
+_FEW_ENTRIES = 1 << 11
+_FEW_SIZE = 8
 # Blocks handed to the device before the result of the first is fetched.
 _IN_FLIGHT = 2
 
@@ -76,12 +79,16 @@ def rank_rows(group: np.ndarray, scores: np.ndarray) -> Int64[np.ndarray, " n"]:
     return order
 
 
-def apply_operator(rows: Rows, operator: Operator) -> tuple[Rows, Int64[np.ndarray, " m"]]:
+def apply_operator(
+    rows: Rows, operator: Operator, *, few: bool = False
+) -> tuple[Rows, Int64[np.ndarray, " m"]]:
     """Applies an operator to every group.
 
     Args:
       rows: in any order.
       operator: what to do with a group.
+      few: the rows are far from filling a block, and go through programs of about their size. Such
+        sizes are many, and each is compiled when it first comes.
 
     Returns:
       The rows that come out, by group and, within it, by the falling *input* score of the row they
@@ -102,7 +109,7 @@ def apply_operator(rows: Rows, operator: Operator) -> tuple[Rows, Int64[np.ndarr
         starts, counts = starts[plural], counts[plural]
 
     valid, new_scores, new_columns = np.ones(n, bool), None, None
-    blocks = _blocks(operator, starts, counts, columns, scores, model)
+    blocks = _blocks(operator, starts, counts, columns, scores, model, few)
     for index, real, fused in behind(blocks, _IN_FLIGHT):
         at = index[real]
         valid[at] = np.asarray(fused.valid)[real]
@@ -130,7 +137,7 @@ def bucket_sizes(counts: np.ndarray) -> Int64[np.ndarray, " groups"]:
     A bucket that does not fill one block joins the next greater one, so that a small input needs
     one program and not one for each size.
     """
-    padded = np.left_shift(1, np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int64))
+    padded = _power_of_two(counts)
     sizes, members = np.unique(padded, return_counts=True)
     waiting, place = 0, {}
     for number, (size, count) in enumerate(zip(sizes, members, strict=True)):
@@ -142,17 +149,40 @@ def bucket_sizes(counts: np.ndarray) -> Int64[np.ndarray, " groups"]:
     return targets[np.searchsorted(targets, padded)]
 
 
-def _blocks(operator, starts, counts, columns, scores, model):
+def few_sizes(counts: np.ndarray) -> Int64[np.ndarray, " groups"]:
+    """`bucket_sizes` for few rows: small groups join greater ones while together they stay few."""
+    padded = np.maximum(_power_of_two(counts), _FEW_SIZE)
+    sizes, members = np.unique(padded, return_counts=True)
+    targets, joint = [], 0
+    for number, (size, count) in enumerate(zip(sizes.tolist(), members.tolist(), strict=True)):
+        joint += count
+        if number + 1 < len(sizes):
+            following = (joint + int(members[number + 1])) * int(sizes[number + 1])
+            if following <= _FEW_ENTRIES:
+                continue
+        targets.append(size)
+        joint = 0
+    return np.array(targets)[np.searchsorted(targets, padded)]
+
+
+def _power_of_two(counts: np.ndarray) -> Int64[np.ndarray, " groups"]:
+    return np.left_shift(1, np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int64))
+
+
+def _blocks(operator, starts, counts, columns, scores, model, few):
     """Yields index (N, G) into the ranked rows, which entries are real, and the result.
 
     The result may still be on its way.
     """
     devices = jax.local_devices()
     run = _program(operator, tuple(devices))
-    bucket = bucket_sizes(counts)
+    bucket = few_sizes(counts) if few else bucket_sizes(counts)
     for size in np.unique(bucket).tolist():
         members = np.flatnonzero(bucket == size)
         width = max(_BLOCK_ENTRIES // size, 1) * len(devices)
+        if few:  # powers of 4, so that there are not too many programs
+            needed = -(-len(members) // len(devices)) - 1
+            width = min(width, 4 ** -(-needed.bit_length() // 2) * len(devices))
         position = np.arange(size)[:, None]
         for first in range(0, len(members), width):
             chosen = members[first : first + width]

@@ -18,7 +18,7 @@ the ratio is due to it. Prints the ratios of the best times and the medians (bel
 faster).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from absl import flags
@@ -159,13 +159,27 @@ def our_config(head: str = "two_fc", masks: bool = False):
     return config
 
 
+def prepared_params(params: Mapping) -> Mapping:
+    """Random parameters that neither overflow nor find nothing."""
+    import jax
+    import jax.numpy as jnp
+    from flax.traverse_util import path_aware_map
+
+    def prepared(path, value):
+        if path[-2:] == ("norm3", "scale"):
+            return jnp.full_like(value, LAST_NORM_SCALE)
+        if path[-2:] == ("classifier", "kernel"):
+            return CLASSIFIER_STD * jax.random.normal(jax.random.key(1), value.shape)
+        return value
+
+    return path_aware_map(prepared, params)
+
+
 def our_calls(
     data, classes: int, head: str = "two_fc", masks: bool = False
 ) -> dict[str, Callable[[], str]]:
     """Like `torchvision_calls`."""
     import jax
-    import jax.numpy as jnp
-    from flax.traverse_util import path_aware_map
 
     from common.training import distributed
     from common.training.optimizer import make_optimizer
@@ -190,14 +204,7 @@ def our_calls(
         batch |= dict(gt_masks=np.broadcast_to(mask, shape), gt_has_mask=batch["gt_valid"])
     variables = jax.jit(lambda: init_variables(model, 0, batch))()
 
-    def prepared(path, value):
-        if path[-2:] == ("norm3", "scale"):
-            return jnp.full_like(value, LAST_NORM_SCALE)
-        if path[-2:] == ("classifier", "kernel"):
-            return CLASSIFIER_STD * jax.random.normal(jax.random.key(1), value.shape)
-        return value
-
-    params = path_aware_map(prepared, variables["params"])
+    params = prepared_params(variables["params"])
     tx = make_optimizer(
         settings.optimizer, lambda step: LEARNING_RATE, params, frozen_pattern(settings.model)
     )

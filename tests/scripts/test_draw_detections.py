@@ -8,6 +8,7 @@ from common.data.dataset import Dataset, DatasetWriter
 from common.io.errors import UserError
 from common.masks import rle
 from common.masks.dataset_masks import MaskReader
+from common.report import photo_drawing
 from common.tables import DetectionsWriter
 from scripts import draw_detections as draw
 
@@ -74,7 +75,7 @@ def test_a_mask_is_tinted_inside_and_solid_along_its_outline():
     mask[10:40, 25:75] = True
     red = (255, 0, 0)
     drawing = draw.Drawing(np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""], [mask])
-    panel = draw.fill_masks(Image.new("RGB", (200, 100), GREY), drawing)
+    panel = photo_drawing.fill_masks(Image.new("RGB", (200, 100), GREY), drawing)
     assert panel.getpixel((50, 20)) == red and panel.getpixel((149, 79)) == red
     tinted = panel.getpixel((100, 50))
     assert GREY[0] < tinted[0] < 255 and 0 < tinted[1] < GREY[1]

@@ -8,7 +8,8 @@ class that both models know are copied, the others keep the new model's values.
     predictor   of a mask head: K outputs; 1 where all classes share a mask
 
 A weights file (`.safetensors`) has the '/'-joined paths of the variables as keys, such as
-`params/box_head/classifier/kernel`, and labels, names and hierarchy of the classes as metadata.
+`params/box_head/classifier/kernel`, and as metadata the labels, names and hierarchy of the classes
+and the config of the run.
 
 Shape legend: K classes of the new model, k classes of the trained one, D features.
 """
@@ -43,6 +44,7 @@ class TrainedModel:
       weights: values of params and batch_stats by '/'-joined path.
       names: to show of the classes; () where they are not known.
       hierarchy: of the labels, a nested dictionary; None where it is not known.
+      config: of its run, nested dictionaries; None where it is not known.
     """
 
     source: str
@@ -50,6 +52,7 @@ class TrainedModel:
     weights: State
     names: Sequence[str] = ()
     hierarchy: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +216,7 @@ def save_trained_model(path: str | Path, model: TrainedModel) -> None:
         "labels": json.dumps(list(model.labels)),
         "names": json.dumps(list(model.names)),
         "hierarchy": json.dumps(model.hierarchy),
+        "config": json.dumps(model.config),
     }
     weights = {name: np.ascontiguousarray(value) for name, value in model.weights.items()}
     with open_atomic(path, "wb") as file:
@@ -229,13 +233,21 @@ def read_trained_model(path: str | Path) -> TrainedModel:
     weights = read_safetensors(path)
     with epath.Path(path).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    labels = header.get("__metadata__", {}).get("labels")
+    metadata = header.get("__metadata__", {})
+    labels = metadata.get("labels")
     if labels is None:
         raise UserError(
             f"{path}: found no labels of classes in the metadata, expected a whole detector of "
             "scripts.export_weights (a backbone alone is config.model.pretrained)"
         )
-    return TrainedModel(str(path), _unique_texts(path, labels), weights)
+    try:
+        names, hierarchy, config = (
+            json.loads(metadata.get(key, "null")) for key in ("names", "hierarchy", "config")
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: found metadata that are no JSON ({error})") from error
+    labels = _unique_texts(path, labels)
+    return TrainedModel(str(path), labels, weights, names or (), hierarchy, config)
 
 
 def _unique_texts(path: str | Path, text: str) -> list[str]:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from common.data.dataset import Dataset, DatasetWriter
 from common.data.photo_errors import PhotoErrors
-from common.data.views import choose_format, format_canvases, view_batches
+from common.data.views import DatasetPhotos, choose_format, format_canvases, view_batches
 from common.io.errors import UserError
 
 SIZES = [(30, 40), (40, 30), (20, 50), (33, 33), (60, 20), (30, 41), (48, 36)]  # height, width
@@ -28,7 +28,7 @@ def batches(dataset, on_image_error="fatal"):
     assert canvases[1] == [(32, 43), (43, 32), (32, 50), (50, 32)]
     return list(
         view_batches(
-            dataset,
+            DatasetPhotos(dataset),
             np.arange(len(SIZES)),
             canvases,
             RATIOS,
