@@ -6,7 +6,8 @@
 Chunks of whole images of all tables go through these steps; memory depends on the chunk, not on
 the number of images or tables:
 
-1. and 2. rows are prepared: mapped labels, experts, weights (`ensemble.preparation`);
+1. and 2. rows are prepared: mapped labels, experts, calibrated scores, weights
+   (`ensemble.preparation`);
 3. the operator, or a searched tree, makes one list of each (image, class);
 4. detections are copied to parent classes, when the config says so;
 5. relations between classes, then the factors of rare and common classes, change the scores;
@@ -178,9 +179,11 @@ def make_plan(settings: EnsembleSettings, tables: Tables, preparation: Preparati
         method = tree_lib.load(settings.tree)
         tree_lib.check_models(method, tables.names)
     else:
-        method = make_operator(
-            settings.operator, model_weights(tables.names, settings.weights).tolist()
-        )
+        operator, weights = settings.operator, model_weights(tables.names, settings.weights)
+        if preparation.chosen is not None and preparation.calibration is not None:
+            operator = preparation.calibration.recipe.operator
+            weights = weights * preparation.chosen.any(axis=1)
+        method = make_operator(operator, weights.tolist())
     if settings.masks:
         for table in tables.tables:
             if not table.reader.has_masks:

@@ -6,7 +6,9 @@ tuned on the very scores that it is used on:
 1. labels of another vocabulary are mapped, images of different coverage brought together;
 2. classes outside an expert's list are dropped;
 3. with expansion "before", detections are copied to their parent classes;
-4. scores are multiplied by the weights of model and class; those below `min_score` are dropped.
+4. scores become precisions, when the config names a calibration (`ensemble.calibrate`); with its
+   recipe the second opinion changes them, and the models that it leaves out are dropped;
+5. scores are multiplied by the weights of model and class; those below `min_score` are dropped.
 
 Shape legend: T tables, K classes, n rows of a chunk, m prepared rows.
 """
@@ -22,6 +24,8 @@ from common.data.dataset import Dataset
 from common.io.errors import UserError
 from common.tables.class_mapping import find_class_mapping
 from common.tables.hierarchy import ancestors, repeat_with
+from ensemble.calibration import calibration as calibrations
+from ensemble.calibration.calibration import Calibration
 from ensemble.chunks import Chunk
 from ensemble.class_weights import class_weights, kept_classes, parse_pairs
 from ensemble.inputs import Tables, open_tables
@@ -58,6 +62,8 @@ class Preparation:
       min_score: weighted scores below it are dropped.
       expansion: when detections are copied to parent classes, "none", "before" or "after".
       parents: row c marks the ancestors of class c; None without expansion.
+      calibration: of the scores; None leaves them as they are.
+      chosen: classes that each table contributes by the calibration's recipe; None without it.
     """
 
     kept: Bool[np.ndarray, "T K"]
@@ -65,9 +71,11 @@ class Preparation:
     min_score: float = 0.0
     expansion: str = "none"
     parents: Bool[np.ndarray, "K K"] | None = None
+    calibration: Calibration | None = None
+    chosen: Bool[np.ndarray, "T K"] | None = None
 
     def apply(self, chunk: Chunk) -> PreparedRows:
-        """Steps 2 to 4 for the rows of whole images."""
+        """Steps 2 to 5 for the rows of whole images."""
         source = np.flatnonzero(self.kept[chunk.models, chunk.labels])
         labels = chunk.labels[source]
         if self.expansion == "before" and self.parents is not None:
@@ -75,13 +83,42 @@ class Preparation:
             source = source[copies]
         models = chunk.models[source]
         weights = self.weights[models, labels]
-        scores = chunk.scores[source] * weights
+        scores = chunk.scores[source]
+        if self.calibration is not None:
+            scores = self._calibrated(chunk, source, labels, models, scores)
+        scores = scores * weights
         used = (weights > 0) & (scores >= self.min_score)
+        if self.chosen is not None:
+            used &= self.chosen[models, labels]
         if not used.all():
             source, labels, models, scores = source[used], labels[used], models[used], scores[used]
         return PreparedRows(
             source, chunk.images[source], labels, models, scores, chunk.boxes[source]
         )
+
+    def neutral(self) -> "Preparation":
+        """For rows that were prepared already: what is still done after the operator."""
+        return Preparation(
+            kept=np.ones_like(self.kept),
+            weights=np.ones_like(self.weights),
+            expansion="after" if self.expansion == "after" else "none",
+            parents=self.parents,
+        )
+
+    def _calibrated(
+        self,
+        chunk: Chunk,
+        source: Int64[np.ndarray, " m"],
+        labels: Int[np.ndarray, " m"],
+        models: Int[np.ndarray, " m"],
+        scores: Float32[np.ndarray, " m"],
+    ) -> Float32[np.ndarray, " m"]:
+        assert self.calibration is not None
+        scores = self.calibration.precisions(models, labels, scores)
+        opinion = self.calibration.opinion
+        if self.chosen is None or not self.calibration.recipe.opinion or opinion is None:
+            return scores
+        return opinion.apply(chunk.images[source], labels, models, scores, chunk.boxes[source])
 
     def expand_merged(
         self, labels: Int[np.ndarray, " n"]
@@ -124,13 +161,41 @@ def open_prepared(
                 "already, expected 'none'"
             )
         parents = ancestors(dataset.hierarchy, tables.labels)
+    calibration, chosen = _read_calibration(settings, tables)
     return tables, Preparation(
         kept=kept_classes(tables.names, tables.labels, settings.experts),
         weights=class_weights(tables.names, tables.labels, settings.weights),
         min_score=settings.min_score,
         expansion=settings.expansion,
         parents=parents,
+        calibration=calibration,
+        chosen=chosen,
     )
+
+
+def _read_calibration(
+    settings: EnsembleSettings, tables: Tables
+) -> tuple[Calibration | None, Bool[np.ndarray, "T K"] | None]:
+    """Calibration for these tables, and what they contribute where its recipe is asked for."""
+    by_recipe = settings.operator["name"] == calibrations.RECIPE and not settings.tree
+    if not settings.calibration:
+        if by_recipe:
+            raise UserError(
+                f"config.operator.name: {calibrations.RECIPE!r} needs --config.calibration=FILE, "
+                "written by ensemble.calibrate"
+            )
+        return None, None
+    found = calibrations.load(settings.calibration)
+    missing = [name for name in found.recipe.models if name not in tables.names]
+    if by_recipe and found.recipe.opinion:
+        missing = [name for name in found.names if name not in tables.names]
+    if by_recipe and missing:
+        raise UserError(
+            f"{settings.calibration}: its recipe needs the tables {', '.join(found.names)}, "
+            f"--inputs lacks {missing[0]!r} (tables are given as name=path)"
+        )
+    found = found.arranged(tables.names, tables.labels, settings.calibration)
+    return found, found.kept() if by_recipe else None
 
 
 def read_mappings(config: Any) -> dict[str, Mapping[str, Sequence[str]]]:

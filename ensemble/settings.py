@@ -146,6 +146,8 @@ class EnsembleSettings:
       masks: whether masks are kept.
       mask_rule: which masks merged rows get, see `ensemble.mask_fusion`.
       min_score: weighted scores below it are dropped before the operator.
+      calibration: JSON file of `ensemble.calibrate`, by which scores become precisions; may be
+        empty.
       weights: of models and classes.
       operator: name and fields of an operator, see `ensemble.operators.make_operator`.
       tree: JSON file of `ensemble.search`, which takes the place of the operator; may be empty.
@@ -165,6 +167,7 @@ class EnsembleSettings:
     masks: bool
     mask_rule: Literal["best", "mean"]
     min_score: float
+    calibration: str
     weights: WeightSettings
     operator: Any
     tree: str

@@ -1,7 +1,7 @@
 """The official metrics by the names that commands and configs call them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from common.data.dataset import Dataset
 from common.metrics import openimages, openimages_masks
@@ -27,6 +27,7 @@ def evaluate(
     expand_predictions: bool = False,
     image_labels: bool = True,
     allow_partial: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """Figures of a detections table against a split; see the function of each metric.
 
@@ -38,6 +39,7 @@ def evaluate(
       expand_predictions: of OpenImages, copies detections to parent classes first.
       image_labels: of OpenImages, uses verified image-level labels.
       allow_partial: scores the covered images of the split when others are missing.
+      say: where notes go.
     """
     masks = needs_masks(metric)
     if metric in ("openimages", "openimages_masks"):
@@ -49,9 +51,10 @@ def evaluate(
             expand_predictions=expand_predictions,
             image_labels=image_labels,
             allow_partial=allow_partial,
+            say=say,
         )
     score_coco = evaluate_coco if metric in ("coco", "coco_masks") else evaluate_lvis
-    return score_coco(dataset, split, detections, masks=masks, allow_partial=allow_partial)
+    return score_coco(dataset, split, detections, masks=masks, allow_partial=allow_partial, say=say)
 
 
 def headline(metric: Metric, figures: Mapping[str, float]) -> dict[str, float]:

@@ -21,6 +21,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.mask_rule = "best"  # best | mean: of merged rows, that of the best box or of all
     config.min_score = 0.0  # weighted scores below are dropped before the operator
 
+    config.calibration = ""  # JSON file of ensemble.calibrate: scores become precisions
+
     config.weights = dict(
         metrics="",  # JSON with AP per class, one file a table in the order of the inputs
         normalize="max",  # max | sum | none: what AP is divided by
