@@ -4,12 +4,13 @@
         --dataset=DIR --split=val_a --report_split=val_b --output=tree.json
 
 Writes tree.json, which `ensemble.merge --config.tree=tree.json` applies, and tree.svg. The tables
-must cover both splits; only `--split` steers the search. `tree.search.json` beside the output holds
-the state: the same command goes on after a kill and ends with the same tree.
+must cover both splits; only `--split` steers the search. A tree may leave tables out, and ends as
+the best table alone where no tree reaches it on the mean of the folds of `--split`.
+`tree.search.json` beside the output holds the state: the same command goes on after a kill and ends
+with the same tree.
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,23 +26,21 @@ from common.data.dataset import Dataset
 from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.io.paths import PathLike, read_text, resolved, to_epath
+from common.io.paths import resolved
 from common.io.progress import Progress
 from common.io.settings import read_settings
 from common.metrics.names import BOX_METRICS
 from common.metrics.rules import metric_of
 from ensemble import draw_tree
 from ensemble.class_weights import model_weights
-from ensemble.inputs import Tables
 from ensemble.operators import make_operator
 from ensemble.operators.groups import apply_operator
-from ensemble.preparation import Preparation, open_prepared
+from ensemble.preparation import open_prepared
+from ensemble.search_state import STATE_FORMAT, identity_of, load_state
 from ensemble.settings import EnsembleSettings, SearchSettings
 from ensemble.tree import binary_tree as trees
 from ensemble.tree.evolution import MOVES, Stage, State, search
 from ensemble.tree.scoring import Scorer, build_scorers
-
-STATE_FORMAT = 2
 
 
 def search_tables(
@@ -85,7 +84,7 @@ def search_tables(
     metric = metric or metric_of(dataset)
     iou = f"{options.metric.iou_threshold:g}"
     say(f"metric: {metric}, AP at IoU {iou} (scripts.score --metric={metric} has the official one)")
-    identity = _identity(tables, preparation, options, dataset, splits, metric)
+    identity = identity_of(tables, preparation, options, dataset, splits, metric)
     state = load_state(state_path, identity)
     scorers = build_scorers(
         dataset,
@@ -94,6 +93,7 @@ def search_tables(
         preparation,
         metric=metric,
         **dataclasses.asdict(options.metric),
+        folds=options.folds,
         threads=options.threads,
         cache_bytes=int(options.cache_gigabytes * 2**30 / len(splits)),
         say=say,
@@ -136,7 +136,13 @@ def search_tables(
     monitor.save(final)
     if final.best is None:
         raise ValueError("a search ends with a tree")
-    best = dataclasses.replace(start, root=final.best[1])
+    alone = max(singles, key=lambda model: singles[model][0])
+    best = guarded(
+        scorers[0],
+        [dataclasses.replace(start, root=root) for _, root in (final.best, *final.winners[::-1])],
+        dataclasses.replace(start, root=trees.Leaf(alone)),
+        say,
+    )
     operator = make_operator(options.naive, model_weights(tables.names, settings.weights).tolist())
     rows = {f"single {model}": scores for model, scores in singles.items()}
     rows["naive ensemble"] = [
@@ -163,6 +169,26 @@ def search_tables(
     say(comparison(splits, rows))
     say(f"wrote {output} and {picture}")
     return best
+
+
+def guarded(
+    scorer: Scorer, candidates: Sequence[trees.Tree], single: trees.Tree, say: Callable[[str], None]
+) -> trees.Tree:
+    """The first candidate that reaches the best table alone on the mean of the folds.
+
+    Args:
+      scorer: of the tuned split.
+      candidates: best first.
+      single: the best table alone.
+      say: where the figures go.
+    """
+    alone = float(np.mean(scorer.score_folds(single)))
+    for tree in candidates:
+        reached = float(np.mean(scorer.score_folds(tree)))
+        say(f"mean of the folds: tree {reached:.4f}, best table alone {alone:.4f}")
+        if reached >= alone:
+            return tree
+    return single
 
 
 def check_scored(settings: EnsembleSettings, dataset: Dataset) -> None:
@@ -229,87 +255,6 @@ class _Monitor:
     def save(self, state: State) -> None:
         content = {"format": STATE_FORMAT, "identity": self._identity, "state": state.to_json()}
         write_text(self._path, json.dumps(content))
-
-
-def load_state(path: epath.Path, identity: Mapping[str, Any]) -> State | None:
-    """State of an interrupted (or finished) search, None where there is none.
-
-    Raises:
-      UserError: a broken file, or of a search with other inputs or settings.
-    """
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(read_text(path))
-        known, version = content["identity"], content["format"]
-        state = State.from_json(content["state"], str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no readable state ({error}); remove it to start anew") from error
-    for name, value in {**identity, "format": STATE_FORMAT}.items():
-        saved = version if name == "format" else known.get(name)
-        if saved != value:
-            raise UserError(
-                f"{path}: belongs to a search with other {name} ({str(saved)[:60]}, now "
-                f"{str(value)[:60]}); remove it or give another --output"
-            )
-    return state
-
-
-def _identity(
-    tables: Tables,
-    preparation: Preparation,
-    options: SearchSettings,
-    dataset: Dataset,
-    splits: list[str],
-    metric: str,
-) -> dict[str, Any]:
-    """What decides about the result: a state with another identity is refused."""
-    searched = dataclasses.asdict(options)
-    for name in ("threads", "cache_gigabytes", "save_seconds", "log_seconds", "naive"):
-        del searched[name]
-    images = hashlib.sha256("\n".join(tables.image_ids).encode()).hexdigest()[:16]
-    return {
-        "inputs": [
-            [table.name, table.reader.num_rows, _content(table.reader.path)]
-            for table in tables.tables
-        ],
-        "images": images,
-        "dataset": [dataset.meta["name"], dataset.num_images, len(dataset.boxes), _truth(dataset)],
-        "splits": splits[:1],
-        "metric": metric,
-        "preparation": _digest(tables, preparation),
-        "settings": json.loads(json.dumps(searched)),
-    }
-
-
-def _content(path: PathLike) -> str:
-    """Hash of the bytes of a table, a file or a folder of shards."""
-    table = to_epath(path)
-    content = hashlib.blake2b(digest_size=8)
-    for file in sorted(table.glob("*.parquet")) if table.is_dir() else [table]:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                content.update(block)
-    return content.hexdigest()
-
-
-def _truth(dataset: Dataset) -> str:
-    """Hash of the boxes and of the labels verified at image level."""
-    content = hashlib.blake2b(digest_size=8)
-    for array in (
-        dataset.boxes, dataset.box_offsets, dataset.box_classes, dataset.box_flags,
-        dataset.label_offsets, dataset.label_classes, dataset.label_confidences,
-    ):  # fmt: skip
-        content.update(np.ascontiguousarray(array).data)
-    return content.hexdigest()
-
-
-def _digest(tables: Tables, preparation: Preparation) -> str:
-    """Hash of all that decides which rows enter the trees, with which scores."""
-    content = hashlib.sha256(f"{preparation.expansion} {preparation.min_score}".encode())
-    for array in (preparation.kept, preparation.weights, *(t.label_codes for t in tables.tables)):
-        content.update(np.ascontiguousarray(array).tobytes())
-    return content.hexdigest()[:16]
 
 
 def comparison(splits: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:

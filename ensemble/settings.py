@@ -91,6 +91,7 @@ class SearchSettings:
       min_score: nodes of type "soft" drop rows below it.
       naive: operator of the ensemble to compare with.
       metric: what is maximised.
+      folds: of the tuned split, on which the tree must reach the best model alone.
       threads: that score side by side.
       cache_gigabytes: for joined subtrees.
       save_seconds: time between two saved states.
@@ -108,6 +109,7 @@ class SearchSettings:
     min_score: float
     naive: Any
     metric: MetricSettings
+    folds: int
     threads: int
     cache_gigabytes: float
     save_seconds: float
@@ -129,7 +131,7 @@ class SearchSettings:
         ):
             for name in names:
                 check(name in known, field, name, f"one of {', '.join(known)}")
-        for name in ("population", "tournament", "threads"):
+        for name in ("population", "tournament", "folds", "threads"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 

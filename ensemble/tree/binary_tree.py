@@ -11,7 +11,8 @@
      "notes": {...}}
 
 `ensemble.tree.join` says what the fields of a node do. `models` gives the order of the tables;
-`notes` (mAP and the like) is not read. A model stands at one leaf.
+`notes` (mAP and the like) is not read. A model stands at one leaf, or at none: then its table is
+read and not used.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ class Tree:
 
     Attributes:
       root: of the tree; a lone leaf passes its model through.
-      models: all leaves, in the order in which tables are given.
+      models: in the order in which tables are given; some may stand at no leaf.
       iou_threshold: overlap above which two boxes are the same object, in all nodes.
       sigma: of the Gaussian decay.
       min_score: type "soft" drops rows whose score decays below it.
@@ -247,9 +248,9 @@ def from_json(content: Any, name: str) -> Tree:
     }
     root = node_from_json(content["root"], name)
     leaf_models = leaves(root)
-    if len(set(leaf_models)) != len(leaf_models) or sorted(leaf_models) != sorted(models):
+    if len(set(leaf_models)) != len(leaf_models) or not set(leaf_models) <= set(models):
         raise UserError(
-            f"{name}: leaves {', '.join(leaf_models)}, expected each of models once: "
+            f"{name}: leaves {', '.join(leaf_models)}, expected each of models at most once: "
             f"{', '.join(models)}"
         )
     return Tree(root=root, models=tuple(models), **settings)

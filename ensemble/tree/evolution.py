@@ -4,7 +4,8 @@ A stage keeps a population of the best trees found. Each step draws a few of the
 of these at random and scores the result, which takes the place of the worst tree of the population
 if it beats it. Stages differ in what may change:
 
-    topology   subtrees are moved or swapped; all nodes have the same operators (stage 1)
+    topology   subtrees are moved or swapped, models left out and taken back; all nodes have the
+               same operators (stage 1)
     operators  one setting of one node is drawn anew, the tree stands (stage 2)
     joint      either: one stage over the whole space
 
@@ -170,7 +171,8 @@ def search(
 
 
 def starting_trees(single_scores: Mapping[str, float], equal: Operators) -> list[Leaf | Node]:
-    """Ladders with the best and with the worst model nearest to the root, and a balanced tree."""
+    """Ladders with the best and with the worst model nearest to the root, a balanced tree, and the
+    best model alone."""
     models = sorted(single_scores, key=lambda model: (-single_scores[model], model))
     ranked: list[Leaf | Node] = [Leaf(model) for model in models]
     if len(ranked) < 2:
@@ -188,7 +190,7 @@ def starting_trees(single_scores: Mapping[str, float], equal: Operators) -> list
         pairs = [Node(a, b, equal) for a, b in zip(level[::2], level[1::2], strict=False)]
         level = [*pairs, *level[len(level) - len(level) % 2 :]]
     distinct: list[Leaf | Node] = []
-    for root in (ladder(ranked), ladder(ranked[::-1]), level[0]):
+    for root in (ladder(ranked), ladder(ranked[::-1]), level[0], ranked[0]):
         if root not in distinct:
             distinct.append(root)
     return distinct
@@ -203,7 +205,7 @@ def _propose(rng, state, moves, space, equal, tournament, order) -> Leaf | Node:
         while True:
             move = MOVES[moves][rng.integers(len(MOVES[moves]))]
             change = change_topology if move == "topology" else change_operators
-            root = canonical(change(rng, root, space, equal), order)
+            root = canonical(change(rng, root, space, equal, list(order)), order)
             if rng.random() > 0.3:
                 break
         if digest(root) not in state.seen:
@@ -211,12 +213,24 @@ def _propose(rng, state, moves, space, equal, tournament, order) -> Leaf | Node:
     return root
 
 
-def change_topology(rng: np.random.Generator, root, space: Space, equal: Operators):
-    """Moves a random subtree to a random edge, or swaps two subtrees."""
+def change_topology(
+    rng: np.random.Generator, root, space: Space, equal: Operators, models: Sequence[str]
+):
+    """Moves a random subtree to a random edge, swaps two, leaves a model out or takes one back."""
     del space
     nodes = list(trees.walk(root))
+    absent = [model for model in models if model not in trees.leaves(root)]
+    kind = rng.random()
+    if absent and (kind < 0.25 or len(nodes) < 5):
+        new = Leaf(absent[rng.integers(len(absent))])
+        node, place = nodes[rng.integers(len(nodes))]
+        return trees.replace_at(root, place, Node(node, new, equal))
+    if len(nodes) > 1 and (kind < 0.4 or len(nodes) < 5):
+        paths = [path for node, path in nodes if isinstance(node, Leaf)]
+        path = paths[rng.integers(len(paths))]
+        return trees.replace_at(root, path[:-1], _subtree(root, _sibling(path)))
     if len(nodes) < 5:
-        return root  # two models or fewer: there is one tree
+        return root  # there is one model
     _, path = nodes[1 + rng.integers(len(nodes) - 1)]
     if rng.random() < 0.5:
         others = [
@@ -228,19 +242,23 @@ def change_topology(rng: np.random.Generator, root, space: Space, equal: Operato
         first, second = _subtree(root, path), _subtree(root, other)
         return trees.replace_at(trees.replace_at(root, path, second), other, first)
     moved = _subtree(root, path)
-    sibling = _subtree(root, path[:-1] + ("r" if path[-1] == "l" else "l"))
-    pruned = trees.replace_at(root, path[:-1], sibling)
+    pruned = trees.replace_at(root, path[:-1], _subtree(root, _sibling(path)))
     places = list(trees.walk(pruned))
     node, place = places[rng.integers(len(places))]
     return trees.replace_at(pruned, place, Node(node, moved, equal))
 
 
-def change_operators(rng: np.random.Generator, root, space: Space, equal: Operators):
+def _sibling(path: str) -> str:
+    return path[:-1] + ("r" if path[-1] == "l" else "l")
+
+
+def change_operators(
+    rng: np.random.Generator, root, space: Space, equal: Operators, models: Sequence[str]
+):
     """Draws one setting of one node anew."""
-    del equal
     nodes = [(node, path) for node, path in trees.walk(root) if isinstance(node, Node)]
-    if not nodes:
-        return root
+    if not nodes:  # one model: a second joins it
+        return change_topology(rng, root, space, equal, models)
     node, path = nodes[rng.integers(len(nodes))]
     old = node.operators
     field = ("weights", "weights", "vote", "box", "nms", "elements")[rng.integers(6)]

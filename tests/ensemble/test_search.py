@@ -1,6 +1,5 @@
-"""The ensemble search: its scores are the metric's, it finds what is there, it survives a kill."""
+"""The ensemble search: it finds what is there, it survives a kill, merging repeats its scores."""
 
-import dataclasses
 import json
 import shutil
 
@@ -8,234 +7,30 @@ import numpy as np
 import pytest
 from etils import epath
 
-from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
+from common.data.dataset import Dataset
 from common.io.errors import UserError
-from common.io.settings import read_settings
-from common.metrics import matching, openimages
-from common.tables import Detections, DetectionsWriter, read_detections
-from configs.ensemble import auto
-from ensemble import draw_tree, search
+from common.metrics import openimages
+from common.tables import DetectionsWriter, read_detections
+from ensemble import search
 from ensemble.merge import merge_tables
-from ensemble.operators import Voting
-from ensemble.operators.groups import Rows, apply_operator
-from ensemble.preparation import open_prepared
-from ensemble.settings import EnsembleSettings
 from ensemble.tree import binary_tree as trees
-from ensemble.tree import evolution, scoring
-from ensemble.tree.binary_tree import Leaf, Node, Operators, Tree
+from ensemble.tree import scoring
+from tests.ensemble.scenes import (
+    LABELS,
+    MODELS,
+    all_rows,
+    evaluate,
+    make_scene,
+    paths,
+    run,
+    small_config,
+)
 from tests.remote import use_fake_store
-
-LABELS = ["/m/a", "/m/b", "/m/c", "/m/d"]
-HIERARCHY = {
-    "LabelName": "/m/root",
-    "Subcategory": [
-        {"LabelName": "/m/a", "Subcategory": [{"LabelName": "/m/b"}]},
-        {"LabelName": "/m/c"},
-        {"LabelName": "/m/d"},
-    ],
-}
-MODELS = ["one", "two", "three"]
-SETTINGS = read_settings(EnsembleSettings, auto.get_config())
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A dataset with two splits and three tables: one finds half of it, two places boxes badly."""
-    folder = tmp_path_factory.mktemp("search")
-    rng = np.random.default_rng(0)
-    found: dict[str, dict] = {model: {} for model in MODELS}
-    with DatasetWriter(folder / "set", "test", LABELS, LABELS, HIERARCHY, "") as writer:
-        rows = []
-        for number in range(60):
-            image_id = f"i{number * 37 % 60:02d}"
-            count = rng.integers(0, 4)
-            corner = rng.integers(0, 5, (count, 2)) / 8
-            boxes = np.concatenate([corner, corner + rng.integers(2, 4, (count, 2)) / 8], axis=1)
-            classes = rng.integers(0, len(LABELS), count)
-            flags = np.where(rng.random(count) < 0.2, GROUP_OF, 0)
-            verified = rng.permutation(len(LABELS))[:2]
-            rows.append(
-                writer.add_image(
-                    image_id, "x.jpg", (8, 8), boxes, classes, flags, verified, verified % 2
-                )
-            )
-            for place, model in enumerate(MODELS):
-                found[model][image_id] = detect(rng, place, boxes, classes)
-        writer.add_split("tune", rows[:40])
-        writer.add_split("report", rows[40:])
-        writer.add_split("mixed", rows[30:])
-    for model, images in found.items():
-        with DetectionsWriter(folder / f"{model}.parquet", {"model": model}) as writer:
-            for image_id, detections in images.items():
-                writer.add(image_id, *detections)
-    return folder
-
-
-def detect(rng, place, boxes, classes):
-    chosen = rng.random(len(boxes)) < (0.5, 0.9, 0.7)[place]
-    near = boxes[chosen] + rng.normal(0, (0.01, 0.05, 0.02)[place], (chosen.sum(), 4))
-    near = np.concatenate([near, near[: len(near) // 2] + 0.01])
-    labels = np.concatenate([classes[chosen], classes[chosen][: len(near) - chosen.sum()]])
-    corner = rng.random((3, 2)) * 0.6
-    boxes = np.concatenate([near, np.concatenate([corner, corner + 0.3], axis=1)]).clip(0, 1)
-    boxes[-1, 2] = boxes[-1, 0]  # without area
-    labels = np.concatenate([labels, rng.integers(0, len(LABELS), 3)])
-    # Few scores, so that ties are common.
-    scores = np.concatenate([rng.integers(3, 9, len(near)) / 10, rng.integers(1, 6, 3) / 10])
-    return [LABELS[label] for label in labels], scores.astype(np.float32), boxes
-
-
-def paths(folder):
-    return [str(folder / f"{model}.parquet") for model in MODELS]
-
-
-def open_all(folder, splits=("tune",), **options):
-    dataset = Dataset.open(folder / "set")
-    tables, preparation = open_prepared(paths(folder), SETTINGS, dataset)
-    options = {"say": lambda text: None, **options}
-    return dataset, scoring.build_scorers(dataset, splits, tables, preparation, **options)
-
-
-def all_rows(folder):
-    """Rows of each table with group = image * K + class, and the table itself."""
-    found = [read_detections(path, LABELS) for path in paths(folder)]
-    rows = [
-        Rows(
-            d.image_index.astype(np.int64) * len(LABELS) + d.label_index,
-            d.scores,
-            d.boxes,
-            np.zeros(len(d), np.int32),
-        )
-        for d in found
-    ]
-    return rows, found[0]
-
-
-def evaluate(dataset, like: Detections, rows: Rows, split: str, **options):
-    """Metric of merged rows by the evaluator."""
-    image, label = rows.group // len(LABELS), rows.group % len(LABELS)
-    order = np.lexsort((np.arange(len(rows)), -rows.scores, image))
-    merged = dataclasses.replace(
-        like,
-        image_index=image[order].astype(np.int32),
-        label_index=label[order].astype(np.int32),
-        scores=rows.scores[order],
-        boxes=rows.boxes[order],
-    )
-    return openimages.evaluate_openimages(dataset, split, merged, say=lambda text: None, **options)
-
-
-ROOTS = [
-    Leaf("two"),
-    Node(Leaf("one"), Leaf("two"), Operators((1.0, 0.5), vote=0.5, box=0.3, nms="adj")),
-    Node(
-        Node(Leaf("one"), Leaf("three"), Operators(box=0.5)),
-        Leaf("two"),
-        Operators((0.5, 1.0), ("both", "boxes"), vote=0.1, box=0.2, nms="soft"),
-    ),
-    Node(
-        Leaf("three"),
-        Node(Leaf("two"), Leaf("one"), Operators(nms="soft")),
-        Operators(elements=("scores", "both"), vote=1.0),
-    ),
-]
-
-
-@pytest.mark.parametrize("root", ROOTS)
-@pytest.mark.parametrize("shard_rows", [1 << 19, 60])
-def test_scores_are_exactly_those_of_the_evaluator(folder, root, shard_rows):
-    """For the rows that `tree.apply` makes: mAP and every AP, on both splits."""
-    for metric in ({}, {"image_labels": False, "iou_threshold": 0.3, "group_of_weight": 0.0}):
-        dataset, scorers = open_all(
-            folder, ("tune", "report"), shard_rows=shard_rows, cache_bytes=100, **metric
-        )
-        tree = Tree(root, tuple(MODELS))
-        given, like = all_rows(folder)
-        merged = trees.apply(
-            dataclasses.replace(tree, models=tuple(sorted(trees.leaves(root)))),
-            {
-                model: rows
-                for model, rows in zip(MODELS, given, strict=True)
-                if model in trees.leaves(root)
-            },
-        )
-        for split, scorer in zip(("tune", "report"), scorers, strict=True):
-            score = scorer.score(tree)
-            official = evaluate(dataset, like, merged, split, **metric)
-            threshold = metric.get("iou_threshold", 0.5)
-            assert score.mean == official.pop(openimages.MEAN_AP.format(threshold))
-            aps = [score.aps[i] for i in np.flatnonzero(np.isfinite(score.aps))]
-            assert aps == list(official.values())
-
-
-def test_the_cap_of_detections_of_one_class_in_an_image_holds(folder, monkeypatch):
-    monkeypatch.setattr(matching, "MAX_PER_CLASS", 2)
-    dataset, (scorer,) = open_all(folder)
-    given, like = all_rows(folder)
-    root = Node(Leaf("one"), Leaf("two"), Operators(nms="soft"))
-    merged = trees.apply(Tree(root, ("one", "two")), given[:2])
-    official = evaluate(dataset, like, merged, "tune")
-    assert scorer.score(Tree(root, ("one", "two"))).mean == official[openimages.MEAN_AP.format(0.5)]
-
-
-def test_flat_operators_score_exactly_too(folder):
-    dataset, (scorer,) = open_all(folder)
-    given, like = all_rows(folder)
-    names = ("group", "scores", "boxes", "model")
-    flat, _ = apply_operator(
-        Rows(*(np.concatenate([getattr(rows, n) for rows in given]) for n in names)), Voting()
-    )
-    flat = flat.take(np.lexsort((-flat.scores, flat.group)))
-    official = evaluate(dataset, like, flat, "tune")
-    score = scorer.score_operator(lambda rows: apply_operator(rows, Voting()))
-    assert score.mean == official[openimages.MEAN_AP.format(0.5)]
-
-
-def test_unchanged_subtrees_are_not_joined_again(folder):
-    _, (scorer,) = open_all(folder)
-    inner = Node(Leaf("one"), Leaf("two"), Operators(nms="adj"))
-    scorer.score(Tree(Node(inner, Leaf("three"), Operators()), tuple(MODELS)))
-    assert scorer.num_joins == 2
-    scorer.score(Tree(Node(inner, Leaf("three"), Operators(vote=1.0)), tuple(MODELS)))
-    assert scorer.num_joins == 3
-    # Other thresholds are another subtree.
-    scorer.score(Tree(Node(inner, Leaf("three"), Operators()), tuple(MODELS), sigma=0.1))
-    assert scorer.num_joins == 5
-
-
-def test_refuses_splits_that_do_not_fit(folder, tmp_path):
-    with pytest.raises(UserError, match="split 'mixed' shares 10 images .*over-fitting"):
-        open_all(folder, ("tune", "mixed"))
-    for model in ("one", "two"):
-        with DetectionsWriter(tmp_path / f"{model}.parquet", {}) as writer:
-            writer.add("i00", ["/m/a"], np.ones(1), np.array([[0, 0, 1, 1]]))
-    dataset = Dataset.open(folder / "set")
-    tables, preparation = open_prepared(
-        [str(tmp_path / f"{model}.parquet") for model in ("one", "two")], SETTINGS, dataset
-    )
-    with pytest.raises(UserError, match="cover 1 of the 40 images of split 'tune', 'i.*' is miss"):
-        scoring.build_scorers(dataset, ["tune"], tables, preparation)
-
-
-def small_config(arg=None, **trees_of_stages):
-    config = auto.get_config(arg)
-    config.search.trees = trees_of_stages or dict(topology=4, operators=12, joint=0)
-    config.search.population = 4
-    # Adj-NMS alone: fewer kernels to compile.
-    config.search.space.nms = ("nms", "adj")
-    return config
-
-
-def run(folder, output, config, lines=None, report="report"):
-    return search.search_tables(
-        paths(folder),
-        config,
-        Dataset.open(folder / "set"),
-        "tune",
-        report,
-        output,
-        say=(lines if lines is not None else []).append,
-    )
+    return make_scene(tmp_path_factory.mktemp("search"))
 
 
 def test_search_beats_its_start_and_reports_both_splits(folder, tmp_path):
@@ -244,7 +39,7 @@ def test_search_beats_its_start_and_reports_both_splits(folder, tmp_path):
     config.search.log_seconds = 0
     best = run(folder, tmp_path / "tree.json", config, lines)
     assert trees.load(tmp_path / "tree.json") == best
-    assert sorted(trees.leaves(best.root)) == sorted(MODELS)
+    assert set(trees.leaves(best.root)) <= set(MODELS)
     notes = trees.read_notes(tmp_path / "tree.json")
     scores = notes["scores"]
     first, final = scores["tree after stage topology"], scores["tree"]
@@ -262,7 +57,8 @@ def test_search_beats_its_start_and_reports_both_splits(folder, tmp_path):
     merge_tables(paths(folder), config, tmp_path / "merged.parquet", say=lambda *_, **__: None)
     official = openimages.evaluate_openimages(dataset, "tune", tmp_path / "merged.parquet")
     assert official[openimages.MEAN_AP.format(0.5)] == final[0]
-    assert notes["nodes"][""] == final and len(notes["nodes"]) == 5
+    assert notes["nodes"][""] == final
+    assert len(notes["nodes"]) == 2 * len(trees.leaves(best.root)) - 1
     progress = [line for line in lines if line.startswith("search ")]
     assert len(progress) == 16 and "best tune 0." in progress[-1] and "report 0." in progress[-1]
     table = next(line for line in lines if line.startswith("mAP"))
@@ -272,7 +68,10 @@ def test_search_beats_its_start_and_reports_both_splits(folder, tmp_path):
         "tree",
     ]
     picture = (tmp_path / "tree.svg").read_text()
-    assert all(model in picture for model in MODELS) and f"{100 * final[0]:.2f}" in picture
+    assert (
+        all(model in picture for model in trees.leaves(best.root))
+        and f"{100 * final[0]:.2f}" in picture
+    )
 
 
 def prepared_inputs(folder, tmp_path, option):
@@ -440,62 +239,19 @@ def test_a_state_of_another_search_is_refused(folder, tmp_path):
         run(folder, tmp_path / "tree.json", config)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"trees": dict(topology=0, operators=0, joint=0)}, "search.trees: found 'all zero'"),
-        ({"space": {"nms": ("nms", "wbf")}}, "space.nms: found 'wbf', expected one of nms, soft"),
-        ({"space": {"weights": (1.5,)}}, "space.weights: found 1.5, expected 0.001 to 1"),
-        ({"equal": {"box": -1.0}}, "space.boxes: found -1.0"),
-        ({"population": 0}, "config.search.population: found 0, expected 1 or more"),
-    ],
-)
-def test_refuses_settings_that_make_no_sense(change, message):
-    config = auto.get_config()
-    config.search.update(change)
-    with pytest.raises(UserError, match=message):
-        read_settings(EnsembleSettings, config)
-
-
-def test_changes_keep_every_model_once_and_mirrored_trees_are_one():
-    rng = np.random.default_rng(0)
-    models = [f"m{i}" for i in range(6)]
-    order = {model: place for place, model in enumerate(models)}
-    options = read_settings(EnsembleSettings, auto.get_config()).search
-    space, equal = options.space, options.equal
-    root = evolution.starting_trees(dict.fromkeys(models, 0.5), equal)[0]
-    seen = set()
-    for step in range(300):
-        change = (evolution.change_topology, evolution.change_operators)[step % 2]
-        root = evolution.canonical(change(rng, root, space, equal), order)
-        assert sorted(trees.leaves(root)) == models
-        text = json.dumps(trees.node_to_json(root))
-        assert trees.node_from_json(json.loads(text), "x") == root
-        seen.add(text)
-    assert len(seen) > 250
-    mirrored = Node(
-        root.right,
-        root.left,
-        dataclasses.replace(
-            root.operators,
-            weights=root.operators.weights[::-1],
-            elements=root.operators.elements[::-1],
-        ),
+def test_a_tree_that_folds_do_not_confirm_is_not_taken():
+    models = ("a", "b")
+    single = trees.Tree(trees.Leaf("a"), models)
+    first, second = (
+        trees.Tree(trees.Node(trees.Leaf(x), trees.Leaf(y)), models) for x, y in ("ab", "ba")
     )
-    assert evolution.canonical(mirrored, order) == root
+    scores = {single: [0.4, 0.2], first: [0.9, -0.4], second: [0.3, 0.3]}
 
+    class Scorer:
+        def score_folds(self, tree):
+            return np.array(scores[tree])
 
-def test_starting_trees_are_ladders_and_a_balanced_tree():
-    scores = {"a": 0.2, "b": 0.5, "c": 0.4, "d": 0.1, "e": 0.3}
-    best, worst, balanced = evolution.starting_trees(scores, Operators())
-    assert trees.leaves(best) == list("bcead") and best.left == Leaf("b")
-    assert worst.left == Leaf("d")
-    assert draw_tree._height(best) == 4 and draw_tree._height(balanced) == 3
-    assert sorted(trees.leaves(balanced)) == list("abcde")
-    assert evolution.starting_trees({"a": 0.1}, Operators()) == [Leaf("a")]
-
-
-def test_names_are_escaped_in_the_picture():
-    root = Node(Leaf("<a>&"), Leaf("b"), Operators(elements=("both", "scores")))
-    picture = draw_tree.draw(Tree(root, ("<a>&", "b")), {})
-    assert "&lt;a&gt;&amp;" in picture and "scores" in picture
+    lines = []
+    assert search.guarded(Scorer(), [first, second], single, lines.append) == second
+    assert search.guarded(Scorer(), [first], single, lines.append) == single
+    assert "tree 0.2500, best table alone 0.3000" in lines[0]

@@ -184,7 +184,7 @@ def change_root(**values):
         (change(sigma=0), "sigma is 0, expected a number"),
         (change(iou_threshold="a"), "iou_threshold is 'a', expected a number"),
         (change(typo=1), "unknown field 'typo'"),
-        (change(models=["a", "b"]), "leaves a, b, c, expected each of models once: a, b"),
+        (change(models=["a", "b"]), "leaves a, b, c, expected each of models at most once: a, b"),
         (change(root=3), "root is 3, expected an object"),
         (lambda c: c["root"].pop("vote"), "root: field vote is missing"),
         (change_root(nms="wbf"), "root.nms is 'wbf', expected one of nms, soft, adj"),
