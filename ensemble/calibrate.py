@@ -59,6 +59,7 @@ from ensemble.calibration.recipes import Choice, choose, class_ranks, describe
 from ensemble.inputs import Tables
 from ensemble.merge import make_plan
 from ensemble.preparation import open_prepared
+from ensemble.results_files import as_tables
 from ensemble.settings import EnsembleSettings
 
 _THREADS = 2
@@ -222,7 +223,12 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file(
         "config", "configs/ensemble/calibrated.py", "How rows are prepared, as in ensemble.merge."
     )
-    flags.DEFINE_list("inputs", None, "Detections tables, path or name=path.", required=True)
+    flags.DEFINE_list(
+        "inputs",
+        None,
+        "Detections tables or COCO results (.json), path or name=path.",
+        required=True,
+    )
     flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
     flags.DEFINE_string("split", None, "Split to learn from.", required=True)
     flags.DEFINE_enum(
@@ -241,17 +247,20 @@ def main():
     output = epath.Path(flags.FLAGS.output)
     if output.suffix != ".json":
         raise UserError(f"--output={output}: expected a name that ends with .json")
-    calibrate_tables(
-        flags.FLAGS.inputs,
-        flags.FLAGS.config,
-        Dataset.open(flags.FLAGS.dataset),
-        flags.FLAGS.split,
-        output,
-        metric=flags.FLAGS.metric or "",
-        num_folds=flags.FLAGS.folds,
-        seed=flags.FLAGS.seed,
-        say=lambda text: print(text, flush=True),
-    )
+    metric = flags.FLAGS.metric or ""
+    masks = metric.endswith("_masks")
+    with as_tables(flags.FLAGS.inputs, flags.FLAGS.dataset, masks=masks) as inputs:
+        calibrate_tables(
+            inputs,
+            flags.FLAGS.config,
+            Dataset.open(flags.FLAGS.dataset),
+            flags.FLAGS.split,
+            output,
+            metric=metric,
+            num_folds=flags.FLAGS.folds,
+            seed=flags.FLAGS.seed,
+            say=lambda text: print(text, flush=True),
+        )
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from ensemble.operators import Operator, make_operator
 from ensemble.operators.groups import Rows, apply_operator
 from ensemble.preparation import Preparation, open_prepared
 from ensemble.relations import rules
+from ensemble.results_files import as_results, as_tables
 from ensemble.settings import EnsembleSettings
 from ensemble.tree import binary_tree as tree_lib
 
@@ -336,21 +337,35 @@ def _metadata(config: ConfigDict, tables: Tables, plan: Plan) -> dict[str, Any]:
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
-    flags.DEFINE_list("inputs", None, "Tables, as path or name=path, with commas between them.")
-    flags.DEFINE_string("output", None, "Parquet file to write (a folder with many hosts).")
+    flags.DEFINE_list(
+        "inputs",
+        None,
+        "Tables or COCO results (.json, with --config.dataset), as path or name=path, with commas "
+        "between them.",
+    )
+    flags.DEFINE_string(
+        "output", None, "Parquet file to write (a folder with many hosts), or COCO results (.json)."
+    )
     flags.mark_flags_as_required(["config", "inputs", "output"])
 
 
 def main():
     distributed.initialize()
-    merge_tables(
-        flags.FLAGS.inputs,
-        flags.FLAGS.config,
-        flags.FLAGS.output,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        say=print if distributed.is_main_process() else lambda *_, **__: None,
-    )
+    config, output = flags.FLAGS.config, flags.FLAGS.output
+    with (
+        as_tables(flags.FLAGS.inputs, config.dataset, masks=config.masks) as inputs,
+        as_results(output, config.dataset) as table,
+    ):
+        if table != output and jax.process_count() > 1:
+            raise UserError(f"--output={output}: several processes write a folder of tables")
+        merge_tables(
+            inputs,
+            config,
+            table,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            say=print if distributed.is_main_process() else lambda *_, **__: None,
+        )
     distributed.barrier("merge")
     if distributed.is_main_process():
         print(f"wrote {flags.FLAGS.output}", flush=True)
