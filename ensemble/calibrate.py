@@ -203,7 +203,6 @@ def _notes(
         "split": split,
         "metric": metric,
         "images": num_images,
-        "inputs": {table.name: str(table.reader.path) for table in tables.tables},
         "tables": {
             name: {
                 "losses": table.losses,

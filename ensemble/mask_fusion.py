@@ -1,4 +1,4 @@
-"""Averaged masks: a merged detection gets the mean of the masks of all that it was merged from.
+"""Merging by masks: averaged masks, and NMS by the overlap of masks.
 
 `config.mask_rule` "best" keeps the mask of the best box of a cluster, "mean" takes the pixels that
 more than half of the cluster's masks have, each mask weighing as much as its score. A row belongs
@@ -6,23 +6,64 @@ to the merged detection of its image and class whose box it overlaps most, if th
 than the operator's `iou_threshold`; the row that a merged detection stems from belongs to it in any
 case. Masks are averaged as run lengths, without making pixels.
 
+With `config.mask_match` "masks" rows overlap by the IoU of their masks instead of their boxes:
+greedy NMS, after which a row belongs to the kept one that dropped it.
+
 Shape legend: n rows that entered the ensemble, m merged ones, c clusters, e ends of runs.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from common.geometry.boxes import paired_iou
 from common.masks import rle
 from common.masks.rle.counts import counts_of_ones, ones
 from common.tables.ranges import expand_ranges, pieces
-from ensemble.operators.groups import Rows
+from ensemble.operators import Operator
+from ensemble.operators.groups import Rows, apply_operator, rank_rows
 
 _PAIRS = 1 << 22  # of a row and a merged one at once
 _CHARACTERS = 1 << 22  # of masks at once
 _NO_SCORE = 1e-9  # weight of a mask with score 0
+
+
+def merge_rows(
+    rows: Rows,
+    operator: Operator,
+    counts: np.ndarray,
+    sizes: Int32[np.ndarray, "n 2"],
+    *,
+    rule: str,
+    match: str,
+) -> tuple[Rows, np.ndarray, Int32[np.ndarray, "m 2"]]:
+    """Applies an operator to rows with masks.
+
+    Args:
+      rows: of all models.
+      operator: what makes one list of each group.
+      counts: of the masks of the rows.
+      sizes: their height and width.
+      rule: "best" or "mean".
+      match: "boxes" or "masks".
+
+    Returns:
+      Merged rows, counts of their masks, and their height and width.
+    """
+    threshold = vars(operator)["iou_threshold"]  # every operator has one
+    cluster = None
+    if match == "masks":
+        kept, cluster = mask_nms(rows, counts, sizes, threshold)
+        merged = rows.take(kept)
+    else:
+        merged, kept = apply_operator(rows, operator)
+    masks, mask_sizes = counts[kept], sizes[kept]
+    if rule == "mean":
+        if cluster is None:
+            cluster = find_clusters(rows, merged, kept, threshold)
+        masks[:] = mean_masks(counts, sizes, rows.scores, cluster, kept)
+    return merged, masks, mask_sizes
 
 
 def find_clusters(
@@ -49,6 +90,49 @@ def find_clusters(
         cluster[row[best]] = place[best]
     cluster[source] = np.arange(len(source))
     return cluster
+
+
+def mask_nms(
+    rows: Rows,
+    counts: Sequence[bytes] | np.ndarray,
+    sizes: Int[np.ndarray, "n 2"],
+    iou_threshold: float,
+) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " n"]]:
+    """Greedy NMS by the IoU of masks in every group.
+
+    Args:
+      rows: in any order.
+      counts: of their masks.
+      sizes: height and width of these; brought to those of the best row of a group.
+      iou_threshold: a row is dropped when its IoU with a kept one is greater.
+
+    Returns:
+      kept: rows, by group and falling score.
+      cluster: place in `kept` of the row that each belongs to.
+    """
+    order = rank_rows(rows.group, rows.scores)
+    starts = np.flatnonzero(_new(rows.group[order]))
+    owner = np.arange(len(order))
+    for start, stop in zip(starts, np.append(starts[1:], len(order)), strict=True):
+        if stop - start < 2:
+            continue
+        group = order[start:stop]
+        frame = np.asarray(sizes[group[0]], np.int64)
+        texts = [_in_frame(bytes(counts[row]), np.asarray(sizes[row]), frame) for row in group]
+        iou = rle.iou(texts, texts, (int(frame[0]), int(frame[1])))
+        free = np.ones(len(group), bool)
+        for place in range(len(group)):
+            if free[place]:
+                dropped = np.flatnonzero(
+                    free[place + 1 :] & (iou[place, place + 1 :] > iou_threshold)
+                )
+                dropped += place + 1
+                free[dropped] = False
+                owner[group[dropped]] = group[place]
+    kept = order[owner[order] == order]
+    number = np.full(len(order), -1, np.int64)
+    number[kept] = np.arange(len(kept))
+    return kept, number[owner]
 
 
 def mean_masks(

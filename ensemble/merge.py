@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict, config_flags
 
 from common.data.dataset import Dataset
@@ -73,6 +73,7 @@ class Plan:
       max_detections: of an image; 0: no limit.
       masks: whether rows have masks.
       mask_rule: which masks merged rows get, see `ensemble.mask_fusion`.
+      mask_match: whether boxes or masks overlap.
     """
 
     names: Sequence[str]
@@ -84,6 +85,7 @@ class Plan:
     max_detections: int
     masks: bool
     mask_rule: str
+    mask_match: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +212,7 @@ def make_plan(settings: EnsembleSettings, tables: Tables, preparation: Preparati
         max_detections=settings.max_detections,
         masks=settings.masks,
         mask_rule=settings.mask_rule,
+        mask_match=settings.mask_match,
     )
 
 
@@ -224,10 +227,17 @@ def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
         places = enumerate(plan.names)
         by_model = {name: rows.take(rows.model == place) for place, name in places}
         fused = tree_lib.apply(plan.method, by_model)
+    elif chunk.masks is not None and chunk.mask_sizes is not None:
+        fused, masks, sizes = mask_fusion.merge_rows(
+            rows,
+            plan.method,
+            chunk.masks[prepared.source],
+            chunk.mask_sizes[prepared.source],
+            rule=plan.mask_rule,
+            match=plan.mask_match,
+        )
     else:
-        fused, kept = apply_operator(rows, plan.method)
-        if chunk.masks is not None and chunk.mask_sizes is not None:
-            masks, sizes = _merge_masks(plan, chunk, prepared.source, rows, fused, kept)
+        fused, _ = apply_operator(rows, plan.method)
     images = fused.group // plan.num_classes
     labels = fused.group % plan.num_classes
     scores, boxes = fused.scores, fused.boxes
@@ -249,33 +259,6 @@ def merge_chunk(plan: Plan, chunk: Chunk) -> Merged:
         masks=None if masks is None else masks[best],
         mask_sizes=None if sizes is None else sizes[best],
     )
-
-
-def _merge_masks(
-    plan: Plan,
-    chunk: Chunk,
-    source: Int64[np.ndarray, " n"],
-    rows: Rows,
-    merged: Rows,
-    kept: Int64[np.ndarray, " m"],
-) -> tuple[np.ndarray, Int32[np.ndarray, "m 2"]]:
-    """Counts and sizes of the masks of merged rows.
-
-    Args:
-      source: row of the chunk of each of `rows`.
-      rows: that entered the operator.
-      merged: that came out.
-      kept: row that each of these stems from.
-    """
-    assert chunk.masks is not None and chunk.mask_sizes is not None
-    masks, sizes = chunk.masks[source[kept]], chunk.mask_sizes[source[kept]]
-    if plan.mask_rule == "mean":
-        threshold = vars(plan.method)["iou_threshold"]  # every operator has one
-        cluster = mask_fusion.find_clusters(rows, merged, kept, threshold)
-        masks[:] = mask_fusion.mean_masks(
-            chunk.masks[source], chunk.mask_sizes[source], rows.scores, cluster, kept
-        )
-    return masks, sizes
 
 
 def squash(scores: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:

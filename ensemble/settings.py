@@ -147,6 +147,7 @@ class EnsembleSettings:
       experts: name=file pairs of models that contribute only the classes listed there.
       masks: whether masks are kept.
       mask_rule: which masks merged rows get, see `ensemble.mask_fusion`.
+      mask_match: what overlaps, the boxes or (NMS alone) the masks.
       min_score: weighted scores below it are dropped before the operator.
       calibration: JSON file of `ensemble.calibrate`, by which scores become precisions; may be
         empty.
@@ -168,6 +169,7 @@ class EnsembleSettings:
     experts: Any
     masks: bool
     mask_rule: Literal["best", "mean"]
+    mask_match: Literal["boxes", "masks"]
     min_score: float
     calibration: str
     weights: WeightSettings
@@ -183,3 +185,7 @@ class EnsembleSettings:
     def __post_init__(self):
         for name, low in (("max_detections", 0), ("chunk_rows", 1), ("min_score", 0)):
             check(getattr(self, name) >= low, name, getattr(self, name), f"{low} or more")
+        if self.mask_match == "masks":
+            check(self.masks, "masks", self.masks, "True for mask_match='masks'")
+            name = self.operator["name"]
+            check(name == "nms", "operator.name", name, "'nms' for mask_match='masks'")

@@ -18,6 +18,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.mappings = ""  # name=coco_to_openimages,...: tables of another vocabulary
     config.experts = ""  # name=file,...: models that contribute only the classes listed there
     config.masks = False  # keep the masks
+    config.mask_match = "boxes"  # boxes | masks (nms alone): what overlaps
     config.mask_rule = "best"  # best | mean: of merged rows, that of the best box or of all
     config.min_score = 0.0  # weighted scores below are dropped before the operator
 

@@ -136,12 +136,13 @@ def judge_chunk(
         if mask_overlaps is not None:
             matches = mask_overlaps.apply(matches, truth, chunk, prepared.source[own])
         counted = matches.kinds != matching.ABSORBED
-        parts.append((own[matches.rows[counted]], _targets(matches, rule.metric)[counted]))
+        parts.append((own[matches.rows[counted]], targets_of(matches, rule.metric)[counted]))
     rows, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return JudgedChunk(chunk, prepared, Judged(rows, targets), folds[prepared.images])
 
 
-def _targets(matches: Matches, metric: str) -> Float[np.ndarray, " m"]:
+def targets_of(matches: Matches, metric: str) -> Float[np.ndarray, " m"]:
+    """How right each detection is, as the head of this module says."""
     found = matches.kinds == matching.TRUE
     if metric == "openimages":
         return found.astype(np.float64)

@@ -25,7 +25,7 @@ from ensemble.inputs import Tables
 from ensemble.merge import Plan, merge_chunk
 from ensemble.operators import make_operator
 
-ROWS, MASK_ROWS = 1_500_000, 200_000
+ROWS, MASK_ROWS = 600_000, 100_000
 
 
 def sampled_images(
@@ -175,8 +175,9 @@ def held_out_scores(
         own = np.flatnonzero(folds == fold)
         of_fold = [table.held[fold] for table in fitted]
         precisions[own] = apply_curves(of_fold, models[own], labels[own], rows["scores"][own])
+    size = opinion.num_features(len(fitted))
+    say(f"second opinion: {size} features of {len(models)} detections")
     table = opinion.features(rows["images"], labels, models, precisions, rows["boxes"], len(fitted))
-    say(f"second opinion: {table.shape[1]} features of {len(table)} detections")
     known = np.isfinite(rows["targets"])
     opinions = np.zeros(len(models), np.float32)
 

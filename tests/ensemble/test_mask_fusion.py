@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from common.io.errors import UserError
 from common.masks import rle
 from common.tables import DetectionsWriter, read_detections
 from configs.ensemble import naive
-from ensemble.mask_fusion import find_clusters, mean_masks
+from ensemble.mask_fusion import find_clusters, mask_nms, mean_masks
 from ensemble.merge import merge_tables
 from ensemble.operators import Nms
 from ensemble.operators.groups import Rows, apply_operator
@@ -108,3 +109,51 @@ def test_merged_tables_have_mean_masks_on_demand(tmp_path, operator):
         *rle.encode(parts[0]),
         *rle.encode(parts[1]),
     }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nms_by_masks_equals_brute_force_on_pixels(seed):
+    rng = np.random.default_rng(seed)
+    rows, size = random_rows(seed, count=60, groups=4), (12, 10)
+    masks = rng.random((60, *size)) < rng.choice([0.2, 0.8, 0.9], (60, 1, 1))
+    counts = np.array(rle.encode(masks), object)
+    kept, cluster = mask_nms(rows, counts, np.full((60, 2), size), 0.5)
+    expected = {}
+    for row in sorted(range(60), key=lambda row: (rows.group[row], -rows.scores[row], row)):
+        for leader in expected:
+            if rows.group[leader] == rows.group[row]:
+                both, either = masks[leader] & masks[row], masks[leader] | masks[row]
+                if both.sum() > 0.5 * either.sum():
+                    expected[leader].append(row)
+                    break
+        else:
+            expected[row] = [row]
+    assert kept.tolist() == list(expected)
+    for place, members in enumerate(expected.values()):
+        assert np.flatnonzero(cluster == place).tolist() == sorted(members)
+
+
+def test_tables_merge_by_the_overlap_of_masks(tmp_path):
+    """Two crossing bars share most of their boxes and few pixels."""
+    size = (20, 20)
+    masks = np.zeros((3, *size), bool)
+    masks[0][np.eye(20, dtype=bool)] = masks[1][np.eye(20, dtype=bool)[::-1]] = True
+    masks[2] = masks[0]
+    whole = np.array([[0, 0, 1, 1]], np.float32)
+    for name, mask, score in zip("abc", masks, (0.9, 0.8, 0.7), strict=True):
+        with DetectionsWriter(tmp_path / f"{name}.parquet", {}, masks=True) as writer:
+            writer.add("x", ["ant"], [score], whole, rle.encode(mask[None]), np.array([size]))
+    config = naive.get_config()
+    config.masks, config.mask_rule = True, "mean"
+    found = []
+    for match in ("boxes", "masks"):
+        config.mask_match = match
+        inputs = [str(tmp_path / f"{n}.parquet") for n in "abc"]
+        merge_tables(inputs, config, tmp_path / "m.parquet", **QUIET)
+        found.append(read_detections(tmp_path / "m.parquet", masks=True))
+    np.testing.assert_allclose(found[0].scores, [0.9])
+    np.testing.assert_allclose(found[1].scores, [0.9, 0.8])
+    np.testing.assert_array_equal(rle.decode(found[1].masks[1], size), masks[1])
+    config.operator = {"name": "voting"}
+    with pytest.raises(UserError, match="operator.name: found 'voting', expected 'nms'"):
+        merge_tables(inputs, config, tmp_path / "m.parquet", **QUIET)
