@@ -103,6 +103,7 @@ def calibrate_tables(
     config.masks = masks
     settings = read_settings(EnsembleSettings, config)
     tables, preparation = open_prepared(inputs, settings, dataset)
+    unweighted = preparation.unweighted()
     rule = make_rule(dataset, chosen.removesuffix("_masks"))
     folds = folds_of(dataset, split, tables, num_folds, seed)
     say(f"{len(tables.names)} tables, {(folds >= 0).sum()} images of {split}, metric {chosen}")
@@ -111,7 +112,7 @@ def calibrate_tables(
     overlaps = MaskOverlaps(dataset) if masks else None
 
     def judge(chunk) -> JudgedChunk:
-        return judge_chunk(tables, preparation, rule, folds, chunk, overlaps)
+        return judge_chunk(tables, unweighted, rule, folds, chunk, overlaps)
 
     chunks = prefetch(judged_chunks(tables, folds, rows=settings.chunk_rows, masks=masks))
     progress = Progress(len(tables.image_ids), what="counting", unit="images", say=say)
@@ -132,7 +133,7 @@ def calibrate_tables(
         dataset=dataset,
         split=split,
         metric=chosen,
-        plan=make_plan(settings, tables, preparation.neutral()),
+        plan=make_plan(settings, tables, preparation.of_prepared()),
         tables=tables,
         rows=rows,
         images=images,

@@ -96,11 +96,16 @@ class Preparation:
             source, chunk.images[source], labels, models, scores, chunk.boxes[source]
         )
 
-    def neutral(self) -> "Preparation":
-        """For rows that were prepared already: what is still done after the operator."""
+    def unweighted(self) -> "Preparation":
+        """The same rows with the scores of their tables."""
+        return dataclasses.replace(self, weights=np.ones_like(self.weights), min_score=0.0)
+
+    def of_prepared(self) -> "Preparation":
+        """For rows that were prepared already: what is still to be done."""
         return Preparation(
             kept=np.ones_like(self.kept),
             weights=np.ones_like(self.weights),
+            min_score=self.min_score,
             expansion="after" if self.expansion == "after" else "none",
             parents=self.parents,
         )
