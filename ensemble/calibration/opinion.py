@@ -147,7 +147,9 @@ def features(
         np.maximum(boxes[:, 2] - boxes[:, 0], 0) * np.maximum(boxes[:, 3] - boxes[:, 1], 0)
     )
     own = np.stack([curves.logit(precisions), side, np.ones(n)], axis=1)
-    return np.concatenate([own[:, :1], found.reshape(n, -1), own[:, 1:]], axis=1)
+    return np.concatenate(
+        [own[:, :1], found.reshape(n, num_tables * _OF_A_TABLE), own[:, 1:]], axis=1
+    )
 
 
 def num_features(num_tables: int) -> int:
