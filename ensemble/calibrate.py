@@ -150,7 +150,7 @@ def calibrate_tables(
         labels=tuple(tables.labels),
         curves=[table.whole for table in fitted],
         ranks=class_ranks(counts, truth, None),
-        opinion=opinion if choice.best.recipe.opinion else None,
+        opinion=opinion if choice.opinion or choice.best.recipe.opinion else None,
         recipe=choice.best.recipe,
     )
     notes = _notes(tables, fitted, choice, split, chosen, len(images))

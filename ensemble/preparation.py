@@ -6,8 +6,8 @@ tuned on the very scores that it is used on:
 1. labels of another vocabulary are mapped, images of different coverage brought together;
 2. classes outside an expert's list are dropped;
 3. with expansion "before", detections are copied to their parent classes;
-4. scores become precisions, when the config names a calibration (`ensemble.calibrate`); with its
-   recipe the second opinion changes them, and the models that it leaves out are dropped;
+4. scores become precisions, when the config names a calibration (`ensemble.calibrate`), and its
+   second opinion changes them; by its recipe some models are dropped;
 5. scores are multiplied by the weights of model and class; those below `min_score` are dropped.
 
 Shape legend: T tables, K classes, n rows of a chunk, m prepared rows.
@@ -121,7 +121,7 @@ class Preparation:
         assert self.calibration is not None
         scores = self.calibration.precisions(models, labels, scores)
         opinion = self.calibration.opinion
-        if self.chosen is None or not self.calibration.recipe.opinion or opinion is None:
+        if opinion is None:
             return scores
         return opinion.apply(chunk.images[source], labels, models, scores, chunk.boxes[source])
 
@@ -191,14 +191,17 @@ def _read_calibration(
             )
         return None, None
     found = calibrations.load(settings.calibration)
-    missing = [name for name in found.recipe.models if name not in tables.names]
-    if by_recipe and found.recipe.opinion:
-        missing = [name for name in found.names if name not in tables.names]
-    if by_recipe and missing:
-        raise UserError(
-            f"{settings.calibration}: its recipe needs the tables {', '.join(found.names)}, "
-            f"--inputs lacks {missing[0]!r} (tables are given as name=path)"
-        )
+    if not (found.recipe.opinion if by_recipe else settings.opinion):
+        found = dataclasses.replace(found, opinion=None)
+    if by_recipe or found.opinion is not None:
+        needed = found.recipe.models if found.opinion is None else found.names
+        missing = [name for name in needed if name not in tables.names]
+        if missing:
+            what = "recipe" if by_recipe else "second opinion (--config.opinion=False: without)"
+            raise UserError(
+                f"{settings.calibration}: its {what} needs the tables {', '.join(needed)}, "
+                f"--inputs lacks {missing[0]!r} (tables are given as name=path)"
+            )
     found = found.arranged(tables.names, tables.labels, settings.calibration)
     return found, found.kept() if by_recipe else None
 

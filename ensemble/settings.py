@@ -151,6 +151,8 @@ class EnsembleSettings:
       min_score: weighted scores below it are dropped before the operator.
       calibration: JSON file of `ensemble.calibrate`, by which scores become precisions; may be
         empty.
+      opinion: whether the calibration's second opinion is used, if it has one; recipes say it
+        themselves.
       weights: of models and classes.
       operator: name and fields of an operator, see `ensemble.operators.make_operator`.
       tree: JSON file of `ensemble.search`, which takes the place of the operator; may be empty.
@@ -172,6 +174,7 @@ class EnsembleSettings:
     mask_match: Literal["boxes", "masks"]
     min_score: float
     calibration: str
+    opinion: bool
     weights: WeightSettings
     operator: Any
     tree: str

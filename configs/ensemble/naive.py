@@ -23,6 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.min_score = 0.0  # weighted scores below are dropped before the operator
 
     config.calibration = ""  # JSON file of ensemble.calibrate: scores become precisions
+    config.opinion = True  # with the calibration's second opinion, if it has one
 
     config.weights = dict(
         metrics="",  # JSON with AP per class, one file a table in the order of the inputs

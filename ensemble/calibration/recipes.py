@@ -51,12 +51,14 @@ class Choice(NamedTuple):
       best: that is taken.
       single: best table alone with its own scores.
       folds: mean of the figures of the folds one by one, of `best` and of `single`.
+      opinion: whether the second opinion makes the best ensemble of all tables better.
     """
 
     tried: list[Tried]
     best: Tried
     single: Tried
     folds: tuple[float, float]
+    opinion: bool
 
 
 def choose(
@@ -89,9 +91,11 @@ def choose(
     singles = [attempt(Recipe((name,), 0, False, ALONE)) for name in names]
     for name in names if len(names) > 1 else ():
         attempt(Recipe((name,), 0, True, ALONE))
+    whole = {False: [0.0], True: [0.0]}
     for operator in OPERATORS if len(names) > 1 else ():
-        for opinion in (False, True):
-            attempt(Recipe(tuple(names), 0, opinion, operator))
+        for opinion, scores in whole.items():
+            scores.append(attempt(Recipe(tuple(names), 0, opinion, operator)).score)
+    wins = max(whole[True]) > max(whole[False])
     while True:
         best = max(known.values(), key=lambda tried: tried.score)
         changed = [attempt(recipe) for recipe in neighbours(best.recipe)]
@@ -109,8 +113,8 @@ def choose(
             break
         of_folds = mean(candidate.recipe)
         if of_folds >= of_single:
-            return Choice(tried, candidate, single, (of_folds, of_single))
-    return Choice(tried, single, single, (of_single, of_single))
+            return Choice(tried, candidate, single, (of_folds, of_single), wins)
+    return Choice(tried, single, single, (of_single, of_single), wins)
 
 
 def neighbours(recipe: Recipe) -> list[Recipe]:

@@ -125,13 +125,18 @@ def flat_configs(metrics: str) -> dict[str, ConfigDict]:
 
 
 def calibrated_configs(calibration: str) -> dict[str, ConfigDict]:
-    configs = {
-        "calibrated: naive": naive.get_config(),
-        "calibrated: adj-NMS": adj_nms.get_config(),
-        "calibrated: voting": voting.get_config(),
-        "calibrated: wbf": naive.get_config("wbf"),
-        "calibrated: recipe": calibrated.get_config(),
-    }
+    configs = {}
+    for what, opinion in (("curves", False), ("opinion", True)):
+        configs |= {
+            f"{what}: naive": naive.get_config(),
+            f"{what}: adj-NMS": adj_nms.get_config(),
+            f"{what}: voting": voting.get_config(),
+            f"{what}: wbf": naive.get_config("wbf"),
+        }
+        for name, config in configs.items():
+            if name.startswith(what):
+                config.opinion = opinion
+    configs["recipe"] = calibrated.get_config()
     for config in configs.values():
         config.calibration = calibration
     return configs
@@ -207,7 +212,7 @@ def main():
     if mappings:
         run(bench, own, " without experts")
     search(bench, "tree", inputs, "")
-    search(bench, "calibrated: tree", inputs, str(work / "calibration.json"))
+    search(bench, "tree of calibrated", inputs, str(work / "calibration.json"))
     print("\n" + bench.report())
 
     notes = json.loads((work / "calibration.json").read_text())["notes"]
