@@ -125,7 +125,7 @@ def flat_configs(metrics: str) -> dict[str, ConfigDict]:
 
 
 def calibrated_configs(calibration: str) -> dict[str, ConfigDict]:
-    configs = {}
+    configs: dict[str, ConfigDict] = {}
     for what, opinion in (("curves", False), ("opinion", True)):
         configs |= {
             f"{what}: naive": naive.get_config(),
