@@ -104,25 +104,19 @@ class HeldOut:
     opinions: Float32[np.ndarray, " n"]
     ranks: Float[np.ndarray, "F T K"]
 
-    def score(self, recipe: Recipe, fold: int | None = None, *, raw: bool = False) -> float:
-        """Figure of what a recipe makes of the rows.
-
-        Args:
-          recipe: what is done.
-          fold: only the images of this fold.
-          raw: with the scores of the tables instead of calibrated ones.
-        """
+    def score(self, recipe: Recipe, fold: int | None = None) -> float:
+        """Figure of what a recipe makes of the rows, or of those of one fold."""
         figures = official.evaluate(
             self.metric,
             self.dataset,
             self.split,
-            self.merged(recipe, fold, raw=raw),
+            self.merged(recipe, fold),
             allow_partial=True,
             say=lambda _: None,
         )
         return next(iter(official.headline(self.metric, figures).values()))
 
-    def merged(self, recipe: Recipe, fold: int | None = None, *, raw: bool = False) -> Detections:
+    def merged(self, recipe: Recipe, fold: int | None = None) -> Detections:
         """What a recipe makes of the rows, as a table."""
         names = self.tables.names
         member = np.array([name in recipe.models for name in names])
@@ -134,7 +128,8 @@ class HeldOut:
             used &= folds == fold
             images = images[self.image_folds == fold]
         scores = self.opinions if recipe.opinion else self.precisions
-        if raw:
+        if len(recipe.models) == 1 and not recipe.opinion:
+            # One curve for all folds changes no ranking; five would, a little.
             scores = self.rows["scores"]
         used = np.flatnonzero(used)
         chunk = Chunk(

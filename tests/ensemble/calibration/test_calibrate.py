@@ -107,9 +107,9 @@ def test_a_calibrated_ensemble_is_no_worse_than_the_best_table(folder, calibrate
     config.max_detections = 0
     merge_tables(paths(folder), config, tmp_path / "m.parquet", **QUIET)
     name = MEAN_AP.format(0.5)
-    reached = evaluate_openimages(dataset, "report", tmp_path / "m.parquet", say=lambda _: None)
+    reached = evaluate_openimages(dataset, "tune", tmp_path / "m.parquet", say=lambda _: None)
     alone = [
-        evaluate_openimages(dataset, "report", path, say=lambda _: None)[name]
+        evaluate_openimages(dataset, "tune", path, say=lambda _: None)[name]
         for path in paths(folder)
     ]
     assert reached[name] >= max(alone)
