@@ -5,14 +5,12 @@ Shape legend: F folds, K classes, B bins of scores, g groups of detections in a 
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-import common.report
-from common.report.page import POLICY
+from common.report.frame import html_page
 from common.report.plots import COLOURS, svg_text
 from ensemble.calibration.counting import Counts
 from ensemble.calibration.curves import shifted
@@ -40,23 +38,23 @@ def build_page(
       choice: of the recipe.
       notes: of the calibration file.
     """
-    style = Path(common.report.__file__).with_name("style.css").read_text(encoding="utf-8")
-    title = f"Calibration on {notes['split']}"
     figures = "".join(
         f"<figure>{_without_head(draw_reliability(name, count, table))}</figure>"
         for name, count, table in zip(names, counts, fitted, strict=True)
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><header>"
-        f"<h1>{escape(title)}</h1><p>{notes['images']:,} images, metric "
-        f"{escape(notes['metric'])}.</p></header><main>"
-        f"<section><h2>Tables</h2>{_tables(names, fitted)}</section>"
-        f"<section><h2>Reliability</h2><p>Share of right detections over the score. A point on the "
-        "diagonal keeps its promise. Before: scores of the table; after: calibrated, each image by "
-        f"curves of the other folds. Bars: detections.</p>{figures}</section>"
-        f"<section><h2>Recipes</h2>{_recipes(choice)}</section></main></body></html>\n"
+    reliable = (
+        "<p>Share of right detections over the score. A point on the diagonal keeps its promise. "
+        "Before: scores of the table; after: calibrated, each image by curves of the other folds. "
+        f'Bars: detections.</p><div class="charts">{figures}</div>'
+    )
+    return html_page(
+        f"Calibration on {notes['split']}",
+        f"{notes['images']:,} images, metric {escape(notes['metric'])}.",
+        (
+            ("tables", "Tables", _tables(names, fitted)),
+            ("reliability", "Reliability", reliable),
+            ("recipes", "Recipes", _recipes(choice)),
+        ),
     )
 
 
@@ -69,11 +67,12 @@ def _tables(names: Sequence[str], fitted: Sequence[Fitted]) -> str:
         f'<td class="num">{min(table.losses.values()):.4f}</td></tr>'
         for name, table in zip(names, fitted, strict=True)
     )
-    heads = ["table", "form", "prior of class shifts", "ECE before", "ECE after"]
-    heads += ["log loss before", "log loss after"]
+    numbers = ["prior of class shifts", "ECE before", "ECE after"]
+    numbers += ["log loss before", "log loss after"]
+    heads = "".join(f'<th class="num">{text}</th>' for text in numbers)
     return (
-        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>'
-        f"</thead><tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll"><table><thead><tr><th>table</th><th>form</th>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -87,8 +86,8 @@ def _recipes(choice: Choice) -> str:
     return (
         "<p>Images scored by curves and opinions of the other folds; the best recipe that is not "
         "below the best table alone on the mean of the folds one by one is taken.</p>"
-        '<div class="scroll"><table><thead><tr><th>recipe</th><th>figure</th><th></th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        '<div class="scroll"><table><thead><tr><th>recipe</th><th class="num">figure</th><th></th>'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -123,7 +122,7 @@ def draw_reliability(name: str, counts: Counts, fitted: Fitted) -> str:
         enough = masses >= _LEAST
         axes.plot(
             promised[enough], found[enough], "o-", color=colour, markersize=4,
-            label=f"{what}, ECE {error:.3f}",
+            label=f"{what}, ECE {error:.4f}",
         )  # fmt: skip
         edges = (np.arange(_GROUPS) + 0.3 + 0.4 * number) / _GROUPS
         bars.bar(edges, masses, width=0.4 / _GROUPS, color=colour)
@@ -150,4 +149,4 @@ def reliability(
 
 def _without_head(svg: str) -> str:
     """An SVG file's text as an element of a page."""
-    return svg[svg.index("<svg") :]
+    return svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
