@@ -6,8 +6,8 @@
 Counts a number of steps (--steps; by default an epoch, at most 1,000) without reading photos: for
 each class the slots drawn for it, the photos and boxes of it that they show, and in how many
 batches none was drawn for it, beside its photos and boxes in the training set. The table goes to
-the screen (the rarest and the most frequent classes) and whole to --csv; the picture shows each
-class's share of the boxes in the training set and in the batches.
+the screen (the rarest and the most frequent classes that have photos) and whole to --csv; the
+picture shows each class's share of the boxes in the training set and in the batches.
 """
 
 import csv
@@ -72,7 +72,8 @@ def picture(table: list[tuple], title: str) -> str:
 
 
 def text(table: list[tuple], ends: int) -> str:
-    """The table for the screen: `ends` rows from each of its ends."""
+    """The table for the screen: of the classes with photos `ends` rows from each end."""
+    table = [row for row in table if row[2]]
     shown = table if len(table) <= 2 * ends else [*table[:ends], None, *table[-ends:]]
     heads = ("class", *COLUMNS[2:])
     lines = [f"{heads[0]:28}" + "".join(f"{head:>12}" for head in heads[1:])]
