@@ -161,6 +161,27 @@ def test_photos_with_exif_orientation_turn_as_displayed(orientation):
     np.testing.assert_array_equal(plain, turned)
 
 
+@pytest.mark.parametrize("full", [(700, 900), (260, 340)])  # enlarged, shrunk
+def test_of_a_large_photo_the_part_is_decoded_that_is_turned(monkeypatch, full):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 8
+    smooth = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
+    smooth.save(file, "jpeg", quality=90, exif=exif)
+    shape = (full[0] // 4, full[1] // 4)
+    geometry = placement.Geometry(full, (full[0] // 3, full[1] // 3), shape, True, 0.3)
+    whole = placement.draw_content(images.open_photo(file.getvalue()), geometry).astype(int)
+    sizes = []
+    decode_part = images._decode_part
+    monkeypatch.setattr(
+        images, "_decode_part", lambda *a: sizes.append(decode_part(*a)) or sizes[-1]
+    )
+    monkeypatch.setattr(placement, "_LARGE", 0)
+    part = placement.draw_content(images.open_photo(file.getvalue()), geometry)
+    assert np.prod(sizes[0].image.size) < 0.4 * np.prod(sizes[0].extent)
+    assert np.abs(part - whole).max() <= 2
+
+
 def test_shrunk_photos_are_antialiased():
     """Stripes of one pixel become grey: nothing of them may shimmer in a turned photo either."""
     stripes = np.zeros((400, 400, 3), np.uint8)
