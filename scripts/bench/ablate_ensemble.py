@@ -7,8 +7,8 @@
 Merges with `ensemble.merge`, after `ensemble.calibrate` and `ensemble.search` on the split `--tune`
 alone; the other one is only scored (paper: tables 3 and 4, section 4.2). Tables may be results in
 COCO's form. For openimages tables are copied to parent classes first. Tables of another vocabulary
-(`--mappings`) join the ensembles as experts: the steps are repeated without them, and the figure of
-their classes is printed for both. WORK keeps tables.
+(`--mappings`) join the ensembles as experts: some steps are repeated without them, and the figure
+of their classes is printed for all. WORK keeps tables.
 
 At the end: the error of calibration before and after, and what cannot be beaten, the best table of
 each class and the best ranking of the recipe's boxes, both chosen by the truth of `--report`.
@@ -158,8 +158,8 @@ def search(bench: Bench, step: str, inputs: Sequence[str], calibration: str) -> 
     bench.merge(step, inputs, config)
 
 
-def run(bench: Bench, inputs: Sequence[str], suffix: str) -> Path:
-    """All ensembles of these tables; returns the table of the recipe."""
+def run(bench: Bench, inputs: Sequence[str], suffix: str, only: Sequence[str] = ()) -> Path:
+    """Flat ensembles of these tables, all or `only` some; returns the table of the last."""
     directory = str(bench.dataset.directory)
     names = parse_inputs(inputs)[1]
     metrics = ",".join(f"{name}={bench.work / name}.json" for name in names)
@@ -172,6 +172,8 @@ def run(bench: Bench, inputs: Sequence[str], suffix: str) -> Path:
     recipe = Path()
     steps = {**flat_configs(metrics), **calibrated_configs(str(calibration))}
     for step, config in steps.items():
+        if only and step not in only:
+            continue
         config.dataset = directory
         recipe = bench.merge(step + suffix, inputs, config)
     return recipe
@@ -210,7 +212,7 @@ def main():
     }
     recipe = run(bench, inputs, "")
     if mappings:
-        run(bench, own, " without experts")
+        run(bench, own, " without experts", only=("naive ensemble", "opinion: wbf", "recipe"))
     search(bench, "tree", inputs, "")
     search(bench, "tree of calibrated", inputs, str(work / "calibration.json"))
     print("\n" + bench.report())
