@@ -3,6 +3,7 @@
 Shape legend: F folds, K classes, B bins of scores, g groups of detections in a diagram.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -39,7 +40,7 @@ def build_page(
       notes: of the calibration file.
     """
     figures = "".join(
-        f"<figure>{_without_head(draw_reliability(name, count, table))}</figure>"
+        f"<figure>{_image(name, draw_reliability(name, count, table))}</figure>"
         for name, count, table in zip(names, counts, fitted, strict=True)
     )
     reliable = (
@@ -55,6 +56,15 @@ def build_page(
             ("reliability", "Reliability", reliable),
             ("recipes", "Recipes", _recipes(choice)),
         ),
+    )
+
+
+def _image(name: str, svg: str) -> str:
+    """A picture of its own: several SVG elements in one page would share ids."""
+    data = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<img alt="Reliability of {escape(name, quote=True)}" style="max-width:100%" '
+        f'src="data:image/svg+xml;base64,{data}">'
     )
 
 
@@ -145,8 +155,3 @@ def reliability(
     found = np.bincount(group, hits.reshape(-1), _GROUPS)
     safe = np.maximum(masses, 1e-9)
     return promised / safe, found / safe, masses
-
-
-def _without_head(svg: str) -> str:
-    """An SVG file's text as an element of a page."""
-    return svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)

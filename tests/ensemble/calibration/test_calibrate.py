@@ -17,6 +17,7 @@ from ensemble.calibration.calibration import Calibration, Recipe
 from ensemble.calibration.curves import ClassCurves, Curve
 from ensemble.merge import merge_tables
 from tests.ensemble.scenes import LABELS, MODELS, make_scene, paths
+from tests.pages import Page
 
 QUIET = dict(say=lambda *_, **__: None)
 WHOLE = Recipe(tuple(MODELS), 0, False, {"name": "nms", "iou_threshold": 0.5})
@@ -114,7 +115,8 @@ def test_a_calibrated_ensemble_is_no_worse_than_the_best_table(folder, calibrate
     ]
     assert reached[name] >= max(alone)
     page = output.with_suffix(".html").read_text()
-    assert page.count("<svg") == 3 and "taken" in page and "<?xml" not in page
+    assert len(Page(page).addresses) == 1 + 3 + 3  # to the content, the sections; pictures
+    assert "taken" in page and page.count('<img alt="Reliability of') == 3
 
 
 def test_a_file_reads_back_as_it_was_written(calibrated_scene, tmp_path):
