@@ -23,6 +23,7 @@ from common.io.parallel import behind
 from common.io.progress import Progress
 from common.nn.layers.norm import Norm
 from common.training import distributed
+from common.training.compiling import announced
 from common.training.distributed import DATA_AXIS
 from common.training.step import variable_shapes
 from detection.batch_fields import init_shapes, train_shapes
@@ -85,7 +86,7 @@ def recompute_batch_stats(
         {"params": variables["params"], "batch_stats": flax.traverse_util.unflatten_dict(start)},
         mesh,
     )
-    measure = jax.jit(make_measure_step(model, mesh))
+    measure = announced(jax.jit(make_measure_step(model, mesh)), "norms", say)
     progress = Progress(
         num_batches, settings.data.batch_size, mesh.size, what="batch statistics", say=say
     )

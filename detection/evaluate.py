@@ -25,14 +25,13 @@ from common.io.errors import UserError
 from common.io.paths import PathLike
 from common.metrics.official import evaluate
 from common.metrics.readiness import check_metric, evaluation_split
-from common.tables.table import remove_table
 from common.training import command, distributed, watch
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
 from detection import watch as watching
 from detection.batch_fields import init_shapes
-from detection.inference import predict_split
+from detection.inference import clear_table, predict_split
 from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import FasterRCNN, build
 from detection.refine import mean_overlaps, refine_table
@@ -79,9 +78,7 @@ def evaluate_variables(
         return {}
     name = f"{split}_test_time" if test_time else split
     table = folder / f"{name}.parquet"
-    if distributed.is_main_process():
-        remove_table(table)  # of another number of processes: a file or a folder of shards
-    distributed.barrier("remove_table")
+    clear_table(table)
     options: dict[str, Any] = dict(step=step, say=say)
     if isinstance(model, BoxRefiner):
         proposals = settings.evaluation.proposals

@@ -21,6 +21,7 @@ from common.io.paths import PathLike
 from common.io.progress import Progress
 from common.masks.paste import PASTING_THREADS, box_masks
 from common.tables import DetectionsWriter
+from common.tables.table import remove_table
 from common.training import distributed
 from common.training.compiling import announced
 from common.training.preemption import stoppable
@@ -121,6 +122,16 @@ def fetch_detections(
     """
     detections = distributed.to_host(results)
     return detections | {"boxes": detections["boxes"] / box_ops.per_side(image_size)[:, None]}
+
+
+def clear_table(table: PathLike) -> None:
+    """Makes room for a table where another number of processes left one; all processes call it.
+
+    One process writes a file, several a folder of shards.
+    """
+    if distributed.is_main_process():
+        remove_table(table)
+    distributed.barrier("clear_table")
 
 
 def table_metadata(

@@ -38,6 +38,7 @@ from common.tables import DetectionsReader, DetectionsWriter
 from common.tables.masked import RowMasks, write_with_masks
 from common.tables.table import Detections
 from common.training import distributed
+from common.training.compiling import announced
 from common.training.distributed import DATA_AXIS
 from detection.batch_fields import INFERENCE_FIELDS, REFINER_FIELDS
 from detection.inference import finish_behind
@@ -146,7 +147,7 @@ class _Outliner:
         self._data = dataclasses.replace(settings.data, max_proposals=count, sources=())
         self._settings, self._model, self._variables = settings, model, variables
         self._dataset, self._boxes, self._mesh = dataset, boxes, mesh
-        self._errors = PhotoErrors(settings.data.on_image_error)
+        self._errors, self._say = PhotoErrors(settings.data.on_image_error), say
         self._skipped = self._done = 0
         total = int(boxes.counts.sum())
         self._progress = Progress(total, what="outline", unit="boxes", say=say)
@@ -179,7 +180,7 @@ class _Outliner:
         batches, members = proposal_batches(
             self._dataset, self._boxes, places, self._data, batch_size=batch_size * self._mesh.size
         )
-        run = outline_step(self._model, self._mesh)
+        run = announced(outline_step(self._model, self._mesh), "mask head", self._say)
         for number, batch in enumerate(self._progress.timed(batches)):
             rows, _, classes, _ = pieces.of(members[number], self._data.max_proposals)
             fields = {name: batch[name] for name in REFINER_FIELDS} | {"classes": classes}
@@ -204,7 +205,7 @@ class _Outliner:
                 sides = (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
                 valid = real & photos.readable[:, None] & sides
                 given = distributed.to_global(dict(boxes=boxes, classes=classes, valid=valid), mesh)
-                what = (self._variables, on_devices, given, views)
+                what = (self._variables, on_devices, given, views, self._say)
                 maps = view_steps.mean_masks(self._model, mesh, *what)
                 yield Started(rows, valid, photos.size, maps)
                 on_devices, photos = [[] for _ in layout.canvases], None

@@ -39,6 +39,7 @@ from common.training.step import (
     init_state,
     jit_train_step,
     make_predict_step,
+    scheduled,
     variable_shapes,
 )
 from common.training.watchdog import MetricsCheck, StallWatchdog
@@ -92,7 +93,7 @@ def pretrain_in(
         settings.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
     )
     shapes = variable_shapes(model, init_batch(settings.data))
-    tx = make_optimizer(settings.optimizer, schedule, shapes["params"])
+    tx = make_optimizer(settings.optimizer, shapes["params"])
     log_parameter_overview(shapes["params"], say)
 
     # ---------------------------------------------------------------- state
@@ -109,7 +110,8 @@ def pretrain_in(
         say,
         whole_batch=settings.model.norm == "sync",
     )
-    train_step = announced(jit_train_step(model, tx, mesh, accumulate), "training step", say)
+    train_step = scheduled(jit_train_step(model, tx, mesh, accumulate), schedule, mesh)
+    train_step = announced(train_step, "training step", say)
     predict = announced(jax.jit(make_predict_step(model, mesh)), "evaluation step", say)
     fields = init_batch(settings.data).keys()
     batches = train_batches(

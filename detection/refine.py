@@ -30,6 +30,7 @@ from common.metrics.coverage import split_images
 from common.metrics.openimages import best_overlaps
 from common.tables import DetectionsReader, DetectionsWriter
 from common.training import distributed
+from common.training.compiling import announced
 from common.training.preemption import stoppable
 from detection.batch_fields import REFINER_FIELDS
 from detection.inference import compiled_predict_step
@@ -153,7 +154,7 @@ def refine_table(
         first, total = np.cumsum(sizes) - sizes, int(sizes.sum())
         new = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(max(total, 1), 4))
         moved = np.zeros(total, bool)
-        predict = compiled_predict_step(model, local_mesh)
+        predict = announced(compiled_predict_step(model, local_mesh), "box refiner", say)
 
         def refined() -> Iterator[Rows]:
             started = (

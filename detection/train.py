@@ -35,7 +35,7 @@ from common.training.optimizer import (
 )
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
-from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
+from common.training.step import TrainState, init_state, jit_train_step, scheduled, variable_shapes
 from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import keep_classes
 from detection.batch_fields import init_shapes, train_shapes
@@ -113,7 +113,7 @@ def train_in(
     )
     shapes = variable_shapes(model, init_shapes(settings.data))
     frozen = frozen_pattern(settings.model)
-    tx = make_optimizer(settings.optimizer, schedule, shapes["params"], frozen)
+    tx = make_optimizer(settings.optimizer, shapes["params"], frozen)
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     # ---------------------------------------------------------------- state
@@ -137,7 +137,8 @@ def train_in(
         say,
         whole_batch=settings.model.needs_whole_batch,
     )
-    train_step = announced(jit_train_step(model, tx, mesh, accumulate), "training step", say)
+    train_step = scheduled(jit_train_step(model, tx, mesh, accumulate), schedule, mesh)
+    train_step = announced(train_step, "training step", say)
     fields = train_shapes(settings.data, 1, dataset.num_classes).keys()
     batches = train_batches(
         dataset,

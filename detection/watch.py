@@ -11,6 +11,7 @@ from common.io.paths import PathLike
 from common.metrics import openimages, openimages_masks
 from common.training.restore import restore_variables
 from common.training.watch import watch
+from detection.inference import clear_table
 from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
@@ -53,6 +54,7 @@ def watch_training(
         photos = flags.FLAGS.export_split or split
         name = "best" if wanted == "best" else f"{step}"
         output = folder / "export" / f"{photos}_{name}.parquet"
+        clear_table(output)
         detect_split(settings, model, variables, dataset, photos, mesh, output, step=step, say=say)
         say(f"wrote {output}: step {step}", flush=True)
 

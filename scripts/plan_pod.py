@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -31,7 +32,7 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.nn.layers import norm
 from common.training import distributed
-from common.training.optimizer import OptimizerSettings, make_optimizer, make_schedule, total_steps
+from common.training.optimizer import OptimizerSettings, make_optimizer, total_steps
 from common.training.pod import flops, topologies
 from common.training.step import init_state, jit_train_step, variable_shapes
 from detection import batch_fields
@@ -99,15 +100,15 @@ def compile_train_step(
     steps_per_epoch = max(photos // batch_size, 1)
     model, init_batch, batch, frozen, optimizer, images = program(config, num_classes, batch_size)
     shapes = variable_shapes(model, init_batch)
-    schedule = make_schedule(optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
-    tx = make_optimizer(optimizer, schedule, shapes["params"], frozen)
+    tx = make_optimizer(optimizer, shapes["params"], frozen)
     state = jax.eval_shape(lambda: init_state(model, tx, config.seed, init_batch))
     step = jit_train_step(model, tx, mesh, optimizer.accumulate)
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
     start = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(state, batch, rate).compile()
     seconds = time.perf_counter() - start
     traffic = topologies.traffic(compiled)
-    step_flops = flops.count(step, state, batch)
+    step_flops = flops.count(step, state, batch, rate)
     steps = total_steps(optimizer, steps_per_epoch)
     return {
         "config": config.name,

@@ -30,6 +30,7 @@ from common.io.parallel import behind
 from common.io.progress import Progress
 from common.metrics.readiness import check_masks, evaluation_split
 from common.training import command, distributed, watch
+from common.training.compiling import announced
 from common.training.preemption import stoppable
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
@@ -60,6 +61,7 @@ def evaluate_variables(
     split = split or settings.data.eval_split
     batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
     measure = evaluation_step(model, dataset.num_classes, settings.test.flip, mesh)
+    measure = announced(measure, "segmenter", say)
     batches = eval_batches(
         dataset,
         split,

@@ -77,7 +77,7 @@ def add_masks(
         raise UserError(f"{boxes}: found a table without rows, expected boxes to segment")
     image_rows = find_photos(dataset, reader)
     own = _part(len(reader.image_ids), jax.process_index(), jax.process_count())
-    panel = Panel(networks, voters, rule, mesh)
+    panel = Panel(networks, voters, rule, mesh, say)
     batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
     metadata = {
         **reader.metadata,

@@ -1,7 +1,7 @@
 """The trained networks whose opinions on a box export puts together, and the crops they look at."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from common.data.dataset import Dataset
 from common.data.model_classes import ModelClasses, read_model_classes, with_model_classes
 from common.io.errors import UserError
 from common.training import distributed
+from common.training.compiling import announced
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
 from common.training.workdir import read_config
@@ -108,8 +109,23 @@ class Panel:
       weights: how many voters each probability map is the mean of, view by view.
     """
 
-    def __init__(self, networks: Sequence[Network], voters: Sequence[Voter], rule: str, mesh: Mesh):
-        """`rule`: of `common.masks.vote`; with 'mean' a view has one map: its voters' mean."""
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        voters: Sequence[Voter],
+        rule: str,
+        mesh: Mesh,
+        say: Callable,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          networks: that vote.
+          voters: each with its network.
+          rule: of `common.masks.vote`; with 'mean' a view has one map: its voters' mean.
+          mesh: of the devices.
+          say: where it is said what compiles.
+        """
         mean = rule == "mean"
         self.views = list(dict.fromkeys(networks[v.network].view for v in voters))
         self.weights: list[int] = []
@@ -125,6 +141,7 @@ class Panel:
                 mean,
                 mesh,
             )
+            step = announced(step, "segmenters", say)
             self._steps.append((step, tuple(networks[i].variables for i in chosen)))
             self.weights += [len(members)] if mean else [1] * len(members)
 

@@ -21,8 +21,10 @@ from absl import flags
 from common.io.command_line import asks_for_help, help_text, parse_flags
 from common.io.errors import UserError
 
-# Before anything imports TensorFlow, which would report its build options at every start.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Before anything imports TensorFlow, which would report its build options at every start, or XLA,
+# which takes compilations of more than two minutes for errors (`common.training.compiling` tells
+# of them). 3 keeps what ends a process; what a user sets counts.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 

@@ -3,7 +3,8 @@
 A mask's frame is the whole photo, whatever its resolution: the PNG files of OpenImages are of other
 sizes than the photos. A pixel of another frame or of a window takes the mask's value at its centre
 (nearest sampling), so that nothing is blurred and no threshold is needed. Polygons have no
-resolution: they are drawn in the frame that is asked for, by COCO's rule.
+resolution: they are drawn in the frame that is asked for, by COCO's rule. An object that falls
+between all pixels of a frame does not vanish: it gets the pixels that its own pixels lie in.
 
 Shape legend: H, W the frame asked for; h, w a window.
 """
@@ -91,7 +92,11 @@ class MaskReader:
             result = rle.decode(counts, size)
             result[~_centres(ymin, ymax, height, size[0])[1]] = False
             result[:, ~_centres(xmin, xmax, width, size[1])[1]] = False
-            return result
+            if result.any() or not (area := _covered(box, (height, width))):
+                return result
+            shape = (area[3] - area[1], area[2] - area[0])
+            drawn = rle.decode(self._draw(row, entry, area[:2], (1.0, 1.0), shape), shape)
+            return _lying_in(drawn, area[:2], (height, width), box, size)
         frame = (
             self._open_png(row, entry["png"])
             if "png" in entry
@@ -105,15 +110,16 @@ class MaskReader:
             y, x = y[inside_y], x[inside_x]
             area = (x[0], y[0], x[-1] + 1, y[-1] + 1)
             result[np.ix_(inside_y, inside_x)] = _cut(frame, area)[np.ix_(y - area[1], x - area[0])]
-        return result
+        if result.any() or not (area := _covered(box, (height, width))):
+            return result
+        return _lying_in(_cut(frame, area), area[:2], (height, width), box, size)
 
     def rle(self, row: int, size: tuple[int, int]) -> bytes | None:
         """Compressed counts in a frame of this height and width.
 
         Returns:
-          None where the box has no mask or an empty one. Sampled are the centres of the pixels; an
-          object that lies between all of them keeps the pixels that it lies in. (Polygons that
-          vanish in a frame smaller than the photo give the counts of an empty mask.)
+          None where the box has no mask, or one without a pixel in its own frame (for polygons, in
+          the photo). Sampled are the centres of the pixels.
 
         Raises:
           MaskError: the mask cannot be read.
@@ -125,19 +131,13 @@ class MaskReader:
             height, width = self._photo_size(row)
             scale = (size[1] / width, size[0] / height)
             counts = self._draw(row, entry, (0.0, 0.0), scale, size)
-            if rle.areas([counts])[0]:
-                return counts
-            same = tuple(size) == (height, width)
-            return None if same or self.rle(row, (height, width)) is None else counts
+            return counts if rle.areas([counts])[0] else self._between_pixels(row, size)
         if "png" not in entry:
             counts, own_size = self._run_lengths(row, entry)
             if not rle.areas([counts])[0]:
                 return None
             resized = rle.resize([counts], own_size, size)[0]
-            if rle.areas([resized])[0]:
-                return resized
-            rows, columns = np.nonzero(rle.decode(counts, own_size))
-            return _lies_in(rows, columns, own_size, size)
+            return resized if rle.areas([resized])[0] else self._between_pixels(row, size)
         image = self._open_png(row, entry["png"])
         area = image.getbbox()
         if area is None:
@@ -148,9 +148,13 @@ class MaskReader:
         left, right = np.searchsorted(x, [x0, x1]).tolist()
         pixels = _cut(image, area)[np.ix_(y[top:bottom] - y0, x[left:right] - x0)]
         if not pixels.any():
-            rows, columns = np.nonzero(_cut(image, area))
-            return _lies_in(rows + y0, columns + x0, (image.height, image.width), size)
+            return self._between_pixels(row, size)
         return rle.encode_window(pixels, top, left, size)
+
+    def _between_pixels(self, row: int, size: tuple[int, int]) -> bytes | None:
+        """Counts of a mask that no pixel of a frame samples; None where it is empty."""
+        pixels = self.window(row, (0.0, 0.0, 1.0, 1.0), size)
+        return rle.encode([pixels])[0] if pixels.any() else None
 
     def is_empty(self, row: int) -> bool:
         """Whether a box has no mask, or one without a pixel in its own frame.
@@ -289,18 +293,40 @@ class MaskReader:
         )
 
 
-def _lies_in(
-    rows: Int[np.ndarray, " p"],
-    columns: Int[np.ndarray, " p"],
-    frame: Sequence[int],
+def _covered(
+    box: Sequence[float] | Float[np.ndarray, " 4"], frame: tuple[int, int]
+) -> tuple[int, int, int, int] | None:
+    """Pixels of a frame of (height, width) in a window, xmin, ymin, xmax, ymax; None without."""
+    (xmin, ymin, xmax, ymax), (height, width) = map(float, box), frame
+    x0, y0 = max(math.floor(xmin * width), 0), max(math.floor(ymin * height), 0)
+    x1, y1 = min(math.ceil(xmax * width), width), min(math.ceil(ymax * height), height)
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def _lying_in(
+    part: Bool[np.ndarray, "p q"],
+    corner: tuple[int, int],
+    frame: tuple[int, int],
+    box: Sequence[float] | Float[np.ndarray, " 4"],
     size: tuple[int, int],
-) -> bytes:
-    """Counts, in a frame of `size`, of the pixels in which pixels of another frame lie."""
-    rows, columns = rows * size[0] // frame[0], columns * size[1] // frame[1]
-    top, left = int(rows.min()), int(columns.min())
-    pixels = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
-    pixels[rows - top, columns - left] = True
-    return rle.encode_window(pixels, top, left, size)
+) -> Bool[np.ndarray, "h w"]:
+    """The pixels of a window in which centres of foreground pixels of a frame lie.
+
+    Args:
+      part: of the frame.
+      corner: x and y of its first pixel.
+      frame: height and width.
+      box: the window in it, normalised xmin, ymin, xmax, ymax.
+      size: height and width of the result.
+    """
+    xmin, ymin, xmax, ymax = map(float, box)
+    rows, columns = np.nonzero(part)
+    y = ((rows + corner[1] + 0.5) / frame[0] - ymin) / (ymax - ymin) * size[0]
+    x = ((columns + corner[0] + 0.5) / frame[1] - xmin) / (xmax - xmin) * size[1]
+    inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+    result = np.zeros(size, bool)
+    result[y[inside].astype(int), x[inside].astype(int)] = True
+    return result
 
 
 def same_shape(size: Sequence[int], photo: Sequence[int]) -> bool:

@@ -3,7 +3,8 @@
 Small, medium and large are told apart by the area of the segment, as official, if the dataset
 holds it (made from COCO files); else by the area of the box, so that the figures by size are only
 close to the official ones. Group-of boxes are COCO's crowds. Images are taken as exhaustively
-annotated; verified image-level labels play no part.
+annotated; verified image-level labels play no part. An object without mask among others with masks
+counts as one of an empty mask, which the official tools can read and nothing matches.
 
 Shape legend: n rows of one chunk.
 """
@@ -21,6 +22,7 @@ from common.data.dataset import GROUP_OF, Dataset
 from common.io.errors import UserError
 from common.metrics.coverage import checked_masks, image_ranks, open_split, selected_chunks
 from common.tables import Detections
+from common.tables.ranges import rows_of
 
 # In the order of the official summary.
 NAMES = (
@@ -62,6 +64,8 @@ def evaluate_coco(
     source, indices, name = open_split(dataset, split, detections, allow_partial, say)
     images = indices[indices >= 0]
     require_sizes(dataset, images, "COCO AP")
+    if masks:
+        require_masks(dataset, images, say)
     ranks = image_ranks(dataset, images)
     ground_truth = _ground_truth(dataset, ranks, masks)
     if not ground_truth["annotations"]:
@@ -135,6 +139,40 @@ def require_sizes(dataset: Dataset, images: Int[np.ndarray, " i"], what: str) ->
         )
 
 
+def require_masks(
+    dataset: Dataset, images: Int[np.ndarray, " i"], say: Callable[[str], None]
+) -> None:
+    """Refuses images without masks as COCO's tools read them; says how many boxes have none."""
+    owner, rows = rows_of(dataset.box_offsets, images)
+    offsets = dataset.mask_offsets
+    has_mask = np.zeros(len(rows), bool)
+    if offsets is not None:
+        has_mask = np.asarray(offsets[rows + 1]) > np.asarray(offsets[rows])
+    if not len(rows):
+        return
+    expected = "expected polygons or run lengths, as COCO and LVIS files have them"
+
+    def named(place: int) -> str:
+        image, row = images[owner[place]], rows[place]
+        label = dataset.class_labels[int(dataset.box_classes[row])]
+        number = row - int(dataset.box_offsets[image])
+        return f"image {dataset.image_id(image)!r}, box {number} ({label})"
+
+    if not has_mask.any():
+        raise UserError(f"{dataset.directory}: {named(0)} has no mask, nor has another; {expected}")
+    first = int(np.argmax(has_mask))
+    image, row = images[owner[first]], rows[first]
+    mask = dataset.image_masks(image)[row - int(dataset.box_offsets[image])]
+    if isinstance(mask, dict) and "counts" not in mask:
+        raise UserError(f"{dataset.directory}: {named(first)} has a PNG file as mask, {expected}")
+    if not has_mask.all():
+        missing = int((~has_mask).sum())
+        say(
+            f"note: {dataset.directory}: {missing} of {len(rows)} boxes have no mask, so that "
+            f"nothing matches them; the first: {named(int(np.argmin(has_mask)))}"
+        )
+
+
 def check_masks(
     chunk: Detections, sizes: Int[np.ndarray, "n 2"], name: str
 ) -> tuple[np.ndarray, Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
@@ -168,7 +206,7 @@ def truth_annotations(
         if dataset.box_areas is not None:
             areas = segment_areas(dataset.box_areas[first:last], np.array([[height, width]]))
         elif masks:
-            areas = [_segment_area(dataset, image, s, height, width) for s in segments]
+            areas = [_segment_area(_segment(s, height, width), height, width) for s in segments]
         crowds = (np.asarray(flags) & GROUP_OF) > 0
         columns = (pixels.tolist(), classes.tolist(), crowds, map(float, areas), segments)
         for box, label, crowd, area, segment in zip(*columns, strict=True):
@@ -182,7 +220,7 @@ def truth_annotations(
                 "iscrowd": int(crowd),
             }
             if masks:
-                annotation["segmentation"] = _segment(dataset, image, segment)
+                annotation["segmentation"] = _segment(segment, height, width)
             yield annotation
 
 
@@ -197,26 +235,19 @@ def truth_masks(dataset: Dataset, image: int) -> Iterator[bytes]:
     """Compressed run lengths of the boxes of an image, in its size."""
     height, width = dataset.image_sizes[image].tolist()
     for segment in dataset.image_masks(image):
-        segment = _segment(dataset, image, segment)
+        segment = _segment(segment, height, width)
         counts = segment["counts"] if isinstance(segment, dict) else None
         if not isinstance(counts, str):
             counts = coco_mask.segmToRle(segment, width, height)["counts"]
         yield counts.encode() if isinstance(counts, str) else counts
 
 
-def _segment(dataset: Dataset, image: int, segment: Any) -> Any:
-    """Polygons or run lengths of a box."""
-    if segment is None or (isinstance(segment, dict) and "counts" not in segment):
-        actual = "no mask" if segment is None else "a PNG file as mask"
-        raise UserError(
-            f"{dataset.directory}: a box of image {dataset.image_id(image)!r} has {actual}, "
-            "expected polygons or run lengths, as COCO and LVIS files have them for every box"
-        )
-    return segment
+def _segment(segment: Any, height: int, width: int) -> Any:
+    """Polygons or run lengths of a box; those of no pixel where it has none."""
+    return {"size": [height, width], "counts": [height * width]} if segment is None else segment
 
 
-def _segment_area(dataset: Dataset, image: int, segment: Any, height: int, width: int) -> float:
-    segment = _segment(dataset, image, segment)
+def _segment_area(segment: Any, height: int, width: int) -> float:
     return float(coco_mask.area(coco_mask.segmToRle(segment, width, height)))
 
 

@@ -25,7 +25,14 @@ from common.io.errors import UserError
 from common.io.parallel import map_ordered
 from common.io.progress import Progress
 from common.masks import rle
-from common.metrics.coco import check_masks, pixel_boxes, require_sizes, segment_areas, truth_masks
+from common.metrics.coco import (
+    check_masks,
+    pixel_boxes,
+    require_masks,
+    require_sizes,
+    segment_areas,
+    truth_masks,
+)
 from common.metrics.coverage import image_ranks, open_split, selected_chunks
 from common.metrics.lvis_matching import AREA_RANGES, THRESHOLDS, Shapes, match, outside_ranges
 from common.tables import Detections, DetectionsReader
@@ -91,6 +98,8 @@ def evaluate_lvis(
     source, indices, name = open_split(dataset, split, detections, allow_partial, say)
     images = np.sort(indices[indices >= 0])
     require_sizes(dataset, images, "LVIS AP")
+    if masks:
+        require_masks(dataset, images, say)
     truth = _read_truth(dataset, images, masks)
     if not len(truth.keys):
         raise UserError(f"{dataset.directory}: split {split!r} has no ground-truth boxes")

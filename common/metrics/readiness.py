@@ -6,7 +6,7 @@ import numpy as np
 
 from common.data.dataset import Dataset
 from common.io.errors import UserError
-from common.metrics.coco import require_sizes
+from common.metrics.coco import require_masks, require_sizes
 from common.tables.ranges import rows_of
 
 _USUAL = "validation"
@@ -79,3 +79,5 @@ def check_metric(dataset: Dataset, split: str, metric: str) -> None:
         )
     if kind in ("coco", "lvis"):
         require_sizes(dataset, images, f"metric {metric}")
+        if masks:
+            require_masks(dataset, images, lambda _: None)

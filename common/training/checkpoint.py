@@ -12,6 +12,7 @@ All processes of a run share DIRECTORY (a common file system or `gs://`) and cal
 import contextlib
 import logging
 import os
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,7 +40,13 @@ from common.training.checkpoint_items import (
 )
 
 _MAX_NAMED = 4  # differing parameters spelled out in an error
+_TRIES = 10  # to read the newest checkpoint before the training beside removes it
+_REMOVING_SECONDS = 2.0  # that the files of a checkpoint go one after another
 COMMITTED = "commit_success.txt"  # orbax writes it last
+
+
+class CheckpointRemoved(UserError):
+    """A checkpoint went while it was read: the training beside keeps newer ones."""
 
 
 class Checkpoints:
@@ -184,7 +191,7 @@ class Checkpoints:
         """Reads what evaluation and export need: params and batch_stats.
 
         Args:
-          step: None means the newest.
+          step: None means the newest, see `restore_newest`.
           abstract: {'params': ..., 'batch_stats': ...}, as `abstract_state` of `restore`; None
             takes what the checkpoint has, as NumPy arrays.
 
@@ -194,10 +201,33 @@ class Checkpoints:
         Raises:
           UserError: as `restore`.
         """
+        if step is None:
+            return self.restore_newest(abstract)[1:]
         step = self.choose_step(step)
         wanted = None if abstract is None else to_nested_dict(dict(abstract))
         read = self._read(step, {"model": wanted})
         return {field: read["model"].get(field, {}) for field in MODEL_FIELDS}, read["extra"]
+
+    def restore_newest(
+        self, abstract: Mapping[str, Any] | None = None
+    ) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Step, and `restore_params`, of the newest checkpoint beside a training that saves more.
+
+        One that the training removes while it is read is given up for the next. (Not with several
+        processes: those that could read it would wait for the others.)
+
+        Raises:
+          UserError: as `restore`.
+        """
+        for left in reversed(range(_TRIES)):
+            step = self.choose_step(None)
+            try:
+                return step, *self.restore_params(step, abstract)
+            except CheckpointRemoved as error:
+                if not left or jax.process_count() > 1:
+                    raise
+                _print_once(f"note: {error}; the next one is taken")
+        raise AssertionError("unreachable")
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The `extra` of a save (None: of the newest) alone, cheap.
@@ -235,7 +265,8 @@ class Checkpoints:
           UserError: there is no such checkpoint, or processes see different ones.
         """
         self.wait()
-        steps = self.all_steps()
+        # The second look is for a training that replaced its only checkpoint during the first.
+        steps = self.all_steps() or self.all_steps()
         if not steps:
             raise UserError(f"{self.directory}: no checkpoint found, expected at least one")
         chosen = steps[-1] if step is None else step
@@ -263,7 +294,20 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # tensorstore reports damage by several exception types
+            if self._is_removed(step):
+                raise CheckpointRemoved(
+                    f"{self.directory}: checkpoint {step} was removed while it was read"
+                ) from error
             raise UserError(self._describe_damage(step, error)) from error
+
+    def _is_removed(self, step: int) -> bool:
+        """Whether a checkpoint is gone, or is going because there is a newer one."""
+        deadline = time.monotonic() + _REMOVING_SECONDS
+        while (self.directory / str(step) / COMMITTED).exists():
+            if step == self.latest_step() or time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _refuse_other_model(
         self, step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]

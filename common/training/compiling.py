@@ -19,22 +19,23 @@ def announce_canvases(canvases: Iterable[tuple[int, int]], say: Callable) -> Non
 
 
 def announced(step: Callable, what: str, say: Callable = print) -> Callable:
-    """The jitted `step(state, batch)`, which says its compilations, one for each canvas.
+    """The jitted `step`, which says its compilations; one argument is a batch with an "image".
 
     Args:
-      step: compiles when it is called with an image shape that is new to it.
+      step: compiles when it is called with an image shape that is new to it, once for each canvas.
       what: it is, such as "training step".
       say: where lines go.
     """
     shapes = _seen.setdefault(step, set())
 
-    def call(state: Any, batch: Mapping[str, Any]) -> Any:
+    def call(*arguments: Any) -> Any:
+        batch = next(a for a in arguments if isinstance(a, Mapping) and "image" in a)
         shape = tuple(batch["image"].shape)
         if shape in shapes:
-            return step(state, batch)
+            return step(*arguments)
         shapes.add(shape)
         with compiling(f"{what} for {shape[0]} images of {shape[1]}x{shape[2]}", say):
-            return step(state, batch)
+            return step(*arguments)
 
     return call
 

@@ -138,16 +138,14 @@ def make_schedule(
 
 
 def make_optimizer(
-    settings: OptimizerSettings,
-    schedule: optax.Schedule,
-    params: Any,
-    frozen_pattern: str | None = None,
-) -> optax.GradientTransformation:
-    """The update of the module's head.
+    settings: OptimizerSettings, params: Any, frozen_pattern: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The update of the module's head, `tx.update(grads, state, params, learning_rate=...)`.
+
+    Nothing of the schedule is in it, so that runs whose schedules differ share a compiled step.
 
     Args:
       settings: of the run.
-      schedule: step -> learning rate.
       params: tree of parameters, or of their shapes.
       frozen_pattern: regular expression for the whole '/'-joined path of parameters that are not
         trained, such as 'backbone/(?:conv1|layer1)/.*'.
@@ -165,12 +163,27 @@ def make_optimizer(
         optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
         optax.add_decayed_weights(settings.weight_decay, mask=is_kernel_mask),
         optax.trace(decay=settings.momentum, nesterov=False),
-        optax.scale_by_learning_rate(schedule),
+        _scale_by_given_rate(),
     ]
     return optax.partition(
         {"trained": optax.chain(*steps), "frozen": optax.set_to_zero()},
         jax.tree.map(lambda is_trained: "trained" if is_trained else "frozen", trained),
     )
+
+
+def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` with its state, but for where the rate comes from."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, learning_rate):
+        del params
+        scaled = jax.tree.map(lambda g: jnp.asarray(-learning_rate, g.dtype) * g, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def trained_mask(params: Any, frozen_pattern: str | None) -> Any:

@@ -95,7 +95,9 @@ def restore_variables(
       UserError: no such checkpoint, or one of another model.
     """
     checkpoints = Checkpoints(epath.Path(workdir) / "checkpoints")
-    step = checkpoints.choose_step(step)
-    variables, _ = checkpoints.restore_params(step, distributed.abstract(shapes, mesh))
-    checkpoints.close()
+    abstract = distributed.abstract(shapes, mesh)
+    if step is None:
+        step, variables, _ = checkpoints.restore_newest(abstract)
+    else:
+        variables, _ = checkpoints.restore_params(step, abstract)
     return variables, step

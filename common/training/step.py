@@ -87,8 +87,10 @@ def variable_shapes(model: nn.Module, batch: Mapping[str, jax.ShapeDtypeStruct])
 
 def make_train_step(
     model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
-) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """The update `(state, batch) -> (state, metrics)`, a pure function of both.
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The update `(state, batch, learning_rate) -> (state, metrics)`, a pure function of all three.
+
+    The rate is for `tx` of `common.training.optimizer`; one that has its own rate takes none.
 
     Each device differentiates its share of the loss on its own images; one sum over devices, in
     float32, makes the gradient of the global batch. Left to the partitioner instead, the loops of
@@ -140,12 +142,16 @@ def make_train_step(
         check_vma=False,
     )
 
-    def train_step(state, batch):
+    tx = optax.with_extra_args_support(tx)
+
+    def train_step(state, batch, learning_rate=None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, out, kept = sharded_gradients(
             state.params, state.batch_stats, state.loss_state, key, batch
         )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, learning_rate=learning_rate
+        )
         params = optax.apply_updates(state.params, updates)
         metrics = {f"loss/{name}": value for name, value in out["losses"].items()}
         metrics |= {"loss": sum(out["losses"].values()), "gradient_norm": optax.tree.norm(grads)}
@@ -158,13 +164,25 @@ def make_train_step(
 def jit_train_step(
     model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
 ) -> jax.stages.Wrapped:
-    """`make_train_step` compiled: state replicated and given up, the batch split over devices."""
+    """`make_train_step` compiled: the batch split over devices, all else on each of them."""
     return jax.jit(
         make_train_step(model, tx, mesh, accumulate),
         donate_argnums=0,
-        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        in_shardings=(replicated(mesh), batch_sharded(mesh), replicated(mesh)),
         out_shardings=replicated(mesh),
     )
+
+
+def scheduled(
+    step: Callable[..., tuple[TrainState, dict[str, Array]]], schedule: optax.Schedule, mesh: Mesh
+) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """The update `(state, batch) -> (state, metrics)` of `jit_train_step` at a schedule's rates.
+
+    The rate comes from a small program of its own: another schedule compiles that one alone, and no
+    step waits for the host.
+    """
+    rate = jax.jit(schedule, out_shardings=replicated(mesh))
+    return lambda state, batch: step(state, batch, rate(state.step))
 
 
 def make_predict_step(

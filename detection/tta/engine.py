@@ -64,7 +64,7 @@ def make_engine(
 ) -> Engine:
     """What runs the blocks of a layout, in the views of `config.test_time` if there are any."""
     if settings.test_time.is_on:
-        return SeveralViews(model, variables, mesh, settings.test_time, layout.rows)
+        return SeveralViews(model, variables, mesh, settings.test_time, layout.rows, say)
     return OneView(model, variables, mesh, say)
 
 
@@ -130,7 +130,9 @@ class SeveralViews:
         mesh: Mesh,
         settings: ViewSettings,
         rows: Sequence[Sequence[np.ndarray]],
+        say: Callable,
     ):
+        self._say = say
         self._model, self._variables, self._mesh = model, variables, mesh
         self._settings, self._rows = settings, rows
         self._mean = settings.merge == "mean"
@@ -150,6 +152,7 @@ class SeveralViews:
         on_device = distributed.to_global(fields, self._mesh)
         method = "propose_on" if self._mean else None
         look = view_steps.view_step(self._model, self._mesh, method, self._own_masks)
+        look = announced(look, "detector", self._say)
         for (scale, flip), chunks in self._results.items():
             if scale == batch.scale:
                 chunks.append(look(self._variables, on_device, flip))
@@ -171,13 +174,14 @@ class SeveralViews:
         else:
             merged = view_steps.union_step(self._model, self._mesh)(views)
         if self._joint_masks:
-            given = (self._variables, batches, merged, self._settings.views)
+            given = (self._variables, batches, merged, self._settings.views, self._say)
             merged |= {"masks": view_steps.mean_masks(self._model, self._mesh, *given)}
         return lambda: [distributed.to_host(merged)]
 
     def _score_all(self, views, batches) -> dict[str, Array]:
         proposals = view_steps.join_step(self._model, self._mesh)(views)
         score = view_steps.score_step(self._model, self._mesh)
+        score = announced(score, "second stage", self._say)
         total = None
         for scale, flip in self._settings.views:
             chunks = [

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, UInt8, UInt16
 
 from common.geometry import boxes as box_ops
 from common.geometry.nms import nms_top
+from common.training.compiling import announced
 from common.training.distributed import DATA_AXIS
 from detection.models.faster_rcnn import FasterRCNN, select_detections
 
@@ -254,6 +255,7 @@ def mean_masks(
     batches: Sequence[Sequence[dict[str, Array]]],
     detections: dict[str, Array],
     views: Sequence[tuple[int, bool]],
+    say: Callable = print,
 ) -> UInt16[Array, "n D S S"]:
     """The maps of the detections of a block: the mean over all views.
 
@@ -264,8 +266,9 @@ def mean_masks(
       batches: of each scale, those of the block in order.
       detections: boxes (n,D,4) normalised, classes and valid (n,D).
       views: (scale, mirrored?) of each.
+      say: where it is said what compiles.
     """
-    outline, add = mask_step(model, mesh), sum_step(mesh)
+    outline, add = announced(mask_step(model, mesh), "mask head", say), sum_step(mesh)
     given = {name: detections[name] for name in ("boxes", "classes", "valid")}
     total = None
     for scale, flip in views:

@@ -11,6 +11,7 @@ Each side is a process of its own; they take turns, so that other load on the ma
 Prints the ratios of the best times and the medians (below 1: ours is faster).
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -133,12 +134,15 @@ def our_calls(data, backbone: str) -> dict[str, Callable[[], str]]:
         mask_valid=np.ones(data["mask"].shape, bool),
     )
     shapes = variable_shapes(model, init_shapes())
-    tx = make_optimizer(settings.optimizer, lambda step: LEARNING_RATE, shapes["params"])
+    tx = make_optimizer(settings.optimizer, shapes["params"])
     replicated = distributed.replicated(mesh)
     state = jax.jit(lambda: init_state(model, tx, 0, init_shapes()), out_shardings=replicated)()
     batch = jax.device_put(batch, distributed.batch_sharded(mesh))
     seen = {name: batch[name] for name in INFERENCE_FIELDS}
-    train_step = jax.jit(make_train_step(model, tx, mesh), donate_argnums=0)
+    train_step = jax.jit(
+        functools.partial(make_train_step(model, tx, mesh), learning_rate=LEARNING_RATE),
+        donate_argnums=0,
+    )
     predict = vote_step((model,), (Voter(0, False),), True, mesh)
 
     def train():

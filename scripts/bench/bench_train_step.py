@@ -18,6 +18,7 @@ the ratio is due to it. Prints the ratios of the best times and the medians (bel
 faster).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -205,14 +206,15 @@ def our_calls(
     variables = jax.jit(lambda: init_variables(model, 0, batch))()
 
     params = prepared_params(variables["params"])
-    tx = make_optimizer(
-        settings.optimizer, lambda step: LEARNING_RATE, params, frozen_pattern(settings.model)
-    )
+    tx = make_optimizer(settings.optimizer, params, frozen_pattern(settings.model))
     state = jax.jit(lambda: init_state(model, tx, 0, batch))()
     state = state.replace(params=params)
     state = jax.device_put(state, distributed.replicated(mesh))
     batch = jax.device_put(batch, distributed.batch_sharded(mesh))
-    train_step = jax.jit(make_train_step(model, tx, mesh), donate_argnums=0)
+    train_step = jax.jit(
+        functools.partial(make_train_step(model, tx, mesh), learning_rate=LEARNING_RATE),
+        donate_argnums=0,
+    )
     predict_step = jax.jit(make_predict_step(model, mesh))
 
     def train():

@@ -82,9 +82,14 @@ def test_masks_are_scored(photos, mesh, tmp_path):
     settings = settings_of()
     model = ColourDetector(3, settings.model)
     options = dict(split="validation", say=QUIET["say"])
+    table = tmp_path / "evaluation" / "validation.parquet"
+    for process in range(2):  # an evaluation before, of two processes
+        with DetectionsWriter(table, {}, process_index=process, process_count=2) as writer:
+            writer.add(f"of process {process}", [], [], np.zeros((0, 4)))
     figures = evaluate_variables(
         settings, model, dataset, mesh, {}, 3, tmp_path / "evaluation", **options
     )
+    assert table.is_file()
     assert figures["AP50"] == 1.0 and figures["AP"] > 0.6
     written = json.loads((tmp_path / "evaluation" / "validation_metrics.json").read_text())
     assert written.items() >= figures.items()

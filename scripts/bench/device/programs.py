@@ -17,7 +17,7 @@ from flax.traverse_util import path_aware_map
 from common.training import distributed
 from common.training.optimizer import make_optimizer
 from common.training.pod import flops
-from common.training.step import TrainState, jit_train_step, make_predict_step, variable_shapes
+from common.training.step import TrainState, make_predict_step, make_train_step, variable_shapes
 from scripts.bench.bench_train_step import LAST_NORM_SCALE, LEARNING_RATE
 from scripts.bench.device.clock import Side, time_sides
 from scripts.bench.device.sizes import Sizes
@@ -70,7 +70,7 @@ def make_trained(
     variables = random_values(variable_shapes(model, init_shapes))
     params = variables["params"]
     tx: optax.GradientTransformation = make_optimizer(
-        optimizer, lambda step: LEARNING_RATE, params, *([frozen] if frozen else [])
+        optimizer, params, *([frozen] if frozen else [])
     )
     key = jax.random.key_data(jax.random.key(0))
     state = TrainState(
@@ -78,7 +78,10 @@ def make_trained(
     )
     return Trained(
         jax.device_put(state, distributed.replicated(mesh)),
-        jit_train_step(model, tx, mesh),
+        jax.jit(
+            functools.partial(make_train_step(model, tx, mesh), learning_rate=LEARNING_RATE),
+            donate_argnums=0,
+        ),
         jax.jit(make_predict_step(model, mesh)),
         mesh,
     )

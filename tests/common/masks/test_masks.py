@@ -126,7 +126,34 @@ def test_an_object_of_a_large_file_that_falls_between_the_pixels_of_the_photo(tm
         expected = np.zeros(PHOTO, bool)
         expected[20, 31] = True
         assert masks.rle(1, PHOTO) == rle.encode([expected])[0] and not masks.is_empty(1)
-        assert not masks.window(1, (0, 0, 1, 1), PHOTO).any()
+        np.testing.assert_array_equal(masks.window(1, (0, 0, 1, 1), PHOTO), expected)
+
+
+@pytest.mark.parametrize("form", ["polygons", "compressed", "png"])
+def test_thin_objects_stay_in_small_windows_and_frames(tmp_path, form):
+    """A stroke of one pixel in a box of 48x36, seen at 4x4 and 5x3: no centre of those is on it."""
+    mask = np.zeros(PHOTO, bool)
+    mask[8:30, 17] = True
+    if form == "polygons":
+        entry = [[17.0, 8.0, 18.0, 8.0, 18.0, 30.0, 17.0, 30.0]]
+    elif form == "compressed":
+        entry = {"size": list(PHOTO), "counts": rle.encode([mask])[0].decode()}
+    else:
+        entry = save(tmp_path, mask)
+    masks = reader(tmp_path, [entry])
+    for size in ((4, 4), (5, 3)):
+        for box in (BOX, (0.0, 0.0, 1.0, 1.0)):
+            found = masks.window(1, box, size)
+            assert not at_centres(mask, box, size).any() and found.any()
+            for row, column in np.argwhere(mask):  # each pixel lies in one that is marked
+                y = ((row + 0.5) / 40 - box[1]) / (box[3] - box[1]) * size[0]
+                x = ((column + 0.5) / 60 - box[0]) / (box[2] - box[0]) * size[1]
+                assert not (0 <= y < size[0] and 0 <= x < size[1]) or found[int(y), int(x)]
+            assert len(set(np.nonzero(found)[1])) == 1
+        whole = masks.window(1, (0.0, 0.0, 1.0, 1.0), size)
+        np.testing.assert_array_equal(rle.decode(masks.rle(1, size), size), whole)
+    # A window beside the object stays empty.
+    assert not masks.window(1, (0.5, 0.1, 0.9, 0.8), (4, 4)).any()
 
 
 def save(tmp_path, array, name="m.png"):

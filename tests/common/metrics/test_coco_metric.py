@@ -5,7 +5,9 @@ import pytest
 
 from common.data.dataset import GROUP_OF, Dataset, DatasetWriter
 from common.io.errors import UserError
+from common.masks import rle
 from common.metrics.coco import CLASS_AP, NAMES, evaluate_coco
+from common.metrics.readiness import check_metric
 from common.tables import DetectionsWriter
 
 LABELS = ["cat", "dog", "unseen"]
@@ -125,3 +127,46 @@ def test_unknown_image_sizes_are_named(tmp_path):
     table = write_table(tmp_path / "x.parquet", {"a": ([], [], np.zeros((0, 4)))})
     with pytest.raises(UserError, match="size of image 'a' is unknown"):
         evaluate_coco(Dataset.open(tmp_path / "set"), "all", table)
+
+
+def with_masks(folder, masks):
+    """Squares of 10 pixels in a row, with these masks; and a table that finds them all."""
+    boxes = np.array([[20 * i, 0, 20 * i + 10, 10] for i in range(len(masks))])
+    with DatasetWriter(folder / "set", "m", LABELS, LABELS, None, "", has_masks=True) as writer:
+        writer.add_image("7", "x.jpg", (40, 80), boxes / [80, 40, 80, 40], [0] * 3, masks=masks)
+        writer.add_split("all", [0])
+    pixels = np.zeros((len(masks), 40, 80), bool)
+    for place, (x0, y0, x1, y1) in enumerate(boxes):
+        pixels[place, y0:y1, x0:x1] = True
+    with DetectionsWriter(folder / "x.parquet", {}, masks=True) as writer:
+        found = (boxes / [80, 40, 80, 40]).astype(np.float32)
+        scores = np.linspace(0.9, 0.7, len(masks))
+        sizes = np.tile((40, 80), (len(masks), 1))
+        writer.add("7", ["cat"] * len(masks), scores, found, rle.encode(pixels), sizes)
+    return Dataset.open(folder / "set"), folder / "x.parquet"
+
+
+def square(left):
+    return [[left, 0, left + 10, 0, left + 10, 10, left, 10]]
+
+
+def test_an_object_without_mask_is_one_that_nothing_matches_and_is_named(tmp_path):
+    dataset, table = with_masks(tmp_path, [square(0), square(20), None])
+    said = []
+    result = evaluate_coco(dataset, "all", table, masks=True, say=said.append)
+    assert result["AP"] == pytest.approx(67 / 101)  # recalls up to 2/3 of 101, and one wrong one
+    assert result["AR100"] == pytest.approx(2 / 3)
+    assert any("1 of 3 boxes have no mask" in t and "image '7', box 2 (cat)" in t for t in said)
+
+
+def test_masks_that_the_metric_does_not_know_are_refused_before_it_starts(tmp_path):
+    for masks, text in (
+        ([None] * 3, r"image '7', box 0 \(cat\) has no mask, nor has another"),
+        ([None, {"png": "a.png"}, None], r"image '7', box 1 \(cat\) has a PNG file as mask"),
+    ):
+        dataset, table = with_masks(tmp_path / str(len(text)), masks)
+        with pytest.raises(UserError, match=text):
+            evaluate_coco(dataset, "all", table, masks=True)
+        if any(masks):
+            with pytest.raises(UserError, match=text):
+                check_metric(dataset, "all", "coco_masks")

@@ -17,7 +17,9 @@ import pytest
 from flax import struct
 
 from common.io.errors import UserError
+from common.training import checkpoint
 from common.training.checkpoint import Checkpoints
+from common.training.checkpoint_items import to_nested_dict
 from common.training.distributed import batch_sharded, make_mesh, replicated
 
 ROOT = Path(__file__).parents[3]
@@ -176,6 +178,33 @@ def test_half_written_checkpoints_are_ignored_and_named(saved, capsys, name):
     assert_equal_bits(checkpoints.restore(None, abstract(make_state()))[0], make_state(3))
     checkpoints.close()
     assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+
+
+def test_a_checkpoint_that_the_training_beside_removes_is_given_up_for_the_next(
+    tmp_path, capsys, monkeypatch
+):
+    """With keep_last=1 a reader loses this race in half of its tries."""
+    training = Checkpoints(tmp_path, keep_last=1)
+    training.save(1, make_state(1), {}, wait=True)
+    read, looks = checkpoint.read_items, []
+
+    def overtaken(path, wanted):
+        looks.append(path.name)
+        if len(looks) < 3:
+            training.save(len(looks) + 1, make_state(len(looks) + 1), {}, wait=True)
+            assert not path.exists()
+        return read(path, wanted)
+
+    monkeypatch.setattr(checkpoint, "read_items", overtaken)
+    step, variables, _ = Checkpoints(tmp_path).restore_newest()
+    assert step == 3 and looks == ["1", "2", "3"]
+    assert_equal_bits(variables["params"], to_nested_dict(make_state(3).params))
+    said = capsys.readouterr().out
+    assert "checkpoint 1 was removed while it was read; the next one is taken" in said
+    # A step that was asked for has no next one.
+    looks.clear()
+    with pytest.raises(UserError, match="checkpoint 3 was removed while it was read$"):
+        Checkpoints(tmp_path).restore_params(3)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])

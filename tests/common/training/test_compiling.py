@@ -1,5 +1,8 @@
 """What is being compiled is said, once for each program."""
 
+import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -28,3 +31,25 @@ def test_a_long_compilation_says_that_it_goes_on():
     with compiling("detector", lambda text, **_: said.append(text), every_seconds=0.02):
         time.sleep(0.1)
     assert sum("still compiling the detector" in text for text in said) >= 2
+
+
+def test_a_step_of_more_arguments_is_announced_too():
+    said = []
+    jitted = jax.jit(lambda key, batch, flip: key + batch["image"].sum() + flip)
+    step = announced(jitted, "detector", lambda text, **_: said.append(text))
+    for flip in (False, True):
+        assert float(step(1.0, {"image": np.ones((1, 2, 2, 3))}, flip)) == 13 + flip
+    assert [text for text in said if "compiling" in text] == [
+        "compiling the detector for 1 images of 2x2 ..."
+    ]
+
+
+def test_the_alarm_of_xla_is_silent_unless_a_user_wants_it():
+    """It would take a compilation of two minutes, which `compiling` tells of, for an error."""
+    code = "import os, detection; print(os.environ['TF_CPP_MIN_LOG_LEVEL'])"
+    for given, level in (({}, "3"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")):
+        clean = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=clean | given, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == level, done.stderr

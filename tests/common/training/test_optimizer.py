@@ -143,16 +143,16 @@ def test_negative_coefficients_are_refused(field):
 
 
 def run_ours(cfg, params, gradients, schedule, frozen_pattern=None):
-    tx = make_optimizer(cfg, schedule, params, frozen_pattern)
+    tx = make_optimizer(cfg, params, frozen_pattern)
 
     @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
+    def step(params, state, grads, rate):
+        updates, state = tx.update(grads, state, params, learning_rate=rate)
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
-    for grads in gradients:
-        params, state = step(params, state, grads)
+    for index, grads in enumerate(gradients):
+        params, state = step(params, state, grads, schedule(index))
     return jax.device_get(params)
 
 
@@ -204,7 +204,7 @@ def test_frozen_parameters_stay_and_have_no_momentum():
         after["backbone"]["conv1"]["kernel"], params["backbone"]["conv1"]["kernel"]
     )
     assert np.all(after["backbone"]["norm1"]["bias"] != params["backbone"]["norm1"]["bias"])
-    tx = make_optimizer(config(), lambda _: 0.1, params, pattern)
+    tx = make_optimizer(config(), params, pattern)
     state = jax.eval_shape(tx.init, params)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(state))
     assert sizes == [1, 3, 4, 12]  # the step count, and head bias, norm bias, head kernel
@@ -239,12 +239,12 @@ def test_the_pattern_must_match_the_whole_path():
 
 def test_freezing_everything_is_refused():
     with pytest.raises(UserError, match="all parameters are frozen"):
-        make_optimizer(config(), lambda _: 0.1, toy_params(), ".*")
+        make_optimizer(config(), toy_params(), ".*")
 
 
 def test_shapes_are_enough_to_make_the_optimizer():
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, toy_params()))
-    tx = make_optimizer(config(), lambda _: 0.1, shapes)
+    tx = make_optimizer(config(), shapes)
     assert jax.tree.leaves(jax.eval_shape(tx.init, shapes))
 
 
