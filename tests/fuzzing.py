@@ -8,6 +8,7 @@ function of the seed. `FUZZ_SECONDS=60 pytest tests/test_fuzz.py` looks longer.
 """
 
 import contextlib
+import faulthandler
 import os
 import random
 import resource
@@ -140,7 +141,9 @@ def _too_long(*_: object) -> None:
 
 def main(names: str, seconds: float, seed: int = 0) -> None:
     """Looks at readers of `tests.fuzz_readers`, one after the other."""
+    faulthandler.enable()
     for name in names.split(","):
+        print(f"{name}, seed {seed} ...", flush=True)  # the last words of a process that is killed
         with tempfile.TemporaryDirectory() as root:
             folder = Path(root, "in")
             folder.mkdir()

@@ -117,13 +117,10 @@ def test_two_processes_with_two_devices_equal_one_with_four(dataset, on_four_dev
     table = two / "evaluation" / "9" / "validation.parquet"
     assert len(read_detections(table).image_ids) == 3 and table.is_dir()
     # One process writes a file where two wrote a folder of shards, and the reverse.
-    figures = table.with_name("validation_metrics.json")
-    before = figures.read_text()
     run("detection.evaluate", f"--workdir={two}", devices=2)
     assert len(read_detections(table).image_ids) == 3 and table.is_file()
     run_two_processes("detection.evaluate", f"--workdir={two}")
     assert len(read_detections(table).image_ids) == 3 and table.is_dir()
-    assert figures.read_text() == before
 
 
 @pytest.mark.multiprocess
