@@ -1,6 +1,7 @@
 """Class lists and hierarchies in the forms in which data sets ship them."""
 
 import csv
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from common.io.errors import UserError
 from common.io.json_file import read_json
 
 _HEADERS = ("labelname", "label", "mid", "class", "name", "displayname")
+
+
+def class_name(text: str) -> str:
+    """A class as its files may spell it: composed letters, single spaces, none around it."""
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def read_class_list(path: Path) -> tuple[list[str], list[str]]:
@@ -36,8 +42,8 @@ def read_class_list(path: Path) -> tuple[list[str], list[str]]:
             rows = rows[1:]
     if not rows:
         raise UserError(f"{path}: the class list is empty; expected rows label,name")
-    labels = [row[0].strip() for row in rows]
-    names = [row[1].strip() if len(row) > 1 else row[0].strip() for row in rows]
+    labels = [class_name(row[0]) for row in rows]
+    names = [class_name(row[1] if len(row) > 1 else row[0]) for row in rows]
     first: dict[str, int] = {}
     for i, label in enumerate(labels):
         if label in first:

@@ -198,9 +198,10 @@ def _merge_categories(known: dict[str, str], new: dict[str, str], path: Path, fi
         known.update(new)
     elif known != new:
         odd = next(iter(dict(known.items() ^ new.items())))
+        here, there = (repr(c[odd]) if odd in c else "missing" for c in (new, known))
         raise UserError(
-            f"{path}: categories differ from those of {first}: id {odd} is "
-            f"{new.get(odd)!r} here and {known.get(odd)!r} there"
+            f"{path}: categories differ from those of {first}: id {odd} is {here} here and "
+            f"{there} there"
         )
 
 

@@ -13,6 +13,7 @@ from typing import IO, Any, TypeGuard
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from common.convert.classes import class_name
 from common.convert.cleaning import check_pixels
 from common.convert.coco_masks import MaskSpool
 from common.convert.report import REPAIRED, Report
@@ -141,13 +142,16 @@ class CocoFile:
         number, name = text_id(value["id"]), value["name"]
         if not isinstance(name, str | int):
             raise ValueError(f"name {name!r:.40}, expected text")
+        name = class_name(str(name))
+        if not name:
+            raise ValueError(f"name {value['name']!r:.40}, expected one that can be seen")
         if number in self.categories:
-            if self.categories[number] != str(name):
+            if self.categories[number] != name:
                 raise UserError(
                     f"{self.path}: category id {number} is {self.categories[number]!r} and {name!r}"
                 )
             self._report.add("category given twice", REPAIRED, str(self.path), [number])
-        self.categories[number] = str(name)
+        self.categories[number] = name
         if self._lvis:
             frequency = value["frequency"]
             if frequency not in _FREQUENCIES:
@@ -160,7 +164,7 @@ class CocoFile:
             file = "/".join(str(value["coco_url"]).split("/")[-2:])
         else:
             # Some LVIS files (v1) have the address of the photo instead of its name.
-            file = value.get("file_name") or value["coco_url"]
+            file = value.get("file_name") or value.get("coco_url") or value["file_name"]
         if not isinstance(file, str):
             raise ValueError(f"file_name {file!r:.40}, expected text")
         if number in self.image_index:
@@ -209,14 +213,22 @@ class CocoFile:
         self.category.append(place)
         self.xywh.extend(numbers[:4])
         self.flags.append(
-            (CROWD | GROUP_OF) * (value.get("iscrowd") == 1)
-            | DEPICTION * (value.get("isfake") == 1)
+            (CROWD | GROUP_OF) * _is_set(value, "iscrowd") | DEPICTION * _is_set(value, "isfake")
         )
         self.area.append(numbers[4])
         self.row.append(row)
 
     def _place(self, category: Any) -> int:
         return self._category_places.setdefault(text_id(category), len(self._category_places))
+
+
+def _is_set(value: dict[str, Any], field: str) -> bool:
+    """Whether a field is 1; tools write 0, 1, truths, texts of them, or nothing."""
+    found = value.get(field)
+    text = "0" if found is None or found == "" else str(found).lower()
+    if text not in ("0", "1", "0.0", "1.0", "false", "true"):
+        raise ValueError(f"{field} {found!r:.40}, expected 0 or 1")
+    return text in ("1", "1.0", "true")
 
 
 def _is_row(value: Any) -> TypeGuard[int]:

@@ -11,9 +11,11 @@ from common.convert.photo_names import EXTENSIONS, normal, photo_name
 from common.convert.photos import Found, find_photos, read_sizes
 from common.convert.report import DROPPED, EXAMPLES, NOTED, REPAIRED, Report
 from common.io.errors import UserError
+from common.masks.dataset_masks import same_shape
 
 # Headers of up to so many photos are read without being asked for (about 0.1 ms each).
 _SIZES_UNASKED = 200_000
+OTHER_SHAPE = "photo of another shape than annotated (turned or cropped since?)"
 
 
 def locate_photos(
@@ -187,7 +189,11 @@ def _check_sizes(
     sizes: np.ndarray,
     located: list[int],
 ) -> None:
-    """Reads the photos' sizes into `sizes`; photos that cannot be read lose their path."""
+    """Reads the photos' sizes into `sizes`.
+
+    Photos that cannot be read lose their path, and so do those of another shape than annotated: the
+    boxes are shares of another picture, of one before it was turned or cropped, for example.
+    """
     read, readable = read_sizes(folder, [paths[i] or "" for i in located], options.check_photos)
     rows = np.array(located)
     bad = rows[~readable]
@@ -200,23 +206,27 @@ def _check_sizes(
     for i in bad:
         paths[i] = None
     told = sizes[rows]
-    other = rows[readable & (told > 0).all(1) & (told != read).any(1)]
+    other = readable & (told > 0).all(1) & (told != read).any(1)
+    turned = other.copy()
+    turned[other] = [not same_shape(*pair) for pair in zip(told[other], read[other], strict=True)]
     pairs = dict(zip(located, zip(told.tolist(), read.tolist(), strict=True), strict=True))
-    notes = [
-        "annotated {}x{}, photo {}x{} (height x width)".format(*pairs[i][0], *pairs[i][1])
-        for i in other[:EXAMPLES].tolist()
-    ]
+    for reason, action, where in (
+        (OTHER_SHAPE, DROPPED, turned),
+        ("size in the annotations is not that of the photo", REPAIRED, other & ~turned),
+    ):
+        found = rows[where].tolist()
+        notes = [
+            "annotated {}x{}, photo {}x{} (height x width)".format(*pairs[i][0], *pairs[i][1])
+            for i in found[:EXAMPLES]
+        ]
+        files = [str(folder / str(paths[i])) for i in found]
+        report.add(reason, action, files, [annotations.images.ids[i] for i in found], notes)
+    for i in rows[turned].tolist():
+        paths[i] = None
     if annotations.mask_spool is None:  # else: polygons are in pixels of the annotated size
         sizes[rows] = read
     else:
         sizes[rows] = np.where((told > 0).all(1, keepdims=True), told, read)
-    report.add(
-        "size in the annotations is not that of the photo",
-        REPAIRED,
-        [str(folder / str(paths[i])) for i in other],
-        [annotations.images.ids[i] for i in other],
-        notes,
-    )
 
 
 def _unseen(images: ImageTable, index: int) -> str:

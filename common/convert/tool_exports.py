@@ -24,7 +24,7 @@ from common.convert.annotations import (
     Columns,
     ImageTable,
 )
-from common.convert.classes import read_hierarchy
+from common.convert.classes import class_name, read_hierarchy
 from common.convert.photo_names import normal, photo_name, readings, split_extension
 from common.convert.report import DROPPED, NOTED, Report
 from common.convert.voc_file import read_xml
@@ -59,7 +59,7 @@ def read_cvat(source: Path, report: Report, spool: Path, hierarchy: Path | None)
     path = source / "annotations.xml" if source.is_dir() else source
     root = read_xml(path)
     labels = [
-        text for node in root.iter("label") if (text := (node.findtext("name") or "").strip())
+        text for node in root.iter("label") if (text := class_name(node.findtext("name") or ""))
     ]
     tasks = (_cvat_task(path, node, report) for node in root.iter("image"))
     return _annotations("cvat", path, tasks, labels, spool, hierarchy)
@@ -87,7 +87,7 @@ def _cvat_task(path: Path, node: ElementTree.Element, report: Report) -> Task:
         size = (int(node.get("height") or 0), int(node.get("width") or 0))
         shapes = []
         for child in node:
-            label = (child.get("label") or "").strip()
+            label = class_name(child.get("label") or "")
             if not label or child.tag not in ("box", "polygon"):
                 reason = "object that is no box or polygon" if label else "object without name"
                 report.add(reason, DROPPED, str(path), [name], [child.tag])
@@ -116,7 +116,8 @@ def _studio_task(path: Path, number: int, task: Any, report: Report) -> Task:
         for result in results[0] if results else ():
             value, kind = result["value"], result.get("type")
             labels = value.get(kind) if kind in ("rectanglelabels", "polygonlabels") else None
-            if not labels:
+            label = class_name(str(labels[0])) if labels else ""
+            if not label:
                 reason = "object that is no box or polygon" if kind else "object without name"
                 report.add(reason, DROPPED, str(path), [number], [str(kind)[:40]])
                 continue
@@ -130,7 +131,8 @@ def _studio_task(path: Path, number: int, task: Any, report: Report) -> Task:
                 bottom = y + float(value["height"]) * scale[1]
                 turn = float(value.get("rotation") or 0)
                 points = _turned(x, y, right, bottom, turn, centre=False)
-            shapes.append(Shape(str(labels[0]), points, kind == "polygonlabels"))
+            report.add("further class of an object", NOTED, str(path), [number] * (len(labels) - 1))
+            shapes.append(Shape(label, points, kind == "polygonlabels"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(
             f"{where}: found another form ({type(error).__name__}: {str(error)[:80]}), expected "

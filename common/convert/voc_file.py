@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+from common.convert.classes import class_name
 from common.convert.photo_names import normal
 from common.convert.report import DROPPED, REPAIRED, Report
 from common.data.dataset import OCCLUDED, TRUNCATED
@@ -68,7 +69,7 @@ def read_voc_file(path: Path, report: Report) -> VocFile | None:
         return None
     objects = []
     for number, node in enumerate(root.findall("object"), 1):
-        name, box = _text(node, "name"), _box(node, f"{path}, object {number}")
+        name, box = class_name(_text(node, "name")), _box(node, f"{path}, object {number}")
         if box is None and (box := _polygon_box(node)) is not None:
             report.add("box made from the polygon", REPAIRED, str(path), [number])
         if not name:

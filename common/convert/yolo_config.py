@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from common.convert.classes import class_name
 from common.convert.photo_names import normal, split_extension
 from common.convert.photos import walk
 from common.io.errors import UserError
@@ -76,11 +77,12 @@ def class_names(path: Path, content: dict[str, Any]) -> tuple[list[int], list[st
         bool(names)
         and all(type(number) is int and 0 <= number < 1 << 31 for number in names)
         and all(isinstance(name, str | int | float) for name in names.values())
+        and all(class_name(str(name)) for name in names.values())
     )
     if not good:
         raise UserError(f"{path}: field names: expected a list of class names or number: name")
     numbers = sorted(names)
-    return numbers, [str(names[number]) for number in numbers]
+    return numbers, [class_name(str(names[number])) for number in numbers]
 
 
 def split_photos(config: Path, content: dict[str, Any]) -> dict[str, list[Path]]:

@@ -6,7 +6,9 @@ import unicodedata
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from common.convert.photo_paths import OTHER_SHAPE
 from common.io.errors import UserError
 from tests.prepare_data_cli import prepare, reasons, write_photo
 from tests.scripts.test_prepare_voc import _xml
@@ -241,6 +243,78 @@ def test_polygons_that_are_none_are_repaired_or_left_out_and_counted(tmp_path):
         "polygon far outside the photo": 1,
         "run lengths that do not cover their frame": 3,
     }
+
+
+@pytest.mark.parametrize("turn", ["header", "exif"])
+def test_boxes_of_a_photo_that_was_turned_since_are_not_moved_onto_it(tmp_path, turn):
+    """Shares of the annotated picture would be other places; photos made smaller keep them."""
+    source = coco(tmp_path / "x.json", ["small.jpg", "turned.jpg"], size=(60, 120))
+    write_photo(tmp_path / "photos" / "small.jpg", 30, 61)
+    if turn == "header":
+        write_photo(tmp_path / "photos" / "turned.jpg", 120, 60)
+    else:
+        turned = Image.Exif()
+        turned[0x112] = 6  # a quarter
+        write_photo(tmp_path / "photos" / "turned.jpg", 60, 120, exif=turned)
+    arguments = dict(source=source, images=tmp_path / "photos")
+    dataset = prepare("coco", output=tmp_path / "d", **arguments)
+    assert found(dataset) == {"1": "small.jpg"} and len(dataset.boxes) == 1
+    assert reasons(dataset) == {
+        "size in the annotations is not that of the photo": 1,
+        OTHER_SHAPE: 1,
+    }
+    with pytest.raises(UserError, match="annotated 60x120, photo 120x60.*--strict refuses"):
+        prepare("coco", output=tmp_path / "e", strict=True, **arguments)
+
+
+# ------------------------------------------------------------------------------------------------
+# Classes
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_class_is_one_however_its_letters_and_spaces_are_written(tmp_path):
+    name = "chêne  vert"
+    files = {}
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        written = unicodedata.normalize(form, name) + (" " if split == "val" else "")
+        files[split] = coco(
+            tmp_path / "ann" / f"{split}.json",
+            [f"{split}.jpg"],
+            categories=[{"id": 1, "name": written}],
+            ids=[len(files) + 1],
+        )
+    dataset = prepare("coco", source=tmp_path / "ann" / "*.json", output=tmp_path / "d")
+    assert dataset.class_labels == ["chêne vert"] and len(dataset.boxes) == 2
+    voc = tmp_path / "voc"
+    _xml(voc / "a.xml", [(unicodedata.normalize("NFD", name), 1, 2, 30, 40)])
+    (tmp_path / "classes.txt").write_text("chêne vert\n")
+    dataset = prepare("voc", source=voc, classes=tmp_path / "classes.txt", output=tmp_path / "e")
+    assert dataset.box_classes.tolist() == [0]
+
+
+def test_categories_without_name_and_lists_that_differ_are_named(tmp_path):
+    categories = [{"id": 1, "name": "oak"}, {"id": 2, "name": " \t"}]
+    blank = coco(tmp_path / "blank.json", ["1.jpg"], categories=categories)
+    with pytest.raises(UserError, match="categories number 2 .*expected one that can be seen"):
+        prepare("coco", source=blank, output=tmp_path / "d")
+    coco(tmp_path / "ann" / "a.json", ["1.jpg"])
+    coco(tmp_path / "ann" / "b.json", ["2.jpg"], categories=[{"id": 1, "name": "oak"}], ids=[2])
+    with pytest.raises(UserError, match="b.json: .*: id 2 is missing here and 'elm' there"):
+        prepare("coco", source=tmp_path / "ann" / "*.json", output=tmp_path / "d")
+
+
+def test_marks_of_crowds_are_read_in_every_form_and_else_refused(tmp_path):
+    forms = (1, True, "1", "true", 1.0, 0, "0", None, "", False)
+    annotations = [
+        {"image_id": 1, "category_id": 1, "bbox": [n, 0, 20, 20], "iscrowd": form}
+        for n, form in enumerate(forms)
+    ]
+    source = coco(tmp_path / "x.json", ["1.jpg"], annotations)
+    dataset = prepare("coco", source=source, output=tmp_path / "d")
+    assert [bool(flags) for flags in dataset.box_flags] == [True] * 5 + [False] * 5
+    source = coco(tmp_path / "y.json", ["1.jpg"], [annotations[0] | {"iscrowd": 2}])
+    with pytest.raises(UserError, match="annotations number 1 .*iscrowd 2, expected 0 or 1"):
+        prepare("coco", source=source, output=tmp_path / "d2")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -501,7 +575,7 @@ def _task(image, *values, **more):
 
 
 def test_label_studio(tmp_path):
-    box = {"x": 10, "y": 10, "width": 10, "height": 10, "rectanglelabels": ["oak"]}
+    box = {"x": 10, "y": 10, "width": 10, "height": 10, "rectanglelabels": ["oak", "elm"]}
     tasks = [
         _task(
             "/data/upload/3/1a2b-my%20a.jpg",
@@ -525,7 +599,10 @@ def test_label_studio(tmp_path):
     assert dataset.class_labels == ["elm", "oak"]
     expected = [[12, 6, 24, 12], [6, 6, 12, 18], [30, 15, 90, 30]]
     np.testing.assert_allclose(dataset.boxes * [120, 60, 120, 60], expected, rtol=1e-5)
-    assert reasons(dataset) == {"object that is no box or polygon": 1}
+    assert reasons(dataset) == {
+        "object that is no box or polygon": 1,
+        "further class of an object": 2,
+    }
 
 
 @pytest.mark.parametrize(
