@@ -62,7 +62,7 @@ def read_cvat(source: Path, report: Report, spool: Path, hierarchy: Path | None)
         text for node in root.iter("label") if (text := class_name(node.findtext("name") or ""))
     ]
     tasks = (_cvat_task(path, node, report) for node in root.iter("image"))
-    return _annotations("cvat", path, tasks, labels, spool, hierarchy)
+    return _annotations("cvat", path, tasks, labels, spool, hierarchy, report)
 
 
 def read_label_studio(
@@ -77,7 +77,7 @@ def read_label_studio(
         _studio_task(source, number, task, report)
         for number, task in enumerate(stream_list(source), 1)
     )
-    return _annotations("label_studio", source, tasks, [], spool, hierarchy)
+    return _annotations("label_studio", source, tasks, [], spool, hierarchy, report)
 
 
 def _cvat_task(path: Path, node: ElementTree.Element, report: Report) -> Task:
@@ -115,7 +115,9 @@ def _studio_task(path: Path, number: int, task: Any, report: Report) -> Task:
         size, shapes = (0, 0), []
         for result in results[0] if results else ():
             value, kind = result["value"], result.get("type")
-            labels = value.get(kind) if kind in ("rectanglelabels", "polygonlabels") else None
+            labels = (
+                value.get(kind) if kind in ("rectanglelabels", "polygonlabels") else None
+            ) or []
             label = class_name(str(labels[0])) if labels else ""
             if not label:
                 reason = "object that is no box or polygon" if kind else "object without name"
@@ -179,6 +181,7 @@ def _annotations(
     labels: list[str],
     spool_folder: Path,
     hierarchy: Path | None,
+    report: Report,
 ) -> Annotations:
     images, found = ImageTable(), list(tasks)
     if not found:
@@ -194,7 +197,10 @@ def _annotations(
     spool = spool_folder / "masks.spool"
     with open(spool, "wb") as masks:
         for task, stem, name_ in zip(found, stems, short, strict=True):
-            index = images.add(name_ if unique else stem)
+            image_id = name_ if unique else stem
+            if images.find(image_id) >= 0:
+                report.add("photo given twice, objects of both", NOTED, str(path), [image_id])
+            index = images.add(image_id)
             images.files[index], images.sizes[index] = task.file, task.size
             height, width = task.size if all(task.size) else (1, 1)
             for number, shape in enumerate(task.shapes, 1):

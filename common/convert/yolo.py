@@ -6,13 +6,15 @@ and `obj.names` (CVAT).
 A line is `class x y width height` (centre and size, shares of the photo) or, of sets for
 segmentation, `class x1 y1 x2 y2 x3 y3 ...`, a polygon. Splits are the folders, lists (.txt) or both
 that `train`, `val` and `test` name; a photo without text file has no objects. Ids are the photos'
-names without extension, or their paths where two have one name.
+names without extension, their paths where two have one name, and those with extension where that
+alone tells two photos apart.
 """
 
 import json
 import os
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -30,7 +32,7 @@ from common.convert.classes import read_class_list, read_hierarchy
 from common.convert.cleaning import check_layout
 from common.convert.photo_names import split_extension
 from common.convert.photos import read_sizes
-from common.convert.report import NOTED, Report
+from common.convert.report import DROPPED, NOTED, Report
 from common.convert.yolo_config import class_names, read_config, read_text_file, split_photos
 from common.io.errors import UserError
 from common.io.progress import Progress
@@ -48,7 +50,7 @@ def read_yolo(
 
     Args:
       source: the folder, or its .yaml file.
-      report: gets photos without text file.
+      report: gets photos without text file, and text files without photo.
       spool_folder: for temporary files.
       classes: class list instead of the names in the file.
       hierarchy: optional hierarchy of the class names.
@@ -66,7 +68,7 @@ def read_yolo(
     root = Path(os.path.commonpath([path.parent for path in everything]))
     relative = [path.relative_to(root).as_posix() for path in everything]
     sizes, _ = read_sizes(root, relative)
-    stems = Counter(split_extension(os.path.basename(path))[0] for path in set(relative))
+    ids = _ids(relative)
     images, files = ImageTable(), list[str]()
     columns, splits = Columns(BOX_COLUMNS | MASK_COLUMNS), dict[str, np.ndarray]()
     order = {number: i for i, number in enumerate(numbers)}
@@ -78,10 +80,9 @@ def read_yolo(
         for split, paths in photos.items():
             members = []
             for path in paths:
-                stem = split_extension(relative[done])[0]
-                name = os.path.basename(stem)
-                is_new = images.find(name if stems[name] == 1 else stem) < 0
-                index = images.add(name if stems[name] == 1 else stem)
+                name = ids[relative[done]]
+                is_new = images.find(name) < 0
+                index = images.add(name)
                 members.append(index)
                 if is_new:
                     images.files[index] = relative[done]
@@ -97,6 +98,8 @@ def read_yolo(
                 done += 1
                 progress.report(done)
             splits[split] = np.unique(np.array(members, np.int64))
+    unused = _unused(everything, files)
+    report.add("text file of no photo in a split", DROPPED, unused, [Path(f).stem for f in unused])
     boxes = columns.take()
     check_layout(boxes["box"], str(config), "x, y, width, height")
     if not has_masks:
@@ -123,15 +126,46 @@ def read_yolo(
     )
 
 
-def _label_file(photo: Path) -> Path | None:
-    """The text file of a photo: in `labels` for `images`, or beside it."""
+def _ids(paths: Sequence[str]) -> dict[str, str]:
+    """The shortest name of each photo that no other one has."""
+    found = set(paths)
+    stems = Counter(split_extension(path)[0] for path in found)
+    names = Counter(os.path.basename(split_extension(path)[0]) for path in found)
+    ids = {}
+    for path in found:
+        stem = split_extension(path)[0]
+        name = os.path.basename(stem)
+        ids[path] = name if names[name] == 1 else stem if stems[stem] == 1 else path
+    return ids
+
+
+def _label_places(photo: Path) -> list[str]:
+    """Where the text file of a photo may be: in `labels` for `images`, or beside it."""
     stem = split_extension(str(photo))[0]
     head, marker, tail = stem.rpartition("/images/")
-    candidates = [f"{head}/labels/{tail}.txt"] if marker else []
-    for name in (*candidates, f"{stem}.txt"):
-        if os.path.isfile(name):
-            return Path(name)
-    return None
+    return [*([f"{head}/labels/{tail}.txt"] if marker else []), f"{stem}.txt"]
+
+
+def _label_file(photo: Path) -> Path | None:
+    return next((Path(name) for name in _label_places(photo) if os.path.isfile(name)), None)
+
+
+def _unused(photos: Sequence[Path], files: Sequence[str]) -> list[str]:
+    """Text files with objects, beside those of the photos, that no photo has."""
+    folders = {os.path.dirname(place) for photo in photos for place in _label_places(photo)}
+    unused = []
+    for folder in sorted(filter(os.path.isdir, folders)):
+        texts = {entry.path for entry in os.scandir(folder) if entry.name.endswith(".txt")}
+        unused += [path for path in sorted(texts - set(files)) if _has_objects(Path(path))]
+    return unused
+
+
+def _has_objects(path: Path) -> bool:
+    """Whether it is a text file of a photo, and no list of classes or photos."""
+    try:
+        return bool(_read_lines(path))
+    except UserError:
+        return False
 
 
 def _read_lines(path: Path) -> list[tuple[int, int, list[float]]]:

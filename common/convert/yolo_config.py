@@ -81,6 +81,9 @@ def class_names(path: Path, content: dict[str, Any]) -> tuple[list[int], list[st
     )
     if not good:
         raise UserError(f"{path}: field names: expected a list of class names or number: name")
+    count = content.get("nc")
+    if type(count) is int and count != len(names):
+        raise UserError(f"{path}: field nc: found {count}, and {len(names)} names; which is right?")
     numbers = sorted(names)
     return numbers, [class_name(str(names[number])) for number in numbers]
 

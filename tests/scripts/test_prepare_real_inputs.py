@@ -482,6 +482,24 @@ def test_yolo_boxes_polygons_and_photos_without_objects(tmp_path):
     assert reasons(dataset) == {"photo without text file": 1, "unknown class": 1}
 
 
+def test_yolo_photos_of_one_name_labels_without_photo_and_equal_splits_are_said(tmp_path):
+    yaml = "train: images/a\nval: images/a\nnc: 1\nnames: [oak]\n"
+    labels = {"a/x": "0 0.5 0.5 0.2 0.4\n", "a/y": "0 0.5 0.5 0.2 0.4\n"}
+    folder = _yolo(tmp_path / "y", yaml, labels)
+    write_photo(folder / "images" / "a" / "x.jpg", 60, 120)
+    (folder / "labels" / "a" / "gone.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    (folder / "labels" / "a" / "classes.txt").write_text("oak\n")
+    dataset = prepare("yolo", source=folder, output=tmp_path / "d")
+    assert found(dataset) == {"x.jpg": "x.jpg", "x.png": "x.png", "y": "y.png"}
+    assert reasons(dataset) == {
+        "text file of no photo in a split": 1,
+        "in the splits train and val: a leak between them": 3,
+    }
+    (folder / "data.yaml").write_text(yaml.replace("nc: 1", "nc: 2"))
+    with pytest.raises(UserError, match="field nc: found 2, and 1 names"):
+        prepare("yolo", source=folder, output=tmp_path / "e")
+
+
 def test_yolo_exports_of_label_studio_and_cvat(tmp_path):
     studio = _yolo(tmp_path / "studio", "", {"a": "1 0.5 0.5 0.2 0.4\n"})
     (studio / "data.yaml").unlink()
@@ -585,6 +603,7 @@ def test_label_studio(tmp_path):
             ("brushlabels", {"brushlabels": ["elm"], "rle": [1]}),
         ),
         _task("/data/local-files/?d=day1/b.jpg"),
+        _task("/data/local-files/?d=day1/b.jpg"),
     ]
     (tmp_path / "x.json").write_text(json.dumps(tasks))
     for name in ("1a2b-my a.jpg", "day1/b.jpg"):
@@ -602,6 +621,7 @@ def test_label_studio(tmp_path):
     assert reasons(dataset) == {
         "object that is no box or polygon": 1,
         "further class of an object": 2,
+        "photo given twice, objects of both": 1,
     }
 
 
