@@ -2,7 +2,7 @@
 
     DIRECTORY/1000/model/      params and batch_stats: what evaluation and export need
     DIRECTORY/1000/training/   everything else of the state: step, optimiser state
-    DIRECTORY/1000/extra/      JSON, with a checksum of every array
+    DIRECTORY/1000/extra/      JSON, with checksums of it and of every array
 
 The state may be any pytree (a `flax.struct` dataclass, named tuples of optax): on disk it is a
 plain nested dictionary of arrays by path, so that it can be read without the code that wrote it.
@@ -36,6 +36,7 @@ from common.training.checkpoint_items import (
     read_items,
     saved_arrays,
     split_fields,
+    text_checksum,
     to_nested_dict,
 )
 
@@ -101,7 +102,8 @@ class Checkpoints:
                 self.wait()
             return
         model, training = split_fields(to_nested_dict(state))
-        saved = {**extra, CHECKSUMS: checksums({"model": model, "training": training})}
+        sums = checksums({"model": model, "training": training})
+        saved = {**extra, CHECKSUMS: sums | {"extra": text_checksum(extra)}}
         items = {"model": ocp.args.StandardSave(model), "extra": ocp.args.JsonSave(saved)}
         if training:
             items["training"] = ocp.args.StandardSave(training)

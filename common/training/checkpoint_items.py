@@ -4,6 +4,7 @@ On disk an item is a plain nested dictionary of arrays by path, so that it can b
 code that wrote it.
 """
 
+import json
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -63,6 +64,11 @@ def checksums(items: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         for name, leaf in flatten(tree).items()
         if (host := _whole(leaf)) is not None
     }
+
+
+def text_checksum(extra: Mapping[str, Any]) -> int:
+    """CRC-32 of what JSON keeps of `extra`."""
+    return zlib.crc32(json.dumps(extra, sort_keys=True).encode())
 
 
 def _whole(leaf: Any) -> np.ndarray | None:
@@ -133,5 +139,8 @@ def read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         )
     read = {item: restored[item] if item in arguments else {} for item in wanted}
     extra = dict(restored["extra"])
-    refuse_changed(extra.pop(CHECKSUMS, {}), read)
+    saved = dict(extra.pop(CHECKSUMS, {}))
+    if saved.pop("extra", None) not in (None, text_checksum(extra)):
+        raise ValueError("extra: not the values that were saved")
+    refuse_changed(saved, read)
     return {**read, "extra": extra}

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.convert.classes import class_name
+from common.convert.photo_names import photo_name
 from common.data.dataset import Dataset
 from common.io.errors import UserError
 from common.io.json_file import text_id, whole
@@ -126,12 +128,12 @@ def read_annotations(path: Path, image_id: str = "id") -> tuple[Images, Categori
         try:
             number = _plain(text_id(value["id"]))
             if key == "categories":
-                _add(categories, str(value["name"]), number, path, "category")
+                _add(categories, class_name(str(value["name"])), number, path, "category")
                 continue
             name = str(number)
             if image_id == "file_stem":
                 file = str(value.get("file_name") or value["coco_url"])
-                name = Path(file.replace("\\", "/")).stem
+                name = photo_name("", file)
             _add(numbers, name, number, path, "image")
             sides = [value.get(side) for side in ("height", "width")]
             if None not in sides:

@@ -231,7 +231,7 @@ def test_arrays_that_changed_on_disk_are_damage(saved):
     """As a flipped bit that still unpacks: other values of the right shape."""
     path = saved / "2" / "extra" / "metadata"
     extra = json.loads(path.read_text())
-    assert sorted(extra["checksums"])[0].startswith("model/batch_stats/")
+    assert sorted(extra["checksums"])[1].startswith("model/batch_stats/")
     extra["checksums"]["model/params/conv1/kernel"] ^= 1
     path.write_text(json.dumps(extra))
     for restore in (
@@ -245,6 +245,15 @@ def test_arrays_that_changed_on_disk_are_damage(saved):
     del extra["checksums"]  # as checkpoints of earlier versions
     path.write_text(json.dumps(extra))
     assert_equal_bits(Checkpoints(saved).restore(None, abstract(make_state()))[0], make_state(2))
+
+
+def test_text_that_changed_on_disk_is_damage(saved):
+    """As `num_steps` or `parts` with a flipped bit: no array tells of it."""
+    path = saved / "2" / "extra" / "metadata"
+    path.write_text(path.read_text().replace('"epoch": 2', '"epoch": 3'))
+    for read in (lambda c: c.read_extra(), lambda c: c.restore_params()):
+        with pytest.raises(UserError, match="damaged checkpoint .extra: not the values that were"):
+            read(Checkpoints(saved))
 
 
 def test_damage_of_all_checkpoints_is_said(saved):
