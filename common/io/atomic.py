@@ -118,18 +118,24 @@ def _temporary_name(path: epath.Path, kind: str = "tmp") -> str:
 
 
 def remove_leftovers(path: PathLike) -> None:
-    """Removes what killed runs on this machine left beside an output of theirs; local only."""
+    """Removes what killed runs on this machine left beside an output of theirs; local only.
+
+    A folder that was moved aside for a new one which never came goes back to its place.
+    """
     output = Path(path)
     if is_remote(path) or not output.parent.is_dir():
         return
     name = re.escape(output.name)
-    pattern = re.compile(rf"{name}\.tmp-{re.escape(platform.node())}-(\d+)-[0-9a-f]{{8}}(-.*)?")
+    kind_and_process = rf"(tmp|old)-{re.escape(platform.node())}-(\d+)"
+    pattern = re.compile(rf"{name}\.{kind_and_process}-[0-9a-f]{{8}}(-.*)?")
     for entry in list(os.scandir(output.parent)):
         match = pattern.fullmatch(entry.name)
-        if match is None or _is_running(int(match[1])):
+        if match is None or _is_running(int(match[2])):
             continue
         with contextlib.suppress(OSError):  # of somebody else, or gone by now
-            if entry.is_dir(follow_symlinks=False):
+            if match[1] == "old" and not output.exists():
+                os.rename(entry.path, output)
+            elif entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
             else:
                 os.unlink(entry.path)

@@ -105,11 +105,16 @@ def training_workdir(
     Raises:
       UserError: of another config, or in use.
     """
-    workdir = prepare_workdir(directory, config, may_differ)
+    workdir = to_epath(directory)
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{workdir}: cannot write ({error.strerror})") from error
+            # Before anything is written: `config.json` may be that of a running training.
             stack.enter_context(workdir_lock(workdir, say=say))
-        yield workdir
+        yield prepare_workdir(workdir, config, may_differ)
 
 
 def read_trained(

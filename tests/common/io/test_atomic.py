@@ -122,3 +122,17 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / left[2] / "deep").mkdir(parents=True)
     write_text(tmp_path / "x.json", "new")
     assert sorted(os.listdir(tmp_path)) == sorted(["x.json", *others])
+
+
+def test_a_folder_moved_aside_by_a_run_that_was_killed_then_comes_back(tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    for number in range(2):  # the second time a new folder is there
+        aside = tmp_path / f"d.old-{platform.node()}-{killed.pid}-0123abc{number}"
+        aside.mkdir()
+        (aside / "a").write_text("before")
+        with pytest.raises(RuntimeError), atomic_folder(tmp_path / "d"):
+            raise RuntimeError
+        assert os.listdir(tmp_path) == ["d"]
+        assert (tmp_path / "d" / "a").read_text() == ("before", "now")[number]
+        (tmp_path / "d" / "a").write_text("now")

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from common.io.errors import UserError
 from common.training import command
+from common.training.workdir import read_config
 
 
 class Settings:
@@ -60,3 +61,23 @@ def test_weights_that_are_not_there_are_refused_at_once(
     with pytest.raises(UserError, match=text):
         command.check_weights(pretrained, init_from)
     command.check_weights("", "folder")
+
+
+def test_a_start_that_finds_a_training_there_leaves_its_config(tmp_path):
+    """The first has no checkpoint yet, and another config would be taken for its own."""
+    quiet = dict(may_differ=(), say=lambda *_, **__: None)
+    with command.training_workdir(tmp_path / "a" / "run", {"seed": 1}, **quiet) as workdir:
+        with (
+            pytest.raises(UserError, match="a training runs here already"),
+            command.training_workdir(workdir, {"seed": 2}, **quiet),
+        ):
+            pass
+        assert read_config(workdir) == {"seed": 1}
+    with command.training_workdir(workdir, {"seed": 2}, **quiet):
+        assert read_config(workdir) == {"seed": 2}
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="file/run: cannot write .Not a directory"),
+        command.training_workdir(tmp_path / "file" / "run", {"seed": 2}, **quiet),
+    ):
+        pass
