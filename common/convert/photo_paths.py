@@ -192,10 +192,13 @@ def _check_sizes(
     """Reads the photos' sizes into `sizes`.
 
     Photos that cannot be read lose their path, and so do those of another shape than annotated: the
-    boxes are shares of another picture, of one before it was turned or cropped, for example.
+    boxes are shares of another picture, of one before it was turned or cropped, for example. (One
+    that is annotated as stored, and shown turned by its EXIF mark, is read as stored.)
     """
-    read, readable = read_sizes(folder, [paths[i] or "" for i in located], options.check_photos)
     rows = np.array(located)
+    told = sizes[rows]
+    files = [paths[i] or "" for i in located]
+    read, readable = read_sizes(folder, files, options.check_photos, told)
     bad = rows[~readable]
     report.add(
         "unreadable photo",
@@ -205,7 +208,6 @@ def _check_sizes(
     )
     for i in bad:
         paths[i] = None
-    told = sizes[rows]
     other = readable & (told > 0).all(1) & (told != read).any(1)
     turned = other.copy()
     turned[other] = [not same_shape(*pair) for pair in zip(told[other], read[other], strict=True)]

@@ -11,6 +11,7 @@ from PIL import ExifTags
 
 from common.convert import photo_names
 from common.data.image_file import BROKEN, open_image
+from common.data.images import is_as_stored
 from common.io.parallel import map_ordered
 from common.io.progress import Progress
 
@@ -128,28 +129,37 @@ def _keep_nearest(found: Found, best: dict[int, photo_names.Rank]) -> None:
 
 
 def read_sizes(
-    folder: Path, paths: Sequence[str], decode: bool = False
+    folder: Path,
+    paths: Sequence[str],
+    decode: bool = False,
+    annotated: Int32[np.ndarray, "N 2"] | None = None,
 ) -> tuple[Int32[np.ndarray, "N 2"], Bool[np.ndarray, " N"]]:
-    """Sizes of photos after EXIF rotation, from their headers.
+    """Sizes of photos as batches show them (`common.data.images.open_photo`), from their headers.
 
     Args:
       folder: root of the paths.
       paths: of the photos.
       decode: decode every pixel too, which finds truncated files.
+      annotated: heights and widths that the annotations give, 0 = unknown.
 
     Returns:
       Height and width of each photo (0 when unreadable), and whether it is readable.
     """
     sizes = np.zeros((len(paths), 2), np.int32)
     progress = Progress(len(paths), what="reading photos", unit="photos")
-    results = map_ordered(lambda path: _size(folder / path, decode), paths, ahead=256)
+    told = np.zeros_like(sizes) if annotated is None else annotated
+    results = map_ordered(
+        lambda item: _size(folder / item[0], decode, item[1]),
+        zip(paths, told.tolist(), strict=True),
+        ahead=256,
+    )
     for i, size in enumerate(results):
         sizes[i] = size
         progress.report(i + 1)
     return sizes, np.all(sizes > 0, axis=1)
 
 
-def _size(path: Path, decode: bool) -> tuple[int, int]:
+def _size(path: Path, decode: bool, annotated: tuple[int, int]) -> tuple[int, int]:
     try:
         with open_image(path) as image:
             width, height = image.size
@@ -160,4 +170,5 @@ def _size(path: Path, decode: bool) -> tuple[int, int]:
                 image.load()
     except BROKEN:  # the caller reports their names; an ImageError is a ValueError
         return 0, 0
-    return (width, height) if sideways else (height, width)
+    turned = sideways and not is_as_stored((height, width), annotated)
+    return (width, height) if turned else (height, width)

@@ -122,12 +122,20 @@ def open_photo(data: bytes, annotated_size: tuple[int, int] = (0, 0)) -> Photo:
     if orientation == 1:
         return Photo(image, 1, (height, width), data)
     _, swap, _, _ = _ORIENTATIONS[orientation]
-    if swap and all(annotated_size):
-        stored = math.log(height / width)
-        annotated = math.log(annotated_size[0] / annotated_size[1])
-        if abs(annotated - stored) < abs(annotated + stored):
-            return Photo(image, 1, (height, width), data)
+    if swap and is_as_stored((height, width), annotated_size):
+        return Photo(image, 1, (height, width), data)
     return Photo(image, orientation, (width, height) if swap else (height, width), data)
+
+
+def is_as_stored(stored: tuple[int, int], annotated: tuple[int, int]) -> bool:
+    """Whether annotations are of the stored pixels of a photo that is shown turned a quarter.
+
+    Both are heights and widths; (0, 0) is an annotated size that is unknown.
+    """
+    if not all(annotated):
+        return False
+    shape, other = (math.log(size[0] / size[1]) for size in (stored, annotated))
+    return abs(other - shape) < abs(other + shape)
 
 
 def photo_of_pixels(image: Image.Image) -> Photo:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from common.convert.photo_paths import OTHER_SHAPE
+from common.data.images import open_photo
 from common.io.errors import UserError
 from tests.prepare_data_cli import prepare, reasons, write_photo
 from tests.scripts.test_prepare_voc import _xml
@@ -245,17 +246,11 @@ def test_polygons_that_are_none_are_repaired_or_left_out_and_counted(tmp_path):
     }
 
 
-@pytest.mark.parametrize("turn", ["header", "exif"])
-def test_boxes_of_a_photo_that_was_turned_since_are_not_moved_onto_it(tmp_path, turn):
+def test_boxes_of_a_photo_that_was_turned_since_are_not_moved_onto_it(tmp_path):
     """Shares of the annotated picture would be other places; photos made smaller keep them."""
     source = coco(tmp_path / "x.json", ["small.jpg", "turned.jpg"], size=(60, 120))
     write_photo(tmp_path / "photos" / "small.jpg", 30, 61)
-    if turn == "header":
-        write_photo(tmp_path / "photos" / "turned.jpg", 120, 60)
-    else:
-        turned = Image.Exif()
-        turned[0x112] = 6  # a quarter
-        write_photo(tmp_path / "photos" / "turned.jpg", 60, 120, exif=turned)
+    write_photo(tmp_path / "photos" / "turned.jpg", 120, 60)
     arguments = dict(source=source, images=tmp_path / "photos")
     dataset = prepare("coco", output=tmp_path / "d", **arguments)
     assert found(dataset) == {"1": "small.jpg"} and len(dataset.boxes) == 1
@@ -265,6 +260,19 @@ def test_boxes_of_a_photo_that_was_turned_since_are_not_moved_onto_it(tmp_path, 
     }
     with pytest.raises(UserError, match="annotated 60x120, photo 120x60.*--strict refuses"):
         prepare("coco", output=tmp_path / "e", strict=True, **arguments)
+
+
+@pytest.mark.parametrize("size", [(60, 120), (120, 60)])
+def test_a_photo_that_is_shown_turned_is_read_as_annotated(tmp_path, size):
+    """Tools annotate it as it is stored, or as its EXIF mark shows it; batches follow the size."""
+    turned = Image.Exif()
+    turned[0x112] = 6  # a quarter
+    write_photo(tmp_path / "photos" / "1.jpg", 60, 120, exif=turned)
+    source = coco(tmp_path / "x.json", ["1.jpg"], size=size)
+    dataset = prepare("coco", source=source, images=tmp_path / "photos", output=tmp_path / "d")
+    assert dataset.image_sizes.tolist() == [[*size]] and not reasons(dataset)
+    data = (tmp_path / "photos" / "1.jpg").read_bytes()
+    assert open_photo(data, tuple(dataset.image_sizes[0].tolist())).size == size
 
 
 # ------------------------------------------------------------------------------------------------
