@@ -36,7 +36,8 @@ def evaluation_split(
         return other
     raise UserError(
         f"{dataset.directory}: no split {name!r}; it has {found} (choose one by "
-        f"config.data.eval_split, or --{off}=-1 to train without evaluation)"
+        "config.data.eval_split, make one by scripts.prepare_data --split=random, or "
+        f"--{off}=-1 to train without evaluation)"
     )
 
 
