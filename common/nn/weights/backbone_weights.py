@@ -71,6 +71,11 @@ def read_state_dict(path: str | Path) -> State:
       UserError: unreadable file, forbidden pickle, or no tensors where they are expected.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path}: found a folder, expected .safetensors, .pth, .pt or .whl (of a work directory "
+            "of ours, scripts.export_weights makes one)"
+        )
     if not path.is_file():
         raise UserError(f"{path}: found no such file, expected .safetensors, .pth, .pt or .whl")
     if path.suffix == ".whl":

@@ -381,3 +381,10 @@ def test_lite0_gives_the_logits_of_the_torch_package():
     head = np.clip(head * state["_bn1.weight"] + state["_bn1.bias"], 0, 6).mean((1, 2))
     logits = head @ state["_fc.weight"].T + state["_fc.bias"]
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_a_folder_is_told_from_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="found a folder, .*scripts.export_weights"):
+        read_state_dict(tmp_path)
+    with pytest.raises(UserError, match="found no such file"):
+        read_state_dict(tmp_path / "x.pth")
