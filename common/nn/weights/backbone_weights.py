@@ -73,8 +73,8 @@ def read_state_dict(path: str | Path) -> State:
     path = Path(path)
     if path.is_dir():
         raise UserError(
-            f"{path}: found a folder, expected .safetensors, .pth, .pt or .whl (of a work directory "
-            "of ours, scripts.export_weights makes one)"
+            f"{path}: found a folder, expected .safetensors, .pth, .pt or .whl "
+            "(scripts.export_weights makes one of a work directory)"
         )
     if not path.is_file():
         raise UserError(f"{path}: found no such file, expected .safetensors, .pth, .pt or .whl")

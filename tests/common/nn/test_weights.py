@@ -385,6 +385,6 @@ def test_lite0_gives_the_logits_of_the_torch_package():
 
 def test_a_folder_is_told_from_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="found a folder, .*scripts.export_weights"):
-        read_state_dict(tmp_path)
+        backbone_weights.read_state_dict(tmp_path)
     with pytest.raises(UserError, match="found no such file"):
-        read_state_dict(tmp_path / "x.pth")
+        backbone_weights.read_state_dict(tmp_path / "x.pth")
