@@ -1,6 +1,7 @@
 """Small JSON files, with one line for every way to be broken."""
 
 import json
+import unicodedata
 from typing import Any
 
 from common.io.errors import UserError
@@ -45,7 +46,7 @@ def parse_json(text: bytes | str, where: object) -> Any:
 
 
 def text_id(value: Any) -> str:
-    """An id as text: 3, 3.0 and "3" are the same, 3.5 and null are none.
+    """An id as text: 3, 3.0 and "3" are the same, composed letters too; 3.5 and null are none.
 
     Raises:
       ValueError, TypeError, OverflowError: no id.
@@ -53,7 +54,7 @@ def text_id(value: Any) -> str:
     if isinstance(value, str):
         if not value.strip() or not value.isprintable():  # half of a pair of surrogates is not
             raise ValueError(f"id {value!r:.40}")
-        return value.strip()
+        return unicodedata.normalize("NFC", value.strip())
     return str(whole(value))
 
 

@@ -169,6 +169,14 @@ def test_ids_are_texts_wherever_they_are(tmp_path):
     assert [dataset.split(name).tolist() for name in ("train", "validation")] == [[0], [1]]
 
 
+def test_ids_are_the_same_in_composed_and_decomposed_letters(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "zoé") for form in ("NFC", "NFD"))
+    annotations = [{"image_id": decomposed, "category_id": 1, "bbox": [30, 10, 60, 30]}]
+    source = coco(tmp_path / "x.json", ["1.jpg"], annotations, ids=[composed])
+    dataset = prepare("coco", source=source, output=tmp_path / "d")
+    assert list(found(dataset)) == [composed] and len(dataset.boxes) == 1
+
+
 def test_where_all_ids_of_a_kind_are_unknown_the_set_is_refused(tmp_path):
     lost = [{"id": 1, "image_id": "x9", "category_id": 1, "bbox": [30, 10, 60, 30]}]
     with pytest.raises(UserError, match="none of the 1 annotations is of an image"):
