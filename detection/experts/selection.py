@@ -132,7 +132,7 @@ def read_classifier(
             with safetensors.safe_open(path, "numpy") as file:
                 known = (file.metadata() or {}).get("labels")
             model_labels = None if known is None else json.loads(known)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(
                 f"{path}: no readable weights ({error}), expected a work directory or a "
                 ".safetensors file"
