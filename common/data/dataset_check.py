@@ -11,6 +11,7 @@ import numpy as np
 
 from common.data.dataset_format import FORMAT, INDEX, OPTIONAL, STRINGS
 from common.io.errors import UserError
+from common.io.paths import PathLike
 
 _LOOK = 1 << 18  # elements at each end
 _COUNTS = ("num_images", "num_boxes", "num_labels", "num_classes")
@@ -51,7 +52,7 @@ def check_meta(path: Path, meta: Any) -> dict[str, Any]:
     return meta
 
 
-def check_tree(path: Path, tree: Any) -> set[str]:
+def check_tree(path: PathLike, tree: Any) -> set[str]:
     """The labels below the root of a hierarchy.
 
     Raises:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from common.data.dataset import Dataset, read_classes
+from common.data.dataset_check import check_tree
 from common.data.dataset_writer import write_classes
 from common.io.atomic import write_text
 from common.io.errors import UserError
@@ -67,6 +68,7 @@ def read_model_classes(workdir: PathLike) -> ModelClasses:
         hierarchy = json.loads((folder / "hierarchy.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'hierarchy.json'}: not readable as JSON ({error})") from error
+    check_tree(folder / "hierarchy.json", hierarchy)
     return ModelClasses(str(path), labels, names, hierarchy)
 
 

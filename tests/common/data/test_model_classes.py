@@ -85,3 +85,11 @@ def test_photos_of_any_classes_can_be_taken_without_their_annotations(dataset, t
 def test_a_work_directory_without_classes_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"classes.csv: no such file"):
         read_model_classes(tmp_path)
+
+
+@pytest.mark.parametrize("tree", ["5", '{"LabelName": "root", "Subcategory": [7]}', "{"])
+def test_a_broken_tree_in_a_work_directory_is_refused(dataset, tmp_path, tree):
+    model_of(dataset, tmp_path, ["red"])
+    (tmp_path / "hierarchy.json").write_text(tree)
+    with pytest.raises(UserError, match=r"hierarchy.json: (a node without|not readable as JSON)"):
+        read_model_classes(tmp_path)
