@@ -10,6 +10,7 @@ checkpoints/    see `common.training.checkpoint`; without one, nothing binds the
 config.json and the classes of a run without a checkpoint are those of its last start.
 """
 
+import contextlib
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
@@ -117,9 +118,16 @@ class MetricsLog:
         self._file = self._path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """Appends one line, visible to readers at once."""
-        self._file.write(json.dumps({"step": int(step), **metrics}) + "\n")
-        self._file.flush()
+        """Appends one line, visible to readers at once.
+
+        Raises:
+          UserError: it cannot be written, such as on a full disk.
+        """
+        try:
+            self._file.write(json.dumps({"step": int(step), **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write ({error.strerror})") from error
 
     def evaluation(self, step: int, what: str) -> dict[str, float] | None:
         """The figures of an evaluation of `what` that the log has, or None."""
@@ -135,7 +143,8 @@ class MetricsLog:
         return None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that `write` told of: others are flushed
+            self._file.close()
 
 
 def _lines_up_to(text: str, last_step: int):

@@ -131,3 +131,11 @@ def test_fields_of_a_list_may_differ_one_by_one(tmp_path):
     prepare_workdir(tmp_path, sources("b", 1), may_differ=("data.sources.*.dir",))
     with pytest.raises(UserError, match=r"config.data.sources.0.share: work directory has 1"):
         prepare_workdir(tmp_path, sources("b", 2), may_differ=("data.sources.*.dir",))
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path)
+    monkeypatch.setattr(log, "_file", open("/dev/full", "w"))
+    with pytest.raises(UserError, match="metrics.jsonl: cannot write .No space left on device"):
+        log.write(1, {"loss": 1.0})
+    log.close()  # and says nothing more
