@@ -17,6 +17,7 @@ report.json; --strict refuses them. The directory appears when it is complete, o
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -149,6 +150,7 @@ def main(format_name: str) -> None:
     _refuse_division_without_split()
     output = Path(args.output)
     check_output(output.absolute(), args.overwrite)
+    _refuse_output_around(output.absolute(), ("source", "images", "masks", "splits"))
     try:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -182,6 +184,14 @@ def main(format_name: str) -> None:
     finally:
         shutil.rmtree(spool, ignore_errors=True)
     print(f"done in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _refuse_output_around(output: Path, inputs: Sequence[str]) -> None:
+    """Refuses an output folder that holds an input: it would go with what the folder replaces."""
+    for name in inputs:
+        value = flags.FLAGS[name].value
+        if value and "://" not in value and output in Path(value).absolute().parents:
+            raise UserError(f"--output={output}: --{name}={value} lies in it, expected another one")
 
 
 def _refuse_division_without_split() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.io.errors import UserError
-from tests.prepare_data_cli import openimages_source, prepare
+from tests.prepare_data_cli import openimages_source, prepare, write_photo
 
 ROOT = Path(__file__).parents[2]
 ROWS = ["x,/m/a,0.1,0.2,0.1,0.2,0", "y,/m/c,0.1,0.2,0.1,0.2,0", "x,/m/a,0.1,0.1,0.1,0.2,0"]
@@ -69,3 +69,19 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
         {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders
     ]
     assert files[0] == files[1]
+
+
+def test_an_output_that_holds_the_photos_is_refused(tmp_path):
+    """Replacing it, with --overwrite, would remove them."""
+    source = openimages_source(tmp_path / "source", ["a,/m/a,0.1,0.5,0.2,0.6,0"])
+    prepare("openimages", source=source, output=tmp_path / "d")
+    write_photo(tmp_path / "d" / "photos" / "a.jpg", 40, 60)
+    with pytest.raises(UserError, match=r"--output=.*/d: --images=.*photos lies in it"):
+        prepare(
+            "openimages",
+            source=source,
+            images=tmp_path / "d" / "photos",
+            output=tmp_path / "d",
+            overwrite=True,
+        )
+    assert (tmp_path / "d" / "photos" / "a.jpg").exists()

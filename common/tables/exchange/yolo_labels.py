@@ -18,7 +18,7 @@ import numpy as np
 from common.data.dataset import Dataset
 from common.io.atomic import atomic_folder
 from common.io.errors import UserError
-from common.io.paths import PathLike, check_regular
+from common.io.paths import PathLike, check_regular, to_epath
 from common.tables.exchange.rows import Outgoing
 from common.tables.exchange.spool import Rows
 
@@ -56,13 +56,17 @@ def write_labels(
 
     Args:
       outgoing: the rows.
-      output: folder; replaced when it exists.
+      output: folder, a new or an empty one: true labels lie in such folders, too.
       dataset: that the images and labels are of.
       digits: decimals; None = those that 32 bits hold.
 
     Raises:
-      UserError: an image or a label that the dataset does not have, or it cannot be written.
+      UserError: an image or a label that the dataset does not have, a folder with something in it,
+        or one that cannot be written.
     """
+    place = to_epath(output)
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise UserError(f"{output}: exists already, expected a new folder")
     image_ids = outgoing.reader.image_ids
     images = dataset.find_images(image_ids)
     if (images < 0).any():

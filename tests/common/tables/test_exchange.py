@@ -511,6 +511,9 @@ def test_yolo_labels_there_and_back(tmp_path):
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=2e-7)
     names = [[t.labels[i] for i in t.label_index] for t in (found, expected)]
     assert names[0] == names[1]
+    # The folder may be that of the true labels.
+    with pytest.raises(UserError, match="labels: exists already, expected a new folder"):
+        write_labels(rows.Outgoing(reader), tmp_path / "labels", dataset)
 
 
 @pytest.mark.parametrize(
