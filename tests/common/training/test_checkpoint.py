@@ -205,6 +205,7 @@ def test_a_checkpoint_that_the_training_beside_removes_is_given_up_for_the_next(
     looks.clear()
     with pytest.raises(UserError, match="checkpoint 3 was removed while it was read$"):
         Checkpoints(tmp_path).restore_params(3)
+    training.close()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
