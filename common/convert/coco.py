@@ -135,20 +135,11 @@ def read_coco(
 def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
     """Split -> file, and the folder in which photos are looked for."""
     files: list[Path] = []
-    for part in source.split(","):
-        folder = Path(part)
-        if folder.is_dir():
-            inside = sorted(folder.glob("*.json")) or sorted(folder.glob("annotations/*.json"))
-            if lvis:
-                # Lists of categories lie beside the annotations.
-                files += [p for p in inside if re.match(r"lvis_(?!.*categories)", p.name)]
-                continue
-            inside = inside or sorted(folder.glob(f"*/{_ROBOFLOW}"))
-            files += [path for path in inside if not path.name.startswith(_OTHER)]
-        else:
-            files += [Path(name) for name in sorted(glob.glob(part))]
-    if not files:
-        raise UserError(f"--source={source}: no JSON file there")
+    for part in [source] if os.path.exists(source) else source.split(","):
+        found = _files_at(part, lvis)
+        if not found:
+            raise UserError(f"--source={part}: no JSON file there")
+        files += found
     paths: dict[str, Path] = {}
     for path in files:
         split = split_name(path)
@@ -162,6 +153,21 @@ def _find_files(source: str, lvis: bool) -> tuple[dict[str, Path], Path]:
     if len(files) > 1 and all(path.name == _ROBOFLOW for path in files):
         search = Path(os.path.commonpath([path.parent.absolute() for path in files]))
     return paths, search.parent if search.name == "annotations" else search
+
+
+def _files_at(part: str, lvis: bool) -> list[Path]:
+    """The annotation files of a folder, a file or a pattern."""
+    folder = Path(part)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        return [Path(name) for name in sorted(glob.glob(part))]
+    inside = sorted(folder.glob("*.json")) or sorted(folder.glob("annotations/*.json"))
+    if lvis:
+        # Lists of categories lie beside the annotations.
+        return [path for path in inside if re.match(r"lvis_(?!.*categories)", path.name)]
+    inside = inside or sorted(folder.glob(f"*/{_ROBOFLOW}"))
+    return [path for path in inside if not path.name.startswith(_OTHER)]
 
 
 def _folder_of(path: Path, search: Path) -> str:

@@ -319,6 +319,16 @@ def test_categories_without_name_and_lists_that_differ_are_named(tmp_path):
         prepare("coco", source=tmp_path / "ann" / "*.json", output=tmp_path / "d")
 
 
+def test_a_file_of_several_that_is_missing_is_named(tmp_path):
+    """And names with commas or brackets are names before they are lists or patterns."""
+    first = coco(tmp_path / "a, b [1].json", ["1.jpg"])
+    dataset = prepare("coco", source=first, output=tmp_path / "d")
+    assert dataset.num_images == 1
+    first = first.rename(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"--source=.*/b.json: no JSON file there"):
+        prepare("coco", source=f"{first},{tmp_path / 'b.json'}", output=tmp_path / "e")
+
+
 def test_marks_of_crowds_are_read_in_every_form_and_else_refused(tmp_path):
     forms = (1, True, "1", "true", 1.0, 0, "0", None, "", False)
     annotations = [
