@@ -27,6 +27,7 @@ from common.io.paths import PathLike, to_epath
 from common.training import distributed, preemption
 from common.training.checkpoint import COMMITTED, Checkpoints
 from common.training.run_metrics import RunMetrics
+from common.training.workdir_lock import workdir_lock
 
 _WAIT, _END = 0, -1
 _OF_THE_RUN = ("config.json", "classes.csv", "hierarchy.json")
@@ -57,14 +58,17 @@ def watch(
       on_scored: (work directory of the checkpoint, step, whether it is the best) after each.
 
     Raises:
-      UserError: the figures lack `metric`, or what `score` raises.
+      UserError: the figures lack `metric`, another watcher runs there, or what `score` raises.
     """
     workdir = to_epath(directory)
     folder = workdir / "watch" / name
     candidate, source = folder / "candidate", Checkpoints(workdir / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     since = time.monotonic()
-    with RunMetrics(folder, _ALL_STEPS) as log:
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main_process():
+            stack.enter_context(workdir_lock(folder, what="watcher", say=say))
+        log = stack.enter_context(RunMetrics(folder, _ALL_STEPS))
         scored = read_scored(folder)
         while (step := _agreed(_next(workdir, source, candidate, scored, since, timeout))) != _END:
             if step == _WAIT:

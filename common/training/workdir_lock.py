@@ -1,10 +1,10 @@
-"""One training at a time in a work directory.
+"""One training at a time in a work directory, and one watcher in its folder there.
 
-A second one would delete the checkpoint that the first is writing and begin its metrics anew. The
-file `lock` says who is there. On a file system the kernel holds the lock itself, and lets go of it
-when the process ends in whatever way: what is left of a killed run is never in the way. An object
-store has no locks: there the file is written again every few seconds, and a lock whose file does
-not change any more is stale.
+A second training would delete the checkpoint that the first is writing and begin its metrics anew,
+a second watcher the copy that the first is scoring. The file `lock` says who is there. On a file
+system the kernel holds the lock itself, and lets go of it when the process ends in whatever way:
+what is left of a killed run is never in the way. An object store has no locks: there the file is
+written again every few seconds, and a lock whose file does not change any more is stale.
 """
 
 import contextlib
@@ -30,12 +30,17 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def workdir_lock(
-    workdir: epath.Path, *, beat_seconds: float = BEAT_SECONDS, say: Callable = print
+    workdir: epath.Path,
+    *,
+    what: str = "training",
+    beat_seconds: float = BEAT_SECONDS,
+    say: Callable = print,
 ) -> Iterator[None]:
     """Holds a work directory; call it in process 0.
 
     Args:
       workdir: of the run, which exists.
+      what: runs there, for the message.
       beat_seconds: of an object store.
       say: where it is said that an old lock is watched.
 
@@ -43,6 +48,7 @@ def workdir_lock(
       UserError: another process holds it.
     """
     owner = {
+        "what": what,
         "host": socket.gethostname(),
         "process": os.getpid(),
         "since": datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"),
@@ -64,7 +70,7 @@ def _locked_file(path: epath.Path, owner: dict, *_) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise _in_use(path, file.read()) from error
+            raise _in_use(path, owner["what"], file.read()) from error
         except OSError:
             pass  # a file system without locks: the file says who was here last
         file.truncate(0)
@@ -80,7 +86,7 @@ def _beating(path: epath.Path, owner: dict, seconds: float, say: Callable) -> It
         say(f"{path}: {_who(before)}; waiting for a sign of life of it", flush=True)
         time.sleep(3 * seconds)
         if _text(path) not in (before, ""):
-            raise _in_use(path, _text(path))
+            raise _in_use(path, owner["what"], _text(path))
     ended = threading.Event()
     write_text(path, json.dumps(owner | {"beat": 0}))
 
@@ -116,8 +122,8 @@ def _who(text: str) -> str:
         return "another process"
 
 
-def _in_use(path: epath.Path, text: str) -> UserError:
+def _in_use(path: epath.Path, what: str, text: str) -> UserError:
     return UserError(
-        f"{path.parent}: a training runs here already ({_who(text)}); wait for it, end it, or "
-        "choose another --workdir"
+        f"{path.parent}: a {what} runs here already ({_who(text)}); wait for it, end it, or choose "
+        "another folder"
     )

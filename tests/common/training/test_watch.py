@@ -117,3 +117,16 @@ def test_a_figure_that_is_not_there_is_refused(workdir):
             poll_seconds=0.01,
             say=print,
         )
+
+
+def test_a_second_watcher_is_refused(workdir):
+    """It would remove the copy that the first is scoring."""
+    training, seen = Training(workdir), []
+    training.save(1)
+
+    def begin_another(*_):
+        with pytest.raises(UserError, match="validation: a watcher runs here already"):
+            run(workdir, [])
+
+    run(workdir, seen, on_scored=begin_another)
+    assert seen == [1]
