@@ -90,3 +90,38 @@ def test_compressed_files_and_byte_order_marks(tmp_path):
 def test_an_error_is_one_line_that_can_be_printed_whatever_is_in_it():
     error = UserError("x.json: no field 'a\nb\ud800', found\tc\x1b")
     assert str(error) == "x.json: no field 'a b\\ud800', found c\\x1b"
+
+
+def _depth(text):
+    """Greatest depth of a JSON text, character by character."""
+    depth = deepest = 0
+    in_string = escaped = False
+    for character in text:
+        if in_string:
+            in_string = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"':
+            in_string = True
+        else:
+            depth += (character in "[{") - (character in "]}")
+            deepest = max(deepest, depth)
+    return deepest
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(_VALUE | st.text('[]{}\\"a'), max_size=6), st.integers(1, 9))
+def test_depth_is_that_outside_of_strings_in_pieces_of_any_size(value, size):
+    text = json.dumps(value)
+    nesting, data = json_stream._Nesting(), text.encode()
+    found = [nesting.deepest(data[i : i + size]) for i in range(0, len(data), size)]
+    assert max(found) == _depth(text)
+
+
+def test_lists_without_end_in_one_another_are_refused_before_they_cost_memory(tmp_path):
+    """The path to each takes as many characters as there are lists around it: 9 GB for 60 kB."""
+    path = tmp_path / "x.json"
+    path.write_text('{"images": [{"id": 1, "a": ' + "[" * 60_000)
+    with pytest.raises(UserError, match="nested more than 200 deep between the bytes 0 and 60,0"):
+        list(json_stream.stream_lists(path, ["images"]))
+    path.write_text('[{"a": ' + "[" * 150 + "]" * 150 + "}]")
+    assert len(list(json_stream.stream_list(path))) == 1
