@@ -276,7 +276,8 @@ def test_a_photo_that_is_shown_turned_is_read_as_annotated(tmp_path, size):
     turned = Image.Exif()
     turned[0x112] = 6  # a quarter
     write_photo(tmp_path / "photos" / "1.jpg", 60, 120, exif=turned)
-    source = coco(tmp_path / "x.json", ["1.jpg"], size=size)
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 30, 30]}
+    source = coco(tmp_path / "x.json", ["1.jpg"], [annotation], size=size)
     dataset = prepare("coco", source=source, images=tmp_path / "photos", output=tmp_path / "d")
     assert dataset.image_sizes.tolist() == [[*size]] and not reasons(dataset)
     data = (tmp_path / "photos" / "1.jpg").read_bytes()
