@@ -321,8 +321,8 @@ def test_categories_without_name_and_lists_that_differ_are_named(tmp_path):
 
 
 def test_a_file_of_several_that_is_missing_is_named(tmp_path):
-    """And names with commas or brackets are names before they are lists or patterns."""
-    first = coco(tmp_path / "a, b [1].json", ["1.jpg"])
+    """And paths with commas or brackets are paths before they are lists or patterns."""
+    first = coco(tmp_path / "set 1, [new]" / "a.json", ["1.jpg"])
     dataset = prepare("coco", source=first, output=tmp_path / "d")
     assert dataset.num_images == 1
     first = first.rename(tmp_path / "a.json")
