@@ -37,10 +37,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, "text/html", PAGE)
 
     def do_POST(self) -> None:
-        url, length = urlsplit(self.path), int(self.headers.get("Content-Length", 0))
-        if url.path not in ("/json", "/picture") or not 0 < length <= MAX_BYTES:
+        url = urlsplit(self.path)
+        if url.path not in ("/json", "/picture"):
             return self.answer(404, "text/plain", b"expected a photo for /json or /picture")
         try:
+            length = int(self.headers.get("Content-Length", 0))
+            if not 0 < length <= MAX_BYTES:
+                raise ValueError(f"found {length} bytes, expected a photo of at most {MAX_BYTES}")
             min_score = float(parse_qs(url.query).get("min_score", ["0.4"])[0])
             result = self.detector(self.rfile.read(length), score_threshold=min_score)
         except (UserError, ValueError) as error:  # no photo, no number
