@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from common.io.early_answers import answer
 
 if TYPE_CHECKING:
-    from detection.detector import Detector, load
+    from detection.detector import Detector
+    from detection.loading import load
     from detection.result import Result
 
 __all__ = ["Detector", "Result", "load"]
@@ -17,6 +18,6 @@ def __getattr__(name: str) -> Any:
     """Imports JAX and the models only for those who ask for them: commands answer before."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from detection import detector
+    from detection import detector, loading
 
-    return getattr(detector, name)
+    return loading.load if name == "load" else getattr(detector, name)

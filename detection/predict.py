@@ -40,7 +40,8 @@ from common.training import command, distributed
 from common.training.cluster import find_cluster
 from common.training.compile_cache import use_compile_cache
 from common.training.preemption import stoppable
-from detection.detector import Detector, open_detector
+from detection.detector import Detector
+from detection.loading import open_detector
 
 
 def detect(

@@ -27,8 +27,9 @@ from common.training import distributed
 from common.training.checkpoint import Checkpoints
 from common.training.step import init_variables
 from detection.batch_fields import init_shapes
-from detection.detector import Detector, load
+from detection.detector import Detector
 from detection.inference import compiled_predict_step
+from detection.loading import load
 from detection.models.faster_rcnn import build
 from detection.settings import read_run
 from scripts.bench.bench_train_step import our_config, prepared_params

@@ -23,8 +23,9 @@ from common.tables import DetectionsReader, read_detections
 from common.training import distributed
 from common.training.workdir import read_config
 from detection import predict
-from detection.detector import Detector, find_classes, open_detector
+from detection.detector import Detector, find_classes
 from detection.fine_tuning import trained_in
+from detection.loading import open_detector
 from detection.settings import read_run
 from detection.tta.test_time import detect_split
 from tests import tiny
