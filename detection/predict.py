@@ -41,7 +41,6 @@ from common.training.cluster import find_cluster
 from common.training.compile_cache import use_compile_cache
 from common.training.preemption import stoppable
 from detection.detector import Detector
-from detection.inference import clear_table
 from detection.loading import open_detector
 
 
@@ -79,7 +78,6 @@ def detect(
         share.files, score_threshold=score_threshold, classes=classes, errors=errors
     )
     done = rows = 0
-    clear_table(output)
     with DetectionsWriter(
         output,
         metadata,
