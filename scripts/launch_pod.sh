@@ -1,97 +1,130 @@
 #!/usr/bin/env bash
-# Runs detection.train on every host of a Cloud TPU slice, by ssh from your own machine.
+# Runs any command of this project on every host of a Cloud TPU slice, by ssh from your own machine.
 #
+#   scripts/launch_pod.sh create  --name=TPU --zone=ZONE --type=v4-512 [--spot] [--queued]
 #   scripts/launch_pod.sh install --name=TPU --zone=ZONE --repo=GIT_URL [--ref=main]
-#   scripts/launch_pod.sh train   --name=TPU --zone=ZONE --dataset=gs://BUCKET/dataset \
-#       --workdir=gs://BUCKET/run -- --config=configs/detection/pod512.py
-#   scripts/launch_pod.sh log     --name=TPU --zone=ZONE            the last lines of each host
-#   scripts/launch_pod.sh stop    --name=TPU --zone=ZONE
+#   scripts/launch_pod.sh run detection.train --name=TPU --zone=ZONE --dataset=gs://BUCKET/dataset \
+#       --workdir=gs://BUCKET/run [--restarts=N] -- --config=configs/detection/pod512.py
+#   scripts/launch_pod.sh status|logs|stop|delete --name=TPU --zone=ZONE
 #
-# What follows -- goes to detection.train. --dataset is copied to each host (the index only: photos
-# stay where the dataset's image_root says). The same `train` command goes on from the last
-# checkpoint in --workdir. Further flags: --project=NAME, --folder=DIR on the hosts,
-# --python=python3.11, --dry_run (prints the commands and runs nothing).
+# What follows -- goes to the command, detection.train or another: detection.evaluate, detection.export,
+# detection.pretrain, segmentation.train, ensemble.merge... The same run goes on from where it stopped.
+#
+#   --flags=FILE      more flags, one a line: what all actions of a slice share
+#   --project=NAME    of the cloud
+#   --dry_run         prints the commands and runs nothing
+# create:
+#   --spot            cheaper, may be taken away; --reserved: of a reservation
+#   --queued          waits until the slice is free (queued resources); delete needs the flag, too
+#   --valid_for=6h    of --queued: gives up after
+#   --version=NAME    runtime; default: the one of the type
+# install and run:
+#   --folder=DIR      of the clone on the hosts (openimages-detection), --python=3.11
+# run:
+#   --workdir=DIR     goes to the command; gets logs/host-N and the compiled programs
+#   --dataset=DIR     is copied to each host (the index only: photos stay where its image_root says)
+#   --env=K=V         environment variable of the command; may be given several times
+#   --worker=0        on these hosts only, such as ensemble.merge, which needs one
+#   --restarts=N      stays, and starts again up to N times when the run was preempted (exit 75) or a
+#                     host was lost; with --type and --repo a slice that is gone is created again
+#   --poll=30         seconds between two looks
+# logs: --lines=5;  stop: --grace=180 seconds from TERM to KILL
 set -euo pipefail
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+usage() { sed -n '2,/^set -/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}"; }
 fail() { printf 'launch_pod: %s\n' "$*" >&2; exit 1; }
 
-action=${1:-}
+action=${1:-} module=''
 case $action in
-  install | train | log | stop) shift ;;
+  create | install | run | status | logs | stop | delete) shift ;;
   -h | --help | help) usage; exit 0 ;;
-  *) usage >&2; fail "expected install, train, log or stop; found '${action}'" ;;
+  *) usage >&2; fail "expected create, install, run, status, logs, stop or delete; found '$action'" ;;
 esac
+if [[ $action == run ]]; then
+  module=${1:-}
+  [[ $module =~ ^[a-z_]+(\.[a-z_]+)+$ ]] ||
+    fail "run: expected a command such as detection.train, found '$module'"
+  shift
+fi
 
-name='' zone='' project='' repo='' ref=main folder=detection python=python3.11
-dataset='' workdir='' dry_run=''
-while (($#)); do
+name='' zone='' project='' type='' version='' repo='' ref=main folder=openimages-detection python=3.11
+spot='' reserved='' queued='' valid_for='' dataset='' workdir='' worker=all dry_run=''
+restarts=0 poll=30 lines=5 grace=180
+variables=() module_flags=()
+
+# read_flag FLAG: sets a variable above.
+read_flag() {
   case $1 in
-    --name=?*) name=${1#*=} ;;
-    --zone=?*) zone=${1#*=} ;;
-    --project=?*) project=${1#*=} ;;
-    --repo=?*) repo=${1#*=} ;;
-    --ref=?*) ref=${1#*=} ;;
-    --folder=?*) folder=${1#*=} ;;
-    --python=?*) python=${1#*=} ;;
-    --dataset=?*) dataset=${1#*=} ;;
-    --workdir=?*) workdir=${1#*=} ;;
-    --dry_run) dry_run=yes ;;
-    --) shift; break ;;
+    --name=?* | --zone=?* | --project=?* | --type=?* | --version=?* | --repo=?* | --ref=?* | --folder=?* | \
+      --python=?* | --valid_for=?* | --dataset=?* | --workdir=?* | --worker=?*)
+      local key=${1%%=*}
+      printf -v "${key#--}" '%s' "${1#*=}"
+      ;;
+    --restarts=* | --poll=* | --lines=* | --grace=*)
+      [[ ${1#*=} =~ ^[0-9]+$ ]] || fail "${1%%=*}: found '${1#*=}', expected a whole number"
+      local key=${1%%=*}
+      printf -v "${key#--}" '%d' "$((10#${1#*=}))"
+      ;;
+    --env=[A-Za-z_]*=*) variables+=("${1#--env=}") ;;
+    --flags=?*)
+      local line
+      [[ -r ${1#*=} ]] || fail "--flags: no such file: ${1#*=}"
+      while IFS= read -r line || [[ -n $line ]]; do
+        case $line in '' | '#'*) ;; *) read_flag "$line" ;; esac
+      done < "${1#*=}"
+      ;;
+    --spot | --reserved | --queued | --dry_run) printf -v "${1#--}" yes ;;
     *) fail "unknown or empty flag '$1'" ;;
   esac
-  shift
-done
-train_flags=("$@")
-[[ -n $name && -n $zone ]] || fail "--name and --zone are required"
-[[ $action != train || ${#train_flags[@]} -gt 0 ]] || fail "train: give --config=... after --"
-if [[ $action != train && ${#train_flags[@]} -gt 0 ]]; then fail "$action takes nothing after --"; fi
-
-# quoted WORDS...: the words as one shell-safe string for the hosts' shell.
-quoted() { local words; printf -v words '%q ' "$@"; printf '%s' "${words% }"; }
-
-# on_all_hosts SCRIPT: runs a piece of bash on every host of the slice at once.
-on_all_hosts() {
-  local command=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all)
-  [[ -z $project ]] || command+=("--project=$project")
-  local script="set -eu
-$1"
-  if [[ -n $dry_run ]]; then
-    printf "%s --command='%s'\n" "$(quoted "${command[@]}")" "${script//\'/\'\\\'\'}"
-  else
-    "${command[@]}" "--command=$script"
-  fi
 }
 
-at=$(quoted "$folder")
+while (($#)); do
+  if [[ $1 == -- ]]; then
+    shift
+    module_flags=("$@")
+    break
+  elif [[ $1 == --env && $# -gt 1 ]]; then
+    shift
+    read_flag "--env=$1"
+  else
+    read_flag "$1"
+  fi
+  shift
+done
+[[ -n $name && -n $zone ]] || fail "--name and --zone are required"
+[[ $action == run || ${#module_flags[@]} -eq 0 ]] || fail "$action takes nothing after --"
+[[ -z $spot || -z $reserved ]] || fail "--spot and --reserved: expected one of them"
+
+# shellcheck source=scripts/pod/cloud.sh
+source "$here/pod/cloud.sh"
+# shellcheck source=scripts/pod/restarts.sh
+source "$here/pod/restarts.sh"
+
 case $action in
+  create)
+    [[ -n $type ]] || fail "create: --type is required, such as v4-512 or v5litepod-256"
+    create_slice
+    ;;
   install)
     [[ -n $repo ]] || fail "install: --repo=GIT_URL is required"
-    on_all_hosts "command -v $(quoted "$python") > /dev/null ||
-  { sudo apt-get update -qq && sudo apt-get install -y -qq $(quoted "$python" "$python-venv"); }
-[ -d $at/.git ] || git clone -q $(quoted "$repo") $at
-cd $at && git fetch -q origin $(quoted "$ref") && git checkout -q --detach FETCH_HEAD
-[ -x .venv/bin/python ] || $(quoted "$python") -m venv .venv
-.venv/bin/pip install -q -e '.[tpu]'
-git log -1 --format=%h"
+    install_on_hosts
     ;;
-  train)
-    [[ -n $workdir ]] || fail "train: --workdir=gs://BUCKET/DIR is required: all hosts write there"
-    copy=:
+  run)
+    [[ ${#module_flags[@]} -gt 0 ]] || fail "run: give the flags of $module after --"
     if [[ -n $dataset ]]; then
-      copy="mkdir -p dataset && gcloud storage rsync -r $(quoted "$dataset") dataset"
-      train_flags+=(--config.data.dir=dataset)
+      case $module in
+        detection.* | segmentation.*) module_flags+=(--config.data.dir=dataset) ;;
+      esac
     fi
-    # setsid: the run outlives the ssh connection. A host that already trains refuses a second run.
-    on_all_hosts "cd $at
-if [ -e train.pid ] && kill -0 \$(cat train.pid) 2> /dev/null; then
-  echo \"already training: process \$(cat train.pid)\" >&2; exit 1
-fi
-$copy
-setsid nohup .venv/bin/python -m detection.train $(quoted "--workdir=$workdir" "${train_flags[@]}") \
-  > train.log 2>&1 < /dev/null &
-echo \$! > train.pid"
+    if [[ -n $workdir ]]; then module_flags=("--workdir=$workdir" "${module_flags[@]}"); fi
+    run_with_restarts
     ;;
-  log) on_all_hosts "tail -n 3 $at/train.log" ;;
-  stop) on_all_hosts "cd $at; kill \$(cat train.pid); rm train.pid" ;;
+  status)
+    slice_state
+    on_hosts "scripts/pod/host.sh status"
+    ;;
+  logs) on_hosts "scripts/pod/host.sh logs $lines" ;;
+  stop) on_hosts "scripts/pod/host.sh stop $grace" ;;
+  delete) delete_slice ;;
 esac

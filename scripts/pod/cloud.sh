@@ -1,0 +1,108 @@
+# Sourced by scripts/launch_pod.sh: what it asks of gcloud. Reads that script's flags.
+# shellcheck shell=bash disable=SC2154
+
+# quoted WORDS...: the words as one shell-safe string.
+quoted() {
+  local word words=''
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    words+=" $word"
+  done
+  printf '%s' "${words# }"
+}
+
+# perform WORDS...: runs a command, or prints it with --dry_run.
+perform() {
+  if [[ -n $dry_run ]]; then printf '%s\n' "$(quoted "$@")"; else "$@"; fi
+}
+
+# place: the flags that say where the slice is.
+place() { printf -- '--zone=%s\n' "$zone"; [[ -z $project ]] || printf -- '--project=%s\n' "$project"; }
+
+# on_hosts SCRIPT: runs a line of bash in the clone on all hosts at once.
+on_hosts() { ssh_hosts "cd $(quoted "$folder") && $1"; }
+
+# ssh_hosts SCRIPT: runs a piece of bash in the home folder of all hosts at once.
+ssh_hosts() {
+  local command=(gcloud compute tpus tpu-vm ssh "$name" "--worker=$worker")
+  mapfile -t -O "${#command[@]}" command < <(place)
+  if [[ -n $dry_run ]]; then
+    printf "%s --command='%s'\n" "$(quoted "${command[@]}")" "${1//\'/\'\\\'\'}"
+  else
+    "${command[@]}" "--command=$1"
+  fi
+}
+
+# The runtime that Cloud TPU's documentation names for a type.
+runtime() {
+  case $type in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo tpu-ubuntu2204-base ;;
+  esac
+}
+
+create_slice() {
+  local flags=("--accelerator-type=$type") state
+  mapfile -t -O 1 flags < <(place)
+  [[ -z $spot ]] || flags+=(--spot)
+  [[ -z $reserved ]] || flags+=(--reserved)
+  if [[ -z $queued ]]; then
+    perform gcloud compute tpus tpu-vm create "$name" "${flags[@]}" "--version=${version:-$(runtime)}"
+    return
+  fi
+  [[ -z $valid_for ]] || flags+=("--valid-until-duration=$valid_for")
+  perform gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${flags[@]}" \
+    "--runtime-version=${version:-$(runtime)}"
+  if [[ -n $dry_run ]]; then
+    echo "# every $poll s, until it is ACTIVE:"
+    slice_state
+    return
+  fi
+  until state=$(slice_state); [[ $state == ACTIVE ]]; do
+    case $state in
+      FAILED | SUSPENDED | SUSPENDING | DELETING) fail "the queued request of $name is $state" ;;
+    esac
+    printf '%s  %s is %s\n' "$(date +%T)" "$name" "${state:-unknown}"
+    sleep "$poll"
+  done
+}
+
+# slice_state: READY (ACTIVE of a queued one), PREEMPTED, ...
+slice_state() {
+  local flags
+  mapfile -t flags < <(place)
+  if [[ -n $queued ]]; then
+    perform gcloud compute tpus queued-resources describe "$name" "${flags[@]}" "--format=value(state.state)"
+  else
+    perform gcloud compute tpus tpu-vm describe "$name" "${flags[@]}" "--format=value(state)"
+  fi
+}
+
+delete_slice() {
+  local flags
+  mapfile -t flags < <(place)
+  if [[ -n $queued ]]; then
+    perform gcloud compute tpus queued-resources delete "$name" "${flags[@]}" --force --quiet
+  else
+    perform gcloud compute tpus tpu-vm delete "$name" "${flags[@]}" --quiet
+  fi
+}
+
+# The hosts' images bring no Python that this project takes: uv fetches one. Right after the first
+# start the system's own upgrades hold apt's lock.
+install_on_hosts() {
+  ssh_hosts "set -eu
+command -v git > /dev/null || {
+  sudo apt-get -o DPkg::Lock::Timeout=900 update -qq
+  sudo apt-get -o DPkg::Lock::Timeout=900 install -y -qq git; }
+[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+[ -d $(quoted "$folder")/.git ] || git clone -q $(quoted "$repo") $(quoted "$folder")
+cd $(quoted "$folder")
+git fetch -q origin $(quoted "$ref")
+git checkout -q --detach FETCH_HEAD
+[ -x .venv/bin/python ] || ~/.local/bin/uv venv -q --python $(quoted "$python") .venv
+~/.local/bin/uv pip install -q --python .venv/bin/python -e '.[tpu]'
+git log -1 --format=%h"
+}
