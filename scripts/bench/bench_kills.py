@@ -1,26 +1,27 @@
 """Ends trainings of two processes at random, goes on, and compares with the uninterrupted run.
 
-    python -m scripts.bench.bench_kills --kills=100 --workdir=WORK -- \\
-        --config=CONFIG --config.data.dir=DIR [further flags of detection.train]
+    python -m scripts.bench.bench_kills --kills=100 --workdir=WORK
+    python -m scripts.bench.bench_kills --kills=10 --workdir=WORK --module=detection.train -- \\
+        --config=CONFIG --config.data.dir=DIR [further flags of the command]
 
 One run goes uninterrupted. Then runs are started, ended at a random moment and started again until
 they are done, as often as it takes for --kills kills: SIGKILL or SIGTERM, to one process or to
 both, anywhere between start and end, or while a checkpoint is being written. Each finished run must
-have the losses, evaluations and final parameters of the first one, bit for bit. With few steps and
-a checkpoint every few (--config.checkpoint.every_steps) a kill costs about one start.
+have the losses, evaluations and final parameters of the first one, bit for bit. Without flags after
+-- it is a tiny classifier on random photos. WORK keeps what was done (kills.jsonl): the same
+command goes on where it stopped, for one after --minutes.
 """
 
 import collections
 import json
-import os
 import random
+import shutil
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -29,102 +30,39 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.training.checkpoint import Checkpoints
 from common.training.checkpoint_items import flatten
+from scripts.bench.pair import PROCESSES, Pair, prepare, tiny_classifier, write_photos
 
-PROCESSES = 2
 _LAST_EXIT = 120.0  # seconds after which a process counts as hanging
-_START = 600.0
-_PASSED_ON: list[str] = []  # flags of detection.train
+_START = 300.0
+_STEPS, _EVERY_STEPS = 30, 3  # of the tiny classifier
+_PASSED_ON: list[str] = []  # flags of the command
 
 
-class Run:
-    """The processes of one start of the command."""
-
-    def __init__(self, workdir: Path, arguments: list[str]):
-        self.workdir = workdir
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        command = [sys.executable, "-m", "detection.train", f"--workdir={workdir}", *arguments]
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.log = (workdir / "log.txt").open("a")
-        self.processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ
-                | {
-                    "JAX_COORDINATOR_ADDRESS": address,
-                    "JAX_NUM_PROCESSES": str(PROCESSES),
-                    "JAX_PROCESS_ID": str(index),
-                },
-                stdout=self.log,
-                stderr=self.log,
-            )
-            for index in range(PROCESSES)
-        ]
-
-    @property
-    def ended(self) -> bool:
-        return all(process.poll() is not None for process in self.processes)
-
-    def steps(self) -> int:
-        """Lines of the metrics so far."""
-        path = self.workdir / "metrics.jsonl"
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-    def is_writing(self) -> bool:
-        """Whether a checkpoint is being written."""
-        folder = self.workdir / "checkpoints"
-        return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
-
-    def wait(self, seconds: float) -> list[int]:
-        """Exit statuses.
-
-        Raises:
-          UserError: a process hangs.
-        """
-        deadline = time.monotonic() + seconds
-        try:
-            return [p.wait(max(deadline - time.monotonic(), 0.01)) for p in self.processes]
-        except subprocess.TimeoutExpired as error:
-            for process in self.processes:
-                process.kill()
-            raise UserError(f"{self.log.name}: a process hangs after {seconds:.0f} s") from error
-        finally:
-            self.log.close()
-
-
-def kill(run: Run, rng: random.Random) -> tuple[str, float, list[int]] | None:
-    """Ends a run at a random moment: how, seconds to the last exit, exit statuses.
-
-    None: it was done before.
-    """
-    while_writing = rng.random() < 0.3
-    steps, delay = run.steps() + 1, rng.uniform(0, 3)
-    deadline = time.monotonic() + _START
-    early = rng.random() < 0.15  # somewhere in the start
-    if early:
-        deadline = time.monotonic() + rng.uniform(0, 10)
-    while not run.ended and time.monotonic() < deadline:
-        if run.steps() >= steps and not early:
-            if not while_writing:
+def kill(pair: Pair, rng: random.Random) -> dict[str, Any] | None:
+    """Ends a run at a random moment and says how; None: it was done before."""
+    moment = rng.choices(("start", "checkpoint", "step"), (15, 35, 50))[0]
+    lines, delay = pair.lines() + rng.randint(1, 8), rng.uniform(0, 0.3)
+    deadline = time.monotonic() + (rng.uniform(0, 6) if moment == "start" else _START)
+    while not pair.ended and time.monotonic() < deadline:
+        if moment != "start" and pair.lines() >= lines:
+            if moment == "step":
                 time.sleep(delay)
                 break
-            if run.is_writing():
+            if pair.is_writing():
                 break
         time.sleep(0.002)
     number = rng.choice((signal.SIGKILL, signal.SIGTERM))
     which = rng.choice(([0], [1], [0, 1]))
-    if run.ended:
-        run.wait(1)
+    if not pair.joined:  # one alone would wait for the other for minutes
+        which = [0, 1]
+    if pair.ended:
         return None
     begin = time.monotonic()
-    for index in which:
-        if run.processes[index].poll() is None:
-            run.processes[index].send_signal(number)
-    statuses = run.wait(_LAST_EXIT)
-    moment = "start" if early else "checkpoint" if while_writing else "step"
-    who = "both" if len(which) == 2 else f"process {which[0]}"
-    return f"{number.name} {who}, {moment}", time.monotonic() - begin, statuses
+    pair.send(number, which)
+    statuses = pair.wait(_LAST_EXIT)
+    who = "both" if len(which) == PROCESSES else f"process {which[0]}"
+    seconds = time.monotonic() - begin
+    return dict(signal=number.name, who=who, moment=moment, seconds=seconds, exits=statuses)
 
 
 def results(workdir: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -154,47 +92,91 @@ def differences(found: Path, expected: Path) -> list[str]:
     return names
 
 
-def main() -> None:
-    workdir, arguments = Path(flags.FLAGS.workdir), _PASSED_ON
-    rng = random.Random(flags.FLAGS.seed)
-    whole = workdir / "whole"
-    if Run(whole, arguments).wait(3600) != [0] * PROCESSES:
-        raise UserError(f"{whole}/log.txt: the uninterrupted run failed")
-    exits: dict[str, list[float]] = collections.defaultdict(list)
-    done = different = runs = 0
-    while done < flags.FLAGS.kills:
-        runs += 1
-        folder = workdir / f"run{runs}"
-        while True:
-            run = Run(folder, arguments)
-            killed = kill(run, rng) if done < flags.FLAGS.kills else None
-            if killed is None:
-                if run.processes[0].poll() is None:
-                    run.wait(3600)
-                if any(process.returncode for process in run.processes):
-                    raise UserError(f"{folder}/log.txt: an undisturbed start failed")
-                break
-            how, seconds, statuses = killed
-            done += 1
-            exits[how].append(seconds)
-            print(f"{done}: {how}: exits {statuses} after {seconds:.1f} s", flush=True)
-            if statuses == [0] * PROCESSES:
-                break
-        found = differences(folder, whole)
-        different += bool(found)
-        print(f"run {runs}: {len(found)} differences {found[:3]}", flush=True)
-    print("\n| kill | times | seconds to the last exit: median | most |\n| --- | --- | --- | --- |")
-    for how, seconds_ in sorted(exits.items()):
-        print(
-            f"| {how} | {len(seconds_)} | {statistics.median(seconds_):.1f} | {max(seconds_):.1f} |"
+class Diary:
+    """WORK/kills.jsonl: a line a kill and a line a finished run."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        text = path.read_text() if path.exists() else ""
+        self.lines = [json.loads(line) for line in text.splitlines()]
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @property
+    def kills(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "signal" in line]
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "differences" in line]
+
+    def table(self) -> str:
+        """Kills by kind, with the time to the last exit."""
+        seconds = collections.defaultdict(list)
+        for line in self.kills:
+            seconds[line["signal"], line["who"], line["moment"]].append(line["seconds"])
+        rows = [
+            f"| {' | '.join(kind)} | {len(times)} | {statistics.median(times):.1f} "
+            f"| {max(times):.1f} |\n"
+            for kind, times in sorted(seconds.items())
+        ]
+        title = "| signal | to | in | kills | s to the last exit, median | most |\n"
+        different = sum(bool(line["differences"]) for line in self.runs)
+        return (
+            f"{title}{'| --- ' * 6}|\n{''.join(rows)}\n{len(self.kills)} kills in "
+            f"{len(self.runs)} finished runs: {different} differ from the uninterrupted one"
         )
-    print(f"{done} kills in {runs} runs: {different} runs differ from the uninterrupted one")
+
+
+def main() -> None:
+    workdir, arguments, module = Path(flags.FLAGS.workdir), _PASSED_ON, flags.FLAGS.module
+    workdir.mkdir(parents=True, exist_ok=True)
+    prepare(module, workdir / "programs")
+    if not arguments:
+        if not (workdir / "photos").exists():
+            write_photos(workdir / "photos")
+        arguments = [*tiny_classifier(_STEPS, _EVERY_STEPS)]
+        arguments += [f"--config.data.dir={workdir / 'photos'}"]
+    diary, whole = Diary(workdir / "kills.jsonl"), workdir / "whole"
+    if not (workdir / "whole_is_done").exists():
+        if Pair(module, whole, arguments).wait(3600) != [0] * PROCESSES:
+            raise UserError(f"{whole}/log.txt: the uninterrupted run failed")
+        (workdir / "whole_is_done").touch()
+    end = time.monotonic() + 60 * flags.FLAGS.minutes
+    folder = workdir / f"run{len(diary.runs) + 1}"
+    while time.monotonic() < end and (len(diary.kills) < flags.FLAGS.kills or folder.exists()):
+        pair = Pair(module, folder, arguments)
+        rng = random.Random(f"{flags.FLAGS.seed} {len(diary.kills)}")
+        killed = kill(pair, rng) if len(diary.kills) < flags.FLAGS.kills else None
+        statuses = pair.wait(3600) if killed is None else killed["exits"]
+        if killed is not None:
+            diary.add(killed)
+            print(len(diary.kills), json.dumps(killed), flush=True)
+        if statuses == [0] * PROCESSES:
+            found = differences(folder, whole)
+            diary.add({"run": folder.name, "differences": found})
+            print(json.dumps(diary.lines[-1]), flush=True)
+            if found:
+                folder.rename(workdir / f"different_{folder.name}")
+            else:
+                shutil.rmtree(folder)
+            folder = workdir / f"run{len(diary.runs) + 1}"
+        elif killed is None:
+            raise UserError(f"{folder}/log.txt: an undisturbed start failed")
+    print("\n" + diary.table())
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder for the runs; must be new.", required=True)
-    flags.DEFINE_integer("kills", 100, "How many.", lower_bound=1)
+    flags.DEFINE_string("workdir", None, "Folder for the runs and what was done.", required=True)
+    flags.DEFINE_integer(
+        "kills", 100, "How many, those that WORK knows of included.", lower_bound=1
+    )
+    flags.DEFINE_float("minutes", 1e6, "Until no more runs are started.")
     flags.DEFINE_integer("seed", 0, "Of the kills.")
+    flags.DEFINE_string("module", "detection.pretrain", "Training command that is ended.")
     if "--" in sys.argv:
         _PASSED_ON = sys.argv[sys.argv.index("--") + 1 :]
         sys.argv[sys.argv.index("--") :] = []
