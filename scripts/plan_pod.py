@@ -1,14 +1,16 @@
-"""Compiles a training step for a TPU slice, on a machine without TPU, and reports on it.
+"""Plans a training on a TPU slice or on GPUs, on a machine without either.
 
-    pip install libtpu
+    python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v6e-256 --nocompile
     python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v3-512
     python -m scripts.plan_pod --config=configs/segmentation/hrnet_w48_112.py --images_per_device=16
     python -m scripts.plan_pod --config=configs/detection/lvis_r50.py --slice=v3-8 \\
         --num_classes=1230 --photos=56740
 
-Prints memory per device and headroom, FLOPs per image, about how long the config's schedule takes
-on --photos training photos (OpenImages' 1.74 million), traffic between devices and compile time.
-Exits with status 1 when the program does not fit the device's memory.
+Predicts the time of a step from a roofline (`common.training.pod.roofline`): the share of the peak,
+images/s, cores that the input needs, hours of the config's schedule on --photos training photos
+(OpenImages' 1.74 million), chip-hours and their --price. With the compiler of the package libtpu it
+also compiles the step for the slice and prints memory per device and headroom, traffic between
+devices and compile time; it exits with status 1 when the program does not fit the device's memory.
 """
 
 import os
@@ -18,12 +20,13 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
 import dataclasses
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from common.data import canvases
@@ -33,8 +36,9 @@ from common.io.errors import UserError
 from common.nn.layers import norm
 from common.training import distributed
 from common.training.optimizer import OptimizerSettings, make_optimizer, total_steps
-from common.training.pod import flops, topologies
-from common.training.step import init_state, jit_train_step, variable_shapes
+from common.training.pod import flops, roofline, topologies
+from common.training.pod.places import Place, find_place
+from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
 from detection import batch_fields
 from detection.models import faster_rcnn, two_stage
 from detection.settings import read_run
@@ -43,9 +47,6 @@ from segmentation import settings as segmentation_settings
 from segmentation.models import segmenter
 
 OPENIMAGES = 1_743_042  # training photos
-# Share of the slice's peak that a run is thought to reach. The images/s that MLPerf published of
-# Mask R-CNN (v0.7 on v3, v1.0 on v4), at the FLOPs counted here, make a quarter to a third.
-UTILISATION = 0.25
 
 
 class Program(NamedTuple):
@@ -86,51 +87,94 @@ def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
     )
 
 
-def compile_train_step(
-    config: ConfigDict,
-    slice_name: str,
-    num_classes: int,
-    images_per_device: int,
-    photos: int = OPENIMAGES,
-) -> dict:
-    """Compiles the step and returns the report as plain values (bytes, seconds, counts)."""
-    slice_, devices = topologies.slice_devices(slice_name)
-    mesh = distributed.make_mesh(devices)
+class Step(NamedTuple):
+    """A training step to compile or to count, and what its run is.
+
+    Attributes:
+      jitted: takes the next three.
+    """
+
+    jitted: jax.stages.Wrapped
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    rate: jax.ShapeDtypeStruct
+    parameters: int
+    program: Program
+
+
+def make_step(config: ConfigDict, mesh: Mesh, num_classes: int, images_per_device: int) -> Step:
+    """The step on a mesh of any devices, which need not be there."""
     batch_size = images_per_device * mesh.size
-    steps_per_epoch = max(photos // batch_size, 1)
-    model, init_batch, batch, frozen, optimizer, images = program(config, num_classes, batch_size)
-    shapes = variable_shapes(model, init_batch)
-    tx = make_optimizer(optimizer, shapes["params"], frozen)
-    state = jax.eval_shape(lambda: init_state(model, tx, config.seed, init_batch))
-    step = jit_train_step(model, tx, mesh, optimizer.accumulate)
+    made = program(config, num_classes, batch_size)
+    shapes = variable_shapes(made.model, made.init_batch)
+    tx = make_optimizer(made.optimizer, shapes["params"], made.frozen_pattern)
+    state = jax.eval_shape(lambda: init_state(made.model, tx, config.seed, made.init_batch))
+    parameters = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    jitted = jit_train_step(made.model, tx, mesh, made.optimizer.accumulate)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
+    return Step(jitted, state, made.batch, rate, parameters, made)
+
+
+def compile_train_step(
+    config: ConfigDict, where: Place, num_classes: int, images_per_device: int
+) -> dict[str, Any]:
+    """Compiles the step and reports its memory and traffic as plain values (bytes, seconds)."""
+    mesh = distributed.make_mesh(topologies.slice_devices(where))
+    step = make_step(config, mesh, num_classes, images_per_device)
     start = time.perf_counter()
-    compiled = step.lower(state, batch, rate).compile()
+    compiled = step.jitted.lower(step.state, step.batch, step.rate).compile()
     seconds = time.perf_counter() - start
     traffic = topologies.traffic(compiled)
-    step_flops = flops.count(step, state, batch, rate)
-    steps = total_steps(optimizer, steps_per_epoch)
     return {
-        "config": config.name,
-        "slice": slice_name,
-        "devices": mesh.size,
-        "images_per_device": images_per_device,
-        "global_batch": batch_size,
-        "canvas": list(batch["image"].shape[1:3]),
-        "canvases": [list(shape) for shape in images],
-        "num_classes": num_classes,
-        "parameters": sum(x.size for x in jax.tree.leaves(shapes["params"])),
-        "hbm_bytes": int(slice_.hbm_gib * topologies.GIB),
+        "hbm_bytes": int(where.rates.gib * topologies.GIB),
         "memory_bytes": topologies.memory(compiled),
-        "flops_per_image": step_flops / images_per_device,
-        "steps": steps,
-        "hours": steps * step_flops / (slice_.tflops * 1e12 * UTILISATION) / 3600,
         "collectives": None if traffic is None else [dataclasses.asdict(c) for c in traffic],
         "compile_seconds": seconds,
     }
 
 
-def print_report(report: dict) -> None:
+def plan(
+    config: ConfigDict, name: str, num_classes: int, images_per_device: int, photos: int
+) -> tuple[dict[str, Any], list[flops.Operation]]:
+    """What can be said without a compiler, and the operations of a step on one device."""
+    where = find_place(name)
+    mesh = distributed.make_mesh(jax.devices()[:1])
+    step = make_step(config, mesh, num_classes, images_per_device)
+    platform = "cuda" if where.is_gpu else "tpu"
+    arguments = (step.state, step.batch, step.rate)
+    found = roofline.merged(flops.operations(step.jitted, *arguments, platform=platform))
+    batch_size = images_per_device * where.devices
+    steps = total_steps(step.program.optimizer, max(photos // batch_size, 1))
+    bound = roofline.step_seconds(found, 4 * step.parameters, where)
+    step_flops = sum(op.flops for op in found)
+    low, high = (sum(bound.values()) / share for share in reversed(roofline.REACHED))
+    peak = where.rates.tflops * 1e12
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state))
+    report = {
+        "config": config.name,
+        "slice": name,
+        "devices": where.devices,
+        "chips": where.chips,
+        "hosts": where.hosts,
+        "images_per_device": images_per_device,
+        "global_batch": batch_size,
+        "canvas": list(step.batch["image"].shape[1:3]),
+        "canvases": [list(shape) for shape in step.program.shapes],
+        "num_classes": num_classes,
+        "parameters": step.parameters,
+        "flops_per_image": step_flops / images_per_device,
+        "bound_seconds": bound,
+        "step_seconds": [low, high],
+        "mfu": [step_flops / seconds / peak for seconds in (high, low)],
+        "images_per_second": [batch_size / seconds for seconds in (high, low)],
+        "steps": steps,
+        "hours": steps * (low + high) / 2 / 3600,
+        "checkpoint_bytes": state_bytes,
+    }
+    return report, found
+
+
+def print_report(report: dict[str, Any]) -> None:
     """The report as a page for people."""
     height, width = report["canvas"]
     print(
@@ -140,16 +184,56 @@ def print_report(report: dict) -> None:
     )
     names = ", ".join(f"{h}x{w}" for h, w in report["canvases"])
     print(f"  programs of the run: {names}; the figures are those of {height}x{width}")
+    print_prediction(report)
+    if "memory_bytes" in report:
+        print_program(report)
+
+
+def print_prediction(report: dict[str, Any]) -> None:
+    """Times, which are computed and not measured."""
+
+    def span(values, unit: str = "") -> str:
+        return f"{values[0]:.3g} to {values[1]:.3g}{unit}"
+
+    bound, (low, high) = report["bound_seconds"], report["step_seconds"]
+    parts = sorted(bound.items(), key=lambda item: -item[1])
+    print(f"  compute {report['flops_per_image'] / 1e12:.3f} TFLOP per image")
+    print(f"  step at best {1000 * sum(bound.values()):.1f} ms by the roofline")
+    for name, seconds in parts:
+        print(f"    {name:<30}{1000 * seconds:8.2f} ms")
+    print(
+        f"  step expected {span((1000 * low, 1000 * high), ' ms')}: "
+        f"{span([100 * x for x in report['mfu']], ' %')} of the peak, "
+        f"{span(report['images_per_second'])} images/s"
+    )
+    per_host = [rate / report["hosts"] for rate in report["images_per_second"]]
+    cores = [rate / flags.FLAGS.images_per_core for rate in per_host]
+    print(
+        f"  input {span(per_host)} images/s a host: {span(cores)} cores at "
+        f"{flags.FLAGS.images_per_core:g} images/s each (scripts.bench.bench_input measures it)"
+    )
+    size = report["checkpoint_bytes"] / 1e9
+    print(
+        f"  checkpoint {size:.2f} GB: {size / flags.FLAGS.storage_rate:.1f} s at "
+        f"{flags.FLAGS.storage_rate:g} GB/s, beside the steps"
+    )
+    hours = [report["steps"] * seconds / 3600 for seconds in (low, high)]
+    chip_hours = [report["chips"] * h for h in hours]
+    cost = f", cost {span([flags.FLAGS.price * h for h in chip_hours])}"
+    print(
+        f"  schedule {report['steps']} steps: {span(hours, ' h')}, {span(chip_hours)} chip-hours"
+        f"{cost if flags.FLAGS.price else ''}"
+    )
+
+
+def print_program(report: dict[str, Any]) -> None:
+    """What the compiled program needs."""
     for name, size in report["memory_bytes"].items():
         print(f"  memory {name:<12}{size / topologies.GIB:8.3f} GiB per device")
     headroom = report["hbm_bytes"] - report["memory_bytes"]["total"]
     print(
         f"  memory {'headroom':<12}{headroom / topologies.GIB:8.3f} GiB under "
         f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB"
-    )
-    print(
-        f"  compute {report['flops_per_image'] / 1e12:.3f} TFLOP per image; {report['steps']} "
-        f"steps in about {report['hours']:.1f} h, at {UTILISATION:.0%} of the slice's peak"
     )
     if report["collectives"] is None:
         print("  traffic unknown: this jaxlib cannot read the program that libtpu compiled")
@@ -164,28 +248,34 @@ def print_report(report: dict) -> None:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
     flags.mark_flag_as_required("config")
-    flags.DEFINE_string("slice", "v3-512", "TPU slice; a wrong name lists those that are known.")
+    text = "KIND-SIZE[xSLICES], such as v3-512 or v6e-256x2, or GPUs such as h100-8x4."
+    flags.DEFINE_string("slice", "v3-512", text)
+    flags.DEFINE_bool("compile", True, "Also compile the program, which takes minutes.")
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
     flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
-    flags.DEFINE_integer("photos", OPENIMAGES, "Training photos.", lower_bound=1)
+    flags.DEFINE_integer("photos", OPENIMAGES, "Training photos of the schedule.", lower_bound=1)
+    flags.DEFINE_float("images_per_core", 37.0, "Photos that one core of a host reads in a second.")
+    flags.DEFINE_float("storage_rate", 0.25, "GB/s at which checkpoints are written; assumed.")
+    flags.DEFINE_float("price", 0.0, "Of a chip-hour.")
     flags.DEFINE_string("json", None, "Also write the report here.")
 
 
 def main() -> None:
-    report = compile_train_step(
-        flags.FLAGS.config,
-        flags.FLAGS.slice,
-        flags.FLAGS.num_classes,
-        flags.FLAGS.images_per_device,
-        flags.FLAGS.photos,
-    )
+    values = flags.FLAGS
+    where = find_place(values.slice)
+    if values.compile:
+        topologies.topology(where)  # refused before anything is traced
+    sizes = (values.num_classes, values.images_per_device)
+    report, found = plan(values.config, values.slice, *sizes, values.photos)
+    if values.compile:
+        report |= compile_train_step(values.config, where, *sizes)
     print_report(report)
-    if flags.FLAGS.json:
-        write_json(flags.FLAGS.json, report)
-    if report["memory_bytes"]["total"] > report["hbm_bytes"]:
+    if values.json:
+        write_json(values.json, report | {"operations": [list(op) for op in found]})
+    if values.compile and report["memory_bytes"]["total"] > report["hbm_bytes"]:
         raise UserError(
             f"{report['config']} needs {report['memory_bytes']['total'] / topologies.GIB:.2f} GiB "
-            f"per device of {flags.FLAGS.slice}, expected at most "
+            f"per device of {values.slice}, expected at most "
             f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB: try --config.model.remat=True or a "
             "smaller canvas"
         )

@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from common.io.errors import UserError
 from common.training.pod import topologies
+from common.training.pod.places import find_place
+from tests.commands import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 QUICK = ("photos_lite0", "r50_refine")  # configurations that compile in about two minutes
 
 
@@ -34,9 +34,57 @@ def test_traffic_of_a_program_that_jaxlib_cannot_read_is_unknown():
     assert topologies.traffic(Unreadable()) is None
 
 
-def test_an_unknown_slice_is_named():
-    with pytest.raises(UserError, match="v9-17.*v3-512"):
-        topologies.slice_devices("v9-17")
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v2-8", "v2:2x2"),
+        ("v3-8", "v3:2x2"),
+        ("v3-32", "v3:4x4"),
+        ("v3-128", "v3:8x8"),
+        ("v3-512", "v3:16x16"),
+        ("v4-8", "v4:2x2x1"),
+        ("v4-64", "v4:2x4x4"),
+        ("v4-128", "v4:4x4x4"),
+        ("v4-1024", "v4:8x8x8"),
+        ("v5p-256", "v5p:4x4x8"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-256", "v5e:16x16"),
+        ("v6e-512", "v6e:16x16"),
+    ],
+)
+def test_names_of_the_cloud_are_shapes_of_the_compiler(name, topology):
+    found, options = topologies.topology(find_place(name))
+    assert found == topology
+    assert ("wrap" in options) == (topology in ("v4:4x4x4", "v4:8x8x8", "v5p:4x4x8"))
+    assert options.get("num_slices") == (2 if name == "v6e-512" else None)
+
+
+@pytest.mark.parametrize("name", ["v9-17", "v3", "v3-512x", "h100"])
+def test_an_unknown_slice_is_named(name):
+    with pytest.raises(UserError, match=f"'{name}'.*KIND-SIZE.*v3, v4"):
+        find_place(name)
+
+
+@pytest.mark.parametrize("name", ["h100-8", "v3-24"])
+def test_what_has_no_compiler_is_refused(name):
+    with pytest.raises(UserError, match="roofline only"):
+        topologies.topology(find_place(name))
+
+
+def test_a_plan_without_a_compiler(tmp_path):
+    flags = ("--config=tests/tiny.py", "--num_classes=3", "--images_per_device=2", "--price=2")
+    output = run(
+        "scripts.plan_pod", *flags, "--slice=v6e-16x2", "--nocompile", f"--json={tmp_path}/r.json"
+    )
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["devices"], report["chips"], report["hosts"]) == (32, 32, 8)
+    low, high = report["step_seconds"]
+    assert 0 < sum(report["bound_seconds"].values()) < low < high
+    assert {"sum of gradients over links", "sum of gradients over network"} <= set(
+        report["bound_seconds"]
+    )
+    assert 0 < report["mfu"][0] < report["mfu"][1] < 1
+    assert "chip-hours, cost" in output and "images/s a host" in output
 
 
 @pytest.mark.slow

@@ -15,73 +15,61 @@ import jax
 from jax.experimental.topologies import get_topology_desc
 
 from common.io.errors import UserError
+from common.training.pod.places import Place
 
 GIB = 1024**3
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """One or several equal TPU slices.
-
-    Attributes:
-      topology: name that the compiler knows, such as "v3:16x16".
-      hbm_gib: memory of one device (v2 and v3: a core; later: a chip).
-      tflops: peak of one device in bfloat16.
-      options: further arguments of the topology description.
-      num_slices: slices joined over the data-centre network.
-    """
-
-    topology: str
-    hbm_gib: float
-    tflops: float
-    options: tuple[tuple[str, Any], ...] = ()
-    num_slices: int = 1
+# What the topology description of the kinds whose chips are one device takes.
+_MEGACORE = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 
 
-_MEGACORE = (("chip_config_name", "megacore"), ("chips_per_host_bounds", (2, 2, 1)))
-_TORUS = (*_MEGACORE, ("wrap", (True, True, True)))
-
-# Names as Cloud TPU sells them: v2 to v5p count cores, v5e and v6e count chips.
-SLICES = {
-    "v2-8": Slice("v2:2x2", 8, 22.5),
-    "v2-512": Slice("v2:16x16", 8, 22.5),
-    "v3-8": Slice("v3:2x2", 16, 61.5),
-    "v3-32": Slice("v3:4x4", 16, 61.5),
-    "v3-128": Slice("v3:8x8", 16, 61.5),
-    "v3-512": Slice("v3:16x16", 16, 61.5),
-    "v4-8": Slice("v4:2x2x1", 32, 275, _MEGACORE),
-    "v4-128": Slice("v4:4x4x4", 32, 275, _TORUS),
-    "v4-1024": Slice("v4:8x8x8", 32, 275, _TORUS),
-    "v5p-128": Slice("v5p:4x4x4", 95, 459, _TORUS),
-    "v5p-1024": Slice("v5p:8x8x8", 95, 459, _TORUS),
-    "v5e-256": Slice("v5e:16x16", 16, 197),
-    "v5e-512": Slice("v5e:16x16", 16, 197, num_slices=2),
-    "v6e-256": Slice("v6e:16x16", 32, 918),
-    "v6e-512": Slice("v6e:16x16", 32, 918, num_slices=2),
-}
-
-
-def slice_devices(name: str) -> tuple[Slice, list[jax.Device]]:
-    """The slice called `name` (or whose topology is `name`) and its devices, none of them real.
+def topology(place: Place) -> tuple[str, dict[str, Any]]:
+    """The name that the compiler has for a slice, such as "v3:16x16", and its options.
 
     Raises:
-      UserError: unknown name, or the TPU compiler is not installed.
+      UserError: chips that make no slice.
     """
-    by_topology = {s.topology: s for s in SLICES.values() if s.num_slices == 1}
-    found = SLICES.get(name) or by_topology.get(name)
-    if found is None:
-        raise UserError(f"--slice: found {name!r}, expected one of {', '.join(SLICES)}")
-    options = dict(found.options)
-    if found.num_slices > 1:
-        options["num_slices"] = found.num_slices
+    chips = place.count // place.rates.per_chip
+    sides = _sides(chips, 3 if place.kind in ("v4", "v5p") else 2)
+    if place.is_gpu or math.prod(sides) != chips:
+        raise UserError(
+            f"--slice: found {place.kind} with {chips} chips, expected TPUs, by powers of two from "
+            "4 chips; others have a roofline only (--nocompile)"
+        )
+    options: dict[str, Any] = {}
+    if len(sides) == 3:
+        options |= _MEGACORE
+        if all(side % 4 == 0 for side in sides):  # whole cubes are joined to a torus
+            options["wrap"] = (True, True, True)
+    if place.slices > 1:
+        options["num_slices"] = place.slices
+    return f"{place.kind}:{'x'.join(map(str, sides))}", options
+
+
+def _sides(chips: int, dimensions: int) -> tuple[int, ...]:
+    """Sides of a slice, ascending: powers of two as equal as can be."""
+    if dimensions == 3 and chips == 4:
+        return 2, 2, 1
+    power = chips.bit_length() - 1
+    return tuple(2 ** ((power + place) // dimensions) for place in range(dimensions))
+
+
+def slice_devices(place: Place) -> list[jax.Device]:
+    """The devices of a slice, none of them real.
+
+    Raises:
+      UserError: no such slice, or the TPU compiler is not installed.
+    """
+    name, options = topology(place)
     try:
-        topology = get_topology_desc(platform="tpu", topology_name=found.topology, **options)
+        return get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, ImportError, NotImplementedError) as error:
         raise UserError(
             f"the TPU compiler does not start ({str(error).splitlines()[0]}); expected the "
-            "package libtpu (pip install libtpu) and no other process that uses it"
+            "package libtpu (pip install libtpu) and no other process that uses it; without it "
+            "there is a roofline only (--nocompile)"
         ) from error
-    return found, topology.devices
 
 
 _COLLECTIVE = re.compile(
