@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import flags
 from etils import epath
 from jax.sharding import Mesh
@@ -23,8 +24,10 @@ from common.io.atomic import write_json
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.paths import PathLike
+from common.masks.dataset_masks import MaskReader
 from common.metrics.official import evaluate
 from common.metrics.readiness import check_metric, evaluation_split
+from common.report import panels
 from common.training import command, distributed, watch
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
@@ -37,6 +40,10 @@ from detection.models.faster_rcnn import FasterRCNN, build
 from detection.refine import mean_overlaps, refine_table
 from detection.settings import RunSettings, read_run
 from detection.tta.test_time import detect_split
+
+_PICTURE_SIDE = 512  # pixels of a photo in TensorBoard
+_PICTURE_SCORE = 0.3  # detections below are not drawn
+_PICTURE_BOXES = 50
 
 
 def score(settings: RunSettings, dataset: Dataset, split: str, table: PathLike) -> dict[str, float]:
@@ -95,6 +102,30 @@ def evaluate_variables(
     for metric, value in summary.items():
         say(f"step {step}  {name}  {metric} = {value:.4f}", flush=True)
     return summary
+
+
+def evaluation_pictures(
+    settings: RunSettings, dataset: Dataset, folder: epath.Path
+) -> dict[str, np.ndarray]:
+    """Ground truth beside the detections that an evaluation left in `folder`, on a few photos.
+
+    Returns:
+      (1, height, width, 3) uint8 by name.
+    """
+    split, limit = settings.data.eval_split, settings.evaluation.num_pictures
+    indices = panels.choose_images(dataset, split, (), limit)
+    table = folder / f"{split}.parquet"
+    drawings = panels.read_drawings(table, dataset, indices, _PICTURE_SCORE, _PICTURE_BOXES)
+    masks = MaskReader(dataset) if dataset.mask_offsets is not None else None
+    pictures = {}
+    for index in indices:
+        arguments = (dataset, index, drawings[index], masks, _PICTURE_SIDE)
+        try:
+            picture = panels.truth_and_detections(*arguments)
+        except UserError:  # a broken photo, which the evaluation has counted
+            continue
+        pictures[f"detections/{dataset.image_id(index)}"] = np.asarray(picture)[None]
+    return pictures
 
 
 def check_evaluation(settings: RunSettings, dataset: Dataset, say: Callable) -> RunSettings:

@@ -23,15 +23,17 @@ from jax.sharding import Mesh
 from common.data.labelled_batches import eval_batches, train_batches
 from common.data.labelled_images import LabelledImages, open_images
 from common.data.settings import LabelledDataSettings
-from common.io import run_flags
+from common.io import activity, run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import save_backbone_weights
-from common.training import command, distributed, preemption
+from common.training import command, distributed, hardware, preemption
 from common.training.compiling import announced
+from common.training.goodput import Goodput
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
 from common.training.preemption import stoppable
+from common.training.profiling import Profiler
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import (
@@ -111,6 +113,7 @@ def pretrain_in(
         whole_batch=settings.model.norm == "sync",
     )
     train_step = scheduled(jit_train_step(model, tx, mesh, accumulate), schedule, mesh)
+    step_flops = hardware.step_flops(train_step, mesh)
     train_step = announced(train_step, "training step", say)
     predict = announced(jax.jit(make_predict_step(model, mesh)), "evaluation step", say)
     fields = init_batch(settings.data).keys()
@@ -130,7 +133,13 @@ def pretrain_in(
         "parts": mesh.size * accumulate,
         "num_steps": num_steps,
     }
-    progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
+    progress = Progress(
+        num_steps,
+        batch_size,
+        mesh.size,
+        steps_per_epoch=steps_per_epoch,
+        peak_flops=hardware.peak_flops(mesh.devices.flat[0].device_kind),
+    )
     step = start_step
     check = MetricsCheck(train_images.name)
 
@@ -141,6 +150,8 @@ def pretrain_in(
 
     with (
         RunMetrics(workdir, start_step) as log,
+        Goodput(workdir, start_step) as goodput,
+        Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
         StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
         preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
@@ -153,35 +164,40 @@ def pretrain_in(
 
         def evaluate(step: int, variables: dict) -> dict[str, float]:
             run = functools.partial(measure, step, variables)
-            return log.evaluated(step, settings.data.eval_split, run)
+            with progress.pause(activity.EVALUATION):
+                return log.evaluated(step, settings.data.eval_split, run)
 
         every = steps_per_epoch * settings.evaluation.every_epochs
         if every and start_step and start_step % every == 0 and start_step != num_steps:
             evaluate(start_step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
             on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
+            profiler.before(step)
             state, metrics = train_step(state, on_devices)
-            progress.step_done(step)
+            profiler.after(step, metrics)
+            progress.step_done(step, step_flops(state, on_devices))
             check.one_behind(step, metrics, batch["image_index"])
 
             if settings.log.is_due(step, start_step + 1, num_steps):
                 figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
+                figures |= hardware.device_memory(mesh)
                 say(progress.line(step, figures) + distributed.slowest(), flush=True)
                 log.write(step, figures | progress.rates(step))
+                goodput.write(step)
                 checkpoints.check()
 
             if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
                 check.latest()  # nothing that is not finite is kept
-                with progress.pause():
+                with progress.pause(activity.CHECKPOINT):
                     checkpoints.save(step, state, extra)
 
             if every and step % every == 0 and step != num_steps:
-                with progress.pause():
-                    evaluate(step, state.variables)
+                evaluate(step, state.variables)
             watchdog.beat()
             preemption.passes()
 
-        checkpoints.close()
+        with progress.pause(activity.CHECKPOINT):
+            checkpoints.close()
         top1 = evaluate(num_steps, state.variables).get("top1", math.nan)
     if distributed.is_main_process():
         path = workdir / WEIGHTS

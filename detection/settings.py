@@ -31,6 +31,7 @@ class EvaluationSettings:
       mask_threshold: probability that a pixel of a mask must exceed, in export too.
       expand_predictions: copies detections to parent classes first (paper section 1).
       proposals: of a refiner: the detections table that is refined and scored.
+      num_pictures: photos whose detections a training shows in TensorBoard; 0: none.
     """
 
     batch_size: int
@@ -39,11 +40,13 @@ class EvaluationSettings:
     mask_threshold: float
     expand_predictions: bool
     proposals: str
+    num_pictures: int
 
     def __post_init__(self):
         check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         expected = "-1 (never), 0 (at the end) or more"
         check(self.every_epochs >= -1, "every_epochs", self.every_epochs, expected)
+        check(self.num_pictures >= 0, "num_pictures", self.num_pictures, "0 (none) or more")
         threshold = self.mask_threshold
         check(0 <= threshold < 1, "mask_threshold", threshold, "a number in [0, 1)")
 

@@ -19,13 +19,14 @@ from common.data.dataset import Dataset
 from common.data.frequencies import class_frequencies
 from common.data.input import train_batches
 from common.data.plans.plan import ignored_flags, train_plan
-from common.io import run_flags
+from common.io import activity, run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
-from common.training import command, distributed, preemption
+from common.training import command, distributed, hardware, preemption
 from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
+from common.training.goodput import Goodput
 from common.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -33,13 +34,14 @@ from common.training.optimizer import (
     trained_mask,
     warmup_note,
 )
+from common.training.profiling import Profiler
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, scheduled, variable_shapes
 from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import keep_classes
 from detection.batch_fields import init_shapes, train_shapes
-from detection.evaluate import check_evaluation, evaluate_variables
+from detection.evaluate import check_evaluation, evaluate_variables, evaluation_pictures
 from detection.fine_tuning import with_trained_detector
 from detection.models.faster_rcnn import build
 from detection.models.two_stage import frozen_pattern
@@ -138,6 +140,7 @@ def train_in(
         whole_batch=settings.model.needs_whole_batch,
     )
     train_step = scheduled(jit_train_step(model, tx, mesh, accumulate), schedule, mesh)
+    step_flops = hardware.step_flops(train_step, mesh)
     train_step = announced(train_step, "training step", say)
     fields = train_shapes(settings.data, 1, dataset.num_classes).keys()
     batches = train_batches(
@@ -158,7 +161,13 @@ def train_in(
         "parts": mesh.size * accumulate,
         "num_steps": num_steps,
     }
-    progress = Progress(num_steps, batch_size, mesh.size, steps_per_epoch=steps_per_epoch)
+    progress = Progress(
+        num_steps,
+        batch_size,
+        mesh.size,
+        steps_per_epoch=steps_per_epoch,
+        peak_flops=hardware.peak_flops(mesh.devices.flat[0].device_kind),
+    )
     step = start_step
     check = MetricsCheck(plan.image_name)
 
@@ -169,6 +178,8 @@ def train_in(
 
     with (
         RunMetrics(workdir, start_step) as log,
+        Goodput(workdir, start_step) as goodput,
+        Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
         StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
         preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
@@ -177,36 +188,47 @@ def train_in(
         def evaluate(step: int, variables: dict) -> dict[str, float]:
             folder = workdir / "evaluation" / f"{step}"
             arguments = (settings, model, dataset, mesh, variables, step, folder)
-            run = functools.partial(evaluate_variables, *arguments, say=say)
+
+            def run() -> dict[str, float]:
+                figures = evaluate_variables(*arguments, say=say)
+                if figures and settings.evaluation.num_pictures:
+                    log.pictures(step, lambda: evaluation_pictures(settings, dataset, folder))
+                return figures
+
             what = f"{settings.data.eval_split} {settings.evaluation.metric}"
-            return log.evaluated(step, what, run)
+            with progress.pause(activity.EVALUATION):
+                return log.evaluated(step, what, run)
 
         if settings.evaluation.is_due(start_step, steps_per_epoch, num_steps):
             evaluate(start_step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
             on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
+            profiler.before(step)
             state, metrics = train_step(state, on_devices)
-            progress.step_done(step)
+            profiler.after(step, metrics)
+            progress.step_done(step, step_flops(state, on_devices))
             check.one_behind(step, metrics, batch["image_index"])
 
             if settings.log.is_due(step, start_step + 1, num_steps):
                 figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
+                figures |= hardware.device_memory(mesh)
                 say(progress.line(step, figures) + distributed.slowest(), flush=True)
                 log.write(step, figures | progress.rates(step))
+                goodput.write(step)
                 checkpoints.check()
 
             if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
                 check.latest()  # nothing that is not finite is kept
-                with progress.pause():
+                with progress.pause(activity.CHECKPOINT):
                     checkpoints.save(step, state, extra)
 
             if settings.evaluation.is_due(step, steps_per_epoch, num_steps):
-                with progress.pause():
-                    evaluate(step, state.variables)
+                evaluate(step, state.variables)
             watchdog.beat()
             preemption.passes()
 
-        checkpoints.close()
+        with progress.pause(activity.CHECKPOINT):
+            checkpoints.close()
         if batches.left_out:
             say(f"data: {batches.left_out}", flush=True)
         return evaluate(num_steps, state.variables) if settings.evaluation.is_on else {}

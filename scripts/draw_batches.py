@@ -23,17 +23,11 @@ from common.data.plans.plan import TrainPlan, train_plan
 from common.io import run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
+from common.report.panels import side_by_side, stack
+from common.report.photo_drawing import Drawing, class_colour, draw_boxes, save_jpeg
 from common.training.command import open_dataset
 from detection.refine import open_proposals
 from detection.settings import RunSettings, read_run
-from scripts.draw_detections import (
-    Drawing,
-    class_colour,
-    draw_boxes,
-    save_jpeg,
-    side_by_side,
-    stack,
-)
 
 MIN_WIDTH = 512  # pixels that a canvas is enlarged to
 MAX_OVERVIEW = 16  # slots in overview.jpg

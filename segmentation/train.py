@@ -17,13 +17,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common.data.dataset import Dataset
-from common.io import run_flags
+from common.io import activity, run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.layers import norm
-from common.training import command, distributed, preemption
+from common.training import command, distributed, hardware, preemption
 from common.training.compiling import announce_canvases, announced
 from common.training.distributed import DATA_AXIS
+from common.training.goodput import Goodput
 from common.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -31,6 +32,7 @@ from common.training.optimizer import (
     trained_mask,
     warmup_note,
 )
+from common.training.profiling import Profiler
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import init_state, jit_train_step, scheduled, variable_shapes
@@ -120,6 +122,7 @@ def train_in(
         whole_batch=settings.model.norm == "sync",
     )
     train_step = scheduled(jit_train_step(model, tx, mesh, accumulate), schedule, mesh)
+    step_flops = hardware.step_flops(train_step, mesh)
     train_step = announced(train_step, "training step", say)
     fields = tuple(init_shapes())
     batches = train_batches(
@@ -139,7 +142,11 @@ def train_in(
         "num_steps": num_steps,
     }
     progress = Progress(
-        num_steps, settings.data.batch_size, mesh.size, steps_per_epoch=steps_per_epoch
+        num_steps,
+        settings.data.batch_size,
+        mesh.size,
+        steps_per_epoch=steps_per_epoch,
+        peak_flops=hardware.peak_flops(mesh.devices.flat[0].device_kind),
     )
     step = start_step
     check = MetricsCheck(functools.partial(instance_name, dataset))
@@ -151,6 +158,8 @@ def train_in(
 
     with (
         RunMetrics(workdir, start_step) as log,
+        Goodput(workdir, start_step) as goodput,
+        Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
         StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
         preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
@@ -160,34 +169,39 @@ def train_in(
             folder = workdir / "evaluation" / f"{step}"
             arguments = (settings, model, dataset, mesh, variables, step, folder)
             run = functools.partial(evaluate_variables, *arguments, say=say)
-            return log.evaluated(step, f"{settings.data.eval_split} masks", run)
+            with progress.pause(activity.EVALUATION):
+                return log.evaluated(step, f"{settings.data.eval_split} masks", run)
 
         if settings.evaluation.is_due(start_step, num_steps):
             evaluate(start_step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
             on_devices = distributed.to_global(batch, mesh, fields)
+            profiler.before(step)
             state, metrics = train_step(state, on_devices)
-            progress.step_done(step)
+            profiler.after(step, metrics)
+            progress.step_done(step, step_flops(state, on_devices))
             check.one_behind(step, metrics, batch["instance_index"])
 
             if settings.log.is_due(step, start_step + 1, num_steps):
                 figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
+                figures |= hardware.device_memory(mesh)
                 say(progress.line(step, figures) + distributed.slowest(), flush=True)
                 log.write(step, figures | progress.rates(step))
+                goodput.write(step)
                 checkpoints.check()
 
             if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
                 check.latest()  # nothing that is not finite is kept
-                with progress.pause():
+                with progress.pause(activity.CHECKPOINT):
                     checkpoints.save(step, state, extra)
 
             if settings.evaluation.is_due(step, num_steps):
-                with progress.pause():
-                    evaluate(step, state.variables)
+                evaluate(step, state.variables)
             watchdog.beat()
             preemption.passes()
 
-        checkpoints.close()
+        with progress.pause(activity.CHECKPOINT):
+            checkpoints.close()
         if batches.skipped_images:
             say(f"data: {batches.skipped_images} unreadable photos or masks skipped", flush=True)
         return evaluate(num_steps, state.variables) if settings.evaluation.is_on else {}

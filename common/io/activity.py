@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 INPUT = "waiting for input"
 SCORING = "scoring"
+COMPILING = "compiling"
+CHECKPOINT = "saving a checkpoint"
+EVALUATION = "evaluating"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Activity:
 _lock = threading.Lock()
 _now = Activity()
 _since = time.monotonic()
+_spent: dict[str, float] = {}
 
 
 def current() -> tuple[Activity, float]:
@@ -56,14 +60,23 @@ def data_wait(share: float) -> None:
         _now = dataclasses.replace(_now, data_wait_share=share)
 
 
+def spent() -> dict[str, float]:
+    """Seconds of this process by what was done; what is done within another one counts as that."""
+    with _lock:
+        return dict(_spent)
+
+
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """Says what is done in the block."""
     global _now
     with _lock:
         before, _now = _now.what, dataclasses.replace(_now, what=what)
+    start = time.monotonic()
     try:
         yield
     finally:
         with _lock:
             _now = dataclasses.replace(_now, what=before)
+            if not before:
+                _spent[what] = _spent.get(what, 0.0) + time.monotonic() - start

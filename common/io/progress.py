@@ -16,6 +16,7 @@ class _Mark(NamedTuple):
     step: float
     time: float  # seconds of training, pauses taken out
     data_wait: float  # seconds, cumulative
+    flops: float  # of one device, cumulative
 
 
 class Progress:
@@ -53,6 +54,7 @@ class Progress:
         what: str = "step",
         unit: str = "images",
         steps_per_epoch: int | None = None,
+        peak_flops: float | None = None,
         say: Callable[[str], None] = print,
         every_seconds: float = 10.0,
         window_seconds: float = 60.0,
@@ -67,6 +69,7 @@ class Progress:
           what: begins the line.
           unit: what the rate counts.
           steps_per_epoch: adds the epoch to the lines.
+          peak_flops: of one device in a second; adds the share of it that is reached (MFU).
           say: where `report` puts lines.
           every_seconds: time between two lines of `report`.
           window_seconds: rates are averages over the reports of so many last seconds, and over
@@ -78,6 +81,8 @@ class Progress:
         self._num_devices = num_devices
         self._what, self._unit = what, unit
         self._steps_per_epoch = steps_per_epoch
+        self._peak_flops = peak_flops
+        self._flops = 0.0
         self._say = say
         self._every_seconds = every_seconds
         self._window_seconds = window_seconds
@@ -112,11 +117,12 @@ class Progress:
             yield batch
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Takes a checkpoint, an evaluation and the like out of the rates."""
+    def pause(self, what: str) -> Iterator[None]:
+        """Takes a checkpoint, an evaluation and the like (of `activity`) out of the rates."""
         start = self._clock()
         try:
-            yield
+            with activity.doing(what):
+                yield
         finally:
             self._paused += self._clock() - start
 
@@ -130,9 +136,10 @@ class Progress:
             self._say(self.line(done, figures or {}))
             sys.stdout.flush()
 
-    def step_done(self, step: float) -> None:
-        """Says that `step` (counted from 1) was handed to the device."""
+    def step_done(self, step: float, flops: float = 0.0) -> None:
+        """Says that `step` (counted from 1), `flops` a device, was handed to the devices."""
         activity.step_done(step)
+        self._flops += flops
         if self._first is None:
             self._first = self._mark(step)
             self._paused_before_first = self._paused
@@ -143,7 +150,7 @@ class Progress:
 
         Returns:
           images_per_second, images_per_second_per_device, data_wait_share (0 to 1) and
-          seconds_left.
+          seconds_left; mfu (0 to 1) where the devices' peak is known.
         """
         if self._first is None or step <= self._first.step:
             if self._first is not None:
@@ -163,12 +170,15 @@ class Progress:
         data_wait_share = min((now.data_wait - since.data_wait) / seconds, 1.0)
         activity.data_wait(data_wait_share)
         pause_per_step = (self._paused - self._paused_before_first) / (step - self._first.step)
-        return {
+        rates = {
             "images_per_second": images_per_second,
             "images_per_second_per_device": images_per_second / (self._num_devices or 1),
             "data_wait_share": data_wait_share,
             "seconds_left": (self._total - step) * (seconds / steps + pause_per_step),
         }
+        if self._peak_flops:
+            rates["mfu"] = (now.flops - since.flops) / seconds / self._peak_flops
+        return rates
 
     def line(self, step: float, figures: Mapping[str, float]) -> str:
         """One line of the log, such as
@@ -185,6 +195,8 @@ class Progress:
             parts.append(self._rate(rates))
             if self._times_data:
                 parts.append(f"data wait {100 * rates['data_wait_share']:.0f} %")
+            if "mfu" in rates:
+                parts.append(f"MFU {100 * rates['mfu']:.1f} %")
             if self._total:
                 parts.append(f"left {_hours(rates['seconds_left'])}")
         return "  ".join(parts)
@@ -199,7 +211,7 @@ class Progress:
         return f"{self._unit}/s {rate:.{0 if rate >= 100 else 1}f}"
 
     def _mark(self, step: float) -> _Mark:
-        return _Mark(step, self._clock() - self._paused, self._data_wait)
+        return _Mark(step, self._clock() - self._paused, self._data_wait, self._flops)
 
 
 def _short(value: float) -> str:

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from common.io import activity
+
 _EVERY_SECONDS = 60.0
 # Image shapes that each compiled function has seen, so that a second evaluation says nothing.
 _seen: weakref.WeakKeyDictionary[Any, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
@@ -53,7 +55,8 @@ def compiling(what: str, say: Callable, every_seconds: float = _EVERY_SECONDS) -
     thread = threading.Thread(target=remind, daemon=True)
     thread.start()
     try:
-        yield
+        with activity.doing(activity.COMPILING):
+            yield
     finally:
         ended.set()
         thread.join()

@@ -20,6 +20,7 @@ from common.training.team import Store, Team
 
 _Item = TypeVar("_Item")
 _AGREE_SECONDS = 60.0
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopPoints:
@@ -105,7 +106,7 @@ def install(team: Team | None, host: str) -> None:
     os.set_blocking(writer, False)
     # A thread reads the signals: the main one may be in a collective that never returns.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPS:
         signal.signal(number, lambda *_: None)
     threading.Thread(target=_hear, args=(reader, host), name="signals", daemon=True).start()
 
@@ -113,6 +114,8 @@ def install(team: Team | None, host: str) -> None:
 def _hear(reader: int, host: str) -> None:
     interrupted = False
     while number := os.read(reader, 1):
+        if number[0] not in _STOPS:  # one that asks for a trace, see common.training.profiling
+            continue
         name = signal.Signals(number[0]).name
         if number[0] == signal.SIGINT and interrupted:
             print("error: interrupted twice, nothing saved", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from common.training import distributed
@@ -43,6 +44,11 @@ class RunMetrics:
             self._log.write(step, scalars)
             if self._events is not None:
                 self._events.write_scalars(step, scalars)
+
+    def pictures(self, step: int, draw: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Adds images (1, height, width, 3) by name to the events, where there are any."""
+        if self._events is not None:
+            self._events.write_images(step, draw())
 
     def evaluated(
         self, step: int, what: str, evaluate: Callable[[], Mapping[str, float]]

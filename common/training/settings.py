@@ -40,17 +40,23 @@ class LogSettings:
       stall_seconds: without a finished step until the stacks of all threads are printed; 0: never.
       abort_after_stalls: so many times `stall_seconds` without a step end the run, which names the
         process that holds up the others; 0: never.
+      profile_steps: first and last step that are traced (`common.training.profiling`); (): none.
     """
 
     every_steps: int
     stall_seconds: float
     abort_after_stalls: int
+    profile_steps: tuple[int, ...]
 
     def __post_init__(self):
         check(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
         check(self.stall_seconds >= 0, "stall_seconds", self.stall_seconds, "0 (off) or more")
         stalls = self.abort_after_stalls
         check(stalls >= 0, "abort_after_stalls", stalls, "0 (never) or more")
+        steps = self.profile_steps
+        expected = "() or the first and the last step, counted from 1"
+        fits = not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1])
+        check(fits, "profile_steps", steps, expected)
 
     def is_due(self, step: int, first_step: int, num_steps: int) -> bool:
         """Whether the figures of `step` are reported: also those of the first and the last step."""

@@ -5,7 +5,10 @@ classes.csv     label,name of the model's classes in the order of its outputs
 hierarchy.json  tree of the labels
 metrics.jsonl   {"step": 20, "loss": 1.25, ...}, ascending steps; evaluations have own lines, which
                 say as "evaluation_of" what was measured
+goodput.json    where the time of all starts went, see `common.training.goodput`
 checkpoints/    see `common.training.checkpoint`; without one, nothing binds the next start
+profile/        traces of steps, see `common.training.profiling`
+logs/host-N/    output of each start, where scripts/launch_pod.sh started it
 
 config.json and the classes of a run without a checkpoint are those of its last start.
 """

@@ -220,6 +220,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         mask_threshold=0.5,  # probability that a pixel of a mask must exceed, in export too
         expand_predictions=True,  # copy detections to parent classes first (paper section 1)
         proposals="",  # of a refiner: table of the evaluation split to refine and score
+        num_pictures=4,  # photos whose detections TensorBoard shows at each evaluation
     )
     config.test_time = dict(  # of detection.export and detection.evaluate, see detection.tta
         scales=(),  # short sides, such as (600, 800, 1000, 1333, 1666, 2000); (): one view
@@ -232,5 +233,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         every_steps=50,
         stall_seconds=1800,  # without a step until stacks are printed; 0: never
         abort_after_stalls=2,  # so many times stall_seconds end the run; 0: never
+        profile_steps=(),  # (first, last) step to trace into WORKDIR/profile; so does SIGUSR1
     )
     return config

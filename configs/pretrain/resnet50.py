@@ -71,5 +71,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         every_steps=50,
         stall_seconds=1800,  # without a step until stacks are printed; 0: never
         abort_after_stalls=2,  # so many times stall_seconds end the run; 0: never
+        profile_steps=(),  # (first, last) step to trace into WORKDIR/profile; so does SIGUSR1
     )
     return config

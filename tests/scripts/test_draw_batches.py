@@ -9,10 +9,11 @@ from PIL import Image
 
 from common.data.input import train_batches
 from common.data.plans.plan import class_histogram, train_plan
+from common.report.panels import CAPTION
+from common.report.photo_drawing import class_colour
 from detection.settings import read_run
 from scripts import class_histogram as histogram
 from scripts import draw_batches as draw
-from scripts.draw_detections import CAPTION, class_colour
 from tests import tiny, tiny_masks
 from tests.commands import run
 

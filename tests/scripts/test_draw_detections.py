@@ -8,7 +8,7 @@ from common.data.dataset import Dataset, DatasetWriter
 from common.io.errors import UserError
 from common.masks import rle
 from common.masks.dataset_masks import MaskReader
-from common.report import photo_drawing
+from common.report import panels, photo_drawing
 from common.tables import DetectionsWriter
 from scripts import draw_detections as draw
 
@@ -55,8 +55,8 @@ def pixels_of(picture, colour) -> tuple[int, int, int, int]:
 def test_a_box_is_drawn_at_its_share_of_the_photo():
     photo = Image.new("RGB", (200, 100), GREY)
     red = (255, 0, 0)
-    drawing = draw.Drawing(np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""])
-    panel = draw.draw_boxes(photo, drawing)
+    drawing = photo_drawing.Drawing(np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""])
+    panel = photo_drawing.draw_boxes(photo, drawing)
     assert pixels_of(panel, red) == pytest.approx((50, 20, 150, 80), abs=1)
     assert panel.getpixel((100, 50)) == GREY  # an outline, the object stays visible
     assert pixels_of(photo, GREY) == (0, 0, 200, 100)  # the photo itself is untouched
@@ -65,8 +65,8 @@ def test_a_box_is_drawn_at_its_share_of_the_photo():
 @pytest.mark.parametrize("box", [[0, 0, 1, 1], [-0.01, -0.01, 1.01, 1.01]])
 def test_a_box_at_the_border_stays_visible(box):
     red = (255, 0, 0)
-    drawing = draw.Drawing(np.array([box]), [red], ["Cat 1"])
-    panel = draw.draw_boxes(Image.new("RGB", (80, 40), GREY), drawing)
+    drawing = photo_drawing.Drawing(np.array([box]), [red], ["Cat 1"])
+    panel = photo_drawing.draw_boxes(Image.new("RGB", (80, 40), GREY), drawing)
     assert pixels_of(panel, red) == (0, 0, 80, 40)
 
 
@@ -74,7 +74,7 @@ def test_a_mask_is_tinted_inside_and_solid_along_its_outline():
     mask = np.zeros((50, 100), bool)  # half the photo's resolution
     mask[10:40, 25:75] = True
     red = (255, 0, 0)
-    drawing = draw.Drawing(np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""], [mask])
+    drawing = photo_drawing.Drawing(np.array([[0.25, 0.2, 0.75, 0.8]]), [red], [""], [mask])
     panel = photo_drawing.fill_masks(Image.new("RGB", (200, 100), GREY), drawing)
     assert panel.getpixel((50, 20)) == red and panel.getpixel((149, 79)) == red
     tinted = panel.getpixel((100, 50))
@@ -100,58 +100,58 @@ def test_masks_of_truth_and_table_are_drawn_where_they_are(tmp_path):
             "photo", ["/m/cat"], np.float32([0.9]), boxes, counts, np.array([[40, 60]], np.int32)
         )
     dataset = Dataset.open(tmp_path / "dataset")
-    drawings = draw.read_drawings(path, dataset, [0], 0.4, 100)
+    drawings = panels.read_drawings(path, dataset, [0], 0.4, 100)
     assert np.array_equal(drawings[0].masks[0], truth)
-    drawn = draw.ground_truth(dataset, 0, MaskReader(dataset), (80, 120))
+    drawn = panels.ground_truth(dataset, 0, MaskReader(dataset), (80, 120))
     assert np.array_equal(drawn.masks[0], truth.repeat(2, 0).repeat(2, 1))
 
 
 def test_classes_have_different_bright_colours():
-    colours = [draw.class_colour(index) for index in range(20)]
+    colours = [photo_drawing.class_colour(index) for index in range(20)]
     assert len(set(colours)) == 20
     assert min(max(colour) for colour in colours) > 200
 
 
 def test_pictures_show_truth_and_confident_detections(dataset, table, tmp_path):
-    images = draw.choose_images(dataset, "validation", [], 8)
+    images = panels.choose_images(dataset, "validation", [], 8)
     assert [dataset.image_id(i) for i in images] == ["folder/tall", "wide"]  # most classes first
-    drawings = draw.read_drawings(table, dataset, images, min_score=0.4, max_boxes=100)
+    drawings = panels.read_drawings(table, dataset, images, min_score=0.4, max_boxes=100)
     found = drawings[0]
     assert found.boxes.tolist() == [[0.25, 0.25, 0.5, 0.75]] and found.texts == ["Dog 0.90"]
     paths = draw.draw_split(dataset, images, drawings, tmp_path / "pictures", side=400)
     assert [path.name for path in paths] == ["folder_tall.jpg", "wide.jpg", "overview.jpg"]
     with Image.open(tmp_path / "pictures/wide.jpg") as picture:
-        assert picture.size == (2 * 400 + draw.GAP, 200 + draw.CAPTION)
-        right = np.asarray(picture)[draw.CAPTION :, 400 + draw.GAP :].astype(int)
+        assert picture.size == (2 * 400 + panels.GAP, 200 + panels.CAPTION)
+        right = np.asarray(picture)[panels.CAPTION :, 400 + panels.GAP :].astype(int)
     changed = np.abs(right - GREY).max(-1) > 60
     assert changed[50:150, 98:102].any() and changed[50:150, 198:202].any()  # the dog's sides
     assert not changed[20:180, 300:].any()  # the cat scored less
 
 
 def test_photos_are_drawn_in_the_order_asked_for(dataset):
-    chosen = draw.choose_images(dataset, "validation", ["wide", "folder/tall"], 8)
+    chosen = panels.choose_images(dataset, "validation", ["wide", "folder/tall"], 8)
     assert [dataset.image_id(i) for i in chosen] == ["wide", "folder/tall"]
-    assert draw.choose_images(dataset, "empty", [], 8) == []
+    assert panels.choose_images(dataset, "empty", [], 8) == []
 
 
 @pytest.mark.parametrize("image_id", ["other", "nothing"])
 def test_a_photo_of_another_split_is_refused(dataset, image_id):
     with pytest.raises(UserError, match=f"'{image_id}' is not in split 'validation'"):
-        draw.choose_images(dataset, "validation", [image_id], 8)
+        panels.choose_images(dataset, "validation", [image_id], 8)
 
 
 def test_a_table_that_does_not_cover_the_photo_is_refused(dataset, table):
     with pytest.raises(UserError, match="'other' is not covered"):
-        draw.read_drawings(table, dataset, [2], 0.4, 100)
+        panels.read_drawings(table, dataset, [2], 0.4, 100)
 
 
 def test_a_missing_photo_is_named(dataset, tmp_path):
     with pytest.raises(UserError, match="nowhere.jpg: cannot read this photo"):
-        draw.open_photo(str(tmp_path / "nowhere.jpg"), (0, 0), 100)
+        photo_drawing.open_photo(str(tmp_path / "nowhere.jpg"), (0, 0), 100)
 
 
 def test_photos_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert draw.open_photo(str(tmp_path / "turned.jpg"), (0, 0), 80).size == (40, 80)
+    assert photo_drawing.open_photo(str(tmp_path / "turned.jpg"), (0, 0), 80).size == (40, 80)

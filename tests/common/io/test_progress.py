@@ -47,7 +47,7 @@ def test_checkpoints_and_evaluation_do_not_slow_the_rates_but_count_for_the_time
     clock = Clock()
     progress = Progress(111, 8, 1, clock=clock)
     run(progress, clock, range(1, 7))
-    with progress.pause():
+    with progress.pause(""):
         clock.now += 10.0
     run(progress, clock, range(7, 12), first=0.3)
     rates = progress.rates(11)
@@ -111,3 +111,14 @@ def test_slow_work_is_counted_by_the_hour_and_an_unknown_total_has_no_time_left(
         clock.now += 30.0
         progress.report(done)
     assert lines == ["search 1", "search 2  trees/hour 120"]
+
+
+def test_the_share_of_the_peak_that_is_reached_is_said_where_it_is_known():
+    clock = Clock()
+    progress = Progress(100, 8, 4, clock=clock, peak_flops=1e12)
+    for step in range(1, 4):
+        clock.now += 0.5
+        progress.step_done(step, 1e11)
+        line = progress.line(step, {})
+    assert progress.rates(3)["mfu"] == pytest.approx(0.2)
+    assert "MFU 20.0 %" in line

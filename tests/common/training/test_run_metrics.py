@@ -46,6 +46,7 @@ def test_metrics_reach_tensorboard_and_the_log(tmp_path):
     with RunMetrics(tmp_path) as log:
         for step in (10, 20):
             log.write(step, {"loss": np.float32(step / 8), "learning_rate": 0.5})
+        log.pictures(20, lambda: {"detections/a": np.zeros((1, 8, 6, 3), np.uint8)})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
         {"step": 10, "loss": 1.25, "learning_rate": 0.5},
@@ -53,7 +54,7 @@ def test_metrics_reach_tensorboard_and_the_log(tmp_path):
     ]
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
-    assert set(events.Tags()["tensors"]) >= {"loss", "learning_rate"}
+    assert set(events.Tags()["tensors"]) >= {"loss", "learning_rate", "detections/a"}
     assert [event.step for event in events.Tensors("loss")] == [10, 20]
 
 
@@ -64,6 +65,7 @@ def test_without_what_writes_events_the_log_has_all(tmp_path, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, missing, None)  # importing it now raises ImportError
     with RunMetrics(tmp_path) as log:
         log.write(10, {"loss": 0.5})
+        log.pictures(10, lambda: pytest.fail("drawn for nobody"))
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "loss": 0.5}
     assert "no TensorBoard events, metrics.jsonl has the figures" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
