@@ -12,6 +12,10 @@ from common.io.errors import UserError
 from common.metrics import openimages
 from common.tables import DetectionsWriter, read_detections
 from ensemble import search
+from ensemble.calibration import calibration as calibrations
+from ensemble.calibration.calibration import Calibration, Recipe
+from ensemble.calibration.curves import ClassCurves, Curve
+from ensemble.calibration.opinion import Opinion, num_features
 from ensemble.merge import merge_tables
 from ensemble.tree import binary_tree as trees
 from ensemble.tree import scoring
@@ -105,11 +109,31 @@ def prepared_inputs(folder, tmp_path, option):
                 labels = [LABELS[c] for c in found.label_index[rows]]
                 writer.add(found.image_ids[image], labels, found.scores[rows], found.boxes[rows])
         return [*tables[:2], str(tmp_path / "three.parquet")], {"coverage": "union"}
+    if option == "calibration":
+        return tables, {"calibration": str(write_calibration(tmp_path / "cal.json"))}
     return tables, {"expansion": option, "min_score": 0.2, "dataset": str(folder / "set")}
 
 
+def write_calibration(path):
+    """Curves, shifts of classes and a second opinion, all drawn."""
+    rng = np.random.default_rng(0)
+    curves = [
+        ClassCurves(
+            Curve("isotonic", np.array([0.1, 0.4, 0.9]), np.sort(rng.random(3))),
+            rng.normal(0, 0.5, len(LABELS)),
+        )
+        for _ in MODELS
+    ]
+    opinion = Opinion(rng.normal(0, 0.2, (len(MODELS), num_features(len(MODELS)))))
+    recipe = Recipe(tuple(MODELS), 0, True, {"name": "nms"})
+    ranks = np.zeros((len(MODELS), len(LABELS)))
+    calibration = Calibration(tuple(MODELS), tuple(LABELS), curves, ranks, opinion, recipe)
+    calibrations.save(path, calibration, "openimages", {})
+    return path
+
+
 @pytest.mark.parametrize(
-    "option", ["weights", "experts", "mappings", "coverage", "before", "after"]
+    "option", ["weights", "experts", "mappings", "coverage", "before", "after", "calibration"]
 )
 def test_the_merged_tables_score_what_the_search_reported(folder, tmp_path, monkeypatch, option):
     """Rows are prepared alike: a tree is tuned on the scores that it is used on."""

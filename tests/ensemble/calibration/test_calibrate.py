@@ -15,6 +15,7 @@ from ensemble.calibration import calibration as calibrations
 from ensemble.calibration import curves, recipes
 from ensemble.calibration.calibration import Calibration, Recipe
 from ensemble.calibration.curves import ClassCurves, Curve
+from ensemble.calibration.oracle import best_ranking
 from ensemble.merge import merge_tables
 from tests.ensemble.scenes import LABELS, MODELS, make_scene, paths
 from tests.pages import Page
@@ -129,6 +130,14 @@ def test_a_file_reads_back_as_it_was_written(calibrated_scene, tmp_path):
         np.testing.assert_array_equal(a.curve.precisions, b.curve.precisions)
         np.testing.assert_array_equal(a.shifts, b.shifts)
     assert found.recipe == again.recipe and found.names == tuple(MODELS)
+
+
+def test_a_perfect_ranking_is_a_ceiling(folder):
+    dataset = Dataset.open(folder / "set")
+    table = paths(folder)[1]
+    plain = evaluate_openimages(dataset, "tune", table, say=lambda _: None)
+    ceiling = best_ranking(table, dataset, "tune", "openimages")
+    assert plain[MEAN_AP.format(0.5)] < ceiling <= 1
 
 
 @pytest.mark.parametrize(
