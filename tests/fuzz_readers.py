@@ -20,6 +20,9 @@ from common.tables.exchange.openimages_csv import read_openimages, write_openima
 from common.tables.exchange.results_json import read_results
 from common.tables.exchange.rows import Outgoing
 from common.tables.exchange.spool import Importer
+from ensemble.calibration import calibration as calibrations
+from ensemble.calibration.curves import IDENTITY, ClassCurves, Curve
+from ensemble.calibration.opinion import Opinion, num_features
 from ensemble.relations.counts import Relations, read_relations
 from ensemble.tree import binary_tree
 from scripts import prepare_data
@@ -322,6 +325,22 @@ def tree(folder: Path) -> Reader:
     return lambda folder: (binary_tree.load(path), binary_tree.read_notes(path)), [path]
 
 
+def calibration(folder: Path) -> Reader:
+    path = folder / "x.json"
+    curve = Curve("isotonic", np.array([0.2, 0.6]), np.array([0.1, 0.5]))
+    fitted = [ClassCurves(curve, np.array([0.5, 0.0])), ClassCurves(IDENTITY, np.zeros(2))]
+    found = calibrations.Calibration(
+        names=("a", "b"),
+        labels=("cat", "dog"),
+        curves=fitted,
+        ranks=np.full((2, 2), 0.5),
+        opinion=Opinion(np.ones((2, num_features(2)))),
+        recipe=calibrations.Recipe(("a", "b"), 1, True, {"name": "nms"}),
+    )
+    calibrations.save(path, found, "coco", {})
+    return lambda folder: calibrations.load(path), [path]
+
+
 def photos(folder: Path) -> Reader:
     from common.data import images, placement
 
@@ -355,6 +374,6 @@ READERS: dict[str, Callable[[Path], Reader]] = {
             submission,
             identities,
         ),
-        *(run_lengths, torch_zip, torch_legacy, safetensors, relations, tree, photos),
+        *(run_lengths, torch_zip, torch_legacy, safetensors, relations, tree, calibration, photos),
     )
 }

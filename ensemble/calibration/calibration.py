@@ -208,7 +208,7 @@ def load(path: PathLike) -> Calibration:
         recipe = _recipe(content["recipe"], names)
         if recipe.opinion and opinion is None:
             raise ValueError("asks for an opinion, there is none")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: {where}: {type(error).__name__} {error}") from error
     if not names:
         raise UserError(f"{path}: models: none, expected one or more")
