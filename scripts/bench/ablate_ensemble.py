@@ -27,12 +27,12 @@ from common.io.atomic import write_text
 from common.io.commands import run_main
 from common.metrics import official
 from common.metrics.names import BOX_METRICS, Metric
-from common.tables.class_mapping import find_class_mapping
+from common.tables import read_detections
 from configs.ensemble import adj_nms, auto, calibrated, naive, reweighted, voting
 from ensemble.calibrate import calibrate_tables
 from ensemble.calibration.oracle import best_ranking
 from ensemble.calibration.recipes import ALONE
-from ensemble.class_weights import parse_pairs, read_class_aps
+from ensemble.class_weights import parse_pairs
 from ensemble.inputs import parse_inputs
 from ensemble.merge import merge_tables
 from ensemble.results_files import as_tables
@@ -102,6 +102,12 @@ def class_aps(figures: Mapping[str, float]) -> dict[str, float]:
             if mark in name:
                 found[name.split(mark, 1)[1]] = value
     return found
+
+
+def found_labels(table: Path) -> list[str]:
+    """Labels that a table has detections of."""
+    found = read_detections(table)
+    return [found.labels[code] for code in np.unique(found.label_index)]
 
 
 def mean_ap(figures: Mapping[str, float], classes: Sequence[str]) -> float:
@@ -203,13 +209,7 @@ def main():
             inputs.append(f"{name}={table}")
     singles = list(bench.rows)
     own = [text for text in inputs if text.partition("=")[0] not in mappings]
-    experts = {
-        label
-        for name, text in mappings.items()
-        for targets in find_class_mapping(text).targets.values()
-        for label in targets
-        if label in read_class_aps(str(work / f"{name}.json"))
-    }
+    experts = {label for name in mappings for label in found_labels(work / f"{name}.parquet")}
     recipe = run(bench, inputs, "")
     if mappings:
         run(bench, own, " without experts", only=("naive ensemble", "opinion: wbf", "recipe"))
