@@ -117,7 +117,7 @@ class Panel:
         mesh: Mesh,
         say: Callable,
     ):
-        """Compiles nothing yet.
+        """The steps of all views, which compile when they are first called.
 
         Args:
           networks: that vote.

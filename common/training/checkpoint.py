@@ -10,10 +10,8 @@ All processes of a run share DIRECTORY (a common file system or `gs://`) and cal
 """
 
 import contextlib
-import logging
 import os
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +33,7 @@ from common.training.checkpoint_items import (
     path_name,
     read_items,
     saved_arrays,
+    silence_orbax_tracebacks,
     split_fields,
     text_checksum,
     to_nested_dict,
@@ -78,7 +77,7 @@ class Checkpoints:
         self._keep_every_steps = keep_every_steps
         self._manager: ocp.CheckpointManager | None = None  # made by the first save
         self._saved: int | None = None  # the last save, which may still be under way
-        _silence_orbax_tracebacks()
+        silence_orbax_tracebacks()
         for path in self._half_written():
             _print_once(f"note: {path}: half-written checkpoint, ignored")
 
@@ -391,18 +390,3 @@ class Checkpoints:
 def _print_once(text: str) -> None:
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-class _OrbaxTracebackFilter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not record.exc_info or record.exc_info is True:
-            return True
-        frames = traceback.extract_tb(record.exc_info[2])
-        return not any("orbax" in frame.filename for frame in frames)
-
-
-def _silence_orbax_tracebacks() -> None:
-    """Orbax logs each failure with its traceback and raises it too; the second one is ours."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(f, _OrbaxTracebackFilter) for f in logger.filters):
-        logger.addFilter(_OrbaxTracebackFilter())

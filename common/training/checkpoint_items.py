@@ -5,6 +5,8 @@ code that wrote it.
 """
 
 import json
+import logging
+import traceback
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -144,3 +146,18 @@ def read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("extra: not the values that were saved")
     refuse_changed(saved, read)
     return {**read, "extra": extra}
+
+
+class _OrbaxTracebackFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or record.exc_info is True:
+            return True
+        frames = traceback.extract_tb(record.exc_info[2])
+        return not any("orbax" in frame.filename for frame in frames)
+
+
+def silence_orbax_tracebacks() -> None:
+    """Orbax logs each failure with its traceback and raises it too; the second one is ours."""
+    logger = logging.getLogger("absl")
+    if not any(isinstance(f, _OrbaxTracebackFilter) for f in logger.filters):
+        logger.addFilter(_OrbaxTracebackFilter())
