@@ -19,20 +19,44 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Relative paths of all files below a folder, in a fixed order, links followed."""
-    pending = [""]
+    """Relative paths of all files below a folder, in a fixed order, links followed.
+
+    Passed over are links to a folder around them, and names that are no UTF-8, which is said.
+    """
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    nameless = []
     while pending:
-        inside = pending.pop()
+        inside, around = pending.pop()
+        status = os.stat(folder / inside)
+        if (own := (status.st_dev, status.st_ino)) in around:
+            continue
         with os.scandir(folder / inside) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
         folders = []
         for entry in listed:
             path = os.path.join(inside, entry.name)
-            if entry.is_dir():
-                folders.append(path)
+            if not _is_utf8(entry.name):
+                nameless.append(ascii(path))
+            elif entry.is_dir():
+                folders.append((path, (*around, own)))
             elif entry.is_file():  # no pipe, which would wait for ever, and no broken link
                 yield path
         pending += reversed(folders)
+    if nameless:
+        print(
+            f"{folder}: {len(nameless)} files or folders have names that are no UTF-8 and are "
+            f"passed over (first {nameless[0]})",
+            flush=True,
+        )
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name of the file system is text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclasses.dataclass

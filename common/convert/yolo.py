@@ -157,7 +157,7 @@ def _unused(photos: Sequence[Path], files: Sequence[str]) -> list[str]:
     for folder in sorted(filter(os.path.isdir, folders)):
         texts = {entry.path for entry in os.scandir(folder) if entry.name.endswith(".txt")}
         unused += [path for path in sorted(texts - set(files)) if _has_objects(Path(path))]
-    return unused
+    return [os.fsencode(path).decode("utf-8", "backslashreplace") for path in unused]
 
 
 def _has_objects(path: Path) -> bool:

@@ -102,6 +102,10 @@ def _parse(path: Path, parser: str, *arguments: str, check_depth: bool = False) 
                 )
             except ijson.JSONError as error:
                 raise UserError(f"{path}: {source.describe(error)}") from error
+            except UnicodeDecodeError as error:  # half of a pair of surrogates
+                raise UserError(
+                    f"{path}: found an escape that is no character ({error})"
+                ) from error
     except (EOFError, zlib.error) as error:
         raise UserError(f"{path}: the compressed file is cut off or damaged ({error})") from error
     except OSError as error:

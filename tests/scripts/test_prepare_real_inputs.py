@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import unicodedata
 
 import numpy as np
@@ -96,6 +97,19 @@ def test_a_photo_that_a_link_shows_twice_is_one(tmp_path):
     write_photo(tmp_path / "photos" / "x" / "2.jpg", 60, 120)
     (tmp_path / "photos" / "y").symlink_to("x")
     assert found(convert(tmp_path, ["2.jpg"])) == {"1": "x/2.jpg"}
+
+
+def test_links_to_a_folder_around_them_and_names_that_are_no_text_are_passed_over(tmp_path, capsys):
+    write_photo(tmp_path / "photos" / "a.jpg", 60, 120)
+    (tmp_path / "photos" / "again").symlink_to(tmp_path)
+    shutil.copy(tmp_path / "photos" / "a.jpg", os.fsencode(tmp_path / "photos") + b"/\xff.jpg")
+    dataset = convert(tmp_path, ["a.jpg"])
+    assert found(dataset) == {"1": "a.jpg"} and not reasons(dataset)
+    assert "1 files or folders have names that are no UTF-8" in capsys.readouterr().out
+    voc = tmp_path / "voc"
+    _xml(voc / "a.xml", [("oak", 1, 2, 30, 40)])
+    shutil.copy(voc / "a.xml", os.fsencode(voc) + b"/\xff.xml")
+    assert prepare("voc", source=voc, output=tmp_path / "e").num_images == 1
 
 
 def test_one_photo_under_two_ids_is_said(tmp_path):

@@ -125,3 +125,10 @@ def test_lists_without_end_in_one_another_are_refused_before_they_cost_memory(tm
         list(json_stream.stream_lists(path, ["images"]))
     path.write_text('[{"a": ' + "[" * 150 + "]" * 150 + "}]")
     assert len(list(json_stream.stream_list(path))) == 1
+
+
+def test_half_a_pair_of_surrogates_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"file_name": "\\udcff\\udcfe.jpg"}]')
+    with pytest.raises(UserError, match="x.json: found an escape that is no character"):
+        list(json_stream.stream_list(path))
