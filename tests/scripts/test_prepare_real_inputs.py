@@ -530,10 +530,11 @@ def test_yolo_photos_of_one_name_labels_without_photo_and_equal_splits_are_said(
     write_photo(folder / "images" / "a" / "x.jpg", 60, 120)
     (folder / "labels" / "a" / "gone.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (folder / "labels" / "a" / "classes.txt").write_text("oak\n")
+    shutil.copy(folder / "labels/a/gone.txt", os.fsencode(folder / "labels/a") + b"/\xff.txt")
     dataset = prepare("yolo", source=folder, output=tmp_path / "d")
     assert found(dataset) == {"x.jpg": "x.jpg", "x.png": "x.png", "y": "y.png"}
     assert reasons(dataset) == {
-        "text file of no photo in a split": 1,
+        "text file of no photo in a split": 2,
         "in the splits train and val: a leak between them": 3,
     }
     (folder / "data.yaml").write_text(yaml.replace("nc: 1", "nc: 2"))
