@@ -36,6 +36,9 @@ def file_names(dataset: Dataset) -> list[str]:
 
     Images of one photo, and of photos elsewhere than below the dataset's folder, are called by
     their ids.
+
+    Raises:
+      UserError: the id of one is the path of another.
     """
     paths = [Path(path.decode()) for path in dataset.image_paths]
     stems = [
@@ -43,10 +46,14 @@ def file_names(dataset: Dataset) -> list[str]:
         for path in paths
     ]
     counts = Counter(stems)
-    return [
+    names = [
         stem if stem and counts[stem] == 1 else dataset.image_id(image)
         for image, stem in enumerate(stems)
     ]
+    name, count = Counter(names).most_common(1)[0] if names else ("", 1)
+    if count > 1:
+        raise UserError(f"{dataset.directory}: {count} images have the file {name!r}.txt")
+    return names
 
 
 def write_labels(
@@ -77,7 +84,7 @@ def write_labels(
     form = f"%d{' %.*f' * 5}" if digits else f"%d{' %.7g' * 5}"
     with atomic_folder(output) as folder:
         for index in np.flatnonzero(_selected(outgoing)).tolist():
-            path = Path(folder, f"{names[images[index]]}.txt")
+            path = _below(Path(folder), names[images[index]], dataset)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
         for chunk in outgoing.chunks():
@@ -95,8 +102,16 @@ def write_labels(
                     if digits:
                         places = [item for value in places for item in (digits, value)]
                     lines.append(form % (number[label], *places))
-                path = Path(folder, f"{names[images[chunk.image_index[start]]]}.txt")
+                path = _below(Path(folder), names[images[chunk.image_index[start]]], dataset)
                 path.write_text("\n".join(lines) + "\n")
+
+
+def _below(folder: Path, name: str, dataset: Dataset) -> Path:
+    """The text file of a name, which may be an id that is no path below a folder."""
+    file = Path(f"{name}.txt")
+    if file.is_absolute() or ".." in file.parts:
+        raise UserError(f"{dataset.directory}: image {name!r}, expected an id to call a file by")
+    return folder / file
 
 
 def _selected(outgoing: Outgoing) -> np.ndarray:

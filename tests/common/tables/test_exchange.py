@@ -517,6 +517,27 @@ def test_yolo_labels_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("image_ids", "message"),
+    [
+        (("../../x",), "'../../x', expected an id to call a file by"),
+        (("/x",), "'/x', expected an id to call a file by"),
+        (("photo", "b"), "2 images have the file 'photo'.txt"),
+    ],
+)
+def test_yolo_labels_stay_in_their_folder_and_apart(tmp_path, image_ids, message):
+    """Ids are other people's texts: one may be a path to elsewhere, or that of another photo."""
+    with DatasetWriter(tmp_path / "set", "s", LABELS, LABELS, None) as writer:
+        for image_id, file in zip(image_ids, ("/elsewhere.jpg", "photo.jpg"), strict=False):
+            writer.add_image(image_id, file)
+    with DetectionsWriter(tmp_path / "x.parquet", {}) as table:
+        table.add(image_ids[0], LABELS[:1], [0.5], [[0, 0, 1, 1]])
+    outgoing = rows.Outgoing(DetectionsReader(tmp_path / "x.parquet"))
+    with pytest.raises(UserError, match=message):
+        write_labels(outgoing, tmp_path / "labels", Dataset.open(tmp_path / "set"))
+    assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a", "0 0.5 0.5 0.1", r"a.txt: row 1: found .* \(4 numbers\)"),
