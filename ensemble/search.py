@@ -82,7 +82,8 @@ def search_tables(
         raise UserError(f"--inputs: {len(tables.names)} table, expected two or more to ensemble")
     splits = [split] if report_split is None else [split, report_split]
     metric = metric or metric_of(dataset)
-    iou = f"{options.metric.iou_threshold:g}"
+    thresholds = options.metric.thresholds(metric)
+    iou = ", ".join(f"{threshold:g}" for threshold in thresholds)
     say(f"metric: {metric}, AP at IoU {iou} (scripts.score --metric={metric} has the official one)")
     identity = identity_of(tables, preparation, options, dataset, splits, metric)
     state = load_state(state_path, identity)
@@ -92,7 +93,9 @@ def search_tables(
         tables,
         preparation,
         metric=metric,
-        **dataclasses.asdict(options.metric),
+        iou_thresholds=thresholds,
+        group_of_weight=options.metric.group_of_weight,
+        image_labels=options.metric.image_labels,
         folds=options.folds,
         threads=options.threads,
         cache_bytes=int(options.cache_gigabytes * 2**30 / len(splits)),

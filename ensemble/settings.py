@@ -63,16 +63,25 @@ class StageSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MetricSettings:
-    """What is left open by --metric: an IoU threshold, and how openimages counts.
+    """What is left open by --metric: IoU thresholds, and how openimages counts.
 
     Attributes:
-      iou_threshold: that detections reach.
+      iou_thresholds: AP is the mean over these; empty: 0.5 for openimages, 0.5, 0.7 and 0.9, which
+        come close to the ten of coco and lvis, for these.
       group_of_weight, image_labels: see `common.metrics.openimages.evaluate_openimages`.
     """
 
-    iou_threshold: float
+    iou_thresholds: tuple[float, ...]
     group_of_weight: float
     image_labels: bool
+
+    def __post_init__(self):
+        for value in self.iou_thresholds:
+            check(0 < value <= 1, "iou_thresholds", value, "numbers above 0, at most 1")
+
+    def thresholds(self, metric: str) -> tuple[float, ...]:
+        """IoU thresholds of a metric."""
+        return self.iou_thresholds or ((0.5,) if metric == "openimages" else (0.5, 0.7, 0.9))
 
 
 @dataclasses.dataclass(frozen=True)

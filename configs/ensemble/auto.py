@@ -51,7 +51,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         sigma=0.5,  # of the decay in "soft" and "adj"
         min_score=0.001,  # "soft" drops rows below
         naive=dict(name="voting"),  # the ensemble to compare with
-        metric=dict(iou_threshold=0.5, group_of_weight=1.0, image_labels=True),
+        # Empty thresholds: 0.5 for openimages; 0.5, 0.7, 0.9 for coco and lvis.
+        metric=dict(iou_thresholds=(), group_of_weight=1.0, image_labels=True),
         folds=5,  # of the tuned split, on which the tree must reach the best model alone
         threads=2,
         cache_gigabytes=2.0,  # for joined subtrees

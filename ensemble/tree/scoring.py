@@ -1,4 +1,4 @@
-"""OpenImages mAP of many candidate ensembles of the same tables, exactly as the metric has it.
+"""mAP of many candidate ensembles of the same tables, exactly as the metric has it at some IoUs.
 
 The tables are read and prepared once. The images are cut into shards of bounded size
 (`ensemble.tree.shards`), which threads score one after another: what a candidate needs beside the
@@ -75,7 +75,7 @@ class Scorer:
     def score(self, tree: trees.Tree) -> Score:
         """mAP of what `tree.apply` would make of the tables."""
 
-        def evaluate(index: int) -> openimages.Entries:
+        def evaluate(index: int) -> list[openimages.Entries]:
             return self._shards[index].entries(self._rows(index, tree, tree.root, keep=False))
 
         return self._score(evaluate)
@@ -89,15 +89,14 @@ class Scorer:
         scores = []
         for fold, counts in enumerate(self._fold_counts):
             own = [p for p, of in zip(parts, self._shard_folds, strict=True) if of == fold]
-            aps = openimages.average_precisions(own, counts, self._group_of_weight)
             if (counts > 0).any():
-                scores.append(float(np.mean(aps[counts > 0])))
+                scores.append(self._score_entries(own, counts).mean)
         return np.array(scores)
 
     def score_operator(self, apply: Callable[[Rows], tuple[Rows, Int[np.ndarray, " m"]]]) -> Score:
         """mAP of a function of the rows of all models, such as a flat NMS."""
 
-        def evaluate(index: int) -> openimages.Entries:
+        def evaluate(index: int) -> list[openimages.Entries]:
             leaves = self._shards[index].leaves
             sizes = [len(leaf.scores) for leaf in leaves]
             rows, source = apply(
@@ -121,10 +120,22 @@ class Scorer:
 
         return self._score(evaluate)
 
-    def _score(self, evaluate: Callable[[int], openimages.Entries]) -> Score:
+    def _score(self, evaluate: Callable[[int], list[openimages.Entries]]) -> Score:
         parts = list(map_ordered(evaluate, range(len(self._shards)), threads=self._threads))
-        aps = openimages.average_precisions(parts, self._counts, self._group_of_weight)
-        return Score(float(np.mean(aps[self._counts > 0])), aps)
+        return self._score_entries(parts, self._counts)
+
+    def _score_entries(
+        self, parts: Sequence[list[openimages.Entries]], counts: Float[np.ndarray, " K"]
+    ) -> Score:
+        """Of the entries of shards, each at all IoU thresholds."""
+        aps = np.mean(
+            [
+                openimages.average_precisions(list(part), counts, self._group_of_weight)
+                for part in zip(*parts, strict=True)
+            ],
+            axis=0,
+        )
+        return Score(float(np.mean(aps[counts > 0])), aps)
 
     def _rows(
         self, index: int, tree: trees.Tree, node: trees.Leaf | trees.Node, keep: bool = True
@@ -149,7 +160,7 @@ def build_scorers(
     preparation: Preparation,
     *,
     metric: str = "",
-    iou_threshold: float = 0.5,
+    iou_thresholds: Sequence[float] = (0.5,),
     group_of_weight: float = 1.0,
     image_labels: bool = True,
     folds: int = 1,
@@ -167,7 +178,7 @@ def build_scorers(
       preparation: of the tables' rows; with expansion "after", what a candidate makes of them is
         copied to parent classes before it is scored, as `ensemble.merge` does.
       metric: whose rules say which detections count, see `common.metrics.rules.make_rule`.
-      iou_threshold: of the metric.
+      iou_thresholds: AP is the mean over these.
       group_of_weight: of openimages.
       image_labels: of openimages.
       folds: of the images of each split, for `Scorer.score_folds`.
@@ -186,7 +197,6 @@ def build_scorers(
     owner = np.full(len(indices), -1)  # shard of each image
     place = np.zeros(len(indices), np.int64)  # number of the image within its shard
     rule = make_rule(dataset, metric, image_labels=image_labels, group_of_weight=group_of_weight)
-    options = {"iou_threshold": iou_threshold, "group_of_weight": rule.group_of_weight}
     shard_images = max((shard_rows or SHARD_ROWS) * len(indices) // tables.num_rows, 1)
     shards: list[Shard] = []
     scorers = []
@@ -208,7 +218,9 @@ def build_scorers(
         for part in parts:
             owner[part], place[part] = len(shards), np.arange(len(part))
             truth = rule.truth(indices[part])
-            shards.append(Shard(truth, preparation, dataset.num_classes, options))
+            shards.append(
+                Shard(truth, preparation, dataset.num_classes, iou_thresholds, rule.group_of_weight)
+            )
         scorers.append(
             Scorer(
                 shards[-len(parts) :],

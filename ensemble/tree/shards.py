@@ -7,10 +7,10 @@ looks its match up; only fused boxes are compared anew. Ranking and matching are
 `common.metrics.openimages`.
 
 Shape legend: I images of a shard, K classes, n rows, c copies of rows, G groups (image and class)
-whose rows can count, E judged groups.
+whose rows can count, E judged groups, t IoU thresholds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
@@ -34,9 +34,10 @@ class Shard:
         truth: openimages.Truth,
         preparation: Preparation,
         num_classes: int,
-        options: Mapping[str, float],
+        iou_thresholds: Sequence[float],
+        group_of_weight: float,
     ):
-        self._options = options
+        self._iou_thresholds, self._group_of_weight = iou_thresholds, group_of_weight
         self._num_classes = num_classes
         judged, counting = truth.evaluated, truth.evaluated
         if preparation.expansion == "after" and preparation.parents is not None:
@@ -96,7 +97,7 @@ class Shard:
                 row, _, group_of_copy = _judged_copies(self._copies, rows.group)
                 matches.append(self._match(group_of_copy, rows.columns[:, row]))
                 copies.append(np.bincount(row, minlength=len(own)))
-        self._matches = np.concatenate(matches, axis=1)
+        self._matches = np.concatenate(matches, axis=2)
         if copies:  # column of `_matches` with the first copy of each row
             self._first_copy = np.cumsum(np.concatenate([[0], *copies]))[:-1].astype(np.int32)
 
@@ -115,32 +116,39 @@ class Shard:
 
     def _match(
         self, group: Int[np.ndarray, " n"], columns: Float[np.ndarray, "4 n"]
-    ) -> Int[np.ndarray, "2 n"]:
-        """Single box that a detection may take and group-of box that it lies in, _NONE without."""
+    ) -> Int[np.ndarray, "t 2 n"]:
+        """Single box that a detection may take and group-of box that it lies in, _NONE without, at
+        each IoU threshold."""
         x0, y0, x1, y1 = columns
-        matches = np.full((2, len(group)), _NO_AREA, np.int32)
+        matches = np.full((len(self._iou_thresholds), 2, len(group)), _NO_AREA, np.int32)
         solid = np.flatnonzero((x0 < x1) & (y0 < y1))
         boxes, group = columns.T[solid].astype(np.float64), group[solid]
-        for row, (truth, numbers), union in (
-            (matches[0], self._single, True),
-            (matches[1], self._group_of, False),
-        ):
+        for side, (truth, numbers), union in ((0, self._single, True), (1, self._group_of, False)):
             overlap, best = matching.best_overlaps(
                 boxes, group, truth, numbers, self._num_judged, union=union
             )
-            row[solid] = np.where(overlap >= self._options["iou_threshold"], best, _NONE)
+            for row, threshold in zip(matches[:, side], self._iou_thresholds, strict=True):
+                row[solid] = np.where(overlap >= threshold, best, _NONE)
         return matches
 
-    def entries(self, rows: NodeRows) -> openimages.Entries:
-        """Outcomes of a candidate's rows, as the metric would have them."""
+    def entries(self, rows: NodeRows) -> list[openimages.Entries]:
+        """Outcomes of a candidate's rows at each IoU threshold, as the metric would have them."""
         if self._copies is not None:
             rows = self._copied_to_parents(self._copies, rows)
-        single, inside = self._matches[:, rows.source]
+        matches = self._matches[:, :, rows.source]
         fused = np.flatnonzero(rows.moved)
         if len(fused):
-            columns = rows.columns[:, fused]
-            single[fused], inside[fused] = self._match(rows.group[fused], columns)
-        group, scores = rows.group, rows.scores
+            matches[:, :, fused] = self._match(rows.group[fused], rows.columns[:, fused])
+        return [self._outcomes(rows.group, rows.scores, *match) for match in matches]
+
+    def _outcomes(
+        self,
+        group: Int[np.ndarray, " n"],
+        scores: Float[np.ndarray, " n"],
+        single: Int[np.ndarray, " n"],
+        inside: Int[np.ndarray, " n"],
+    ) -> openimages.Entries:
+        """Outcomes by the box that each row may take and the group-of box that it lies in."""
         counted = single != _NO_AREA
         if len(group) > matching.MAX_PER_CLASS:
             number = np.cumsum(counted)
@@ -160,7 +168,7 @@ class Shard:
         claims = np.flatnonzero(absorbed)[::-1]
         group_scores = np.zeros(len(self._group_of[1]), np.float32)
         group_scores[inside[claims]] = scores[claims]
-        hit = (group_scores > 0) & (self._options["group_of_weight"] > 0)
+        hit = (group_scores > 0) & (self._group_of_weight > 0)
 
         kept = ~absorbed
         group = np.concatenate([group[kept], self._group_of[1][hit]])

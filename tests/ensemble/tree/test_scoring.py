@@ -45,27 +45,44 @@ ROOTS = [
 @pytest.mark.parametrize("shard_rows", [1 << 19, 60])
 def test_scores_are_exactly_those_of_the_evaluator(folder, root, shard_rows):
     """For the rows that `tree.apply` makes: mAP and every AP, on both splits."""
-    for metric in ({}, {"image_labels": False, "iou_threshold": 0.3, "group_of_weight": 0.0}):
+    plain = {"image_labels": False, "group_of_weight": 0.0}
+    for metric, threshold in (({}, 0.5), (plain, 0.3)):
         dataset, scorers = open_all(
-            folder, ("tune", "report"), shard_rows=shard_rows, cache_bytes=100, **metric
+            folder,
+            ("tune", "report"),
+            shard_rows=shard_rows,
+            cache_bytes=100,
+            iou_thresholds=(threshold,),
+            **metric,
         )
-        tree = Tree(root, tuple(MODELS))
-        given, like = all_rows(folder)
-        merged = trees.apply(
-            dataclasses.replace(tree, models=tuple(sorted(trees.leaves(root)))),
-            {
-                model: rows
-                for model, rows in zip(MODELS, given, strict=True)
-                if model in trees.leaves(root)
-            },
-        )
+        merged, like = merge_all(folder, root)
         for split, scorer in zip(("tune", "report"), scorers, strict=True):
-            score = scorer.score(tree)
-            official = evaluate(dataset, like, merged, split, **metric)
-            threshold = metric.get("iou_threshold", 0.5)
+            score = scorer.score(Tree(root, tuple(MODELS)))
+            official = evaluate(dataset, like, merged, split, iou_threshold=threshold, **metric)
             assert score.mean == official.pop(openimages.MEAN_AP.format(threshold))
             aps = [score.aps[i] for i in np.flatnonzero(np.isfinite(score.aps))]
             assert aps == list(official.values())
+
+
+def merge_all(folder, root):
+    """What `tree.apply` makes of the tables, and one of these."""
+    given, like = all_rows(folder)
+    used = trees.leaves(root)
+    by_model = {m: rows for m, rows in zip(MODELS, given, strict=True) if m in used}
+    return trees.apply(Tree(root, tuple(sorted(used))), by_model), like
+
+
+@pytest.mark.parametrize("root", ROOTS[1:3])
+def test_several_thresholds_have_the_mean_of_their_scores(folder, root):
+    thresholds = (0.3, 0.5, 0.9)
+    dataset, (scorer,) = open_all(folder, iou_thresholds=thresholds)
+    merged, like = merge_all(folder, root)
+    official = [
+        evaluate(dataset, like, merged, "tune", iou_threshold=t)[openimages.MEAN_AP.format(t)]
+        for t in thresholds
+    ]
+    score = scorer.score(Tree(root, tuple(MODELS)))
+    assert score.mean == pytest.approx(np.mean(official), abs=1e-12) and len(set(official)) > 1
 
 
 def test_the_cap_of_detections_of_one_class_in_an_image_holds(folder, monkeypatch):
