@@ -31,6 +31,7 @@ _SUPPORT_IOU, _CONTRADICTION_IOU = 0.35, 0.5
 _LOUD = 0.02  # calibrated score from which a detection of another class contradicts
 _FLOOR = 1e-4  # precision that stands for nothing
 _PAIRS = 1 << 22
+_ROWS = 1 << 16  # whose features are in memory
 _OWN = 3  # features beside those of the tables: own score, size, constant
 _OF_A_TABLE = 4
 
@@ -49,9 +50,17 @@ class Opinion:
         precisions: Float[np.ndarray, " n"],
         boxes: Float[np.ndarray, "n 4"],
     ) -> Float[np.ndarray, " n"]:
-        """New precisions of all rows of whole images; `models` do not fall."""
-        table = features(images, labels, models, precisions, boxes, len(self.weights))
-        return predict(self.weights, table, models, precisions).astype(np.float32)
+        """New precisions of all rows of whole images, some images at a time."""
+        found = np.zeros(len(images), np.float32)
+        order = np.argsort(images, kind="stable")
+        starts = np.flatnonzero(np.diff(images[order], prepend=-1))
+        ends = np.append(starts[1:], len(order))
+        for part in pieces(ends - starts, _ROWS):
+            own = order[starts[part.start] : ends[part.stop - 1]]
+            rows = images[own], labels[own], models[own], precisions[own], boxes[own]
+            table = features(*rows, len(self.weights))
+            found[own] = predict(self.weights, table, models[own], precisions[own])
+        return found
 
     def arranged(self, order: Sequence[int]) -> "Opinion":
         """The same where the tables stand in another order."""
