@@ -146,6 +146,8 @@ def merge_tables(
         f"{len(tables.labels)} classes, {tables.num_rows} detections",
         flush=True,
     )
+    if not plan.masks and any(table.reader.has_masks for table in tables.tables):
+        say("note: masks of the tables are left out, --config.masks=True keeps them", flush=True)
     total = len(tables.image_ids)
     images = range(
         total * process_index // process_count, total * (process_index + 1) // process_count

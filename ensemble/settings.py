@@ -197,6 +197,8 @@ class EnsembleSettings:
     def __post_init__(self):
         for name, low in (("max_detections", 0), ("chunk_rows", 1), ("min_score", 0)):
             check(getattr(self, name) >= low, name, getattr(self, name), f"{low} or more")
+        if self.mask_rule == "mean":
+            check(self.masks, "masks", self.masks, "True for mask_rule='mean'")
         if self.mask_match == "masks":
             check(self.masks, "masks", self.masks, "True for mask_match='masks'")
             name = self.operator["name"]

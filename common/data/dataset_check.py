@@ -86,7 +86,8 @@ def check_index(directory: Path, meta: Mapping[str, Any], arrays: Mapping[str, A
     if offsets is not None:
         size = masks.stat().st_size if masks.is_file() else -1
         if _is_column(offsets) and len(offsets) and int(offsets[-1]) != size:
-            raise UserError(f"{masks}: {size} bytes, expected {offsets[-1]}: {_AGAIN}")
+            found = f"{size} bytes" if size >= 0 else "missing"
+            raise UserError(f"{masks}: {found}, expected {offsets[-1]} bytes: {_AGAIN}")
     for name, problem in _problems(meta, arrays):
         raise UserError(f"{directory}/index/{name}.npy: {problem}: {_AGAIN}")
 

@@ -157,3 +157,16 @@ def test_tables_merge_by_the_overlap_of_masks(tmp_path):
     config.operator = {"name": "voting"}
     with pytest.raises(UserError, match="operator.name: found 'voting', expected 'nms'"):
         merge_tables(inputs, config, tmp_path / "m.parquet", **QUIET)
+
+
+def test_masks_that_are_left_out_are_said_to_be(tmp_path):
+    with DetectionsWriter(tmp_path / "a.parquet", {}, masks=True) as writer:
+        mask = rle.encode(np.ones((1, 4, 4), bool))
+        writer.add("x", ["ant"], [0.5], np.array([[0, 0, 1, 1]]), mask, np.array([(4, 4)]))
+    config, said = naive.get_config(), []
+    given = ([str(tmp_path / "a.parquet")], config, tmp_path / "m.parquet")
+    merge_tables(*given, say=lambda text, **_: said.append(text))
+    assert "note: masks of the tables are left out, --config.masks=True keeps them" in said
+    config.mask_rule = "mean"
+    with pytest.raises(UserError, match="masks: found False, expected True for mask_rule='mean'"):
+        merge_tables(*given, **QUIET)
