@@ -72,12 +72,14 @@ def read_model_classes(workdir: PathLike) -> ModelClasses:
     return ModelClasses(str(path), labels, names, hierarchy)
 
 
-def write_model_classes(workdir: PathLike, dataset: Dataset) -> None:
-    """Writes the classes of a new model: those of its dataset."""
+def write_model_classes(
+    workdir: PathLike, labels: Sequence[str], names: Sequence[str], hierarchy: dict[str, Any]
+) -> None:
+    """Writes the classes of a new model, in the order of its outputs."""
     folder = to_epath(workdir)
     # The list itself comes last: where it lies, the hierarchy does, too.
-    write_text(folder / "hierarchy.json", json.dumps(dataset.hierarchy, indent=1) + "\n")
-    write_classes(folder / "classes.csv", dataset.class_labels, dataset.class_names)
+    write_text(folder / "hierarchy.json", json.dumps(hierarchy, indent=1) + "\n")
+    write_classes(folder / "classes.csv", labels, names)
 
 
 def with_model_classes(dataset: Dataset, classes: ModelClasses) -> Dataset:

@@ -152,7 +152,7 @@ def _dispatch(method, functions, *arguments):
     )
 
 
-def _hat_weights(points, size, cells):
+def hat_weights(points, size, cells):
     """Returns weights (..., S, T) of the cells (T,), means over the points (..., S, Q)."""
     inside = (points >= -1.0) & (points <= size)
     points = jnp.clip(points, 0.0, size - 1.0)
@@ -164,9 +164,9 @@ def _einsum(features, levels, y, x):
     output = 0.0
     for level, feature in enumerate(features):
         height, width = feature.shape[1:3]
-        rows = _hat_weights(y, height, jnp.arange(height))
+        rows = hat_weights(y, height, jnp.arange(height))
         rows = jnp.where((levels == level)[..., None, None], rows, 0.0).astype(feature.dtype)
-        columns = _hat_weights(x, width, jnp.arange(width)).astype(feature.dtype)
+        columns = hat_weights(x, width, jnp.arange(width)).astype(feature.dtype)
         crops = jnp.einsum("brsh,bhwc->brswc", rows, feature)
         # All terms of this sum but one are zero: exact in any precision.
         output += jnp.einsum("brtw,brswc->brstc", columns, crops)
@@ -233,7 +233,7 @@ def _gather_in_turns(features, levels, y, x):
     Fused into it, channels are no longer the innermost index and the gather takes 10 times as long.
     """
     batch, num_rois = levels.shape
-    if batch > 1:
+    if batch != 1:  # also of an unknown number of images, in exported programs
         return lax.map(
             lambda image: _gather(*jax.tree.map(lambda a: a[None], image))[0],
             (features, levels, y, x),
@@ -322,4 +322,4 @@ def _tile_weights(points, size, first, tile):
     """
     begin = jnp.minimum(first, size - tile)
     cells = begin + jnp.arange(tile)
-    return jnp.where(cells >= first, _hat_weights(points, size, cells), 0.0), begin
+    return jnp.where(cells >= first, hat_weights(points, size, cells), 0.0), begin

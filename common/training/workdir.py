@@ -89,7 +89,7 @@ def keep_classes(workdir: epath.Path, dataset: Dataset) -> Dataset:
                 f"--config.init_from={workdir} to start from this one"
             ) from error
     if jax.process_index() == 0:
-        write_model_classes(workdir, dataset)
+        write_model_classes(workdir, dataset.class_labels, dataset.class_names, dataset.hierarchy)
     return dataset
 
 

@@ -93,6 +93,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model = dict(
         backbone="resnet50",
         pretrained="",  # file written by scripts.convert_weights; empty: random weights
+        pixel_mean=(),  # of red, green and blue, 0..255; (): what the backbone's weights expect
+        pixel_std=(),
         norm="frozen",  # frozen | batch (per device) | sync | group
         frozen_stages=1,  # the stem and this many stages are not trained
         deform=(0, 0, 0),  # version of the deformable convolutions in c3, c4, c5; 0: ordinary ones
@@ -103,7 +105,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         dtype="bfloat16",  # of matmuls and convolutions; parameters and losses are float32
         neck="fpn",  # fpn | nas_fpn
         fpn_channels=256,
-        fpn_norm="none",  # none | batch | sync | group: for backbones with large taps
+        # none | batch | sync | group: for backbones with large taps; frozen: of converted detectors
+        fpn_norm="none",
         nas_fpn=dict(repeats=7, min_level=3, norm="sync"),
         anchors=dict(
             scales=(8.0,),  # in strides
@@ -111,9 +114,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ratio_convention="h/w",  # what `ratios` are
             centre=0.5,  # of a cell; 0 puts anchors on cell corners
             rounded=False,  # sides on whole pixels; with centre=0 torchvision's anchors
+            # of cells: stride | canvas (sides of the canvas over cells, rounded down: torchvision)
+            spacing="stride",
         ),
         ignore_ioa=0.5,  # of a box inside an ignore region; above, it is never background
         rpn=dict(
+            num_convs=1,  # of 3x3, shared by logits and deltas
             loss=dict(
                 positive_iou=0.7,
                 negative_iou=0.3,
@@ -127,10 +133,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         ),
         box_head=dict(
             kind="two_fc",  # two_fc | decoupling | regressor (no classes: refines a table's boxes)
+            convs=dict(count=0, width=256, norm="none"),  # of two_fc, before its dense layers
+            num_fcs=2,  # of two_fc: dense layers
             width=1024,
             class_agnostic=False,  # one box a region instead of one a class
             pool_size=7,
             aligned=True,  # half-pixel RoIAlign
+            sampling_ratio=2,  # samples a bin and axis; 0: one a cell, as detectron2 (slow on CPU)
             sample_mode="centre",  # centre | edge (as the authors' code: 4 samples an axis)
             classifier=dict(  # see detection.classifiers
                 # softmax | softmax_eql | sigmoid | eql | federated | eqlv2 | seesaw
@@ -165,6 +174,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             pool_size=14,  # half the side of a mask
             width=256,
             num_convs=4,
+            norm="none",  # none | frozen, after each convolution: of converted detectors
             stages="last",  # last | all: of a cascade, whose regions train a mask head
         ),
         truth_jitter=dict(  # of a refiner

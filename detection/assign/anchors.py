@@ -62,6 +62,7 @@ def grid_anchors(
     convention: str = "h/w",
     centre: float = 0.5,
     rounded: bool = False,
+    spacing: Sequence[tuple[int, int]] | None = None,
 ) -> list[Float[Array, "HWA 4"]]:
     """Anchors of every level, one (H * W * A, 4) array a level.
 
@@ -77,12 +78,14 @@ def grid_anchors(
       centre: position of the anchor centre within its cell; 0.5 is the middle, 0 the corner
         (mmdetection 2, and with `rounded` torchvision).
       rounded: see `cell_anchors`.
+      spacing: pixels from cell to cell of each level, down and across; None: its stride.
     """
     levels = []
-    for (height, width), stride in zip(feature_shapes, strides, strict=True):
+    steps = spacing or [(stride, stride) for stride in strides]
+    for (height, width), stride, (down, across) in zip(feature_shapes, strides, steps, strict=True):
         cell = jnp.asarray(cell_anchors(stride, scales, ratios, convention, rounded))
-        y = (jnp.arange(height, dtype=jnp.float32) + centre) * stride
-        x = (jnp.arange(width, dtype=jnp.float32) + centre) * stride
+        y = (jnp.arange(height, dtype=jnp.float32) + centre) * down
+        x = (jnp.arange(width, dtype=jnp.float32) + centre) * across
         x, y = jnp.meshgrid(x, y)
         shift = jnp.stack([x, y, x, y], axis=-1)[:, :, None, :]
         levels.append((shift + cell).reshape(-1, 4))

@@ -4,7 +4,7 @@ Shape legend
   B  images
   R  RoIs per image (sampled ones in training, proposals in inference)
   F  the first RoIs of each image, whose boxes are regressed; in inference F = R
-  N  RoIs of all images, D their features
+  N  RoIs of all images, D their features; S S C those of a pooled RoI
   K  classes
   L  class logits of a RoI, see `detection.classifiers`
   k  boxes regressed per RoI: K (one a class) or 1 (class-agnostic)
@@ -14,7 +14,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from common.nn.layers.conv import Conv
+from common.nn.layers.norm import Norm
 from detection.classifiers import RoIClassifier
+from detection.models.settings import HeadConvSettings
 from detection.structures import HeadOutput, Pool
 
 DENSE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -22,11 +25,32 @@ CLASSIFIER_INIT = nn.initializers.normal(0.01)
 REGRESSOR_INIT = nn.initializers.normal(0.001)
 
 
-def two_fc(x: Float[Array, "N D"], width: int, dtype: jnp.dtype, prefix: str = "") -> Array:
-    """Two fully connected layers with ReLU, made in the scope of the calling module."""
-    for name in ("fc1", "fc2"):
-        dense = nn.Dense(width, dtype=dtype, kernel_init=DENSE_INIT, name=prefix + name)
-        x = nn.relu(dense(x))
+def dense_layers(
+    x: Float[Array, "N D"], width: int, dtype: jnp.dtype, prefix: str = "", count: int = 2
+) -> Array:
+    """Fully connected layers with ReLU, made in the scope of the calling module."""
+    for number in range(1, count + 1):
+        name = f"{prefix}fc{number}"
+        x = nn.relu(nn.Dense(width, dtype=dtype, kernel_init=DENSE_INIT, name=name)(x))
+    return x
+
+
+def conv_layers(
+    x: Float[Array, "N S S C"],
+    convs: HeadConvSettings,
+    train: bool,
+    axis_name: str | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "N S S D"]:
+    """3x3 convolutions with norm and ReLU, made in the scope of the calling module."""
+    plain = convs.norm == "none"
+    for number in range(1, convs.count + 1):
+        conv = Conv(convs.width, 3, use_bias=plain, dtype=dtype, name=f"conv{number}")
+        x = conv(x)
+        if not plain:
+            norm = Norm(convs.norm, axis_name=axis_name, dtype=dtype, name=f"norm{number}")
+            x = norm(x, train)
+        x = nn.relu(x)
     return x
 
 
@@ -53,12 +77,25 @@ def regress(
 
 
 class TwoFCHead(nn.Module):
-    """The plain ("sibling") head: class and box from the same two fully connected layers."""
+    """The plain ("sibling") head: class and box from the same two fully connected layers.
+
+    Attributes:
+      classifier: what its class logits are.
+      width: of the fully connected layers.
+      class_agnostic: one box a RoI instead of one a class.
+      dtype: of convolutions and matmuls.
+      num_fcs: fully connected layers, where there are not two.
+      convs: convolutions before them; None: there are none.
+      axis_name: device axis over which their norm averages.
+    """
 
     classifier: RoIClassifier
     width: int = 1024
     class_agnostic: bool = False
     dtype: jnp.dtype = jnp.float32
+    num_fcs: int = 2
+    convs: HeadConvSettings | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -72,8 +109,12 @@ class TwoFCHead(nn.Module):
         num_images, num_rois = boxes.shape[:2]
         num_regressed = num_regressed or num_rois
         # One (B * R, features) matrix: rank-3 dense layers are slower on CPU.
-        x = pool(boxes).reshape(num_images * num_rois, -1)
-        x = two_fc(x, self.width, self.dtype)
+        x = pool(boxes)
+        if self.convs is not None:
+            x = x.reshape(num_images * num_rois, *x.shape[2:])
+            x = conv_layers(x, self.convs, train, self.axis_name, self.dtype)
+        x = x.reshape(num_images * num_rois, -1)
+        x = dense_layers(x, self.width, self.dtype, count=self.num_fcs)
         logits = classify(x, num_images, self.classifier, self.dtype)
         x = x.reshape(num_images, num_rois, -1)[:, :num_regressed].reshape(-1, self.width)
         num_deltas = 1 if self.class_agnostic else self.classifier.num_classes
@@ -99,5 +140,5 @@ class RegressorHead(nn.Module):
         boxes = boxes[:, :num_regressed]
         num_images, num_rois = boxes.shape[:2]
         x = pool(boxes).reshape(num_images * num_rois, -1)
-        x = two_fc(x, self.width, self.dtype)
+        x = dense_layers(x, self.width, self.dtype)
         return HeadOutput(None, regress(x, num_images, 1, self.dtype), boxes)

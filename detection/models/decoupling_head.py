@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from common.io.errors import UserError
 from detection.classifiers import RoIClassifier
-from detection.models.box_head import DENSE_INIT, TwoFCHead, classify, regress, two_fc
+from detection.models.box_head import DENSE_INIT, TwoFCHead, classify, dense_layers, regress
 from detection.structures import HeadOutput, Pool
 
 # Last layers of the offset branches; "release" is what the authors' code starts from.
@@ -76,13 +76,13 @@ class DecouplingHead(nn.Module):
         bin_offsets, box_offset = self._offsets(pooled)
 
         features = pool(boxes, bin_offsets).reshape(num_images * num_rois, -1)
-        for_class = two_fc(features, self.width, self.dtype, "class_")
+        for_class = dense_layers(features, self.width, self.dtype, "class_")
         logits = classify(for_class, num_images, self.classifier, self.dtype)
 
         regressed, box_offset = boxes[:, :num_regressed], box_offset[:, :num_regressed]
         features = pool(regressed, box_offset[:, :, None, None])
         features = features.reshape(num_images * num_regressed, -1)
-        for_box = two_fc(features, self.width, self.dtype, "box_")
+        for_box = dense_layers(features, self.width, self.dtype, "box_")
         num_deltas = 1 if self.class_agnostic else self.classifier.num_classes
         deltas = regress(for_box, num_images, num_deltas, self.dtype)
 

@@ -48,14 +48,26 @@ class FasterRCNN(TwoStage):
         super().setup()
         s = self.settings
         num_anchors = len(s.anchors.scales) * len(s.anchors.ratios)
-        self.rpn_head = RPNHead(num_anchors, s.fpn_channels, dtype=jnp.dtype(s.dtype))
+        self.rpn_head = RPNHead(
+            num_anchors, s.fpn_channels, s.rpn.num_convs, dtype=jnp.dtype(s.dtype)
+        )
 
-    def anchors(self, levels: Sequence[Array]) -> list[Array]:
-        """Anchors of each level, pixels."""
+    def anchors(self, levels: Sequence[Array], canvas: tuple[int, ...]) -> list[Array]:
+        """Anchors of each level, pixels; `canvas`: height and width."""
         a = self.settings.anchors
         shapes = [(level.shape[1], level.shape[2]) for level in levels]
+        spacing = None
+        if a.spacing == "canvas":
+            spacing = [(canvas[0] // rows, canvas[1] // columns) for rows, columns in shapes]
         return anchor_ops.grid_anchors(
-            shapes, self.strides, a.scales, a.ratios, a.ratio_convention, a.centre, a.rounded
+            shapes,
+            self.strides,
+            a.scales,
+            a.ratios,
+            a.ratio_convention,
+            a.centre,
+            a.rounded,
+            spacing,
         )
 
     def losses(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Float[Array, ""]]]:
@@ -67,7 +79,7 @@ class FasterRCNN(TwoStage):
         s, axis_name = self.settings, self.axis_name
         branches = self.read(batch, train=True)
         levels = branches[-1].levels
-        anchors = self.anchors(levels)
+        anchors = self.anchors(levels, batch["image"].shape[1:3])
         logits, deltas = self.rpn_head(levels)
 
         num_images = batch["image"].shape[0]
@@ -162,8 +174,9 @@ class FasterRCNN(TwoStage):
     def _propose(self, branches: list[RoIBranch], batch: Mapping[str, Array]) -> Proposals:
         levels = branches[-1].levels
         logits, deltas = self.rpn_head(levels)
+        anchors = self.anchors(levels, batch["image"].shape[1:3])
         options = self.settings.rpn.test_proposals
-        return propose(logits, deltas, self.anchors(levels), batch["image_size"], options)
+        return propose(logits, deltas, anchors, batch["image_size"], options)
 
     def _score(
         self, branches: list[RoIBranch], batch: Mapping[str, Array], proposals: Proposals

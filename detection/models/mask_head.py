@@ -17,10 +17,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from common.nn.layers.conv import he_normal_fan_out
+from common.nn.layers.norm import Norm
 from common.nn.xla_cpu.present_rows import map_present
 from common.nn.xla_cpu.winograd import small_conv
 
@@ -35,15 +37,34 @@ class Layer(NamedTuple):
 
 
 class Parameters(nn.Module):
-    """`kernel` and `bias` of a layer, which a function applies."""
+    """`kernel` and `bias` (zeros without) of a layer, which a function applies."""
 
     shape: tuple[int, ...]
     init: Callable
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self) -> Layer:
         kernel = self.param("kernel", self.init, self.shape)
+        if not self.use_bias:
+            return Layer(kernel, jnp.zeros(self.shape[-1:], kernel.dtype))
         return Layer(kernel, self.param("bias", nn.initializers.zeros_init(), self.shape[-1:]))
+
+
+class FrozenNorm(nn.Module):
+    """`Norm` of kind 'frozen' as what it multiplies by and what it adds, which never change."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
+        shape = (self.channels,)
+        scale = self.param("scale", nn.initializers.ones_init(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32).value
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32).value
+        multiplier = scale * jax.lax.rsqrt(var + Norm.epsilon)
+        return jax.lax.stop_gradient((multiplier, bias - mean * multiplier))
 
 
 class MaskHead(nn.Module):
@@ -53,12 +74,14 @@ class MaskHead(nn.Module):
       num_masks: K.
       width: D.
       num_convs: convolutions of 3x3 before the transposed one.
+      norm: after each of them: "none", or "frozen".
       dtype: of convolutions and matmuls.
     """
 
     num_masks: int
     width: int = 256
     num_convs: int = 4
+    norm: str = "none"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -71,7 +94,7 @@ class MaskHead(nn.Module):
         """Logits of each box's class, float32; zeros where the box is not `present`."""
         channels, he = pooled.shape[-1], he_normal_fan_out()
         convs = [
-            Parameters((3, 3, self.width if i else channels, self.width), he, name=f"conv{i + 1}")()
+            self._conv(i + 1, (3, 3, self.width if i else channels, self.width))
             for i in range(self.num_convs)
         ]
         channels = self.width if convs else channels
@@ -86,6 +109,15 @@ class MaskHead(nn.Module):
         rows = pooled.reshape(-1, *pooled.shape[2:]), classes.reshape(-1)
         result = map_present(logits, present.reshape(-1), rows)
         return result.reshape(*classes.shape, *result.shape[1:])
+
+    def _conv(self, number: int, shape: tuple[int, ...]) -> Layer:
+        """A convolution, with its norm multiplied in; made in the scope of `__call__`."""
+        name, init = f"conv{number}", he_normal_fan_out()
+        if self.norm == "none":
+            return Parameters(shape, init, name=name)()
+        kernel = Parameters(shape, init, use_bias=False, name=name)().kernel
+        multiplier, offset = FrozenNorm(self.width, name=f"norm{number}")()
+        return Layer(kernel * multiplier, offset)
 
 
 def mask_logits(

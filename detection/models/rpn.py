@@ -24,10 +24,11 @@ from detection.structures import Proposals
 
 
 class RPNHead(nn.Module):
-    """3x3 convolution, ReLU, then one objectness logit and four deltas per anchor."""
+    """3x3 convolutions with ReLU, then one objectness logit and four deltas per anchor."""
 
     num_anchors: int
     channels: int = 256
+    num_convs: int = 1
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -37,12 +38,16 @@ class RPNHead(nn.Module):
         """Logits and deltas of each level, in anchor order of `detection.assign.anchors`."""
         init = nn.initializers.normal(0.01)
         options: dict[str, Any] = dict(use_bias=True, dtype=self.dtype, kernel_init=init)
-        shared = Conv(self.channels, (3, 3), name="conv", **options)
+        shared = [
+            Conv(self.channels, (3, 3), name=f"conv{number}", **options)
+            for number in ("", *range(2, self.num_convs + 1))
+        ]
         objectness = Conv(self.num_anchors, (1, 1), name="objectness", **options)
         regression = Conv(4 * self.num_anchors, (1, 1), name="deltas", **options)
         logits, deltas = [], []
         for x in levels:
-            x = nn.relu(shared(x))
+            for conv in shared:
+                x = nn.relu(conv(x))
             batch = x.shape[0]
             logits.append(objectness(x).reshape(batch, -1).astype(jnp.float32))
             deltas.append(regression(x).reshape(batch, -1, 4).astype(jnp.float32))

@@ -43,6 +43,7 @@ class AnchorSettings:
     ratio_convention: Literal["h/w", "w/h"]
     centre: float
     rounded: bool
+    spacing: Literal["stride", "canvas"]
 
     def __post_init__(self):
         for name, values in (("scales", self.scales), ("ratios", self.ratios)):
@@ -81,9 +82,13 @@ class ProposalSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RPNSettings:
+    num_convs: int
     loss: RPNLossSettings
     train_proposals: ProposalSettings
     test_proposals: ProposalSettings
+
+    def __post_init__(self):
+        _at_least(1, self, "num_convs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +126,28 @@ class MarginSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadConvSettings:
+    count: int
+    width: int
+    norm: str
+
+    def __post_init__(self):
+        _at_least(0, self, "count")
+        _at_least(1, self, "width")
+        kinds = ("none", *NORM_KINDS)
+        check(self.norm in kinds, "norm", self.norm, f"one of {', '.join(kinds)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class BoxHeadSettings:
     kind: Literal["two_fc", "decoupling", "regressor"]
+    convs: HeadConvSettings
+    num_fcs: int
     width: int
     class_agnostic: bool
     pool_size: int
     aligned: bool
+    sampling_ratio: int
     sample_mode: Literal["centre", "edge"]
     classifier: RoIClassifierSettings
     offsets: OffsetSettings
@@ -135,7 +156,13 @@ class BoxHeadSettings:
     margin: MarginSettings
 
     def __post_init__(self):
-        _at_least(1, self, "width", "pool_size")
+        _at_least(1, self, "width", "pool_size", "num_fcs")
+        _at_least(0, self, "sampling_ratio")
+        plain = self.kind == "two_fc"
+        check(plain or not self.convs.count, "convs.count", self.convs.count, "0 of other kinds")
+        check(plain or self.num_fcs == 2, "num_fcs", self.num_fcs, "2 of other kinds")
+        needed = self.sampling_ratio or self.kind != "decoupling"
+        check(bool(needed), "sampling_ratio", 0, "at least 1: kind 'decoupling' moves bins")
         classifier = self.classifier.kind
         check(
             self.kind != "regressor" or classifier == "softmax",
@@ -151,6 +178,7 @@ class MaskHeadSettings:
     pool_size: int
     width: int
     num_convs: int
+    norm: Literal["none", "frozen"]
     stages: Literal["last", "all"]
 
     def __post_init__(self):
@@ -243,6 +271,8 @@ class TruthJitterSettings:
 class ModelSettings:
     backbone: str
     pretrained: str
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
     norm: str
     frozen_stages: int
     deform: tuple[int, int, int]
@@ -253,8 +283,7 @@ class ModelSettings:
     dtype: Literal["bfloat16", "float32"]
     neck: Literal["fpn", "nas_fpn"]
     fpn_channels: int
-    # "frozen" is not among them: it needs trained statistics, which pyramids do not bring along.
-    fpn_norm: Literal["none", "batch", "sync", "group"]
+    fpn_norm: Literal["none", "frozen", "batch", "sync", "group"]
     nas_fpn: NASFPNSettings
     anchors: AnchorSettings
     ignore_ioa: float
@@ -271,6 +300,9 @@ class ModelSettings:
         check(self.backbone in BACKBONES, "backbone", self.backbone, f"one of {BACKBONES}")
         check(self.norm in NORM_KINDS, "norm", self.norm, f"one of {', '.join(NORM_KINDS)}")
         _at_least(0, self, "frozen_stages", "low_weight")
+        for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
+            check(len(values) in (0, 3), name, values, "three numbers, or () for the backbone's")
+        check(0 not in self.pixel_std, "pixel_std", self.pixel_std, "no zeros")
         _at_least(1, self, "fpn_channels")
         _shares(self, "ignore_ioa", "drop_path_rate")
         check(
@@ -307,7 +339,7 @@ class ModelSettings:
     def needs_whole_batch(self) -> bool:
         """Whether a norm averages over all images of a batch."""
         neck = self.nas_fpn.norm if self.neck == "nas_fpn" else self.fpn_norm
-        return "sync" in (self.norm, neck)
+        return "sync" in (self.norm, neck, self.box_head.convs.norm)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from common.data.frequencies import ClassFrequencies
+from common.geometry.adaptive_roi_align import adaptive_roi_align
 from common.geometry.deform_roi import deform_roi_align
 from common.geometry.roi_align import roi_align
 from common.nn.backbones import make_backbone, preprocessing
+from common.nn.layers import norm
 from common.nn.layers.canvas import normalise
 from common.nn.parts import image_numbers
 from detection.classifiers import make_classifier
@@ -130,7 +132,8 @@ class TwoStage(nn.Module):
         )
         if h.kind == "decoupling":
             return DecouplingHead(**vars(h.offsets), **fields)
-        return TwoFCHead(**fields)
+        convs = h.convs if h.convs.count else None
+        return TwoFCHead(num_fcs=h.num_fcs, convs=convs, axis_name=self.axis_name, **fields)
 
     def _make_mask_heads(self) -> tuple[MaskHead | None, ...]:
         """Of each stage: `mask_head` of the last one, or `mask_head`, `mask_head2` and so on."""
@@ -142,6 +145,7 @@ class TwoStage(nn.Module):
             num_masks=self.num_classes if s.kind == "class_specific" else 1,
             width=s.width,
             num_convs=s.num_convs,
+            norm=s.norm,
             dtype=jnp.dtype(self.settings.dtype),
         )
         return tuple(
@@ -152,6 +156,7 @@ class TwoStage(nn.Module):
     def read(self, batch: Mapping[str, Array], train: bool) -> list[RoIBranch]:
         """The features of the batch's images in each branch, with the heads that read them."""
         mean, std = preprocessing(self.settings.backbone)
+        mean, std = self.settings.pixel_mean or mean, self.settings.pixel_std or std
         images = normalise(
             batch["image"], batch["image_size"], mean, std, jnp.dtype(self.settings.dtype)
         )
@@ -185,12 +190,18 @@ class TwoStage(nn.Module):
         h = self.settings.box_head
         strides = tuple(stride for stride in self.strides if stride <= MAX_ROI_STRIDE)
         levels = levels[: len(strides)]
-        options = dict(output_size=size, sampling_ratio=2, aligned=h.aligned)
+        options = dict(output_size=size, sampling_ratio=h.sampling_ratio, aligned=h.aligned)
 
         def pooled(boxes, offsets=None):
+            if not h.sampling_ratio:
+                return adaptive_roi_align(
+                    levels, boxes, strides, output_size=size, aligned=h.aligned
+                )
             if offsets is None:
                 return roi_align(levels, boxes, strides, **options)
-            samples = {"centre": 2, "edge": 4}[h.sample_mode]  # edge: as the authors' code
+            samples = {"centre": h.sampling_ratio, "edge": 4}[
+                h.sample_mode
+            ]  # edge: as the authors' code
             shifted = {**options, "sampling_ratio": samples, "sample_mode": h.sample_mode}
             return deform_roi_align(levels, boxes, offsets, strides, **shifted)
 
@@ -229,4 +240,15 @@ def frozen_pattern(settings: ModelSettings) -> str:
     backbone = make_backbone(
         settings.backbone, norm=settings.norm, frozen_stages=settings.frozen_stages
     )
-    return f"backbone(?:_class|_box)?/(?:{backbone.frozen_pattern()})"
+    patterns = [f"backbone(?:_class|_box)?/(?:{backbone.frozen_pattern()})"]
+    norms = {
+        "neck": settings.fpn_norm,
+        "box_head": settings.box_head.convs.norm,
+        "mask_head": settings.mask_head.norm,
+    }
+    patterns += [
+        f"{module}[^/]*/(?:{norm.frozen_pattern([], kind)})"
+        for module, kind in norms.items()
+        if kind == "frozen"
+    ]
+    return "|".join(patterns)

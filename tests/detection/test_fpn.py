@@ -1,11 +1,16 @@
 """The feature pyramid with norms behind its convolutions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from detection.models.fpn import FPN
+from detection.models.two_stage import frozen_pattern
+from detection.settings import read_run
+from tests import tiny
 
 
 def taps(scale):
@@ -35,3 +40,14 @@ def test_without_norm_it_does():
     variables = model.init(jax.random.key(0), taps(1.0), True)
     small, large = (model.apply(variables, taps(scale), True) for scale in (1.0, 100.0))
     np.testing.assert_allclose(large["p2"], 100 * small["p2"], rtol=1e-4, atol=1e-3)
+
+
+def test_frozen_norms_of_pyramid_and_heads_are_not_trained():
+    config = tiny.get_config()
+    config.model.fpn_norm = "frozen"
+    config.model.box_head.convs.update(count=1, norm="frozen")
+    pattern = frozen_pattern(read_run(config).model)
+    for path in ("neck/lateral2_norm/scale", "box_head/norm1/bias", "box_head2/norm1/bias"):
+        assert re.fullmatch(pattern, path), path
+    for path in ("neck/lateral2/kernel", "box_head/conv1/kernel", "mask_head/norm1/scale"):
+        assert not re.fullmatch(pattern, path), path

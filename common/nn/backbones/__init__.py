@@ -15,6 +15,7 @@ BACKBONES = (*_RESIDUAL, *EFFICIENTNETS, *HRNETS, *NASNETS)
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 # TensorFlow's lite models: efficientnet_lite_builder.py (MEAN_RGB, STDDEV_RGB)
 _LITE = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
+_CAFFE = ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0))  # of detectron2, in the order of RGB
 _NASNET = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 
 
@@ -48,6 +49,8 @@ def preprocessing(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     _check(name)
     if name in NASNETS:
         return _NASNET
+    if name.endswith("_caffe"):
+        return _CAFFE
     return _LITE if "lite" in name else _IMAGENET
 
 

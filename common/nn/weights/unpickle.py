@@ -63,6 +63,27 @@ def read_torch_checkpoint(path: str | Path, data: bytes | None = None) -> Any:
         ) from error
 
 
+def read_pickle(path: str | Path) -> Any:
+    """Returns nested containers and NumPy arrays of a plain pickle, such as detectron2's `.pkl`.
+
+    Raises:
+      UserError: the file is none, is truncated, or names a forbidden global.
+    """
+
+    def no_storage(*_):
+        raise UserError("found a tensor of torch, expected NumPy arrays")
+
+    try:
+        with open(path, "rb") as file:
+            return _resolve(_load(file, no_storage), {})
+    except UserError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    except Exception as error:  # A broken pickle can raise nearly anything.
+        raise UserError(
+            f"{path}: found no readable pickle ({type(error).__name__}: {_one_line(error)})"
+        ) from error
+
+
 def _one_line(error: Exception) -> str:
     """The text of an error, in which names of the file may stand."""
     return " ".join(str(error).split())[:300]

@@ -34,13 +34,13 @@ def map_present(
         return jnp.where(present.reshape(-1, *[1] * (result.ndim - 1)), result, 0)
 
     def in_turns(present, *rows):
-        count = len(present)
+        count = present.shape[0]  # an expression, in programs exported for any number of images
         chunk = min(_CHUNK, count)
-        pad = -count % chunk
+        num_chunks, pad = -(-count // chunk), -count % chunk
 
         def chunks(x):
             x = jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1)))
-            return x.reshape(-1, chunk, *x.shape[1:])
+            return x.reshape(num_chunks, chunk, *x.shape[1:])
 
         def visit(part):
             shape = jax.eval_shape(at_once, *part)

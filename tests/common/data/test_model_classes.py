@@ -28,7 +28,7 @@ def model_of(dataset: Dataset, folder, labels):
     other = dataclasses.replace(
         dataset, class_labels=labels, class_names=names, hierarchy=hierarchy
     )
-    write_model_classes(folder, other)
+    write_model_classes(folder, other.class_labels, other.class_names, other.hierarchy)
     return read_model_classes(folder)
 
 
