@@ -131,13 +131,15 @@ def note_overlaps(
 ) -> None:
     """Tells images that are in two splits, and those that are in none.
 
-    A split that is all inside another, as VOC's train in trainval, is meant to be, but for one to
-    train on and one to judge by.
+    A split that is all inside another, as VOC's train in trainval, is meant to be, but for equal
+    ones of which one is to train on and one to judge by.
     """
     for first, second in itertools.combinations(splits, 2):
         shared = np.intersect1d(splits[first], splits[second])
         nested = len(shared) in (len(splits[first]), len(splits[second]))
-        if not len(shared) or (nested and {_role(first), _role(second)} != {"train", "judge"}):
+        equal = len(splits[first]) == len(splits[second])
+        opposed = equal and {_role(first), _role(second)} == {"train", "judge"}
+        if not len(shared) or (nested and not opposed):
             continue
         report.add(
             f"in the splits {first} and {second}: a leak between them",
