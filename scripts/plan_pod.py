@@ -147,7 +147,7 @@ def plan(
     steps = total_steps(step.program.optimizer, max(photos // batch_size, 1))
     bound = roofline.step_seconds(found, 4 * step.parameters, where)
     step_flops = sum(op.flops for op in found)
-    low, high = (sum(bound.values()) / share for share in reversed(roofline.REACHED))
+    high, likely, low = (sum(bound.values()) / share for share in roofline.REACHED)
     peak = where.rates.tflops * 1e12
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state))
     report = {
@@ -168,7 +168,7 @@ def plan(
         "mfu": [step_flops / seconds / peak for seconds in (high, low)],
         "images_per_second": [batch_size / seconds for seconds in (high, low)],
         "steps": steps,
-        "hours": steps * (low + high) / 2 / 3600,
+        "hours": steps * likely / 3600,
         "checkpoint_bytes": state_bytes,
     }
     return report, found

@@ -1,5 +1,8 @@
 """Bounds of operations and sums, and the bound of a published training beside its speed."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -48,3 +51,20 @@ def test_operations_of_one_shape_are_one_and_loops_count_their_turns():
     (product, reduction) = roofline.merged(operations(layers, *shapes))
     assert product == Operation(PRODUCT, 5 * 2 * 4 * 8 * 8, 8, 8, 5 * 4 * (32 + 64 + 32))
     assert reduction.bytes == 4 * (32 + 1)
+
+
+# Images/s of a chip, Mask R-CNN R50 at 832x1344, from MLPerf's logs: v0.7 tpu-v3-1024 and v1.0
+# tpu-v4-128.
+@pytest.mark.parametrize(("kind", "published"), [("v3", (20, 27)), ("v4", (42, 44))])
+def test_published_speeds_are_predicted_within_a_quarter(kind, published):
+    """The operations are those of configs/detection/coco_mask_r50.py with 4 images of 800x1344:
+    `scripts.plan_pod --slice=v4-128 --images_per_device=4 --num_classes=80 --nocompile --json`.
+    """
+    rows = json.loads(Path(__file__).with_name("mask_r50_operations.json").read_text())
+    where = Place(kind, 64, 1)
+    bound = sum(
+        roofline.step_seconds([Operation(*row) for row in rows], 177_000_000, where).values()
+    )
+    least, likely, most = (4 * where.rates.per_chip * r / bound for r in roofline.REACHED)
+    assert likely == pytest.approx(sum(published) / 2, rel=0.25)
+    assert least < published[0] and published[1] < most
