@@ -21,6 +21,7 @@ A small trial of the whole chain: small canvases and few steps by --set, and few
 import dataclasses
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -29,7 +30,8 @@ from pathlib import Path
 from absl import flags
 
 from common.io.commands import run_main
-from common.io.errors import UserError
+from common.io.endings import EXIT_AGAIN
+from common.io.errors import Stopped, UserError
 
 _CONFIG = "configs/detection/lvis_winner.py"
 _RS = "configs/ensemble/lvis_rs.py"
@@ -156,11 +158,28 @@ def main() -> None:
         print(f"{number}/{len(todo)}, row {step.row}: {line}{'  (done)' * done}", flush=True)
         if args.dry_run or done:
             continue
-        status = subprocess.run([sys.executable, *step.command()]).returncode
+        status = run_step(step.command())
+        if status == EXIT_AGAIN:
+            raise Stopped(f"{step.module} of row {step.row}")
         if status:
             raise UserError(f"row {step.row}: {step.module} ended with status {status}; see above")
     if not args.dry_run:
         print(table(range(1, args.last_row + 1), Path(args.workdir)))
+
+
+def run_step(command: list[str]) -> int:
+    """Exit status of a command, which hears of SIGTERM and Ctrl-C and saves what it has done."""
+    process = subprocess.Popen([sys.executable, *command])
+    # A terminal sends Ctrl-C to both; SIGTERM comes here alone.
+    former = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def table(rows: Iterable[int], work: Path) -> str:

@@ -1,10 +1,14 @@
 """The road map names commands that exist, in an order in which each finds what it reads."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import threading
+import time
 
-from scripts.lvis_road_map import table
+from scripts.lvis_road_map import run_step, table
 from tests.commands import run
 
 WHERE = ("--lvis=L", "--coco=C", "--openimages=O", "--x101=x", "--se154=s", "--workdir=W")
@@ -33,6 +37,29 @@ def test_each_command_reads_what_one_before_made():
         if trained:
             made.add(values["workdir"])
     assert {f"W/{row}.json" for row in range(1, 7)} <= made
+
+
+def test_sigterm_reaches_the_command_that_runs(tmp_path):
+    """So that a training saves its state before both end."""
+    waiting = tmp_path / "waiting"
+    code = f"""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+pathlib.Path({str(waiting)!r}).touch()
+time.sleep(60)
+"""
+
+    def stop():
+        while not waiting.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert run_step(["-c", code]) == 75
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_table_is_in_percent(tmp_path):
