@@ -192,7 +192,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("pictures", False, "Draw what was found.")
     flags.DEFINE_float("min_score", 0.4, "Weaker detections stay out of the pictures.", 0.0, 1.0)
-    flags.DEFINE_integer("side", 1280, "Longest side of a picture, pixels.", lower_bound=64)
+    flags.DEFINE_integer("side", 1280, "Longest side of a picture at most, pixels.", lower_bound=64)
     flags.DEFINE_string("masks", None, "Work directory of a segmenter that outlines the boxes.")
     flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
     flags.DEFINE_integer(

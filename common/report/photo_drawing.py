@@ -17,6 +17,7 @@ from common.io.paths import PathLike
 from common.masks import rle
 from common.tables import Detections
 
+NORMAL_SIDE = 640  # pixels of a picture; texts and lines of larger ones are larger
 OPACITY = 0.45  # of a mask's inside
 MASK_SIDE = 1600  # pixels of the longest side, in which masks are drawn
 
@@ -43,13 +44,16 @@ def class_colour(index: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Image:
+def open_photo(
+    path: str, annotated_size: Sequence[int], side: int, *, enlarge: bool = True
+) -> Image.Image:
     """The photo as the model sees it, with its longest side at `side` pixels.
 
     Args:
       path: local file or gs:// address.
       annotated_size: height, width in the dataset, (0, 0) when unknown.
       side: pixels.
+      enlarge: False: a smaller photo stays as it is.
 
     Raises:
       UserError: it is missing or broken.
@@ -58,6 +62,7 @@ def open_photo(path: str, annotated_size: Sequence[int], side: int) -> Image.Ima
         photo = images.open_photo(
             images.read_file(path), (int(annotated_size[0]), int(annotated_size[1]))
         )
+        side = side if enlarge else min(side, max(photo.size))
         geometry = placement.fit(photo.size, (side, side))
         return Image.fromarray(placement.draw(photo, geometry, geometry.content))
     except images.ImageError as error:
@@ -84,12 +89,14 @@ def draw_boxes(photo: Image.Image, drawing: Drawing) -> Image.Image:
     boxes, colours, texts, masks = drawing
     panel = fill_masks(photo, drawing) if masks else photo.copy()
     draw = ImageDraw.Draw(panel)
-    font = ImageFont.load_default(size=11)
+    scale = max(photo.size) / NORMAL_SIDE
+    font = ImageFont.load_default(size=max(11, round(11 * scale)))
+    width = max(1 if masks else 2, round(scale if masks else 2 * scale))
     corners = np.asarray(boxes, np.float64).reshape(-1, 4) * np.tile(photo.size, 2)
     limit = np.tile(photo.size, 2) - 1
     corners = np.clip(corners, 0, limit)
     for box, colour in zip(corners, colours, strict=True):
-        draw.rectangle(tuple(box), outline=colour, width=1 if masks else 2)
+        draw.rectangle(tuple(box), outline=colour, width=width)
     for box, colour, text in zip(corners, colours, texts, strict=True):
         if not text:
             continue

@@ -26,7 +26,7 @@ def draw_table(
       table: of `detection.predict`.
       folder: to write into.
       min_score: weaker detections are not drawn.
-      side: pixels of the longest side.
+      side: pixels of the longest side, at most.
       say: where lines go.
     """
     reader = DetectionsReader(table)
@@ -37,7 +37,7 @@ def draw_table(
     def draw(photo: tuple[str, Detections | None]) -> int:
         image_id, rows = photo
         drawing = Drawing(np.zeros((0, 4)), [], []) if rows is None else drawing_of(rows, names)
-        picture = draw_boxes(open_photo(root + image_id, (0, 0), side), drawing)
+        picture = draw_boxes(open_photo(root + image_id, (0, 0), side, enlarge=False), drawing)
         path = folder / picture_name(image_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_jpeg(picture, path)

@@ -55,7 +55,7 @@ def test_a_folder_becomes_a_table_and_pictures(found, dataset):
     assert list(table.image_ids) == sorted(Path(dataset.image_file(i)).name for i in range(4))
     assert table.metadata["photo_root"] == f"{dataset.image_root}/" and len(table) > 10
     pictures = sorted((found / "pictures").iterdir())
-    assert len(pictures) == 4 and Image.open(pictures[0]).size == (1280, 960)
+    assert len(pictures) == 4 and Image.open(pictures[0]).size == (64, 48)
 
 
 def test_several_processes_share_the_photos(found, workdir, photos, tmp_path):
