@@ -254,7 +254,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
     flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
     flags.DEFINE_integer("photos", OPENIMAGES, "Training photos of the schedule.", lower_bound=1)
-    flags.DEFINE_float("images_per_core", 37.0, "Photos that one core of a host reads in a second.")
+    flags.DEFINE_float("images_per_core", 74.0, "Photos that one core of a host reads in a second.")
     flags.DEFINE_float("storage_rate", 0.25, "GB/s at which checkpoints are written; assumed.")
     flags.DEFINE_float("price", 0.0, "Of a chip-hour.")
     flags.DEFINE_string("json", None, "Also write the report here.")
