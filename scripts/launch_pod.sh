@@ -104,7 +104,7 @@ source "$here/pod/restarts.sh"
 case $action in
   create)
     [[ -n $type ]] || fail "create: --type is required, such as v4-512 or v5litepod-256"
-    create_slice
+    create_slice || fail "$name was not created"
     ;;
   install)
     [[ -n $repo ]] || fail "install: --repo=GIT_URL is required"

@@ -43,6 +43,7 @@ runtime() {
   esac
 }
 
+# Creates the slice, and waits for a queued one; fails where the cloud says no.
 create_slice() {
   local flags=("--accelerator-type=$type") state
   mapfile -t -O 1 flags < <(place)
@@ -54,7 +55,7 @@ create_slice() {
   fi
   [[ -z $valid_for ]] || flags+=("--valid-until-duration=$valid_for")
   perform gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${flags[@]}" \
-    "--runtime-version=${version:-$(runtime)}"
+    "--runtime-version=${version:-$(runtime)}" || return 1
   if [[ -n $dry_run ]]; then
     echo "# every $poll s, until it is ACTIVE:"
     slice_state
@@ -62,7 +63,10 @@ create_slice() {
   fi
   until state=$(slice_state); [[ $state == ACTIVE ]]; do
     case $state in
-      FAILED | SUSPENDED | SUSPENDING | DELETING) fail "the queued request of $name is $state" ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING)
+        printf 'launch_pod: the queued request of %s is %s\n' "$name" "$state" >&2
+        return 1
+        ;;
     esac
     printf '%s  %s is %s\n' "$(date +%T)" "$name" "${state:-unknown}"
     sleep "$poll"

@@ -43,7 +43,10 @@ start_again() {
   while :; do
     ((restarts-- > 0)) || fail "$module ended ($outcome), and all restarts are used up"
     printf '%s  %s: starts again, %d more times at most\n' "$(date +%T)" "$outcome" "$restarts"
-    [[ $outcome != gone ]] || create_again
+    if [[ $outcome == gone ]] && ! create_again; then
+      sleep "$poll"
+      continue
+    fi
     on_hosts "scripts/pod/host.sh stop $grace" > /dev/null 2>&1 || true
     answers=$(on_hosts "$(start_line)") || true
     printf '%s\n' "$answers"
@@ -93,8 +96,7 @@ wait_for_hosts() {
 create_again() {
   [[ -n $type && -n $repo ]] || fail "$name is gone: --type and --repo are needed to create it again"
   delete_slice || true
-  create_slice
-  install_on_hosts
+  create_slice && install_on_hosts
 }
 
 print_run() {
