@@ -96,6 +96,8 @@ def train_in(
         f"{dataset.num_classes} classes, {steps_per_epoch} steps an epoch",
         flush=True,
     )
+    if plan.box_sources and not plan.boxed_images:
+        say("note: no training image has a box: nothing but background is learned", flush=True)
     if note := warmup_note(settings.optimizer, steps_per_epoch):
         say(note, flush=True)
     for source in plan.sources if settings.data.sources else ():

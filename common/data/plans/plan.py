@@ -62,6 +62,16 @@ class TrainPlan:
         """The sources whose boxes are used."""
         return [source for source in self.sources if source.has_boxes]
 
+    @property
+    def boxed_images(self) -> int:
+        """How many of the training images have a box."""
+        counts = (
+            source.dataset.box_offsets[source.images + 1]
+            > source.dataset.box_offsets[source.images]
+            for source in self.box_sources
+        )
+        return sum(int(np.count_nonzero(count)) for count in counts)
+
     def batch(self, step: int) -> Drawn:
         place, own_step = self._orientation(step)
         stream = self.streams[place]

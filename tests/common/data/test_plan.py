@@ -204,6 +204,12 @@ def test_class_sampler_without_any_box_is_refused(tmp_path):
         make_plan(Dataset.open(tmp_path / "bare"), "train", "class_aware", 0, 8)
 
 
+def test_images_with_boxes_are_counted(dataset):
+    images = dataset.split("train")
+    boxed = sum(len(dataset.image_boxes(i)[0]) > 0 for i in images.tolist())
+    assert make_plan(dataset, "train", "uniform", 0, 4).boxed_images == boxed > 0
+
+
 def test_expert_mixes_drawn_classes_with_images_without_boxes(dataset):
     """One slot in four holds an image by class, the others each background image equally often."""
     plan = make_plan(dataset, "all", "expert", 1, 10)
