@@ -14,7 +14,7 @@ every one that the backbone misses. Weights of the HRNet segmentation repository
 `segmentation.train` takes the file, and that of a backbone, as --config.model.pretrained.
 
 With --detector the output is a work directory, as a training leaves it: evaluation, export and
-`--config.init_from` take it (docs/foreign_detectors.md). Its labels are COCO's, or those of
+`--config.init_from` take it (docs/guides/other_detectors.md). Its labels are COCO's, or those of
 --classes. With --to=torchvision a run's detector gets torchvision's names.
 """
 

@@ -8,7 +8,7 @@
         --output=expert.parquet
 
 An expert for the classes that Objects365 shares with OpenImages. DIR is written by
-`scripts.prepare_data objects365`; docs/augmentation.md has the whole chain.
+`scripts.prepare_data objects365`; docs/guides/sampling.md has the whole chain.
 
 Hardware: any number N of accelerators with 2 images each (--config.data.batch_size=2N; 64 here).
 Schedule: 13 epochs; another number of epochs after a colon, such as `o365_cascade_r50.py:26`.

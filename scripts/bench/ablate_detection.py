@@ -13,7 +13,7 @@ Trains the config with
     cascade        the standard cascade of three stages
     cascade4       the paper's four (section 5.6)
 
-or, of how photos are augmented (section 5.3; docs/augmentation.md),
+or, of how photos are augmented (section 5.3; docs/guides/sampling.md),
 
     flip           mirrored photos only
     elaborate      turned, and cropped around a box of the class that they were drawn for
