@@ -109,7 +109,8 @@ def steps() -> list[Step]:
 
     def merge(row: int, output: str, *more: str, factors: Path | None = None) -> None:
         inputs = ",".join(f"{name}={work / file}.parquet" for name, file in _TABLES.items())
-        maps = "coco=coco_to_lvis,openimages=openimages_to_lvis"
+        # "all": persons are called baby in v0.5 and person in v1.
+        maps = "coco=coco_to_lvis:all,openimages=openimages_to_lvis:all"
         common = (f"--config={_RS}", f"--inputs={inputs}", f"--config.mappings={maps}")
         place = (f"--config.dataset={args.lvis}", f"--output={work / output}")
         rest = (f"--config.rescoring.groups={args.lvis}", *more)

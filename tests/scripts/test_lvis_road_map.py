@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+from common.tables.class_mapping import find_class_mapping
 from scripts.lvis_road_map import run_step, table
 from tests.commands import run
 
@@ -28,6 +29,9 @@ def test_each_command_reads_what_one_before_made():
         assert ("config.seed" in values) == any(word.startswith("detection.") for word in words)
         if scales := values.get("config.test_time.scales"):
             assert scales == "(64,96,)" and "detection.export" in words
+        mappings = values.get("config.mappings")
+        for text in mappings.split(",") if mappings else ():
+            assert find_class_mapping(text.split("=")[1]).targets  # with a rule for every label
         for key in ("config.init_from", "detections", "proposals", "workdir", "inputs"):
             if trained and key == "workdir":
                 continue
