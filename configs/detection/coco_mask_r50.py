@@ -8,8 +8,8 @@ DIR is written by `scripts.prepare_data coco`.
 Hardware: any number N of accelerators with 2 images each (--config.data.batch_size=2N; 16 here).
 Schedule: 12 epochs, learning rate 0.02 for 16 photos, x 0.1 at epochs 8 and 11; another number of
           epochs after a colon, such as `coco_mask_r50.py:24`.
-Time:     some 6.7 h on a v3-8, an estimate: 2.1 TFLOP a photo at a quarter of its peak
-          (`scripts.plan_pod --slice=v3-8 --num_classes=80 --photos=118287`).
+Time:     some 6.7 h on a v3-8, an estimate: 2.1 TFLOP a photo at a quarter of its peak;
+          `scripts.plan_pod --nocompile --slice=v3-8 --num_classes=80 --photos=118287` says more.
 Paper:    gives no figure of it.
 """
 

@@ -9,8 +9,8 @@ Photos of classes on fewer than 0.05 % of them are repeated (the release's thres
 Hardware: any number N of accelerators with 2 images each (--config.data.batch_size=2N; 16 here).
 Schedule: 25.4 epochs of 56,740 photos (90,000 steps of 16), learning rate 0.02 for 16 photos, x 0.1
           after 16.9 and 22.6; short sides 640 to 800.
-Time:     some 6.8 h on a v3-8, an estimate: 2.1 TFLOP a photo at a quarter of its peak
-          (`scripts.plan_pod --slice=v3-8 --num_classes=1230 --photos=56740`).
+Time:     some 6.8 h on a v3-8, an estimate: 2.1 TFLOP a photo at a quarter of its peak;
+          `scripts.plan_pod --nocompile --slice=v3-8 --num_classes=1230 --photos=56740` says more.
 Release:  mask AP 26.1, rare 17.2, common 27.3, frequent 28.2 on v0.5 validation. Not measured here.
 """
 

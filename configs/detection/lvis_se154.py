@@ -9,8 +9,8 @@ COCO_RUN is a Mask R-CNN of the same backbone that COCO's training photos have t
 
 Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
 Schedule: as lvis_r50.py; the paper says neither it nor the scales of "multi-scale training".
-Time:     some 5.7 h on a v3-32, an estimate: 7.0 TFLOP a photo at a quarter of its peak
-          (`scripts.plan_pod --slice=v3-32 --num_classes=1230 --photos=56740`).
+Time:     some 5.7 h on a v3-32, an estimate: 7.0 TFLOP a photo at a quarter of its peak;
+          `scripts.plan_pod --nocompile --slice=v3-32 --num_classes=1230 --photos=56740` says more.
 Paper:    mask AP 30.8, rare 19.7, common 32.2, frequent 33.4 on v0.5 validation (table 1).
 """
 

@@ -10,8 +10,8 @@ classes of LVIS nothing is known on its photos. The run lists the classes at its
 not list. As many photos with such boxes are taken here; an epoch is all photos of both.
 
 Hardware: TPU slice or GPUs with 2 images a device (--config.data.batch_size=2N for N devices).
-Time:     some 6.0 h on a v3-32, an estimate: 5.4 TFLOP a photo at a quarter of its peak
-          (`scripts.plan_pod --slice=v3-32 --num_classes=1230 --photos=76740`).
+Time:     some 6.0 h on a v3-32, an estimate: 5.4 TFLOP a photo at a quarter of its peak;
+          `scripts.plan_pod --nocompile --slice=v3-32 --num_classes=1230 --photos=76740` says more.
 Paper:    with SENet-154 (--config.model.backbone=senet154) mask AP 31.4, rare 21.5, common 33.1,
           frequent 33.3 on v0.5 validation (table 1, its third row).
 """
