@@ -3,10 +3,10 @@
     python -m scripts.bench.bench_predict
 
 R50-FPN as in `scripts.bench.bench_train_step` (random weights, 501-way, float32) on JPEGs of
-512x512: `detection.load` and its `stream` over the files, against the same program on an array that
-is there already, in turns. Then `python -m detection.predict` on one photo, from start to end: its
-programs come from the compile cache of the turns before. Prints seconds a photo (medians) and their
-ratio, and the seconds of the command.
+512x512: `detection.load` and its `stream` over the files, against the model on an array that is
+there already (as many at a time, and 2, as that bench has), in turns. Then `python -m
+detection.predict` on one photo, from start to end: its program comes from the compile cache of the
+turns before. Prints seconds a photo (medians) and their ratios, and the seconds of the command.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -75,11 +76,10 @@ def write_photos(folder: Path) -> list[Path]:
     return paths
 
 
-def step_alone(detector: Detector, path: Path):
-    """A function that runs the program of the detector on a photo that is there."""
+def step_alone(detector: Detector, path: Path, count: int) -> Callable[[], None]:
+    """A function that runs the model on a photo that is there, `count` times at a time."""
     size = flags.FLAGS.size
     pixels = np.asarray(Image.open(path))
-    count = detector.batch_size
     batch = {
         "image": np.tile(pixels, (count, 1, 1, 1)),
         "image_size": np.full((count, 2), size, np.float32),
@@ -104,14 +104,15 @@ def main() -> None:
         paths = write_photos(folder / "photos")
         detector = load(workdir)
         found = sum(len(result) for _, result in detector.stream(paths))
-        alone = step_alone(detector, paths[0])
-        sides = [lambda: list(detector.stream(paths)), alone]
+        counts = (detector.batch_size, 2)
+        alone = [step_alone(detector, paths[0], count) for count in counts]
+        sides = [lambda: list(detector.stream(paths)), *alone]
         for call in sides:
             call()
-        ours, step = (float(np.median(t)) for t in time_in_turns(sides, values.rounds))
-        ours, step = ours / len(paths), step / len(paths)
-        print(f"{found / len(paths):.0f} detections a photo, {detector.batch_size} at a time")
-        print(f"prediction {ours:.3f} s a photo, the step alone {step:.3f} s: {ours / step:.3f}x")
+        times = [np.median(t) / len(paths) for t in time_in_turns(sides, values.rounds)]
+        print(f"{found / len(paths):.0f} detections a photo; prediction {times[0]:.3f} s a photo")
+        for count, step in zip(counts, times[1:], strict=True):
+            print(f"the step alone, {count} at a time: {step:.3f} s: {times[0] / step:.3f}x")
         command = [sys.executable, "-m", "detection.predict", f"--workdir={workdir}"]
         command += [f"--images={paths[0]}", f"--output={folder / 'x.parquet'}"]
         for _ in range(2):
