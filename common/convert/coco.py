@@ -194,7 +194,9 @@ def _is_number(text: str) -> bool:
 
 def split_name(path: Path) -> str:
     """The split that a file's name tells: instances_train2017.json is train2017."""
-    return path.parent.name if path.name == _ROBOFLOW else _PREFIX.sub("", path.stem)
+    if path.name == _ROBOFLOW:
+        return path.parent.name
+    return _PREFIX.sub("", Path(path.name.removesuffix(".gz")).stem)
 
 
 def _merge_categories(known: dict[str, str], new: dict[str, str], path: Path, first: str) -> None:

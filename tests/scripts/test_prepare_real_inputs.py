@@ -1,5 +1,6 @@
 """Annotations as people have them: the right photo or none, ids as texts, nothing lost unsaid."""
 
+import gzip
 import json
 import os
 import shutil
@@ -297,6 +298,13 @@ def test_categories_without_name_and_lists_that_differ_are_named(tmp_path):
     coco(tmp_path / "ann" / "b.json", ["2.jpg"], categories=[{"id": 1, "name": "oak"}], ids=[2])
     with pytest.raises(UserError, match="b.json: .*: id 2 is missing here and 'elm' there"):
         prepare("coco", source=tmp_path / "ann" / "*.json", output=tmp_path / "d")
+
+
+def test_a_compressed_file_is_the_split_of_its_name(tmp_path):
+    plain = coco(tmp_path / "instances_train.json", ["1.jpg"])
+    packed = tmp_path / "instances_train.json.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert prepare("coco", source=packed, output=tmp_path / "d").splits == ["train"]
 
 
 def test_a_file_of_several_that_is_missing_is_named(tmp_path):
