@@ -9,9 +9,11 @@ The file is a config as any other: read it, change it. It is a start, from recip
 measured, not the best that can be had.
 """
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,7 +68,7 @@ def main() -> None:
     write_text(output, render(output, dataset, device, choices))
     for choice in choices:
         for name, value in choice.fields.items():
-            print(f"config.{name} = {value!r}")
+            print(f"config.{name} = {literal(value)}")
     print(f"wrote {output}; python -m detection.train --config={output} --workdir=WORK")
 
 
@@ -182,8 +184,17 @@ def render(output: Path, dataset: Dataset, device: Device, choices: Sequence[Cho
     for choice in choices:
         comment = textwrap.wrap(choice.why, _WIDTH - 6)
         lines += ["", *(f"    # {line}" for line in comment)]
-        lines += [f"    config.{name} = {value!r}" for name, value in choice.fields.items()]
+        lines += [f"    config.{name} = {literal(value)}" for name, value in choice.fields.items()]
     return "\n".join([*lines, "    return config", ""])
+
+
+def literal(value: Any) -> str:
+    """A value as configs write it."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return f"dict({', '.join(f'{name}={literal(item)}' for name, item in value.items())})"
+    return repr(value)
 
 
 if __name__ == "__main__":
