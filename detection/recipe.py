@@ -185,9 +185,8 @@ def choose_batch(facts: Facts, device: Device, canvas: tuple[int, int]) -> Choic
     batch = min(each * device.count, max(device.count, facts.num_photos))
     batch = max(batch // device.count, 1) * device.count
     fields = {"data.batch_size": batch, "evaluation.batch_size": max(batch, device.count)}
-    return Choice(
-        fields, f"{batch // device.count} images a device, {device.count} devices: {why}."
-    )
+    devices = "one device" if device.count == 1 else f"each of {device.count} devices"
+    return Choice(fields, f"{batch // device.count} images on {devices}: {why}.")
 
 
 def choose_schedule(facts: Facts, device: Device, batch: int) -> Choice:
