@@ -1,24 +1,24 @@
 """Ends trainings of two processes at random, goes on, and compares with the uninterrupted run.
 
     python -m scripts.bench.bench_kills --kills=100 --workdir=WORK
-    python -m scripts.bench.bench_kills --kills=10 --workdir=WORK --module=detection.train -- \\
-        --config=CONFIG --config.data.dir=DIR [further flags of the command]
+    python -m scripts.bench.bench_kills --kills=10 --workdir=WORK --module=detection.train \\
+        --command_flags="--config=CONFIG --config.data.dir=DIR [further flags of the command]"
 
 One run goes uninterrupted. Then runs are started, ended at a random moment and started again until
 they are done, as often as it takes for --kills kills: SIGKILL or SIGTERM, to one process or to
 both, anywhere between start and end, or while a checkpoint is being written. Each finished run must
-have the losses, evaluations and final parameters of the first one, bit for bit. Without flags after
--- it is a tiny classifier on random photos. WORK keeps what was done (kills.jsonl): the same
-command goes on where it stopped, for one after --minutes.
+have the losses, evaluations and final parameters of the first one, bit for bit. Without
+--command_flags it is a tiny classifier on random photos. WORK keeps what was done (kills.jsonl): the
+same command goes on where it stopped, for one after --minutes.
 """
 
 import collections
 import json
 import random
+import shlex
 import shutil
 import signal
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from scripts.bench.pair import PROCESSES, Pair, prepare, tiny_classifier, write_
 _LAST_EXIT = 120.0  # seconds after which a process counts as hanging
 _START = 300.0
 _STEPS, _EVERY_STEPS = 30, 3  # of the tiny classifier
-_PASSED_ON: list[str] = []  # flags of the command
 
 
 def kill(pair: Pair, rng: random.Random) -> dict[str, Any] | None:
@@ -132,7 +131,8 @@ class Diary:
 
 
 def main() -> None:
-    workdir, arguments, module = Path(flags.FLAGS.workdir), _PASSED_ON, flags.FLAGS.module
+    workdir, module = Path(flags.FLAGS.workdir), flags.FLAGS.module
+    arguments = shlex.split(flags.FLAGS.command_flags)
     workdir.mkdir(parents=True, exist_ok=True)
     prepare(module, workdir / "programs")
     if not arguments:
@@ -177,7 +177,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("minutes", 1e6, "Until no more runs are started.")
     flags.DEFINE_integer("seed", 0, "Of the kills.")
     flags.DEFINE_string("module", "detection.pretrain", "Training command that is ended.")
-    if "--" in sys.argv:
-        _PASSED_ON = sys.argv[sys.argv.index("--") + 1 :]
-        sys.argv[sys.argv.index("--") :] = []
+    flags.DEFINE_string("command_flags", "", "Of it; default: a tiny classifier.")
     run_main(main)
