@@ -6,10 +6,10 @@
 
 One run goes uninterrupted. Then runs are started, ended at a random moment and started again until
 they are done, as often as it takes for --kills kills: SIGKILL or SIGTERM, to one process or to
-both, anywhere between start and end, or while a checkpoint is being written. Each finished run must
-have the losses, evaluations and final parameters of the first one, bit for bit. Without
---command_flags it is a tiny classifier on random photos. WORK keeps what was done (kills.jsonl): the
-same command goes on where it stopped, for one after --minutes.
+both, anywhere between start and end, or while a checkpoint is written. Each finished run must have
+the losses, evaluations and final parameters of the first one, bit for bit. Without --command_flags
+it is a tiny classifier on random photos. WORK keeps what was done (kills.jsonl): the same command
+goes on where it stopped, for one after --minutes.
 """
 
 import collections
