@@ -42,6 +42,30 @@ def train_shapes(
     return fields
 
 
+def label_shapes(
+    data: DataSettings, num_images: int, num_classes: int, shape: Canvas | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Fields of a batch of a step of image-level labels; see `train_shapes`."""
+    fields = train_shapes(data.of_label_steps, num_images, num_classes, shape)
+    names = (*INFERENCE_FIELDS, "labels", "class_known")
+    return {name: fields[name] for name in names if name in fields}
+
+
+def program_shapes(
+    data: DataSettings, num_images: int, num_classes: int
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Of the batches of all programs that a run trains with: of each canvas and kind of step."""
+    programs = [
+        train_shapes(data, num_images, num_classes, shape) for shape in canvases.train_shapes(data)
+    ]
+    if data.label_steps.share:
+        programs += [
+            label_shapes(data, num_images, num_classes, shape)
+            for shape in canvases.train_shapes(data.of_label_steps)
+        ]
+    return programs
+
+
 def init_shapes(data: DataSettings) -> dict[str, jax.ShapeDtypeStruct]:
     """The smallest batch that parameters can be made with; they do not depend on the canvas."""
     by_class = ("labels", "class_known")

@@ -92,6 +92,13 @@ class RunSettings:
         metric = self.evaluation.metric
         possible = self.model.has_masks or not needs_masks(metric)
         check(possible, "evaluation.metric", metric, "one of boxes: the model has no mask head")
+        weak, share = self.model.weak.kind, self.data.label_steps.share
+        if self.model.weak.is_on:
+            expected = f"True: model.weak.kind {weak!r} learns from image-level labels"
+            check(self.data.image_labels, "data.image_labels", self.data.image_labels, expected)
+        else:
+            expected = "0: model.weak.kind is 'none'"
+            check(share == 0, "data.label_steps.share", share, expected)
         if self.model.refines:
             size, scales = self.data.max_proposals, self.test_time.scales
             expected = "at least 1: box_head.kind 'regressor' refines the boxes of a table"

@@ -38,10 +38,15 @@ class RoITargets(NamedTuple):
     valid: Bool[Array, "B R"]
     is_gt: Bool[Array, "B R"]  # the RoI is itself a ground-truth box
     matched_idx: Int[Array, "B R"]  # which of the batch's boxes `gt_boxes` is
+    weights: Float[Array, "B R"] | None = None  # of the losses of a RoI; None: all 1
 
     def first(self, count: int) -> "RoITargets":
         """The targets of the first `count` RoIs of each image."""
-        return RoITargets(*(values[:, :count] for values in self))
+        return RoITargets(*(None if x is None else x[:, :count] for x in self))
+
+    def weighted(self, losses: Float[Array, "B R"]) -> Float[Array, "B R"]:
+        """Losses of all RoIs times their weights."""
+        return losses if self.weights is None else losses * self.weights
 
     def counted(self, image_valid: Bool[Array, " B"]) -> Bool[Array, "B R"]:
         """RoIs of real images that were sampled."""

@@ -18,13 +18,15 @@ from common.data.canvases import train_shapes as train_canvases
 from common.data.dataset import Dataset
 from common.data.frequencies import class_frequencies
 from common.data.input import train_batches
+from common.data.plans.class_index import labelled_classes
 from common.data.plans.plan import ignored_flags, train_plan
 from common.io import activity, run_flags
 from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
+from common.tables.hierarchy import ancestor_lists
 from common.training import command, distributed, hardware, preemption
-from common.training.compiling import announce_canvases, announced
+from common.training.compiling import announce_canvases, announced, compiled_ahead
 from common.training.distributed import DATA_AXIS
 from common.training.goodput import Goodput
 from common.training.optimizer import (
@@ -40,7 +42,7 @@ from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, scheduled, variable_shapes
 from common.training.watchdog import MetricsCheck, StallWatchdog
 from common.training.workdir import keep_classes
-from detection.batch_fields import init_shapes, train_shapes
+from detection.batch_fields import init_shapes, program_shapes
 from detection.evaluate import check_evaluation, evaluate_variables, evaluation_pictures
 from detection.fine_tuning import with_trained_detector
 from detection.models.faster_rcnn import build
@@ -104,6 +106,8 @@ def train_in(
         say(f"source: {source.summary}", flush=True)
         if source.mapped_names:
             say(f"  its classes in the run: {', '.join(source.mapped_names)}", flush=True)
+    for source in plan.label_sources if settings.data.label_steps.share else ():
+        say(f"labels: {labelled_classes(source, dataset.class_names)}", flush=True)
     proposals = open_proposals(settings, dataset, say)  # None: the model makes its own
 
     # ---------------------------------------------------------------- model and optimiser
@@ -111,7 +115,10 @@ def train_in(
     if settings.model.box_head.classifier.needs_frequencies:
         frequencies = class_frequencies(plan.box_sources, ignored_flags(settings.data))
         say(f"classes: {frequencies.summary(settings.model.box_head.classifier.eql.threshold)}")
-    model = build(settings.model, dataset.num_classes, DATA_AXIS, frequencies)
+    ancestors = None
+    if settings.model.needs_ancestors:
+        ancestors = ancestor_lists(dataset.hierarchy, dataset.class_labels)
+    model = build(settings.model, dataset.num_classes, DATA_AXIS, frequencies, ancestors)
     schedule = make_schedule(
         settings.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
     )
@@ -132,7 +139,6 @@ def train_in(
         state = with_trained_detector(state, settings.init_from, dataset.class_labels, mesh, say)
 
     # ---------------------------------------------------------------- loop
-    announce_canvases(train_canvases(settings.data), say)
     accumulate = choose_parts(
         checkpoints,
         batch_size,
@@ -141,10 +147,16 @@ def train_in(
         say,
         whole_batch=settings.model.needs_whole_batch,
     )
-    train_step = scheduled(jit_train_step(model, tx, mesh, accumulate), schedule, mesh)
-    step_flops = hardware.step_flops(train_step, mesh)
-    train_step = announced(train_step, "training step", say)
-    fields = train_shapes(settings.data, 1, dataset.num_classes).keys()
+    jitted = jit_train_step(model, tx, mesh, accumulate)
+    step_flops = hardware.step_flops(scheduled(jitted, schedule, mesh), mesh)
+    programs = program_shapes(settings.data, batch_size, dataset.num_classes)
+    if settings.data.label_steps.share:  # the first step of the other kind is not to wait
+        compiled = compiled_ahead(jitted, state, programs, "training step", say)
+        train_step = scheduled(compiled, schedule, mesh)
+    else:
+        announce_canvases(train_canvases(settings.data), say)
+        train_step = announced(scheduled(jitted, schedule, mesh), "training step", say)
+    box_fields, label_fields = programs[0].keys(), programs[-1].keys()
     batches = train_batches(
         dataset,
         plan,
@@ -204,6 +216,7 @@ def train_in(
         if settings.evaluation.is_due(start_step, steps_per_epoch, num_steps):
             evaluate(start_step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
+            fields = label_fields if plan.labels_only(step - 1) else box_fields
             on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
             profiler.before(step)
             state, metrics = train_step(state, on_devices)

@@ -60,12 +60,22 @@ class Program(NamedTuple):
     shapes: list[tuple[int, int]]  # height, width of the photos of all programs of the run
 
 
-def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
+def program(
+    config: ConfigDict, num_classes: int, batch_size: int, labels_only: bool = False
+) -> Program:
     """The program of a config of detection or segmentation, by its `task`.
 
+    Args:
+      config: of a run.
+      num_classes: of its data.
+      batch_size: images of a step.
+      labels_only: the steps of image-level labels of a config that has such.
+
     Raises:
-      UserError: another task, or a field that is out of range.
+      UserError: another task, a field that is out of range, or no such steps.
     """
+    if labels_only and not (config.task == "detection" and config.data.label_steps.share):
+        raise UserError(f"--labels_only: {config.name} has no steps of image-level labels")
     if config.task == "segmentation":
         run = segmentation_settings.read_run(config)
         return Program(
@@ -77,13 +87,15 @@ def program(config: ConfigDict, num_classes: int, batch_size: int) -> Program:
             list(run.data.canvases),
         )
     settings = read_run(config)
+    data = settings.data.of_label_steps if labels_only else settings.data
+    shapes_of = batch_fields.label_shapes if labels_only else batch_fields.train_shapes
     return Program(
         faster_rcnn.build(settings.model, num_classes, distributed.DATA_AXIS),
         batch_fields.init_shapes(settings.data),
-        batch_fields.train_shapes(settings.data, batch_size, num_classes),
+        shapes_of(settings.data, batch_size, num_classes),
         two_stage.frozen_pattern(settings.model),
         settings.optimizer,
-        canvases.train_shapes(settings.data),
+        canvases.train_shapes(data),
     )
 
 
@@ -102,10 +114,16 @@ class Step(NamedTuple):
     program: Program
 
 
-def make_step(config: ConfigDict, mesh: Mesh, num_classes: int, images_per_device: int) -> Step:
+def make_step(
+    config: ConfigDict,
+    mesh: Mesh,
+    num_classes: int,
+    images_per_device: int,
+    labels_only: bool = False,
+) -> Step:
     """The step on a mesh of any devices, which need not be there."""
     batch_size = images_per_device * mesh.size
-    made = program(config, num_classes, batch_size)
+    made = program(config, num_classes, batch_size, labels_only)
     shapes = variable_shapes(made.model, made.init_batch)
     tx = make_optimizer(made.optimizer, shapes["params"], made.frozen_pattern)
     state = jax.eval_shape(lambda: init_state(made.model, tx, config.seed, made.init_batch))
@@ -116,11 +134,15 @@ def make_step(config: ConfigDict, mesh: Mesh, num_classes: int, images_per_devic
 
 
 def compile_train_step(
-    config: ConfigDict, where: Place, num_classes: int, images_per_device: int
+    config: ConfigDict,
+    where: Place,
+    num_classes: int,
+    images_per_device: int,
+    labels_only: bool = False,
 ) -> dict[str, Any]:
     """Compiles the step and reports its memory and traffic as plain values (bytes, seconds)."""
     mesh = distributed.make_mesh(topologies.slice_devices(where))
-    step = make_step(config, mesh, num_classes, images_per_device)
+    step = make_step(config, mesh, num_classes, images_per_device, labels_only)
     start = time.perf_counter()
     compiled = step.jitted.lower(step.state, step.batch, step.rate).compile()
     seconds = time.perf_counter() - start
@@ -134,12 +156,17 @@ def compile_train_step(
 
 
 def plan(
-    config: ConfigDict, name: str, num_classes: int, images_per_device: int, photos: int
+    config: ConfigDict,
+    name: str,
+    num_classes: int,
+    images_per_device: int,
+    photos: int,
+    labels_only: bool = False,
 ) -> tuple[dict[str, Any], list[flops.Operation]]:
     """What can be said without a compiler, and the operations of a step on one device."""
     where = find_place(name)
     mesh = distributed.make_mesh(jax.devices()[:1])
-    step = make_step(config, mesh, num_classes, images_per_device)
+    step = make_step(config, mesh, num_classes, images_per_device, labels_only)
     platform = "cuda" if where.is_gpu else "tpu"
     arguments = (step.state, step.batch, step.rate)
     found = roofline.merged(flops.operations(step.jitted, *arguments, platform=platform))
@@ -254,6 +281,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
     flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
     flags.DEFINE_integer("photos", OPENIMAGES, "Training photos of the schedule.", lower_bound=1)
+    flags.DEFINE_bool("labels_only", False, "The step of image-level labels of such a config.")
     flags.DEFINE_float("images_per_core", 74.0, "Photos that one core of a host reads in a second.")
     flags.DEFINE_float("storage_rate", 0.25, "GB/s at which checkpoints are written; assumed.")
     flags.DEFINE_float("price", 0.0, "Of a chip-hour.")
@@ -266,9 +294,10 @@ def main() -> None:
     if values.compile:
         topologies.topology(where)  # refused before anything is traced
     sizes = (values.num_classes, values.images_per_device)
-    report, found = plan(values.config, values.slice, *sizes, values.photos)
+    labels_only = values.labels_only
+    report, found = plan(values.config, values.slice, *sizes, values.photos, labels_only)
     if values.compile:
-        report |= compile_train_step(values.config, where, *sizes)
+        report |= compile_train_step(values.config, where, *sizes, labels_only)
     print_report(report)
     if values.json:
         write_json(values.json, report | {"operations": [list(op) for op in found]})

@@ -74,6 +74,26 @@ class ElaborateSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelStepSettings:
+    """Steps whose photos are all of sources with annotations 'labels'; no other step has those.
+
+    Attributes:
+      share: of the steps, rounded to hundredths; 0: photos of such sources are mixed into the
+        batches of the others.
+      canvas: short and long side of these steps, pixels; (): canvas and scales of the run.
+    """
+
+    share: float
+    canvas: tuple[int, ...]
+
+    def __post_init__(self):
+        holds = self.share == 0 or 0.01 <= self.share <= 0.99
+        check(holds, "share", self.share, "0 (off) or a number from 0.01 to 0.99")
+        holds = not self.canvas or (len(self.canvas) == 2 and 1 <= self.canvas[0] <= self.canvas[1])
+        check(holds, "canvas", self.canvas, "() or (short, long) side in pixels")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
     """What `config.data` says of the dataset, its sampling and its batches.
 
@@ -82,6 +102,7 @@ class DataSettings:
       train_split, eval_split: names of its splits.
       sources: what is trained on instead of train_split; (): train_split. With an empty `dir` the
         run's dataset is that of the first source.
+      label_steps: steps of their own for sources of image-level labels.
       sampler: which images a step has, see `common.data.plans.plan.train_plan`.
       positive_share: of the slots of sampler 'expert'; the others are images without boxes.
       repeat_threshold: of sampler 'repeat_factor': a class on this share of the annotated photos
@@ -115,6 +136,7 @@ class DataSettings:
     train_split: str
     eval_split: str
     sources: tuple[SourceSettings, ...]
+    label_steps: LabelStepSettings
     sampler: Sampler
     positive_share: float
     repeat_threshold: float
@@ -179,6 +201,13 @@ class DataSettings:
     def directory(self) -> str:
         """Of the run's dataset."""
         return self.dir or (self.sources[0].dir if self.sources else "")
+
+    @property
+    def of_label_steps(self) -> "DataSettings":
+        """The same with the canvas of the steps of image-level labels."""
+        if not (canvas := self.label_steps.canvas):
+            return self
+        return dataclasses.replace(self, canvas=(canvas[0], canvas[1]), scales=())
 
     @property
     def some_unknown(self) -> bool:

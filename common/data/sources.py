@@ -91,6 +91,11 @@ def open_sources(dataset: Dataset, data: DataSettings) -> tuple[Source, ...]:
                 f"{dataset.directory}: the dataset has no masks, config.data.mask_size is "
                 f"{data.mask_size}, expected a set with masks (or mask_size 0)"
             )
+        if data.label_steps.share:
+            raise UserError(
+                f"config.data.label_steps.share: found {data.label_steps.share}, expected 0: "
+                "config.data.sources names no source of annotations 'labels'"
+            )
         return (single_source(dataset, _some(dataset, data.train_split, images)),)
     opened: list[Source] = []
     first_index = 0
@@ -103,6 +108,13 @@ def open_sources(dataset: Dataset, data: DataSettings) -> tuple[Source, ...]:
             "config.data.sources: none has annotations 'boxes_masks', config.data.mask_size is "
             f"{data.mask_size}, expected at least one (or mask_size 0)"
         )
+    if data.label_steps.share:
+        for has_boxes, wanted in ((True, "boxes"), (False, "labels")):
+            if not any(source.has_boxes == has_boxes for source in opened):
+                raise UserError(
+                    f"config.data.sources: none has annotations {wanted!r}, expected at least one "
+                    f"of 'boxes' and one of 'labels': label_steps.share is {data.label_steps.share}"
+                )
     return tuple(opened)
 
 
@@ -134,6 +146,12 @@ def _open(run: Dataset, settings: SourceSettings, place: int, first_index: int) 
             "a set with masks or annotations 'boxes'"
         )
     classes = map_classes(dataset.class_labels, run.class_labels, settings.class_map, field)
+    offsets = dataset.label_offsets
+    if settings.annotations == "labels" and not (offsets[images + 1] - offsets[images]).any():
+        raise UserError(
+            f"{field}: annotations 'labels', but no photo of split {settings.split!r} of "
+            f"{dataset.directory} has an image-level label, expected verified labels"
+        )
     if settings.max_images:
         shown = _with_objects(dataset, images, classes)
         if not len(shown):

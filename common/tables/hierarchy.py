@@ -17,6 +17,8 @@ from jaxtyping import Bool, Int
 from common.io.errors import UserError
 from common.tables import Detections
 
+Ancestors = tuple[tuple[int, ...], ...]  # indices of the ancestors of each class
+
 
 def ancestors(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> Bool[np.ndarray, "K K"]:
     """Matrix whose row c marks the ancestors of class c (c itself and the root left out).
@@ -52,6 +54,15 @@ def ancestors(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> Bool
         pending.extend((child, above) for child in node.get("Subcategory", ()))
     np.fill_diagonal(matrix, False)
     return matrix
+
+
+def ancestor_lists(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) -> Ancestors:
+    """Of each class the ancestors over all of its nodes, ascending; hashable, for compiled models.
+
+    Args and errors: as `ancestors`.
+    """
+    matrix = transitive_closure(ancestors(hierarchy, class_labels))
+    return tuple(tuple(np.flatnonzero(row).tolist()) for row in matrix)
 
 
 def transitive_closure(parents: Bool[np.ndarray, "K K"]) -> Bool[np.ndarray, "K K"]:

@@ -42,6 +42,35 @@ def announced(step: Callable, what: str, say: Callable = print) -> Callable:
     return call
 
 
+def compiled_ahead(
+    step: Any, state: Any, batches: Iterable[Mapping[str, Any]], what: str, say: Callable = print
+) -> Callable:
+    """The jitted `step(state, batch)`, compiled now for all batches that will come.
+
+    Args:
+      step: as `jax.jit` gives it.
+      state: that it will be called with, or its shapes.
+      batches: shapes of the fields of each kind of batch, of all devices.
+      what: it is, such as "training step".
+      say: where lines go.
+    """
+    programs = {}
+    for batch in batches:
+        shape, about = batch["image"].shape, "" if "gt_boxes" in batch else " with labels only"
+        with compiling(f"{what} for {shape[0]} images of {shape[1]}x{shape[2]}{about}", say):
+            programs[_kind(batch)] = step.lower(state, dict(batch)).compile()
+
+    def call(state: Any, batch: Mapping[str, Any]) -> Any:
+        return programs[_kind(batch)](state, batch)
+
+    return call
+
+
+def _kind(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells the programs of a run apart: the image shape and the names of the fields."""
+    return tuple(batch["image"].shape), frozenset(batch)
+
+
 @contextlib.contextmanager
 def compiling(what: str, say: Callable, every_seconds: float = _EVERY_SECONDS) -> Iterator[None]:
     """Says that the block compiles, that it still does from time to time, and how long it took."""

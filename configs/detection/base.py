@@ -66,6 +66,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         train_split="train",
         eval_split="validation",
         sources=(),  # several datasets: common.data.settings.SourceSettings; (): train_split of dir
+        label_steps=dict(  # for sources with annotations="labels"
+            share=0.0,  # of the steps, which have only such photos; 0: mixed into all batches
+            canvas=(),  # short and long side of these steps; (): canvas and scales of the run
+        ),
         # uniform | class_aware | full_class_batch | expert | repeat_factor
         sampler="class_aware",
         positive_share=0.25,  # sampler expert: of images with boxes, the rest has none
@@ -182,6 +186,25 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             shift=0.1,  # standard deviations: of the centre, in sides of the box
             scale=0.2,  # of the logarithm of each side's factor
         ),
+        weak=dict(  # weakly supervised head (section 5.7), see docs/weak.md
+            kind="none",  # none | wsddn; needs data.image_labels
+            class_stream="softmax",  # softmax | sigmoid: of the classes of a proposal
+            width=1024,
+            num_proposals=512,  # of an image, the best
+            refinements=0,  # classifiers that learn from the scores of the one before (OICR)
+            truth_seeds=True,  # where there are boxes, refinements learn from these instead
+            unverified="unknown",  # unknown | absent: classes of photos with boxes nobody verified
+            mining=dict(  # boxes of label steps, which the box heads learn from
+                rule="top1",  # top1 | mist: the best proposal of a class, or several
+                threshold=0.3,  # of the score
+                top_share=0.15,  # of mist: proposals of a class that are looked at
+                seed_iou=0.2,  # of mist: boxes of a class overlap less
+                max_boxes=16,  # of an image
+                background_iou=0.1,  # background overlaps a mined box by at least this
+                start_steps=0,  # of the run before the box heads learn from mined boxes
+                ramp_steps=0,  # until their losses have full weight
+            ),
+        ),
         stages=ONE_STAGE,
         loss_weights=dict(
             rpn_class=1.0,
@@ -193,6 +216,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             margin_class=1.0,
             margin_box=1.0,
             mask=1.0,
+            weak=1.0,
+            weak_refinement=1.0,
+            mined=1.0,  # times the others, of what box heads learn from mined boxes
         ),
         drop_background_rois=False,  # experts: no detection where background scores highest
         detections=dict(

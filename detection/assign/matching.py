@@ -41,6 +41,7 @@ def match(
     negative_iou: float,
     best_match_iou: float | None = None,
     ignore: Bool[Array, " N"] | None = None,
+    background_iou: float | None = None,
 ) -> Match:
     """Decides by IoU with the ground truth.
 
@@ -55,6 +56,7 @@ def match(
         too if their IoU is at least this. They are still matched to their own best
         (`matched_idx`).
       ignore: boxes that are never background, from `ignored_background`; None: there are none.
+      background_iou: when given, background has at least this IoU with some ground-truth box.
     """
     # Every reduction runs along the last axis: on CPU that is six times as fast as across it, which
     # pays for computing the overlaps in both orientations.
@@ -70,6 +72,8 @@ def match(
     negative = (best < negative_iou) & ~positive
     if ignore is not None:
         negative &= ~ignore
+    if background_iou is not None:
+        negative &= best >= background_iou
     return Match(positive & valid, negative & valid)
 
 

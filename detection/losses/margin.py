@@ -75,8 +75,12 @@ def margin_losses(
     without = (image_valid & ~with_positives).sum()
     terms = {}
     for name, values, counted in (
-        ("margin_class", hinge(probability, class_margin), with_class & with_positives[:, None]),
-        ("margin_box", hinge(overlap, box_margin), positive),
+        (
+            "margin_class",
+            targets.weighted(hinge(probability, class_margin)),
+            with_class & with_positives[:, None],
+        ),
+        ("margin_box", regressed.weighted(hinge(overlap, box_margin)), positive),
     ):
         terms[name] = share(values, counted, counted.sum() + without, axis_name)
     return terms

@@ -49,7 +49,7 @@ def box_loss(
     deltas = of_class(output.deltas, regressed.labels - 1)
     regression = smooth_l1(deltas - target, beta).sum(axis=-1)
     counted = positive if normaliser == "positive" else targets.counted(image_valid)
-    return share(regression, positive, counted.sum(), axis_name)
+    return share(regressed.weighted(regression), positive, counted.sum(), axis_name)
 
 
 def mean_overlaps(

@@ -6,7 +6,7 @@ Shape legend
   L  class logits of a RoI, see `detection.classifiers`
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -62,7 +62,7 @@ class ClassLosses(NamedTuple):
             batch.get("class_known"),
             None if verified is None else verified != 0,
         )
-        return StageClassLosses(self, stage, num_stages, class_targets, axis_name)
+        return StageClassLosses(self, stage, num_stages, class_targets, axis_name, targets.weighted)
 
 
 class StageClassLosses(NamedTuple):
@@ -73,6 +73,7 @@ class StageClassLosses(NamedTuple):
     num_stages: int
     targets: ClassTargets
     axis_name: str | None
+    weighted: Callable[[Array], Array] = lambda losses: losses
 
     @property
     def classifier(self) -> RoIClassifier:
@@ -101,7 +102,7 @@ class StageClassLosses(NamedTuple):
         if state is not None:
             state.value = after
         counted = self.targets.counted
-        return share(values, counted, counted.sum(), self.axis_name)
+        return share(self.weighted(values), counted, counted.sum(), self.axis_name)
 
 
 def class_loss_labels(settings: ModelSettings) -> list[str]:

@@ -14,7 +14,8 @@ Shape legend
 
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
 height and width, image_valid bool (B,); in training also gt_boxes (B,M,4) pixels,
-gt_classes (B,M) 0..K-1 and gt_valid (B,M), and where the data has them ignore_boxes (B,G,4) pixels
+gt_classes (B,M) 0..K-1 and gt_valid (B,M), of which a batch of photos with image-level labels
+alone has none, and where the data has them ignore_boxes (B,G,4) pixels
 with ignore_valid (B,G), inside which nothing is background, class_known bool (B,K), the classes
 that the annotations of an image cover, and labels (B,K), not 0 where a class was verified; with a
 mask head gt_masks, gt_has_mask.
@@ -29,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from common.data.frequencies import ClassFrequencies
 from common.geometry.nms import multiclass_nms
 from common.masks.probability import quantise
+from common.tables.hierarchy import Ancestors
 from detection.assign import anchors as anchor_ops
 from detection.losses.rpn import recall, rpn_losses
 from detection.losses.weights import Term, weighted
@@ -36,8 +38,21 @@ from detection.models.box_refiner import BoxRefiner
 from detection.models.mask_branch import predict_masks
 from detection.models.rpn import RPNHead, propose
 from detection.models.second_stage import RoIBranch, detect_stages, stage_losses
-from detection.models.settings import ModelSettings
+from detection.models.settings import ModelSettings, ProposalSettings
 from detection.models.two_stage import TwoStage
+from detection.models.weak_branch import (
+    ImageTruth,
+    best_proposals,
+    image_truth,
+    mine,
+    mined_figures,
+    ramp,
+    right_boxes,
+    share_with_boxes,
+    weak_losses,
+    with_mined_truth,
+)
+from detection.models.weak_head import WeakHead, WeakOutput
 from detection.structures import Proposals
 
 
@@ -51,6 +66,12 @@ class FasterRCNN(TwoStage):
         self.rpn_head = RPNHead(
             num_anchors, s.fpn_channels, s.rpn.num_convs, dtype=jnp.dtype(s.dtype)
         )
+        if s.weak.is_on:
+            w = s.weak
+            fields = dict(class_stream=w.class_stream, width=w.width, refinements=w.refinements)
+            self.weak_head = WeakHead(self.num_classes, dtype=jnp.dtype(s.dtype), **fields)
+            if self.is_mutable_collection("loss_state"):
+                self.weak_steps = self.variable("loss_state", "weak_steps", _no_steps)
 
     def anchors(self, levels: Sequence[Array], canvas: tuple[int, ...]) -> list[Array]:
         """Anchors of each level, pixels; `canvas`: height and width."""
@@ -76,6 +97,8 @@ class FasterRCNN(TwoStage):
         Both are this device's shares (`detection.losses.shares`). Needs the random stream
         'sampling'.
         """
+        if self.settings.weak.is_on and "gt_boxes" not in batch:
+            return self._losses_of_labels(batch)
         s, axis_name = self.settings, self.axis_name
         branches = self.read(batch, train=True)
         levels = branches[-1].levels
@@ -106,15 +129,70 @@ class FasterRCNN(TwoStage):
         )
         monitor["proposal_recall"] = recall(proposals, batch, axis_name=axis_name)
         terms = {Term(name): value for name, value in rpn_terms.items()} | roi_terms
+        if s.weak.is_on:
+            self._count_step()
+            output, proposals, truth = self._weakly(branches, proposals, batch)
+            terms |= weak_losses(output, proposals, truth, batch, s, axis_name)
+            mined = mine(output, proposals, truth, s)
+            monitor |= right_boxes(mined, batch, axis_name)
         return {"losses": weighted(terms, s), "monitor": monitor}
+
+    def _losses_of_labels(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+        """Of photos with image-level labels alone; the proposal network learns nothing of them.
+
+        The names of what box heads learn of mined boxes begin with `mined_`.
+        """
+        s, axis_name, images = self.settings, self.axis_name, batch["image_valid"]
+        branches = self.read(batch, train=True)
+        proposals = self._proposals(branches, batch, s.rpn.train_proposals)
+        output, best, truth = self._weakly(branches, proposals, batch)
+        losses = weighted(weak_losses(output, best, truth, batch, s, axis_name), s)
+        mined = mine(output, best, truth, s)
+        terms, monitor = stage_losses(
+            branches,
+            self.image_keys(len(images)),
+            proposals,
+            with_mined_truth(batch, mined),
+            s,
+            self.class_losses(),
+            axis_name,
+        )
+        weight = ramp(self._count_step(), s) * s.loss_weights.mined
+        weight *= share_with_boxes(mined, images, axis_name)
+        losses |= {f"mined_{name}": weight * x for name, x in weighted(terms, s).items()}
+        monitor = {f"mined_{name}": value for name, value in monitor.items()}
+        return {"losses": losses, "monitor": monitor | mined_figures(mined, images, axis_name)}
+
+    def _weakly(
+        self, branches: list[RoIBranch], proposals: Proposals, batch: Mapping[str, Array]
+    ) -> tuple[WeakOutput, Proposals, ImageTruth]:
+        """What the weak head says, of which proposals, and what it should say of the images."""
+        weak = self.settings.weak
+        proposals = best_proposals(proposals, weak.num_proposals)
+        output = self.weak_head(branches[0].pool, proposals.boxes, proposals.valid)
+        if self.is_initializing():  # parameters are made of batches without labels
+            labels = jnp.zeros((len(batch["image_valid"]), self.num_classes), jnp.int8)
+            batch = {**batch, "labels": labels}
+        return output, proposals, image_truth(batch, self.ancestor_matrix(), weak.unverified)
+
+    def _count_step(self) -> Int[Array, ""]:
+        """The number of earlier steps of the run, of both kinds; counts this one."""
+        if self.is_initializing() or not self.is_mutable_collection("loss_state"):
+            return jnp.zeros((), jnp.int32)
+        before = self.weak_steps.value
+        self.weak_steps.value = before + 1
+        return before
 
     def detect(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Detections: boxes (B,D,4) canvas pixels, scores, classes 0..K-1 and valid, each (B,D).
 
-        With a mask head also masks uint16 (B,D,S,S) inside the boxes, as `predict_masks` gives.
+        With a mask head also masks uint16 (B,D,S,S) inside the boxes, as `predict_masks` gives. Of
+        a model with a weak head and a batch with `labels` (B,K), the boxes that are mined.
         """
         branches = self.read(batch, train=False)
         proposals = self._propose(branches, batch)
+        if self.settings.weak.is_on and "labels" in batch:
+            return self._mine(branches, batch, proposals)
         scores, boxes = self._score(branches, batch, proposals)
         valid = proposals.valid & batch["image_valid"][:, None]
         found = select_detections(boxes, scores, valid, self.settings)
@@ -171,11 +249,24 @@ class FasterRCNN(TwoStage):
         scores, boxes = self._score(branches, batch, Proposals(boxes, valid))
         return {"scores": scores, "boxes": boxes}
 
+    def _mine(
+        self, branches: list[RoIBranch], batch: Mapping[str, Array], proposals: Proposals
+    ) -> dict[str, Array]:
+        output, proposals, truth = self._weakly(branches, proposals, batch)
+        mined = mine(output, proposals, truth, self.settings)
+        valid = mined.valid & batch["image_valid"][:, None]
+        return mined._replace(valid=valid)._asdict()
+
     def _propose(self, branches: list[RoIBranch], batch: Mapping[str, Array]) -> Proposals:
+        return self._proposals(branches, batch, self.settings.rpn.test_proposals)
+
+    def _proposals(
+        self, branches: list[RoIBranch], batch: Mapping[str, Array], options: ProposalSettings
+    ) -> Proposals:
+        """Proposals from which no gradient comes back."""
         levels = branches[-1].levels
-        logits, deltas = self.rpn_head(levels)
+        logits, deltas = jax.lax.stop_gradient(self.rpn_head(levels))
         anchors = self.anchors(levels, batch["image"].shape[1:3])
-        options = self.settings.rpn.test_proposals
         return propose(logits, deltas, anchors, batch["image_size"], options)
 
     def _score(
@@ -215,11 +306,16 @@ def select_detections(
     return jax.vmap(select)(boxes, scores[..., 1:], valid)
 
 
+def _no_steps() -> Int[Array, ""]:
+    return jnp.zeros((), jnp.int32)
+
+
 def build(
     settings: ModelSettings,
     num_classes: int,
     axis_name: str | None = None,
     frequencies: ClassFrequencies | None = None,
+    ancestors: Ancestors | None = None,
 ) -> FasterRCNN | BoxRefiner:
     """Makes the model of a run: the detector, or the refiner for heads that only regress.
 
@@ -230,6 +326,7 @@ def build(
         None when the model sees the whole batch.
       frequencies: of the classes in the training photos, of which training asks where
         `box_head.classifier.needs_frequencies`.
+      ancestors: of each class, of which training asks where `settings.needs_ancestors`.
     """
     model = BoxRefiner if settings.refines else FasterRCNN
-    return model(num_classes, settings, axis_name, frequencies)
+    return model(num_classes, settings, axis_name, frequencies, ancestors)

@@ -75,8 +75,8 @@ def stage_losses(
       keys: (B,) random keys, one an image.
       proposals: of the first stage.
       batch: ground truth: gt_boxes, gt_classes, gt_valid; image_size, image_valid; optional ignore
-        regions (`assign.rois.sample_rois`), class_known (`RoIClassifier.mask_unknown`) and labels;
-        with mask heads gt_masks and gt_has_mask.
+        regions and gt_weights, of mined boxes (`assign.rois.sample_rois`), class_known
+        (`RoIClassifier.mask_unknown`) and labels; with mask heads gt_masks and gt_has_mask.
       settings: of the model.
       class_losses: of heads that classify.
       axis_name: device axis over which RoIs are counted.
@@ -84,6 +84,8 @@ def stage_losses(
     terms: dict[Term, Array] = {}
     monitor: dict[str, Array] = {}
     stages, sample = settings.stages.each, settings.box_head.sample
+    is_mined = "gt_weights" in batch
+    background_iou = settings.weak.mining.background_iou if is_mined else None
     for index, stage in enumerate(stages):
         stage_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
         targets = sample_rois(
@@ -92,6 +94,7 @@ def stage_losses(
             batch,
             iou=stage.iou,
             ignore_ioa=settings.ignore_ioa,
+            background_iou=background_iou,
             **vars(sample),
         )
         last = index + 1 == len(stages)
@@ -116,7 +119,7 @@ def stage_losses(
                 output, targets, image_valid, stage, settings.box_head, axis_name, classes, branch
             )
             terms |= {Term(name, branch, index): value for name, value in losses.items()}
-        masks = branches[-1].masks
+        masks = None if is_mined else branches[-1].masks  # mined boxes have none
         if masks is not None and (mask_head := masks.heads[index]) is not None:
             positive = targets.first(num_positive)
             loss, iou = train_masks(masks, mask_head, positive, batch, axis_name)

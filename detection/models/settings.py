@@ -11,6 +11,7 @@ from common.io.settings import check
 from common.nn.backbones import BACKBONES
 from common.nn.layers.norm import NORM_KINDS
 from detection.classifiers.settings import RoIClassifierSettings
+from detection.models.weak_settings import WeakSettings
 
 
 def _at_least(low: float, settings: Any, *names: str) -> None:
@@ -240,6 +241,9 @@ class LossWeights:
     margin_class: float
     margin_box: float
     mask: float
+    weak: float
+    weak_refinement: float
+    mined: float
 
     def __post_init__(self):
         _at_least(0, self, *(field.name for field in dataclasses.fields(self)))
@@ -291,6 +295,7 @@ class ModelSettings:
     box_head: BoxHeadSettings
     mask_head: MaskHeadSettings
     truth_jitter: TruthJitterSettings
+    weak: WeakSettings
     stages: StageSettings
     loss_weights: LossWeights
     drop_background_rois: bool
@@ -318,6 +323,12 @@ class ModelSettings:
             "'none': box_head.kind 'regressor' refines boxes",
         )
         check(
+            not (self.refines and self.weak.is_on),
+            "weak.kind",
+            self.weak.kind,
+            "'none': box_head.kind 'regressor' has no classes",
+        )
+        check(
             not self.drop_background_rois or self.box_head.classifier.has_background,
             "drop_background_rois",
             self.drop_background_rois,
@@ -329,6 +340,11 @@ class ModelSettings:
     def refines(self) -> bool:
         """Whether the model moves the boxes of a table instead of finding objects."""
         return self.box_head.kind == "regressor"
+
+    @property
+    def needs_ancestors(self) -> bool:
+        """Whether training asks for the ancestors of the classes."""
+        return self.weak.is_on
 
     @property
     def has_masks(self) -> bool:

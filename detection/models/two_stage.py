@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Bool
 
 from common.data.frequencies import ClassFrequencies
 from common.geometry.adaptive_roi_align import adaptive_roi_align
@@ -28,6 +29,7 @@ from common.nn.backbones import make_backbone, preprocessing
 from common.nn.layers import norm
 from common.nn.layers.canvas import normalise
 from common.nn.parts import image_numbers
+from common.tables.hierarchy import Ancestors
 from detection.classifiers import make_classifier
 from detection.losses.roi_class import ClassLosses, class_loss_labels
 from detection.models.box_head import RegressorHead, TwoFCHead
@@ -65,12 +67,15 @@ class TwoStage(nn.Module):
       settings: `config.model`.
       axis_name: device axis; None when the model sees the whole batch.
       frequencies: of the classes in the training photos, see `make_classifier`.
+      ancestors: of each class, as `common.tables.hierarchy.ancestor_lists` gives them; None: the
+        classes lie side by side.
     """
 
     num_classes: int
     settings: ModelSettings
     axis_name: str | None = None
     frequencies: ClassFrequencies | None = None
+    ancestors: Ancestors | None = None
 
     def setup(self):
         s = self.settings
@@ -215,6 +220,13 @@ class TwoStage(nn.Module):
         """
         slots = image_numbers(num_images, self.axis_name)
         return jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("sampling"), slots)
+
+    def ancestor_matrix(self) -> Bool[Array, "K K"]:
+        """Row c marks the ancestors of class c."""
+        matrix = np.zeros((self.num_classes, self.num_classes), bool)
+        for row, above in zip(matrix, self.ancestors or (), strict=False):
+            row[list(above)] = True
+        return jnp.asarray(matrix)
 
     def class_losses(self) -> ClassLosses:
         """How the heads learn to classify in this step; takes a key of the stream 'sampling'."""

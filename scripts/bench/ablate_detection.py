@@ -26,6 +26,13 @@ or, of the LVIS 2019 solution (configs/detection/long_tail_lite0.py has a set fo
     rfs            cross-entropy and repeat factor sampling
     eql_rfs        both
 
+or, of weak supervision (configs/detection/weak_lite0.py on a set of scripts.make_half_labelled),
+
+    half           boxes of half of the photos alone
+    half_long      the same in as many steps as the next one has
+    half_weak      with image-level labels of the other half, in steps in between
+    all            boxes of all photos, in as many steps as the first one
+
 and prints mean and spread (least and largest) of the official mAP@0.5 of each, or of other figures
 of WORK/VARIANT_SEED/evaluation, against the first. WORK keeps the runs: the same command goes on
 where it stopped, and another --metric asks the same runs. Runs of one variant share a compiled
@@ -96,6 +103,26 @@ def augmentation(scale: str) -> Callable[[ConfigDict], None]:
     return change
 
 
+def supervised(split: str, epochs: float) -> Callable[[ConfigDict], None]:
+    """Boxes of a split alone, in so many times the epochs of the config."""
+
+    def change(config: ConfigDict) -> None:
+        config.data.sources = (dict(split=split),)
+        config.data.label_steps.share = 0.0
+        config.model.weak.kind = "none"
+        stretch(config.optimizer, epochs)
+
+    return change
+
+
+def weakly_supervised(config: ConfigDict) -> None:
+    if config.model.weak.kind == "none" or not config.data.label_steps.share:
+        raise UserError(
+            f"--config: {config.name} has no steps of image-level labels, expected one such as "
+            "configs/detection/weak_lite0.py"
+        )
+
+
 VARIANTS = {
     "sibling": plain,
     "dh": decoupling,
@@ -110,6 +137,10 @@ VARIANTS = {
     "eql": long_tail("eql", "uniform"),
     "rfs": long_tail("softmax", "repeat_factor"),
     "eql_rfs": long_tail("eql", "repeat_factor"),
+    "half": supervised("boxes", 1.0),
+    "half_long": supervised("boxes", 2.0),
+    "half_weak": weakly_supervised,
+    "all": supervised("train", 0.5),
 }
 _OF_THE_PAPER = 6  # of the variants are of the first paper: those that are run by default
 
@@ -129,18 +160,25 @@ def run_config(
 ) -> ConfigDict:
     """The config of one run; with `epochs` its whole schedule is stretched to them."""
     config = copy.deepcopy(base)
+    if epochs:
+        scale = epochs / config.optimizer.num_epochs
+        stretch(config.optimizer, scale)
+        config.optimizer.warmup_steps = round(scale * config.optimizer.warmup_steps)
+        mining = config.model.weak.mining
+        mining.start_steps = round(scale * mining.start_steps)
+        mining.ramp_steps = round(scale * mining.ramp_steps)
     VARIANTS[variant](config)
     config.name = f"{config.name}_{variant}"
     config.seed = seed
-    optimizer = config.optimizer
-    epochs = epochs or optimizer.num_epochs
-    scale = epochs / optimizer.num_epochs
-    optimizer.num_epochs = epochs
-    optimizer.decay_epochs = tuple(scale * e for e in optimizer.decay_epochs)
-    optimizer.warmup_epochs *= scale
-    optimizer.warmup_steps = round(scale * optimizer.warmup_steps)
     config.evaluation.every_epochs = 0
     return config
+
+
+def stretch(optimizer: ConfigDict, scale: float) -> None:
+    """Multiplies all epochs of a schedule."""
+    optimizer.num_epochs *= scale
+    optimizer.decay_epochs = tuple(scale * epoch for epoch in optimizer.decay_epochs)
+    optimizer.warmup_epochs *= scale
 
 
 def score(config: ConfigDict, folder: Path, metrics: Sequence[str]) -> list[float]:

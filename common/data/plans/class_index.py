@@ -4,7 +4,7 @@ Shape legend: n images of a split, K classes with at least one image, P pairs (c
 containing it).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -15,6 +15,7 @@ from common.data.plans.streams import SHARES, ClassImages
 from common.data.sources import Source
 from common.tables.ranges import rows_of
 
+_MAX_NAMED = 10  # classes that a line spells out
 _MAX_REPEAT = 2.0  # times the draws of an average image of its class that an image gets
 
 
@@ -81,6 +82,25 @@ def annotated_classes(
         classes = source.classes[dataset.label_classes[rows]]
         keep = (classes >= 0) & (np.asarray(dataset.label_confidences[rows]) != ABSENT)
     return place[keep], classes[keep]
+
+
+def labelled_classes(source: Source, class_names: Sequence[str]) -> str:
+    """A line about the classes that the photos of a source of image-level labels are known to show,
+    which names those of the run that are on none.
+
+    Args:
+      source: of image-level labels.
+      class_names: of the run's classes.
+    """
+    classes, images = images_by_class(source)
+    missing = np.setdiff1d(np.arange(source.num_classes), classes).tolist()
+    named = [class_names[number] for number in missing[:_MAX_NAMED]]
+    more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
+    return (
+        f"{source.dataset.directory}, {len(source.images)} photos, {len(classes)} classes are "
+        f"verified on {len(np.unique(images.members))} of them"
+        + (f", on none: {', '.join(named)}{more}" if missing else "")
+    )
 
 
 def of_orientation(

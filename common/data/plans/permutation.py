@@ -11,6 +11,7 @@ _ROUNDS = 48  # of the swap-or-not shuffle
 _MAX_SIZE = 1 << 32  # of a permutation
 # Streams of random numbers, so that no two uses share a key.
 IMAGES, _, CLASS_IMAGES, ROUNDS, SLOTS, PORTRAIT, SCALES, OTHER_IMAGES, SOURCE, REPEATS = range(10)
+KINDS, LABEL_STEPS = range(10, 12)
 
 
 def permute(

@@ -10,6 +10,7 @@ Shape legend: B slots of a global batch, K classes with at least one image, n im
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -22,9 +23,10 @@ from common.data.dataset import Dataset
 from common.data.dataset_format import CROWD, GROUP_OF
 from common.data.frequencies import class_frequencies, repeat_factors
 from common.data.plans.class_index import annotated_classes, images_by_class, of_orientation
-from common.data.plans.permutation import PORTRAIT, SCALES, SOURCE, permute, stream_key
+from common.data.plans.permutation import LABEL_STEPS, PORTRAIT, SCALES, SOURCE, permute, stream_key
 from common.data.plans.pools import class_pools, pooled_images
 from common.data.plans.repeat_factor import RepeatFactorPlan
+from common.data.plans.step_kinds import StepKinds
 from common.data.plans.streams import DENOMINATOR, ClassPlan, Drawn, Stream, UniformPlan, mix
 from common.data.settings import DataSettings
 from common.data.sources import Source, open_sources
@@ -57,6 +59,10 @@ class TrainPlan:
     steps_per_epoch: int
     pools: Int32[np.ndarray, " K"]
 
+    def labels_only(self, step: int) -> bool:
+        """Whether the images of a step are all of sources of image-level labels, by design."""
+        return False
+
     @property
     def box_sources(self) -> list[Source]:
         """The sources whose boxes are used."""
@@ -71,6 +77,11 @@ class TrainPlan:
             for source in self.box_sources
         )
         return sum(int(np.count_nonzero(count)) for count in counts)
+
+    @property
+    def label_sources(self) -> list[Source]:
+        """The sources of which only image-level labels are used."""
+        return [source for source in self.sources if not source.has_boxes]
 
     def batch(self, step: int) -> Drawn:
         place, own_step = self._orientation(step)
@@ -99,6 +110,30 @@ class TrainPlan:
         return (1, before) if after > before else (0, step - before)
 
 
+@dataclasses.dataclass(frozen=True)
+class MixedPlan(TrainPlan):
+    """The plan of the sources with boxes, with steps of sources of image-level labels in between.
+
+    Attributes:
+      labels: the plan of those.
+      kinds: which steps are theirs.
+    """
+
+    labels: TrainPlan
+    kinds: StepKinds
+
+    def batch(self, step: int) -> Drawn:
+        labelled, own_step = self.kinds.of_step(step)
+        return self.labels.batch(own_step) if labelled else super().batch(own_step)
+
+    def canvas(self, step: int) -> Canvas:
+        labelled, own_step = self.kinds.of_step(step)
+        return self.labels.canvas(own_step) if labelled else super().canvas(own_step)
+
+    def labels_only(self, step: int) -> bool:
+        return self.kinds.of_step(step)[0]
+
+
 class _Part(NamedTuple):
     """Images that are drawn in one way: a stream for each orientation, if there are such images.
 
@@ -123,7 +158,9 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
         the share `data.positive_share`, over the steps of both orientations, has boxes.
       'repeat_factor': an endless stream of epochs in which photos of rare classes come several
         times (`common.data.plans.repeat_factor`); how rare a class is, all sources say together.
-    Each source is sampled so on its own, and has its share of the slots.
+    Each source is sampled so on its own, and has its share of the slots. With
+    `data.label_steps.share` the sources of image-level labels are planned apart, and have that
+    share of the steps; an epoch then is one of the sources with boxes.
 
     Args:
       dataset: that of the run, whose classes are the run's.
@@ -137,6 +174,29 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
     """
     sources = open_sources(dataset, data)
     pools = class_pools(dataset.class_labels, data.pools)
+    if not data.label_steps.share:
+        return _plan(sources, sources, data, pools, seed)
+    boxes = _plan(sources, [s for s in sources if s.has_boxes], data, pools, seed)
+    labels = _plan(
+        sources,
+        [s for s in sources if not s.has_boxes],
+        data.of_label_steps,
+        pools,
+        int(stream_key(seed, LABEL_STEPS)[0]),
+    )
+    kinds = StepKinds(Fraction(data.label_steps.share).limit_denominator(100), seed)
+    epoch = math.ceil(boxes.steps_per_epoch / (1 - kinds.share))
+    return MixedPlan(**vars(boxes) | {"steps_per_epoch": epoch}, labels=labels, kinds=kinds)
+
+
+def _plan(
+    all_sources: tuple[Source, ...],
+    sources: Sequence[Source],
+    data: DataSettings,
+    pools: Int32[np.ndarray, " K"],
+    seed: int,
+) -> TrainPlan:
+    """The plan of some of the run's sources."""
     canvases = step_canvases(data)
     oriented = any(landscape != portrait for landscape, portrait in canvases)
     if data.sampler == "full_class_batch" and len(sources) > 1:
@@ -156,7 +216,7 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
     )
     images = sum(len(source.images) for source in sources)
     return TrainPlan(
-        sources,
+        all_sources,
         mixed.streams,
         mixed.portrait,
         canvases,
@@ -265,9 +325,10 @@ def _by_class(
 ) -> _Part:
     classes, images = images_by_class(source, ignored_flags(data))
     if not len(classes):
+        what = "boxes" if source.has_boxes else "labels of classes that are present"
         raise UserError(
-            f"{where} have no boxes, sampler {data.sampler!r} draws images by the classes of their "
-            "boxes: use sampler 'uniform'"
+            f"{where} have no {what}, sampler {data.sampler!r} draws images by the classes of "
+            "these: use sampler 'uniform'"
         )
     if data.pools:
         images = pooled_images(classes, images, pools)

@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Any
 
-from common.data.settings import DataSettings, ElaborateSettings
+from common.data.settings import DataSettings, ElaborateSettings, LabelStepSettings
 
 DATA = DataSettings(
     dir="",
     train_split="train",
     eval_split="validation",
     sources=(),
+    label_steps=LabelStepSettings(share=0.0, canvas=()),
     sampler="uniform",
     positive_share=0.25,
     repeat_threshold=0.001,

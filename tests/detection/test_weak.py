@@ -1,0 +1,291 @@
+"""The weakly supervised head against its twins, and what one step of each kind teaches.
+
+Shape legend: B images, P proposals, K classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.io.errors import UserError
+from common.training.step import init_state, make_train_step
+from detection import batch_fields
+from detection.assign import mining
+from detection.losses.weak import mil_scores, presence_loss, refinement_loss
+from detection.models.faster_rcnn import build
+from detection.models.weak_branch import image_truth
+from detection.settings import read_run
+from tests import tiny
+from tests.detection.test_faster_rcnn import make_batch, mesh_of
+from tests.oracles import weak as oracle
+
+B, P, K = 3, 12, 5
+
+
+def make_case(seed: int) -> dict[str, np.ndarray]:
+    """Random logits, boxes and truth; one image has no proposal at all."""
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, 20, (B, P, 2))
+    case = {
+        "class_logits": rng.normal(0, 2, (B, P, K)),
+        "proposal_logits": rng.normal(0, 2, (B, P, K)),
+        "refined": rng.normal(0, 2, (B, P, K + 1)),
+        "boxes": np.concatenate([corner, corner + rng.uniform(4, 16, (B, P, 2))], axis=-1),
+    }
+    case = {name: value.astype(np.float32) for name, value in case.items()}
+    case["valid"] = rng.random((B, P)) < 0.7
+    case["valid"][-1] = False
+    case["present"] = rng.random((B, K)) < 0.5
+    case["verified"] = case["present"] | (rng.random((B, K)) < 0.5)
+    return case
+
+
+def value_and_gradients(class_logits, proposal_logits, case, class_stream):
+    def loss(class_logits, proposal_logits):
+        _, log_presence = mil_scores(class_logits, proposal_logits, case["valid"], class_stream)
+        counted = case["valid"].any(axis=1)
+        return presence_loss(log_presence, case["present"], case["verified"], counted)
+
+    return jax.value_and_grad(loss, (0, 1))(class_logits, proposal_logits)
+
+
+@pytest.mark.parametrize("class_stream", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scores_loss_and_gradients_are_those_of_the_twin(seed, class_stream):
+    case = make_case(seed)
+    streams = case["class_logits"], case["proposal_logits"]
+    scores, log_presence = mil_scores(*streams, case["valid"], class_stream)
+    total, gradients = 0.0, []
+    for image in range(B):
+        valid, present = case["valid"][image], case["present"][image]
+        logits = [stream[image].astype(np.float64) for stream in streams]
+        expected, presence = oracle.mil_scores(*logits, valid, class_stream)
+        np.testing.assert_allclose(scores[image], expected, rtol=1e-4, atol=1e-7)
+        if not valid.any():
+            gradients.append([np.zeros((P, K))] * 2)
+            continue
+        np.testing.assert_allclose(np.exp(log_presence[image]), presence, rtol=1e-4)
+        verified = case["verified"][image]
+        total += oracle.presence_loss(presence, present, verified) / 2  # two images have proposals
+        slope = np.where(present, -1 / presence, 1 / (1 - presence)) * verified / 2
+        gradients.append(oracle.mil_gradients(*logits, valid, class_stream, slope))
+    value, found = value_and_gradients(*streams, case, class_stream)
+    np.testing.assert_allclose(value, total, rtol=1e-4)
+    for number in range(2):
+        expected = np.stack([pair[number] for pair in gradients])
+        np.testing.assert_allclose(found[number], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("class_stream", ["softmax", "sigmoid"])
+def test_padded_proposals_never_matter(class_stream):
+    case = make_case(2)
+    streams = case["class_logits"], case["proposal_logits"]
+    padded = ~case["valid"][..., None]
+    other = [np.where(padded, np.float32(50.0), stream) for stream in streams]
+    expected, gradients = value_and_gradients(*streams, case, class_stream)
+    value, moved = value_and_gradients(*other, case, class_stream)
+    assert value == expected
+    for gradient, again in zip(gradients, moved, strict=True):
+        np.testing.assert_array_equal(gradient, again)
+        assert (np.asarray(again)[~case["valid"]] == 0).all()
+    scores, _ = mil_scores(*streams, case["valid"], class_stream)
+    far = np.where(padded, np.float32(1e6), case["boxes"])
+    for rule in ("top1", "mist"):
+        seeds, again = (mine_all(rule, scores, boxes, case) for boxes in (case["boxes"], far))
+        jax.tree.map(np.testing.assert_array_equal, seeds, again)
+
+
+def mine_all(rule, scores, boxes, case, max_seeds=4, threshold=0.02):
+    options = dict(max_seeds=max_seeds, threshold=threshold)
+    if rule == "mist":
+        options |= dict(top_share=0.4, seed_iou=0.2)
+    find = mining.several_seeds if rule == "mist" else mining.top_seeds
+    return jax.vmap(lambda *image: find(*image, **options))(
+        scores, boxes, case["valid"], case["present"]
+    )
+
+
+@pytest.mark.parametrize("rule", ["top1", "mist"])
+@pytest.mark.parametrize("seed", range(3))
+def test_mined_boxes_are_those_of_the_twin(rule, seed):
+    case = make_case(seed)
+    scores, _ = mil_scores(case["class_logits"], case["proposal_logits"], case["valid"], "softmax")
+    scores = np.asarray(scores)
+    for max_seeds, threshold in ((4, 0.02), (2, 0.0), (9, 0.1)):
+        seeds = mine_all(rule, scores, case["boxes"], case, max_seeds, threshold)
+        for image in range(B):
+            arguments = (scores[image], case["boxes"][image], case["valid"][image])
+            arguments = (*arguments, case["present"][image], max_seeds, threshold)
+            if rule == "mist":
+                expected = oracle.several_seeds(*arguments, 0.4, 0.2)
+            else:
+                expected = oracle.top_seeds(*arguments)
+            found = [np.asarray(column)[image] for column in seeds]
+            rows = [
+                (score, class_, tuple(box))
+                for box, class_, score, valid in zip(*found, strict=True)
+                if valid
+            ]
+            assert rows == expected
+            labels, weights = mining.spread(
+                mining.Seeds(*(column[image] for column in seeds)), case["boxes"][image], 0.1
+            )
+            expected = oracle.spread(expected, case["boxes"][image], 0.1)
+            np.testing.assert_array_equal(labels, expected[0])
+            np.testing.assert_allclose(weights, expected[1])
+
+
+def test_refinement_loss_is_that_of_the_twin():
+    case, rng = make_case(4), np.random.default_rng(4)
+    labels, weights = rng.integers(0, K + 1, (B, P)), rng.random((B, P)).astype(np.float32)
+    found = refinement_loss(case["refined"], labels, weights, case["valid"])
+    expected = oracle.refinement_loss(case["refined"], labels, weights, case["valid"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_ancestors_of_present_classes_and_unverified_ones_count_as_unknown():
+    ancestors = np.zeros((3, 3), bool)
+    ancestors[1, 0] = True  # a man is a person
+    batch = {"labels": np.int8([[1, 1, 0], [1, -1, 0], [-1, -1, 1]])}
+    truth = image_truth(batch, jnp.asarray(ancestors), "absent")
+    assert truth.present.tolist() == [
+        [False, True, False],
+        [True, False, False],
+        [False] * 2 + [True],
+    ]
+    assert truth.verified.tolist() == [[False, True, False], [True, True, False], [True] * 3]
+    with_boxes = batch | {"gt_boxes": np.zeros((3, 1, 4))}
+    truth = image_truth(with_boxes, jnp.asarray(ancestors), "absent")
+    assert truth.verified.tolist() == [[False, True, True], [True] * 3, [True] * 3]
+
+
+# ------------------------------------------------------------------------------ in a model
+
+
+def weak_config(**changes):
+    """The tiny detector with a weak head; every present class is mined from the start."""
+    config = tiny.get_config()
+    config.data.image_labels = True
+    config.data.sources = (dict(split="train"), dict(split="train", annotations="labels"))
+    config.data.label_steps.share = 0.5
+    config.model.weak.update(kind="wsddn", width=16, num_proposals=20, refinements=2)
+    config.model.weak.mining.update(threshold=0.0, **changes)
+    return config
+
+
+def weak_batch(num_images: int = 4, boxes: bool = True) -> dict[str, np.ndarray]:
+    batch = make_batch(num_images)
+    batch["labels"] = np.full((num_images, 3), -1, np.int8)
+    for image in range(num_images):
+        batch["labels"][image, batch["gt_classes"][image, :2]] = 1
+    names = batch_fields.label_shapes(read_run(weak_config()).data, 1, 3)
+    return batch if boxes else {name: batch[name] for name in names}
+
+
+def make_step(config, devices: int, accumulate: int = 1, rate: float = 0.1):
+    import optax
+
+    model = build(read_run(config).model, 3, "data", ancestors=((), (), ()))
+    tx, shapes = optax.sgd(rate), batch_fields.init_shapes(read_run(config).data)
+    state = jax.jit(lambda: init_state(model, tx, 0, shapes))()
+    return state, jax.jit(make_train_step(model, tx, mesh_of(devices), accumulate))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return make_step(weak_config(), 1)
+
+
+def test_a_step_of_labels_teaches_no_proposals_and_mines_what_is_there(one_device):
+    state, step = one_device
+    after, metrics = step(state, weak_batch(boxes=False))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, state.params)
+    assert max(jax.tree.leaves(moved["rpn_head"])) == 0
+    for name in ("weak_head", "box_head", "backbone", "neck"):
+        assert max(jax.tree.leaves(moved[name])) > 0, name
+    assert metrics["mined_per_image"] == 2  # the two classes of each image, none that is absent
+    assert {"loss/weak", "loss/weak_refinement", "loss/mined_box_class"} <= metrics.keys()
+    assert int(after.loss_state["weak_steps"]) == 1
+    after, metrics = step(after, weak_batch())
+    assert int(after.loss_state["weak_steps"]) == 2
+    assert {"loss/weak", "loss/rpn_class", "mined_right"} <= metrics.keys()
+    nothing = weak_batch(boxes=False)
+    nothing["image_valid"][:] = False
+    _, metrics = step(state, nothing)
+    assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
+
+
+def test_mined_boxes_wait_for_their_ramp():
+    state, step = make_step(weak_config(start_steps=1, ramp_steps=2), 1, rate=0.0)
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, weak_batch(boxes=False))
+        losses.append(float(metrics["loss/mined_box_class"]))
+    assert losses[0] == 0 and losses[1] > 0
+    # Regions are sampled anew in each step.
+    assert losses[1] < 0.75 * losses[2] and abs(losses[3] / losses[2] - 1) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("boxes", [True, False])
+def test_devices_and_parts_do_not_change_a_step(one_device, boxes):
+    if jax.device_count() < 2:
+        pytest.skip(f"needs 2 devices, this process has {jax.device_count()}")
+    batch = weak_batch(boxes=boxes)
+    batch["image_valid"][1] = False  # uneven counts on the devices
+    results = []
+    for state, step in (one_device, make_step(weak_config(), 2), make_step(weak_config(), 1, 2)):
+        results.append(step(state, batch))
+    (state, metrics), *others = results
+    for other_state, other in others:
+        assert metrics.keys() == other.keys()
+        for name, value in metrics.items():
+            np.testing.assert_allclose(other[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+        for a, b in zip(*map(jax.tree.leaves, (state.params, other_state.params)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_learns_where_things_are_from_labels_alone():
+    """Boxes train the proposals alone; the weak head then finds each class by itself."""
+    config = weak_config(start_steps=10**6)
+    config.model.weak.update(refinements=0)
+    config.model.loss_weights.update(box_class=0.0, box_regression=0.0)
+    import optax
+
+    model = build(read_run(config).model, 3, "data", ancestors=((), (), ()))
+    tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(2e-3))
+    shapes = batch_fields.init_shapes(read_run(config).data)
+    state = jax.jit(lambda: init_state(model, tx, 0, shapes))()
+    step, right = jax.jit(make_train_step(model, tx, mesh_of(1))), []
+    for _ in range(150):
+        state, metrics = step(state, weak_batch(8))
+        right.append(float(metrics["mined_right"]))
+    assert np.mean(right[:5]) < 0.4 < 0.7 < np.mean(right[-10:]), right
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(image_labels=False), "data.image_labels: found False, expected True"),
+        (dict(label_steps=dict(share=1.5, canvas=())), "label_steps.share: found 1.5"),
+        (dict(label_steps=dict(share=0.5, canvas=(64,))), "label_steps.canvas: found"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change, message):
+    config = weak_config()
+    config.data.update(change)
+    with pytest.raises(UserError, match=message):
+        read_run(config)
+
+
+def test_label_steps_need_the_head_and_refiners_have_none():
+    config = weak_config()
+    config.model.weak.kind = "none"
+    with pytest.raises(UserError, match="label_steps.share: found 0.5, expected 0"):
+        read_run(config)
+    config = tiny.get_config("refine")
+    config.model.weak.kind = "wsddn"
+    with pytest.raises(UserError, match="weak.kind: found 'wsddn', expected 'none'"):
+        read_run(config)
