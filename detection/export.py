@@ -15,6 +15,9 @@ a split, and writes the same rows with better boxes:
 A detector with a mask head takes such a table, too, and writes the same rows with masks, whatever
 found their boxes (`detection.outline`), also of several views.
 
+With `--mined` a model with a weak head writes the boxes that it mines for the classes that are
+known to be on each photo (docs/weak.md).
+
 `--config.test_time.scales=600,800,1000` looks at each photo at several scales, and mirrored
 (`detection.tta.test_time`); with `--config.test_time.merge=tables` the
 output is a folder of one table a view.
@@ -28,11 +31,13 @@ from common.io import run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.metrics.readiness import evaluation_split
+from common.tables.hierarchy import ancestor_lists
 from common.training import command
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
 from detection.batch_fields import init_shapes
+from detection.inference import predict_split
 from detection.models.box_refiner import BoxRefiner
 from detection.models.faster_rcnn import build
 from detection.outline import outline_table
@@ -46,6 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "proposals", None, "Detections table whose boxes are to be refined or outlined."
     )
+    flags.DEFINE_bool("mined", False, "Boxes that a weak head mines for the labels of the photos.")
     flags.DEFINE_string("output", None, "Parquet file to write (a folder with many hosts).")
     flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
     flags.DEFINE_bool(
@@ -57,7 +63,7 @@ def main() -> None:
     mesh, say = command.start()
     workdir, table, split = flags.FLAGS.workdir, flags.FLAGS.proposals, flags.FLAGS.split
     settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
-    check_flags(settings, table, split)
+    check_flags(settings, table, split, flags.FLAGS.mined)
     dataset = command.open_model_dataset(
         settings.data.directory,
         workdir,
@@ -66,7 +72,10 @@ def main() -> None:
     )
     if not table:
         split = evaluation_split(dataset, split or settings.data.eval_split, say)
-    model = build(settings.model, dataset.num_classes, DATA_AXIS)
+    ancestors = None
+    if flags.FLAGS.mined:
+        ancestors = ancestor_lists(dataset.hierarchy, dataset.class_labels)
+    model = build(settings.model, dataset.num_classes, DATA_AXIS, ancestors=ancestors)
     shapes = variable_shapes(model, init_shapes(settings.data))
     variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
     output = flags.FLAGS.output
@@ -79,16 +88,29 @@ def main() -> None:
         outline_table(settings, model, variables, dataset, table, mesh, output, **options)
         say(f"wrote {output}: the rows of {table} with masks, step {step}", flush=True)
         return
+    if flags.FLAGS.mined:
+        predict_split(
+            settings, model, variables, dataset, split, mesh, output, mined=True, **options
+        )
+        say(f"wrote {output}: mined boxes of {len(dataset.split(split))} images", flush=True)
+        return
     detect_split(settings, model, variables, dataset, split, mesh, output, **options)
     say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
 
 
-def check_flags(settings: RunSettings, table: str | None, split: str | None) -> None:
-    """Refiners need a table, detectors with a mask head may have one.
+def check_flags(
+    settings: RunSettings, table: str | None, split: str | None, mined: bool = False
+) -> None:
+    """Refiners need a table, detectors with a mask head may have one; others may mine.
 
     Raises:
       UserError: otherwise, or a split beside the table.
     """
+    if mined and (table or not settings.model.weak.is_on):
+        raise UserError(
+            f"--mined: {settings.name} mines no boxes, expected a config with model.weak.kind "
+            "'wsddn', and no --proposals"
+        )
     if settings.model.refines and not table:
         raise UserError(f"--proposals: missing, {settings.name} refines the boxes of a table")
     if table and not (settings.model.refines or settings.model.has_masks):

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float32, Int, Shaped
 
 from common.data.dataset import Dataset
 from common.data.input import eval_batches
+from common.data.labels import VerifiedLabels
+from common.data.sources import single_source
 from common.geometry import boxes as box_ops
 from common.io.parallel import map_ordered
 from common.io.paths import PathLike
@@ -50,6 +52,7 @@ def predict_split(
     output: PathLike,
     *,
     step: int,
+    mined: bool = False,
     say: Callable = print,
 ) -> None:
     """Detects in every image of a split and writes one table (a folder of shards with many hosts).
@@ -63,8 +66,12 @@ def predict_split(
       mesh: all devices.
       output: Parquet file, or folder when there are several processes.
       step: of the checkpoint, for the table's metadata.
+      mined: instead the boxes that a weak head mines for the classes that are known to be there.
       say: where progress lines go.
     """
+    verified, has_masks = None, settings.model.has_masks and not mined
+    if mined:
+        verified = VerifiedLabels(dataset), single_source(dataset, dataset.split(split))
     batch_size = -(-settings.evaluation.batch_size // mesh.size) * mesh.size
     predict = announced(compiled_predict_step(model, mesh), "detector", say)
     labels = np.array(dataset.class_labels)
@@ -74,8 +81,17 @@ def predict_split(
         metadata,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        masks=settings.model.has_masks,
+        masks=has_masks,
     )
+
+    def read(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fields = {name: batch[name] for name in INFERENCE_FIELDS}
+        if verified is not None:
+            labels, source = verified
+            nothing = np.zeros(dataset.num_classes, np.int8)
+            rows = [labels.of_image(source, i) if i >= 0 else nothing for i in batch["image_index"]]
+            fields["labels"] = np.stack(rows)
+        return fields
 
     def finish(started: tuple[dict[str, np.ndarray], dict[str, jax.Array]]) -> list[PhotoRows]:
         batch, results = started
@@ -96,18 +112,18 @@ def predict_split(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        what = f"detect {split}"
+        what = f"{'mine' if mined else 'detect'} {split}"
         progress = Progress(batches.num_batches, batch_size, mesh.size, what=what, say=say)
         started = (
-            (batch, predict(variables, distributed.to_global(batch, mesh, INFERENCE_FIELDS)))
+            (batch, predict(variables, distributed.to_global(read(batch), mesh)))
             for batch in progress.timed(batches)
         )
-        finished = finish_behind(finish, started, masks=settings.model.has_masks)
+        finished = finish_behind(finish, started, masks=has_masks)
         for number, photos in enumerate(stoppable(finished), start=1):
             add_rows(writer, photos, dataset, labels)
             progress.report(number)
         if batches.skipped_images:
-            say(f"detect {split}: {batches.skipped_images} unreadable photos have no detections")
+            say(f"{what}: {batches.skipped_images} unreadable photos have no detections")
     distributed.barrier("predict_split")
 
 

@@ -61,14 +61,25 @@ def write_dataset(
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """ResNet-10 on 64x64 canvases; `arg` is the number of epochs (default 3), or "refine"."""
-    refine = arg == "refine"
+    """ResNet-10 on 64x64 canvases; `arg` is the number of epochs (default 3), "refine" or "weak".
+
+    "weak": every second step is of image-level labels, and each class that is there is mined.
+    """
+    refine, weak = arg == "refine", arg == "weak"
     config = shrink(r50_refine.get_config() if refine else base.get_config())
     config.name = "tiny_refine" if refine else "tiny"
     config.data.sampler = "uniform"
     config.optimizer.update(num_epochs=3.0, warmup_epochs=0.5, clip_norm=10.0)
     if refine:
         config.data.max_proposals = 8
+    elif weak:
+        config.name = "tiny_weak"
+        config.data.image_labels = True
+        config.data.sources = (dict(split="train"), dict(split="train", annotations="labels"))
+        config.data.label_steps.share = 0.5
+        config.model.weak.update(kind="wsddn", width=16, num_proposals=20, refinements=2)
+        config.model.weak.mining.threshold = 0.0
+        config.optimizer.num_epochs = 1.5
     else:
         config.optimizer.num_epochs = float(arg or 3)
     return config

@@ -65,6 +65,14 @@ def ancestor_lists(hierarchy: Mapping[str, Any], class_labels: Sequence[str]) ->
     return tuple(tuple(np.flatnonzero(row).tolist()) for row in matrix)
 
 
+def ancestor_matrix(lists: Ancestors) -> Bool[np.ndarray, "K K"]:
+    """Row c marks the ancestors of class c, as `ancestor_lists` gave them."""
+    matrix = np.zeros((len(lists), len(lists)), bool)
+    for row, above in zip(matrix, lists, strict=True):
+        row[list(above)] = True
+    return matrix
+
+
 def transitive_closure(parents: Bool[np.ndarray, "K K"]) -> Bool[np.ndarray, "K K"]:
     """`ancestors` with the ancestors of ancestors, which differs where a class has several nodes.
 

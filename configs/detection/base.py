@@ -149,6 +149,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 # softmax | softmax_eql | sigmoid | eql | federated | eqlv2 | seesaw
                 kind="softmax",
                 prior=0.001,  # of sigmoids: probability that each starts with
+                # Of sigmoid, eql and federated: an object is one of the ancestors of its class too,
+                # and says nothing of the descendants. Needs class_agnostic boxes.
+                hierarchy=False,
                 eql=dict(  # of eql and softmax_eql
                     threshold=0.00177,  # share of the annotated photos below which a class is rare
                     gamma=0.95,  # of softmax_eql: chance that a rare class is left out of a softmax

@@ -12,6 +12,7 @@
 """
 
 from common.data.frequencies import ClassFrequencies
+from common.tables.hierarchy import Ancestors
 from detection.classifiers.eqlv2 import EQLv2
 from detection.classifiers.interface import ClassTargets, RoIClassifier
 from detection.classifiers.seesaw import Seesaw
@@ -23,7 +24,10 @@ __all__ = ["ClassTargets", "RoIClassifier", "make_classifier"]
 
 
 def make_classifier(
-    settings: RoIClassifierSettings, num_classes: int, frequencies: ClassFrequencies | None = None
+    settings: RoIClassifierSettings,
+    num_classes: int,
+    frequencies: ClassFrequencies | None = None,
+    ancestors: Ancestors | None = None,
 ) -> RoIClassifier:
     """The classifier of a run.
 
@@ -32,8 +36,11 @@ def make_classifier(
       num_classes: K.
       frequencies: of the classes in the training photos, which some losses ask for; None where
         nothing is trained: then no class counts as rare, and all as equally frequent.
+      ancestors: of each class, which losses ask for with `settings.hierarchy`; None where nothing
+        is trained.
     """
     prior = settings.prior
+    above = (ancestors or ()) if settings.hierarchy else ()
     match settings.kind:
         case "softmax":
             return Softmax(num_classes)
@@ -41,13 +48,15 @@ def make_classifier(
             rare = _rare(settings, num_classes, frequencies)
             return SoftmaxEQL(num_classes, rare, settings.eql.gamma)
         case "sigmoid":
-            return Sigmoid(num_classes, prior)
+            return Sigmoid(num_classes, prior, ancestors=above)
         case "eql":
-            return EQL(num_classes, prior, _rare(settings, num_classes, frequencies))
+            rare = _rare(settings, num_classes, frequencies)
+            return EQL(num_classes, prior, rare, ancestors=above)
         case "federated":
             images = (1,) * num_classes if frequencies is None else frequencies.images
             weights = tuple(float(count) ** settings.federated.power for count in images)
-            return Federated(num_classes, prior, weights, settings.federated.num_classes)
+            drawn = settings.federated.num_classes
+            return Federated(num_classes, prior, weights, drawn, ancestors=above)
         case "eqlv2":
             return EQLv2(num_classes, prior, **vars(settings.eqlv2))
         case "seesaw":

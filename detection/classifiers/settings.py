@@ -9,6 +9,7 @@ from typing import Literal
 from common.io.settings import check
 from detection.classifiers.kinds import KINDS
 
+HIERARCHICAL = ("sigmoid", "eql", "federated")  # losses that can know of ancestors
 BY_FREQUENCY = ("softmax_eql", "eql", "federated")  # losses that ask how frequent classes are
 
 
@@ -59,6 +60,7 @@ class SeesawSettings:
 class RoIClassifierSettings:
     kind: Literal["softmax", "softmax_eql", "sigmoid", "eql", "federated", "eqlv2", "seesaw"]
     prior: float
+    hierarchy: bool
     eql: EQLSettings
     federated: FederatedSettings
     eqlv2: EQLv2Settings
@@ -66,6 +68,13 @@ class RoIClassifierSettings:
 
     def __post_init__(self):
         check(0 < self.prior < 1, "prior", self.prior, "a number between 0 and 1")
+        check(
+            not self.hierarchy or self.kind in HIERARCHICAL,
+            "hierarchy",
+            self.hierarchy,
+            f"False: kind {self.kind!r} gives a region one class (one of "
+            f"{', '.join(HIERARCHICAL)} can give it the ancestors too)",
+        )
 
     @property
     def has_background(self) -> bool:

@@ -15,8 +15,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from common.tables.hierarchy import Ancestors, ancestor_matrix
 from detection.classifiers.interface import ClassTargets, LossState, RoIClassifier, is_label
 from detection.losses.classification import sigmoid_cross_entropy
 from detection.losses.shares import global_sum
@@ -31,11 +33,16 @@ def logit(probability: float) -> float:
 class Sigmoid(RoIClassifier):
     """A background RoI is a negative of every class, a positive one of all others.
 
+    With `ancestors` a positive RoI is one of the ancestors of its class too, and says nothing of
+    the descendants (UniDet, Zhou et al. 2022): a box of a person may be a man.
+
     Attributes:
       prior: probability that every class starts with.
+      ancestors: of each class; (): classes have nothing to do with one another.
     """
 
     prior: float
+    ancestors: Ancestors = dataclasses.field(default=(), kw_only=True)
     num_leading: ClassVar[int] = 0
     has_background: ClassVar[bool] = False
 
@@ -54,8 +61,25 @@ class Sigmoid(RoIClassifier):
         state: LossState,
         axis_name: str | None,
     ) -> tuple[Float[Array, "B R"], LossState]:
-        terms = sigmoid_cross_entropy(logits, is_label(targets.labels, self.num_classes))
-        return jnp.where(self.counts(targets, axis_name), terms, 0.0).sum(axis=-1), state
+        labels = targets.labels
+        terms = sigmoid_cross_entropy(logits, self.is_positive(labels))
+        counts = self.counts(targets, axis_name)
+        if self.ancestors:
+            counts &= ~self._relatives(ancestor_matrix(self.ancestors).T)[labels]
+            if targets.known is not None:  # an ancestor of a known class need not be known
+                counts &= targets.known[:, None]
+        return jnp.where(counts, terms, 0.0).sum(axis=-1), state
+
+    def is_positive(self, labels: Int[Array, "B R"]) -> Bool[Array, "B R K"]:
+        """Whether a class is the label or one of its ancestors."""
+        own = is_label(labels, self.num_classes)
+        if not self.ancestors:
+            return own
+        return own | self._relatives(ancestor_matrix(self.ancestors))[labels]
+
+    def _relatives(self, matrix: Bool[np.ndarray, "K K"]) -> Bool[Array, "K+1 K"]:
+        """Rows by label; background, the first one, has none."""
+        return jnp.asarray(np.pad(matrix, ((1, 0), (0, 0))))
 
     def counts(self, targets: ClassTargets, axis_name: str | None) -> Bool[Array, "B R K"]:
         """Which classes' terms enter the loss of a RoI; broadcasts."""
@@ -77,8 +101,7 @@ class EQL(Sigmoid):
 
     def counts(self, targets: ClassTargets, axis_name: str | None) -> Bool[Array, "B R K"]:
         background = (targets.labels == 0)[..., None]
-        is_own = is_label(targets.labels, self.num_classes)
-        return background | ~jnp.array(self.rare) | is_own
+        return background | ~jnp.array(self.rare) | self.is_positive(targets.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +128,7 @@ class Federated(Sigmoid):
 
     def chosen(self, targets: ClassTargets, axis_name: str | None) -> Bool[Array, " K"]:
         """The classes of this step, the same on all devices."""
-        of_roi = is_label(targets.labels, self.num_classes) & targets.counted[..., None]
+        of_roi = self.is_positive(targets.labels) & targets.counted[..., None]
         annotated = global_sum(of_roi.any(axis=(0, 1)).astype(jnp.int32), axis_name) > 0
         # Ordering by log(weight) + Gumbel noise is drawing one after the other.
         noise = jax.random.gumbel(targets.shared_key, (self.num_classes,))

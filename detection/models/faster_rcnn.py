@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from common.data.frequencies import ClassFrequencies
 from common.geometry.nms import multiclass_nms
 from common.masks.probability import quantise
-from common.tables.hierarchy import Ancestors
+from common.tables.hierarchy import Ancestors, ancestor_matrix
 from detection.assign import anchors as anchor_ops
 from detection.losses.rpn import recall, rpn_losses
 from detection.losses.weights import Term, weighted
@@ -173,7 +173,8 @@ class FasterRCNN(TwoStage):
         if self.is_initializing():  # parameters are made of batches without labels
             labels = jnp.zeros((len(batch["image_valid"]), self.num_classes), jnp.int8)
             batch = {**batch, "labels": labels}
-        return output, proposals, image_truth(batch, self.ancestor_matrix(), weak.unverified)
+        ancestors = jnp.asarray(ancestor_matrix(self.ancestors or ((),) * self.num_classes))
+        return output, proposals, image_truth(batch, ancestors, weak.unverified)
 
     def _count_step(self) -> Int[Array, ""]:
         """The number of earlier steps of the run, of both kinds; counts this one."""

@@ -171,6 +171,12 @@ class BoxHeadSettings:
             classifier,
             "'softmax', which is not used: kind 'regressor' has no classes",
         )
+        check(
+            self.class_agnostic or not self.classifier.hierarchy,
+            "class_agnostic",
+            self.class_agnostic,
+            "True: with classifier.hierarchy the boxes of ancestors would never be trained",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +335,13 @@ class ModelSettings:
             "'none': box_head.kind 'regressor' has no classes",
         )
         check(
+            not (self.box_head.classifier.hierarchy and self.mask_head.kind == "class_specific"),
+            "mask_head.kind",
+            self.mask_head.kind,
+            "'class_agnostic': with box_head.classifier.hierarchy the masks of ancestors would "
+            "never be trained",
+        )
+        check(
             not self.drop_background_rois or self.box_head.classifier.has_background,
             "drop_background_rois",
             self.drop_background_rois,
@@ -344,7 +357,7 @@ class ModelSettings:
     @property
     def needs_ancestors(self) -> bool:
         """Whether training asks for the ancestors of the classes."""
-        return self.weak.is_on
+        return self.weak.is_on or self.box_head.classifier.hierarchy
 
     @property
     def has_masks(self) -> bool:

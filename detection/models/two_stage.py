@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from common.data.frequencies import ClassFrequencies
 from common.geometry.adaptive_roi_align import adaptive_roi_align
@@ -79,7 +78,9 @@ class TwoStage(nn.Module):
 
     def setup(self):
         s = self.settings
-        self.classifier = make_classifier(s.box_head.classifier, self.num_classes, self.frequencies)
+        self.classifier = make_classifier(
+            s.box_head.classifier, self.num_classes, self.frequencies, self.ancestors
+        )
         # Only training keeps what losses remember; inference and plain calls go without.
         keeps_state = self.is_mutable_collection("loss_state") and self.classifier.start_state()
         self.loss_states = {
@@ -220,13 +221,6 @@ class TwoStage(nn.Module):
         """
         slots = image_numbers(num_images, self.axis_name)
         return jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("sampling"), slots)
-
-    def ancestor_matrix(self) -> Bool[Array, "K K"]:
-        """Row c marks the ancestors of class c."""
-        matrix = np.zeros((self.num_classes, self.num_classes), bool)
-        for row, above in zip(matrix, self.ancestors or (), strict=False):
-            row[list(above)] = True
-        return jnp.asarray(matrix)
 
     def class_losses(self) -> ClassLosses:
         """How the heads learn to classify in this step; takes a key of the stream 'sampling'."""

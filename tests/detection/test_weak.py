@@ -6,6 +6,7 @@ Shape legend: B images, P proposals, K classes.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from common.io.errors import UserError
@@ -164,13 +165,9 @@ def test_ancestors_of_present_classes_and_unverified_ones_count_as_unknown():
 
 
 def weak_config(**changes):
-    """The tiny detector with a weak head; every present class is mined from the start."""
-    config = tiny.get_config()
-    config.data.image_labels = True
-    config.data.sources = (dict(split="train"), dict(split="train", annotations="labels"))
-    config.data.label_steps.share = 0.5
-    config.model.weak.update(kind="wsddn", width=16, num_proposals=20, refinements=2)
-    config.model.weak.mining.update(threshold=0.0, **changes)
+    """The tiny detector with a weak head; `changes` to how boxes are mined."""
+    config = tiny.get_config("weak")
+    config.model.weak.mining.update(**changes)
     return config
 
 
@@ -184,8 +181,6 @@ def weak_batch(num_images: int = 4, boxes: bool = True) -> dict[str, np.ndarray]
 
 
 def make_step(config, devices: int, accumulate: int = 1, rate: float = 0.1):
-    import optax
-
     model = build(read_run(config).model, 3, "data", ancestors=((), (), ()))
     tx, shapes = optax.sgd(rate), batch_fields.init_shapes(read_run(config).data)
     state = jax.jit(lambda: init_state(model, tx, 0, shapes))()
@@ -252,8 +247,6 @@ def test_it_learns_where_things_are_from_labels_alone():
     config = weak_config(start_steps=10**6)
     config.model.weak.update(refinements=0)
     config.model.loss_weights.update(box_class=0.0, box_regression=0.0)
-    import optax
-
     model = build(read_run(config).model, 3, "data", ancestors=((), (), ()))
     tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(2e-3))
     shapes = batch_fields.init_shapes(read_run(config).data)

@@ -44,6 +44,20 @@ def sigmoids(logits, labels, weight):
     return total, gradient
 
 
+def hierarchical(logits, labels, ancestors):
+    """Sigmoids that know the `ancestors` of each class."""
+    total, gradient = 0.0, np.zeros(logits.shape)
+    for roi, label in enumerate(labels):
+        own = label - 1
+        line = {own, *ancestors[own]} if label > 0 else set()
+        for class_ in range(logits.shape[1]):
+            if label > 0 and own in ancestors[class_]:
+                continue
+            value, slope = binary(float(logits[roi, class_]), class_ in line)
+            total, gradient[roi, class_] = total + value, slope
+    return total, gradient
+
+
 def eql(logits, labels, rare):
     def weight(roi, class_, is_own):
         foreground = labels[roi] > 0
