@@ -4,8 +4,10 @@
         --workdir=WORK
 
 DIR holds train/CLASS/*.jpg and validation/CLASS/*.jpg; --config.data.tfds=imagenet2012 reads TFDS
-instead. The same command goes on from the last checkpoint in --workdir. At the end it reports top-1
-accuracy and writes WORK/backbone.safetensors, which detectors take as --config.model.pretrained.
+instead, --config.data.dataset=DIR photos with verified image-level labels. The same command goes on
+from the last checkpoint in --workdir. At the end it reports top-1 accuracy, or the average
+precision of each class over its verified photos, and writes WORK/backbone.safetensors, which
+detectors take as --config.model.pretrained.
 """
 
 import functools
@@ -27,6 +29,7 @@ from common.io import activity, run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.progress import Progress
+from common.metrics.ranking import class_average_precisions
 from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import command, distributed, hardware, preemption
 from common.training.compiling import announced
@@ -61,10 +64,12 @@ MAY_DIFFER = (
     "data.eval_split",
 )
 WEIGHTS = "backbone.safetensors"
+TOP1, MEAN_AP = "top1", "mAP"  # names of figures
+_MAX_NAMED = 10  # classes that a line spells out
 
 
 def pretrain(settings: PretrainSettings, directory: str) -> float:
-    """Runs (or finishes) a training; returns the top-1 accuracy."""
+    """Runs (or finishes) a training; returns the top-1 accuracy, or the mean average precision."""
 
     mesh, say = command.start(
         data=settings.data.batch_size, evaluation=settings.evaluation.batch_size
@@ -89,18 +94,23 @@ def pretrain_in(
         flush=True,
     )
 
+    if train_images.verified:
+        say(f"labels: {without_photos(train_images)}", flush=True)
+
     # ---------------------------------------------------------------- model and optimiser
-    model = build_model(settings.model, len(train_images.class_names))
+    num_classes = len(train_images.class_names)
+    first_batch = init_batch(settings.data, num_classes if train_images.verified else 0)
+    model = build_model(settings.model, num_classes)
     schedule = make_schedule(
         settings.optimizer, batch_size=batch_size, steps_per_epoch=steps_per_epoch
     )
-    shapes = variable_shapes(model, init_batch(settings.data))
+    shapes = variable_shapes(model, first_batch)
     tx = make_optimizer(settings.optimizer, shapes["params"])
     log_parameter_overview(shapes["params"], say)
 
     # ---------------------------------------------------------------- state
     checkpoints = open_checkpoints(workdir, settings.checkpoint, steps_per_epoch)
-    init = functools.partial(init_state, model, tx, settings.seed, init_batch(settings.data))
+    init = functools.partial(init_state, model, tx, settings.seed, first_batch)
     state, start_step = first_state(checkpoints, init, mesh, say)
 
     # ---------------------------------------------------------------- loop
@@ -116,7 +126,7 @@ def pretrain_in(
     step_flops = hardware.step_flops(train_step, mesh)
     train_step = announced(train_step, "training step", say)
     predict = announced(jax.jit(make_predict_step(model, mesh)), "evaluation step", say)
-    fields = init_batch(settings.data).keys()
+    fields = first_batch.keys()
     batches = train_batches(
         train_images,
         settings.data,
@@ -158,9 +168,15 @@ def pretrain_in(
     ):
 
         def measure(step: int, variables: dict) -> dict[str, float]:
+            where = f"on {len(eval_images)} images after step {step}"
+            if eval_images.verified:
+                precisions = class_precisions(variables, eval_images, settings, predict, mesh)
+                mean = float(np.mean(list(precisions.values()))) if precisions else math.nan
+                say(f"mAP {mean:.4f} of {len(precisions)} classes {where}", flush=True)
+                return {MEAN_AP: mean} | {f"AP/{name}": ap for name, ap in precisions.items()}
             top1 = top1_accuracy(variables, eval_images, settings, predict, mesh)
-            say(f"top-1 {top1:.4f} on {len(eval_images)} images after step {step}", flush=True)
-            return {"top1": top1}
+            say(f"top-1 {top1:.4f} {where}", flush=True)
+            return {TOP1: top1}
 
         def evaluate(step: int, variables: dict) -> dict[str, float]:
             run = functools.partial(measure, step, variables)
@@ -198,12 +214,13 @@ def pretrain_in(
 
         with progress.pause(activity.CHECKPOINT):
             checkpoints.close()
-        top1 = evaluate(num_steps, state.variables).get("top1", math.nan)
+        figure = MEAN_AP if eval_images.verified else TOP1
+        result = evaluate(num_steps, state.variables).get(figure, math.nan)
     if distributed.is_main_process():
         path = workdir / WEIGHTS
         write_backbone(path, state, settings)
         say(f"wrote {path} (config.model.pretrained of a detector)", flush=True)
-    return top1
+    return result
 
 
 def open_splits(data: LabelledDataSettings) -> tuple[LabelledImages, LabelledImages]:
@@ -212,9 +229,7 @@ def open_splits(data: LabelledDataSettings) -> tuple[LabelledImages, LabelledIma
     Raises:
       UserError: they cannot be opened, or their classes differ.
     """
-    train, evaluation = (
-        open_images(data.dir, data.tfds, split) for split in (data.train_split, data.eval_split)
-    )
+    train, evaluation = (open_images(data, split) for split in (data.train_split, data.eval_split))
     if list(train.class_names) != list(evaluation.class_names):
         odd = sorted(set(train.class_names) ^ set(evaluation.class_names))
         raise UserError(
@@ -222,6 +237,16 @@ def open_splits(data: LabelledDataSettings) -> tuple[LabelledImages, LabelledIma
             f"{data.eval_split}: {', '.join(odd[:5])}; expected the same in both"
         )
     return train, evaluation
+
+
+def without_photos(images: LabelledImages) -> str:
+    """A line about the classes that no photo shows."""
+    shown = np.unique(images.shown()[1])
+    missing = [name for i, name in enumerate(images.class_names) if i not in set(shown.tolist())]
+    more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+    return f"{len(shown)} classes have training photos" + (
+        f", none have {', '.join(missing[:_MAX_NAMED])}{more}" if missing else ""
+    )
 
 
 def build_model(model: ClassifierSettings, num_classes: int) -> Classifier:
@@ -239,12 +264,17 @@ def build_model(model: ClassifierSettings, num_classes: int) -> Classifier:
     )
 
 
-def init_batch(data: LabelledDataSettings) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch that parameters can be made with."""
+def init_batch(
+    data: LabelledDataSettings, num_verified: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch that parameters can be made with; `num_verified`: classes of verified labels."""
     size = max(data.image_size, 64)  # below, NASNet's last cells would have no pixel
+    labels = {"label": jax.ShapeDtypeStruct((1,), jnp.int32)}
+    if num_verified:
+        labels = {"labels": jax.ShapeDtypeStruct((1, num_verified), jnp.int8)}
     return {
         "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+        **labels,
         "image_valid": jax.ShapeDtypeStruct((1,), jnp.bool_),
     }
 
@@ -269,6 +299,36 @@ def top1_accuracy(
         del batch["image_index"]
         correct += jnp.sum(predict(variables, distributed.to_global(batch, mesh))["correct"])
     return int(correct) / len(images)
+
+
+def class_precisions(
+    variables: dict,
+    images: LabelledImages,
+    settings: PretrainSettings,
+    predict: Callable,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Average precision of each class that some photo shows, by name; collective."""
+    batches = eval_batches(
+        images,
+        settings.data,
+        batch_size=settings.evaluation.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    everywhere = jax.jit(lambda tree: tree, out_shardings=distributed.replicated(mesh))
+    scores, labels = [], []
+    for batch in stoppable(batches):
+        del batch["image_index"]
+        on_devices = distributed.to_global(batch, mesh)
+        found = predict(variables, on_devices)["scores"]
+        whole = everywhere((found, on_devices["labels"], on_devices["image_valid"]))
+        found, known, valid = distributed.to_host(whole)
+        scores.append(found[valid])
+        labels.append(known[valid])
+    values = class_average_precisions(np.concatenate(scores), np.concatenate(labels))
+    names = zip(images.class_names, values.tolist(), strict=True)
+    return {name: value for name, value in names if not math.isnan(value)}
 
 
 def write_backbone(path: epath.Path, state: TrainState, settings: PretrainSettings) -> None:

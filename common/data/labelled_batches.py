@@ -4,7 +4,8 @@ Every image of a step is a pure function of (seed, step, slot), as in `common.da
 
 A batch is a dictionary (b: images of this host, S: image_size):
   image        uint8 (b, S, S, 3)  RGB
-  label        int32 (b,)
+  label        int32 (b,)          of images with one class each; else
+  labels       int8  (b, K)        1 present, -1 verified absent, 0 unknown
   image_index  int32 (b,)          -1 in the padding of the last batch
   image_valid  bool  (b,)          False: padding
 """
@@ -14,12 +15,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from common.data import images, placement
 from common.data.batches import Batches, Example, Fields, generator, local_batch
 from common.data.labelled_images import LabelledImages
 from common.data.photo_errors import PhotoErrors
-from common.data.plans.streams import UniformPlan
+from common.data.plans.streams import ClassImages, ClassPlan, Stream, UniformPlan
 from common.data.settings import LabelledDataSettings
 from common.io.errors import UserError
 
@@ -37,7 +39,9 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Batches of the steps start_step ... start_step + num_steps - 1 from permutations of `source`.
+    """Batches of the steps start_step ... start_step + num_steps - 1, drawn by the sampler.
+
+    'uniform' draws from permutations of `source`, 'class_aware' as that of detectors does.
 
     Args:
       source: training images.
@@ -52,7 +56,7 @@ def train_batches(
       UserError: bad config; while iterating: a photo that cannot be read.
     """
     local = local_batch(data_config.batch_size, process_index, process_count)
-    plan = UniformPlan(np.arange(len(source)), seed, data_config.batch_size)
+    plan = _plan(source, data_config, seed)
     size = data_config.image_size
 
     def slot(number: int) -> _Slot:
@@ -64,6 +68,18 @@ def train_batches(
 
     numbers = range(start_step * local, (start_step + num_steps) * local)
     return _batches(source, slot, numbers, local, data_config)
+
+
+def _plan(source: LabelledImages, config: LabelledDataSettings, seed: int) -> Stream:
+    if config.sampler == "uniform":
+        return UniformPlan(np.arange(len(source)), seed, config.batch_size)
+    images, classes = source.shown()
+    counts = np.bincount(classes)
+    present = np.flatnonzero(counts)
+    offsets = np.concatenate([[0], np.cumsum(counts[present])])
+    members = images[np.argsort(classes, kind="stable")].astype(np.int32)
+    by_class = ClassImages(offsets, members)
+    return ClassPlan(present.astype(np.int32), by_class, seed, config.batch_size)
 
 
 def eval_batches(
@@ -148,10 +164,11 @@ class _LabelledLoader:
 
     def __init__(self, source: LabelledImages, size: int):
         self.photo_errors = PhotoErrors("fatal")
-        self._source = source
-        self._fields = {
+        self._source, several = source, source.verified
+        self._label = "labels" if several else "label"
+        self._fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
             "image": ((size, size, 3), np.uint8),
-            "label": ((), np.int32),
+            self._label: ((len(source.class_names),), np.int8) if several else ((), np.int32),
             "image_index": ((), np.int32),
             "image_valid": ((), np.bool_),
         }
@@ -164,7 +181,7 @@ class _LabelledLoader:
         if slot.index < 0:
             return
         try:
-            data, example["label"][()] = self._source.read(slot.index)
+            data, example[self._label][...] = self._source.read(slot.index)
             photo = images.open_photo(data)
             example["image"][:] = placement.draw_content(photo, slot.place(photo.size))
         except images.ImageError as error:

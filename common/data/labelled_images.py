@@ -1,21 +1,30 @@
-"""Photos with one class each: a folder of classes, or a data set of TensorFlow Datasets.
+"""Photos to learn classes from: with one class each, or with verified image-level labels.
 
     DIRECTORY/train/CLASS/*.jpg, DIRECTORY/validation/CLASS/*.jpg     (any depth, any photo format)
 
-Both are random access: image i can be read at any time, which is what lets a resumed run go on
-exactly.
+or a data set of TensorFlow Datasets have one class a photo. A dataset directory says of some
+classes that they are present on a photo, and of some that they are absent. All are random access:
+image i can be read at any time, which is what lets a resumed run go on exactly.
+
+Shape legend: n photos, K classes, P pairs (class, photo that shows it).
 """
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int8, Int32, Int64
 
+from common.data.dataset import Dataset
 from common.data.images import read_file
+from common.data.labels import VerifiedLabels
+from common.data.plans.class_index import annotated_classes
+from common.data.settings import LabelledDataSettings
+from common.data.sources import Source, single_source
 from common.io.errors import UserError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -28,15 +37,22 @@ class LabelledImages(Protocol):
     def class_names(self) -> Sequence[str]:
         """Names in the order of the labels."""
 
+    @property
+    def verified(self) -> bool:
+        """Whether labels are (K,) int8, 1 present, -1 absent, 0 unknown, instead of one class."""
+
     def __len__(self) -> int:
         """Number of images."""
 
-    def read(self, index: int) -> tuple[bytes, int]:
+    def read(self, index: int) -> tuple[bytes, int | Int8[np.ndarray, " K"]]:
         """Encoded photo and label of an image.
 
         Raises:
           ImageError: the file cannot be read.
         """
+
+    def shown(self) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]]:
+        """All pairs of an image and a class that it shows, by image."""
 
     def name(self, index: int) -> str:
         """What errors call an image."""
@@ -57,9 +73,13 @@ class ClassFolder:
     class_names: Sequence[str]
     paths: Sequence[str]
     labels: Int32[np.ndarray, " n"]
+    verified = False
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(self.labels)), self.labels.astype(np.int64)
 
     def read(self, index: int) -> tuple[bytes, int]:
         return read_file(self.name(index)), int(self.labels[index])
@@ -111,9 +131,13 @@ class TfdsImages:
     title: str
     class_names: Sequence[str]
     source: Any
+    verified = False
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError("config.data.sampler is 'uniform' with tfds")
 
     def read(self, index: int) -> tuple[bytes, int]:
         example = self.source[index]
@@ -165,17 +189,80 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> TfdsImages:
     return TfdsImages(f"{name} {split}", class_names, source)
 
 
-def open_images(directory: str, tfds_name: str, split: str) -> LabelledImages:
-    """The class folder `directory`, or the TFDS set `tfds_name` (in `directory`, if given).
+@dataclasses.dataclass(frozen=True)
+class VerifiedImages:
+    """Photos of a split of a dataset directory of which some image-level label is known.
+
+    Attributes:
+      source: the photos, ascending, and their classes.
+      labels: what is known of them; boxes count as present.
+    """
+
+    source: Source
+    labels: VerifiedLabels
+    verified = True
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names, with the label behind where two classes have the same."""
+        dataset = self.source.dataset
+        counts = Counter(dataset.class_names)
+        pairs = zip(dataset.class_names, dataset.class_labels, strict=True)
+        return [name if counts[name] == 1 else f"{name} ({label})" for name, label in pairs]
+
+    def __len__(self) -> int:
+        return len(self.source.images)
+
+    def read(self, index: int) -> tuple[bytes, Int8[np.ndarray, " K"]]:
+        image = int(self.source.images[index])
+        return read_file(self.name(index)), self.labels.of_image(self.source, image)
+
+    def name(self, index: int) -> str:
+        return self.source.dataset.image_file(int(self.source.images[index]))
+
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """Labels as annotated: classes that are present by the hierarchy alone do not count."""
+        count, keys = self.source.num_classes, []
+        for has_boxes in (True, False):
+            of = dataclasses.replace(self.source, has_boxes=has_boxes)
+            place, classes = annotated_classes(of, self.source.images)
+            keys.append(place * count + classes)
+        pairs = np.unique(np.concatenate(keys))
+        return pairs // count, pairs % count
+
+
+def open_verified(directory: str, split: str) -> VerifiedImages:
+    """The photos of a split of a dataset directory that have an image-level label or a box.
 
     Raises:
-      UserError: neither is given, or as the functions above.
+      UserError: no dataset, no such split, or no such photo in it.
     """
-    if tfds_name:
-        return open_tfds(tfds_name, split, directory or None)
-    if not directory:
+    dataset = Dataset.open(directory)
+    images = np.sort(dataset.split(split))
+    labelled = np.zeros(len(images), bool)
+    for offsets in (dataset.label_offsets, dataset.box_offsets):
+        labelled |= offsets[images + 1] > offsets[images]
+    if not labelled.any():
+        raise UserError(
+            f"{directory}: split {split!r} has no photo with an image-level label or a box, "
+            "expected some"
+        )
+    return VerifiedImages(single_source(dataset, images[labelled]), VerifiedLabels(dataset))
+
+
+def open_images(data: LabelledDataSettings, split: str) -> LabelledImages:
+    """A split of the dataset directory, the TFDS set or the class folder that the settings name.
+
+    Raises:
+      UserError: none is given, or as the functions above.
+    """
+    if data.dataset:
+        return open_verified(data.dataset, split)
+    if data.tfds:
+        return open_tfds(data.tfds, split, data.dir or None)
+    if not data.dir:
         raise UserError(
             "config.data.dir: empty, expected a folder with SPLIT/CLASS/PHOTO.jpg "
-            "(--config.data.dir=DIR), or --config.data.tfds=imagenet2012"
+            "(--config.data.dir=DIR), --config.data.dataset=DIR or --config.data.tfds=imagenet2012"
         )
-    return open_class_folder(directory, split)
+    return open_class_folder(data.dir, split)

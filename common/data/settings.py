@@ -222,6 +222,9 @@ class LabelledDataSettings:
     Attributes:
       dir: folder with SPLIT/CLASS/PHOTO; with `tfds`: the folder of TFDS.
       tfds: name in TensorFlow Datasets, prepared as array_record.
+      dataset: dataset directory, whose photos show any number of classes: of some it was verified
+        that they are present or absent.
+      sampler: 'uniform', or 'class_aware': classes equally often, then one of their photos.
       train_split, eval_split: names of the splits.
       batch_size: images of all hosts together.
       image_size: S, pixels.
@@ -235,6 +238,8 @@ class LabelledDataSettings:
 
     dir: str
     tfds: str
+    dataset: str
+    sampler: Literal["uniform", "class_aware"]
     train_split: str
     eval_split: str
     batch_size: int
@@ -249,6 +254,8 @@ class LabelledDataSettings:
     def __post_init__(self):
         (low, high), (narrow, wide) = self.crop_area, self.crop_aspect
         for field, holds, expected in (
+            ("dataset", not (self.dataset and (self.dir or self.tfds)), "'' beside dir or tfds"),
+            ("sampler", not self.tfds or self.sampler == "uniform", "'uniform' with tfds"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("image_size", self.image_size >= 1, "at least 1"),
             ("crop_area", 0 < low <= high <= 1, "0 < min <= max <= 1"),

@@ -5,7 +5,8 @@
     python -m detection.pretrain --config=configs/pretrain/resnet50.py:senet154
         --config.data.tfds=imagenet2012 --workdir=WORK
 
-DIR holds train/CLASS/*.jpg and validation/CLASS/*.jpg.
+DIR holds train/CLASS/*.jpg and validation/CLASS/*.jpg. With --config.data.dataset instead, a
+directory of scripts.prepare_data, each class is learnt on the photos on which it was verified.
 Hardware: any number of accelerators; the learning rate is written per image (0.1 for 256) and
           follows the batch size.
 Expected: top-1 of 76 to 77 % with ResNet-50 (literature: 76.1 torchvision V1, 77.2 with smoothed
@@ -25,6 +26,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data = dict(
         dir="",  # folder with SPLIT/CLASS/PHOTO; with `tfds`: the folder of TFDS
         tfds="",  # name in TensorFlow Datasets, prepared as array_record
+        dataset="",  # or a dataset directory, of whose photos verified image-level labels are known
+        sampler="uniform",  # uniform | class_aware
         train_split="train",
         eval_split="validation",
         batch_size=1024,  # images of all devices together

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jaxtyping import Array
 
@@ -14,6 +15,7 @@ from common.nn.backbones import make_backbone, preprocessing
 from common.nn.backbones.hrnet import HRNETS
 from common.nn.layers.canvas import standardise
 from common.nn.parts import sum_over_batch
+from detection.losses.shares import share
 
 
 class Classifier(nn.Module):
@@ -52,16 +54,22 @@ class Classifier(nn.Module):
     def __call__(self, batch: Mapping[str, Array], train: bool) -> dict:
         """Losses and accuracy of a training batch, or what of an evaluation batch was right.
 
+        Of photos with verified labels each class is a sigmoid of its own, learnt where it was
+        verified as present or absent.
+
         Args:
-          batch: image uint8 (B, S, S, 3), label (B,), image_valid (B,).
+          batch: image uint8 (B, S, S, 3), image_valid (B,), and label (B,), or of photos with
+            verified labels `labels` (B, K), 1 present, -1 absent, 0 unknown.
           train: also whether statistics are those of the batch.
 
         Returns:
           in training {'losses': {'classification'}, 'monitor': {'accuracy'}}, this device's share
           of the means over all images; else {'loss': (B,), 'correct': (B,) bool}, both 0 where
-          `image_valid` is not.
+          `image_valid` is not, or of photos with verified labels {'scores': (B, K)}.
         """
         logits = self.logits(batch["image"], train)
+        if "labels" in batch:
+            return self._verified(logits, batch) if train else {"scores": jax.nn.sigmoid(logits)}
         labels, valid = batch["label"], batch["image_valid"]
         smoothing = self.label_smoothing if train else 0.0
         targets = jax.nn.one_hot(labels, self.num_classes) * (1 - smoothing)
@@ -74,6 +82,19 @@ class Classifier(nn.Module):
         return {
             "losses": {"classification": loss.sum() / count},
             "monitor": {"accuracy": correct.sum() / count},
+        }
+
+    def _verified(self, logits: Array, batch: Mapping[str, Array]) -> dict:
+        """Sum over the verified classes of an image, mean over images."""
+        labels, valid = batch["labels"], batch["image_valid"]
+        present = labels > 0
+        verified = (labels != 0) & valid[:, None]
+        targets = present * (1 - self.label_smoothing) + self.label_smoothing / 2
+        terms = optax.sigmoid_binary_cross_entropy(logits, targets)
+        right = ((logits > 0) == present).astype(jnp.float32)
+        return {
+            "losses": {"classification": share(terms, verified, valid.sum(), self.axis_name)},
+            "monitor": {"accuracy": share(right, verified, verified.sum(), self.axis_name)},
         }
 
     def logits(self, images: Array, train: bool) -> Array:

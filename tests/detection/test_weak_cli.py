@@ -57,7 +57,9 @@ def test_two_processes_equal_one(dataset, finished, tmp_path):
 
 def test_mined_boxes_are_exported_for_the_classes_that_are_there(dataset, finished, tmp_path):
     table = tmp_path / "mined.parquet"
-    run("detection.export", f"--workdir={finished}", "--mined", "--split=train", f"--output={table}")
+    run(
+        "detection.export", f"--workdir={finished}", "--mined", "--split=train", f"--output={table}"
+    )
     detections, opened = read_detections(table), Dataset.open(dataset)
     assert len(detections.image_ids) == 9
     found = {
