@@ -42,7 +42,7 @@ class RoITargets(NamedTuple):
 
     def first(self, count: int) -> "RoITargets":
         """The targets of the first `count` RoIs of each image."""
-        return RoITargets(*(None if x is None else x[:, :count] for x in self))
+        return jax.tree.map(lambda values: values[:, :count], self)
 
     def weighted(self, losses: Float[Array, "B R"]) -> Float[Array, "B R"]:
         """Losses of all RoIs times their weights."""

@@ -121,7 +121,7 @@ def _labels(
     size = dataset.num_classes
     given, rows = rows_of(dataset.label_offsets, everywhere)
     boxed, boxes = rows_of(dataset.box_offsets, some)
-    parts = [
+    parts: list[tuple[np.ndarray, np.ndarray | int]] = [
         (given * size + dataset.label_classes[rows], np.asarray(dataset.label_confidences[rows])),
         (some[boxed] * size + dataset.box_classes[boxes], PRESENT),
     ]

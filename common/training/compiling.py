@@ -7,6 +7,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from common.io import activity
 
 _EVERY_SECONDS = 60.0
@@ -45,28 +48,28 @@ def announced(step: Callable, what: str, say: Callable = print) -> Callable:
 def compiled_ahead(
     step: Any, state: Any, batches: Iterable[Mapping[str, Any]], what: str, say: Callable = print
 ) -> Callable:
-    """The jitted `step(state, batch)`, compiled now for all batches that will come.
+    """The jitted `step(state, batch, learning_rate)`, compiled now for all batches that will come.
 
     Args:
-      step: as `jax.jit` gives it.
+      step: as `common.training.step.jit_train_step` gives it.
       state: that it will be called with, or its shapes.
       batches: shapes of the fields of each kind of batch, of all devices.
       what: it is, such as "training step".
       say: where lines go.
     """
-    programs = {}
+    programs, rate = {}, jax.ShapeDtypeStruct((), jnp.float32)
     for batch in batches:
         shape, about = batch["image"].shape, "" if "gt_boxes" in batch else " with labels only"
         with compiling(f"{what} for {shape[0]} images of {shape[1]}x{shape[2]}{about}", say):
-            programs[_kind(batch)] = step.lower(state, dict(batch)).compile()
+            programs[program_kind(batch)] = step.lower(state, dict(batch), rate).compile()
 
-    def call(state: Any, batch: Mapping[str, Any]) -> Any:
-        return programs[_kind(batch)](state, batch)
+    def call(state: Any, batch: Mapping[str, Any], learning_rate: Any) -> Any:
+        return programs[program_kind(batch)](state, batch, learning_rate)
 
     return call
 
 
-def _kind(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+def program_kind(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     """What tells the programs of a run apart: the image shape and the names of the fields."""
     return tuple(batch["image"].shape), frozenset(batch)
 

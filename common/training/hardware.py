@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from common.training.compiling import program_kind
 from common.training.pod import flops
 from common.training.pod.places import RATES
 from common.training.pod.topologies import GIB
@@ -40,7 +41,7 @@ def device_memory(mesh: Mesh) -> dict[str, float]:
 
 
 def step_flops(step: Callable, mesh: Mesh) -> Callable[[Any, Mapping[str, Any]], float]:
-    """Makes `(state, batch) -> FLOPs of one device`, counted once for each canvas.
+    """Makes `(state, batch) -> FLOPs of one device`, counted once for each program.
 
     Without a known peak nobody asks, and nothing is counted: 0.
 
@@ -52,13 +53,13 @@ def step_flops(step: Callable, mesh: Mesh) -> Callable[[Any, Mapping[str, Any]],
         return lambda state, batch: 0.0
     platform = mesh.devices.flat[0].platform
     platform = {"gpu": "cuda"}.get(platform, platform)  # as `jax.lax.platform_dependent` names it
-    known: dict[tuple[int, ...], float] = {}
+    known: dict[tuple[Any, ...], float] = {}
 
     def count(state: Any, batch: Mapping[str, Any]) -> float:
-        shape = tuple(batch["image"].shape)
-        if shape not in known:
+        kind = program_kind(batch)
+        if kind not in known:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
-            known[shape] = float(flops.count(step, *shapes, platform=platform))
-        return known[shape]
+            known[kind] = float(flops.count(step, *shapes, platform=platform))
+        return known[kind]
 
     return count

@@ -62,7 +62,7 @@ def image_truth(
 
 def best_proposals(proposals: Proposals, count: int) -> Proposals:
     """The first `count` proposals of each image, which are the best."""
-    return Proposals(*(values if values is None else values[:, :count] for values in proposals))
+    return jax.tree.map(lambda values: values[:, :count], proposals)
 
 
 def weak_losses(

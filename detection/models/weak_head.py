@@ -39,7 +39,8 @@ class WeakOutput(NamedTuple):
         """What boxes are mined by, cut off from the gradient: refined scores where there are."""
         scores = self.scores
         if self.refined:
-            scores = sum(jax.nn.softmax(x)[..., 1:] for x in self.refined) / len(self.refined)
+            probabilities = [jax.nn.softmax(x)[..., 1:] for x in self.refined]
+            scores = jnp.mean(jnp.stack(probabilities), axis=0)
         return jax.lax.stop_gradient(scores)
 
 
