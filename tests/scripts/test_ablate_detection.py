@@ -5,7 +5,8 @@ import json
 import pytest
 
 from common.io.errors import UserError
-from configs.detection import long_tail_lite0, quickstart
+from configs.detection import long_tail_lite0, quickstart, weak_lite0
+from detection.settings import read_run
 from scripts.bench.ablate_detection import run_config, score
 from tests.commands import run
 
@@ -36,6 +37,30 @@ def test_a_variant_changes_classifier_and_sampler(variant, classifier, sampler):
     config = run_config(long_tail_lite0.get_config(), variant, seed=1)
     assert config.model.box_head.classifier.kind == classifier
     assert config.data.sampler == sampler
+
+
+@pytest.mark.parametrize(
+    ("variant", "splits", "epochs", "kind"),
+    [
+        ("half", ["boxes"], 12, "none"),
+        ("half_long", ["boxes"], 24, "none"),
+        ("half_weak", ["boxes", "labels"], 12, "wsddn"),
+        ("all", ["train"], 6, "none"),
+    ],
+)
+def test_a_variant_changes_what_supervises(variant, splits, epochs, kind):
+    config = run_config(weak_lite0.get_config(), variant, seed=0)
+    assert [source["split"] for source in config.data.sources] == splits
+    assert config.optimizer.num_epochs == epochs and config.model.weak.kind == kind
+    assert config.optimizer.decay_epochs[0] == pytest.approx(epochs * 10 / 12)
+    read_run(config)
+    short = run_config(weak_lite0.get_config(), variant, seed=0, epochs=3)
+    assert short.optimizer.num_epochs == epochs / 4 and short.model.weak.mining.start_steps == 125
+
+
+def test_a_config_without_image_level_labels_has_no_weak_variant():
+    with pytest.raises(UserError, match="quickstart has no steps of image-level labels"):
+        run_config(quickstart.get_config(), "half_weak", seed=0)
 
 
 def test_epochs_stretch_the_whole_schedule():
