@@ -74,6 +74,11 @@ def _plan(source: LabelledImages, config: LabelledDataSettings, seed: int) -> St
     if config.sampler == "uniform":
         return UniformPlan(np.arange(len(source)), seed, config.batch_size)
     images, classes = source.shown()
+    if not len(classes):
+        raise UserError(
+            f"{source.name(0)} and {len(source) - 1} other photos: none shows a class, sampler "
+            "'class_aware' draws photos by classes: use sampler 'uniform'"
+        )
     counts = np.bincount(classes)
     present = np.flatnonzero(counts)
     offsets = np.concatenate([[0], np.cumsum(counts[present])])

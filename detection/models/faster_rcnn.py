@@ -14,11 +14,11 @@ Shape legend
 
 Batch fields used (common.data.input): image uint8 (B,H,W,3), image_size float32 (B,2) content
 height and width, image_valid bool (B,); in training also gt_boxes (B,M,4) pixels,
-gt_classes (B,M) 0..K-1 and gt_valid (B,M), of which a batch of photos with image-level labels
-alone has none, and where the data has them ignore_boxes (B,G,4) pixels
+gt_classes (B,M) 0..K-1 and gt_valid (B,M), and where the data has them ignore_boxes (B,G,4) pixels
 with ignore_valid (B,G), inside which nothing is background, class_known bool (B,K), the classes
 that the annotations of an image cover, and labels (B,K), not 0 where a class was verified; with a
-mask head gt_masks, gt_has_mask.
+mask head gt_masks, gt_has_mask. A batch without gt_boxes is of photos with image-level labels
+alone (`detection.models.weak_branch`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -103,6 +103,13 @@ def test_classes_without_photos_are_named_and_sets_without_labels_refused(tmp_pa
     assert without_photos(images) == "1 classes have training photos, none have b"
     with pytest.raises(UserError, match="split 'empty' has no photo with an image-level label"):
         open_verified(str(tmp_path / "x"), "empty")
+    with DatasetWriter(tmp_path / "y", "y", ["a"], ["a"], None) as writer:
+        writer.add_image("1", "1.jpg", (4, 4), label_classes=[0], label_confidences=[ABSENT])
+        writer.add_split("train", [0])
+    images = open_verified(str(tmp_path / "y"), "train")
+    data = data_config(dataset="y", sampler="class_aware")
+    with pytest.raises(UserError, match="none shows a class, sampler 'class_aware'"):
+        train_batches(images, data, seed=0, start_step=0, num_steps=1)
     with pytest.raises(UserError, match="config.data.dataset: found 'x', expected ''"):
         data_config(dataset="x", dir="y")
     with pytest.raises(UserError, match="config.data.sampler: found 'class_aware'"):
