@@ -13,10 +13,12 @@ from common.io.errors import UserError
 from common.training.step import init_state, make_train_step
 from detection import batch_fields
 from detection.assign import mining
+from detection.assign.rois import sample_rois
 from detection.losses.weak import mil_scores, presence_loss, refinement_loss
 from detection.models.faster_rcnn import build
 from detection.models.weak_branch import image_truth
 from detection.settings import read_run
+from detection.structures import Proposals
 from tests import tiny
 from tests.detection.test_faster_rcnn import make_batch, mesh_of
 from tests.oracles import weak as oracle
@@ -161,6 +163,44 @@ def test_ancestors_of_present_classes_and_unverified_ones_count_as_unknown():
     assert truth.verified.tolist() == [[False, True, True], [True] * 3, [True] * 3]
 
 
+def test_regions_of_mined_boxes_weigh_as_much_and_background_is_near_them():
+    case = make_case(5)
+    batch = {
+        "gt_boxes": case["boxes"][:, :3] + 1,
+        "gt_classes": np.tile(np.int32([4, 0, 2]), (B, 1)),
+        "gt_valid": np.array([[True, True, False], [True, False, False], [False] * 3]),
+        "gt_weights": np.tile(np.float32([0.9, 0.5, 0.0]), (B, 1)),
+        "image_valid": np.ones(B, bool),
+    }
+    targets = sample_rois(
+        jax.random.split(jax.random.key(0), B),
+        Proposals(jnp.asarray(case["boxes"]), np.ones((B, P), bool)),
+        batch,
+        iou=0.5,
+        ignore_ioa=0.5,
+        num_samples=P,
+        positive_fraction=0.5,
+        background_iou=0.1,
+    )
+    assert not targets.valid[2].any()  # nothing was mined there: nothing is background
+    for image in range(2):
+        for roi in np.flatnonzero(targets.valid[image]):
+            box = np.asarray(targets.boxes[image, roi])
+            overlaps = [
+                oracle.iou(box, truth) if valid else -1.0
+                for truth, valid in zip(
+                    batch["gt_boxes"][image], batch["gt_valid"][image], strict=True
+                )
+            ]
+            nearest = int(np.argmax(overlaps))
+            label = batch["gt_classes"][image, nearest] + 1 if overlaps[nearest] >= 0.5 else 0
+            assert targets.labels[image, roi] == label and overlaps[nearest] >= 0.1
+            assert targets.weights[image, roi] == batch["gt_weights"][image, nearest]
+        assert (targets.labels[image][targets.valid[image]] == 0).any()
+    losses = jnp.ones((B, P))
+    np.testing.assert_array_equal(targets.first(2).weighted(losses[:, :2]), targets.weights[:, :2])
+
+
 # ------------------------------------------------------------------------------ in a model
 
 
@@ -239,23 +279,6 @@ def test_devices_and_parts_do_not_change_a_step(one_device, boxes):
             np.testing.assert_allclose(other[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
         for a, b in zip(*map(jax.tree.leaves, (state.params, other_state.params)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_it_learns_where_things_are_from_labels_alone():
-    """Boxes train the proposals alone; the weak head then finds each class by itself."""
-    config = weak_config(start_steps=10**6)
-    config.model.weak.update(refinements=0)
-    config.model.loss_weights.update(box_class=0.0, box_regression=0.0)
-    model = build(read_run(config).model, 3, "data", ancestors=((), (), ()))
-    tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(2e-3))
-    shapes = batch_fields.init_shapes(read_run(config).data)
-    state = jax.jit(lambda: init_state(model, tx, 0, shapes))()
-    step, right = jax.jit(make_train_step(model, tx, mesh_of(1))), []
-    for _ in range(150):
-        state, metrics = step(state, weak_batch(8))
-        right.append(float(metrics["mined_right"]))
-    assert np.mean(right[:5]) < 0.4 < 0.7 < np.mean(right[-10:]), right
 
 
 @pytest.mark.parametrize(
