@@ -16,7 +16,7 @@ A detector with a mask head takes such a table, too, and writes the same rows wi
 found their boxes (`detection.outline`), also of several views.
 
 With `--mined` a model with a weak head writes the boxes that it mines for the classes that are
-known to be on each photo (docs/weak.md).
+known to be on each photo (docs/guides/weak.md).
 
 `--config.test_time.scales=600,800,1000` looks at each photo at several scales, and mirrored
 (`detection.tta.test_time`); with `--config.test_time.merge=tables` the

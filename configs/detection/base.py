@@ -189,7 +189,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             shift=0.1,  # standard deviations: of the centre, in sides of the box
             scale=0.2,  # of the logarithm of each side's factor
         ),
-        weak=dict(  # weakly supervised head (section 5.7), see docs/weak.md
+        weak=dict(  # weakly supervised head (section 5.7): docs/guides/weak.md
             kind="none",  # none | wsddn; needs data.image_labels
             class_stream="softmax",  # softmax | sigmoid: of the classes of a proposal
             width=1024,

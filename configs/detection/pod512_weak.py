@@ -8,7 +8,7 @@ Hardware: 512 devices with 2 images each, such as a v3-512; scripts/launch_pod.s
 Schedule: starts from a trained detector. Of five steps four are of labels, on a smaller canvas, as
           Detic (Zhou et al. 2022) found best; an epoch is one of the photos with boxes.
 Paper:    section 5.7 gives no figures and no constants of its weakly supervised training: the head
-          and the way boxes are mined are readings, see docs/weak.md.
+          and the way boxes are mined are readings, see docs/guides/weak.md.
 
 Not measured: no run of this size has been made. scripts.plan_pod compiles both programs
 (--labels_only for the other one).

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from detection.losses.weak import mil_scores
-from detection.models.box_head import CLASSIFIER_INIT, two_fc
+from detection.models.box_head import CLASSIFIER_INIT, dense_layers
 from detection.structures import Pool
 
 
@@ -67,7 +67,7 @@ class WeakHead(nn.Module):
         """Proposals that are not `valid` have scores 0 and change no others."""
         num_images, num_proposals = valid.shape
         x = pool(boxes).reshape(num_images * num_proposals, -1)
-        x = two_fc(x, self.width, self.dtype)
+        x = dense_layers(x, self.width, self.dtype)
 
         def logits(name: str, outputs: int) -> Array:
             stream = Stream(outputs, self.dtype, name=name)
