@@ -142,7 +142,10 @@ def search_tables(
     alone = max(singles, key=lambda model: singles[model][0])
     best = guarded(
         scorers[0],
-        [dataclasses.replace(start, root=root) for _, root in (final.best, *final.winners[::-1])],
+        [
+            dataclasses.replace(start, root=root)
+            for root in dict.fromkeys(root for _, root in (final.best, *final.winners[::-1]))
+        ],
         dataclasses.replace(start, root=trees.Leaf(alone)),
         say,
     )

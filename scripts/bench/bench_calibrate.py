@@ -63,7 +63,7 @@ def main():
         figures = run_alone(measure, folder, paths)
     print(
         f"{wanted} tables x {options.images} images x {options.classes} classes: curves in "
-        f"{figures['curves']:.0f} s, opinion and recipes in "
+        f"{figures['curves']:.1f} s, opinion and recipes in "
         f"{figures['all'] - figures['curves']:.0f} s, peak {figures['peak'] / 1024:.2f} GiB"
     )
 
