@@ -189,7 +189,9 @@ def table(rows: Iterable[int], work: Path) -> str:
     lines = ["| row | AP | AP_r | AP_c | AP_f |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         figures = json.loads((work / f"{row}.json").read_text())
-        values = " | ".join(f"{100 * figures[name]:.1f}" for name in names)
+        # -1: no class of the group has ground truth.
+        shares = [figures[name] for name in names]
+        values = " | ".join(f"{100 * share:.1f}" if share >= 0 else "-" for share in shares)
         lines.append(f"| {row} | {values} |")
     return "\n".join(lines)
 

@@ -67,6 +67,6 @@ time.sleep(60)
 
 
 def test_the_table_is_in_percent(tmp_path):
-    figures = {"AP": 0.301, "APr": 0.193, "APc": 0.318, "APf": 0.323}
+    figures = {"AP": 0.301, "APr": -1.0, "APc": 0.318, "APf": 0.323}
     (tmp_path / "1.json").write_text(json.dumps(figures))
-    assert table([1], tmp_path).splitlines()[-1] == "| 1 | 30.1 | 19.3 | 31.8 | 32.3 |"
+    assert table([1], tmp_path).splitlines()[-1] == "| 1 | 30.1 | - | 31.8 | 32.3 |"
