@@ -28,6 +28,7 @@ class Settings(Protocol):
 RunSettings = TypeVar("RunSettings", bound=Settings)
 # Fields that change what a trained model computes; others may be overridden without a word.
 _OF_THE_MODEL = ("config.model.", "config.data.canvas", "config.data.pad_multiple")
+_BEFORE_TRAINING = ("model.pretrained",)  # of which a trained model has nothing left
 
 
 def start(**batch_sizes: int) -> tuple[Mesh, Callable[..., None]]:
@@ -140,7 +141,7 @@ def read_trained(
         )
     settings = read(config)
     if (epath.Path(workdir) / "config.json").exists():
-        found = differences(read_config(workdir), settings.to_dict())
+        found = differences(read_config(workdir), settings.to_dict(), _BEFORE_TRAINING)
         if notes := [text for text in found if text.startswith(_OF_THE_MODEL)]:
             say(f"note: not as the model was trained: {name_some(notes)}", flush=True)
     return settings

@@ -35,6 +35,7 @@ def read(config, tmp_path):
 def test_another_canvas_than_that_of_the_training_is_said(tmp_path):
     config = trained(tmp_path)
     config.data.dir = "b"  # other photos are no other model
+    config.model.pretrained = "weights of long ago"
     assert read(config, tmp_path) == []
     config.data.canvas = (64, 64)
     (note,) = read(config, tmp_path)
