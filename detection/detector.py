@@ -83,7 +83,7 @@ class Detector:
     @overload
     def __call__(self, photos: Sequence[PhotoLike], **options: Any) -> list[Result]: ...
 
-    def __call__(self, photos, **options):
+    def __call__(self, photos: Any, **options: Any) -> Any:
         """What is on a photo, or on each of a list.
 
         Args:
