@@ -1,0 +1,122 @@
+"""Exported programs find what the model finds, for any number of photos."""
+
+import functools
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.data.model_classes import write_model_classes
+from common.io.errors import UserError
+from common.masks.probability import PROBABILITY_ONE
+from common.training.checkpoint import Checkpoints
+from common.training.step import init_variables
+from common.training.workdir import prepare_workdir
+from configs.detection import base
+from detection import batch_fields
+from detection.export_model import check_names
+from detection.models.faster_rcnn import build
+from detection.serving import detector_function, exported_with_weights
+from detection.settings import read_run
+from tests import tiny
+from tests.commands import run
+
+LABELS = ["red", "green", "blue"]
+
+
+def tiny_settings():
+    config = base.get_config()
+    config.model.mask_head.kind = "class_specific"
+    config = tiny.shrink(config)
+    config.data.canvas = (32, 64)
+    return read_run(config)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """(settings, variables, what inference computes)."""
+    settings = tiny_settings()
+    model = build(settings.model, 3)
+    variables = jax.jit(lambda: init_variables(model, 0, batch_fields.init_shapes(settings.data)))()
+    variables = jax.tree.map(np.asarray, variables)
+    # Scores that differ by more than rounding: compilers agree on their order.
+    for part, layer, factor in (("rpn_head", "objectness", 20), ("box_head", "classifier", 100)):
+        variables["params"][part][layer]["kernel"] = (
+            factor * variables["params"][part][layer]["kernel"]
+        )
+    return settings, variables, detector_function(model)
+
+
+def photos(count, height, width):
+    rng = np.random.default_rng(count)
+    size = np.full((count, 2), (height, width), np.float32)
+    return rng.integers(0, 255, (count, height, width, 3)).astype(np.uint8), size
+
+
+def assert_same(program: bytes, count, shape, detect):
+    """The exported program gives the bits of the function of pixels; returns which.
+
+    Weights are constants in both: as arguments they round otherwise, in the last bit.
+    """
+    image, size = photos(count, *shape)
+    loaded = jax.export.deserialize(bytearray(program))
+    assert loaded.platforms == ("cpu", "cuda", "tpu")
+    found, expected = (
+        loaded.call(image, size),
+        jax.tree.map(np.asarray, jax.jit(detect)(image, size)),
+    )
+    assert found.keys() == expected.keys() and expected["valid"].any()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    return image, expected
+
+
+def test_stablehlo_of_photos_is_the_model_bit_for_bit(detector):
+    _, variables, detect = detector
+    program = exported_with_weights(detect, variables, (32, 64)).serialize()
+    assert_same(program, 2, (32, 64), functools.partial(detect, variables))
+
+
+def test_unknown_formats_are_named():
+    check_names("--formats", ["a"], ["a", "b"])
+    with pytest.raises(UserError, match="--formats: found 'c', expected some of a, b"):
+        check_names("--formats", ["a", "c"], ["a", "b"])
+    with pytest.raises(UserError, match="--formats: found none, expected some of a, b"):
+        check_names("--formats", [], ["a", "b"])
+
+
+@pytest.mark.slow
+def test_the_command_writes_both_formats(detector, tmp_path):
+    settings, variables, detect = detector
+    workdir, output = tmp_path / "run", tmp_path / "served"
+    prepare_workdir(workdir, settings.to_dict())
+    write_model_classes(workdir, LABELS, LABELS, {"LabelName": "root"})
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(7, {"step": np.int32(7), **variables}, {}, wait=True)
+    flags = [f"--workdir={workdir}", f"--output={output}", "--formats=stablehlo,saved_model"]
+    assert "step 7, 3 classes, canvas 32x64) as stablehlo" in run("detection.export_model", *flags)
+    about = json.loads((output / "detector.json").read_text())
+    assert about["labels"] == LABELS and "masks" in about["outputs"]
+    assert [c["fit_into"] for c in about["canvases"]] == [[32, 64], [64, 32]]
+    assert (output / "stablehlo" / "32x64.bin").exists()
+    program = (output / "stablehlo" / "64x32.bin").read_bytes()
+    image, expected = assert_same(program, 1, (64, 32), functools.partial(detect, variables))
+
+    tf = pytest.importorskip("tensorflow")
+    model = tf.saved_model.load(str(output / "saved_model"))
+    assert set(model.signatures) == {"serving_default", "canvas_32x64", "canvas_64x32"}
+    file = io.BytesIO()
+    Image.fromarray(image[0]).save(file, "PNG")  # on its canvas as it is
+    found = model.signatures["serving_default"](photo=tf.constant(file.getvalue()))
+    rows = expected["valid"][0]
+    real = {key: value[0][rows] for key, value in expected.items() if key != "valid"}
+    real["boxes"] = real["boxes"] / [32, 64, 32, 64]
+    real["masks"] = real["masks"] / PROBABILITY_ONE
+    labels = [label.decode() for label in found.pop("labels").numpy()]
+    assert labels == [LABELS[number] for number in real["classes"]]
+    assert found.keys() == real.keys()
+    for key, value in real.items():  # TensorFlow's XLA rounds otherwise
+        np.testing.assert_allclose(found[key], value, atol=1e-4, err_msg=key)
