@@ -42,7 +42,7 @@ def write_segmenter(workdir: Path, config: ConfigDict, dataset: Dataset) -> Path
 def _write(workdir: Path, config: dict, dataset: Dataset, variables: dict) -> Path:
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(config))
-    write_model_classes(workdir, dataset)
+    write_model_classes(workdir, dataset.class_labels, dataset.class_names, dataset.hierarchy)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(1, variables, {}, wait=True)
         checkpoints.close()
