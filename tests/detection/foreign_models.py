@@ -112,7 +112,10 @@ def detect(converted: Converted, of: dict[str, np.ndarray]) -> list[dict[str, np
     """The valid detections of each photo of a batch."""
     model = build(converted.settings.model, converted.foreign.num_classes)
     variables = variables_of(converted.weights)
-    run = jax.jit(lambda variables, batch: model.apply(variables, batch, train=False))
+    run = jax.jit(
+        lambda variables, batch: model.apply(variables, batch, train=False),
+        compiler_options={"xla_backend_optimization_level": 0},  # it is called once
+    )
     found: dict[str, Any] = jax.tree.map(np.asarray, run(variables, of))
     return [
         {name: value[i][valid] for name, value in found.items()}
