@@ -80,7 +80,7 @@ copy_log() {
   if [[ $1 == *://* ]]; then
     gcloud storage cp -q "$2" "$folder/" || true
   else
-    mkdir -p "$folder" && cp "$2" "$folder/" || true
+    { mkdir -p "$folder" && cp "$2" "$folder/"; } || true
   fi
 }
 
