@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from common.io import activity
+from common.training import distributed
 
 _EVERY_SECONDS = 60.0
 # Image shapes that each compiled function has seen, so that a second evaluation says nothing.
@@ -62,6 +63,8 @@ def compiled_ahead(
         shape, about = batch["image"].shape, "" if "gt_boxes" in batch else " with labels only"
         with compiling(f"{what} for {shape[0]} images of {shape[1]}x{shape[2]}{about}", say):
             programs[program_kind(batch)] = step.lower(state, dict(batch), rate).compile()
+    # On CPUs the first sum over processes waits half a minute at most for those that still compile.
+    distributed.barrier("compiled_ahead")
 
     def call(state: Any, batch: Mapping[str, Any], learning_rate: Any) -> Any:
         return programs[program_kind(batch)](state, batch, learning_rate)

@@ -155,7 +155,7 @@ def test_the_trainings_of_the_lvis_table_are_of_two_deformable_backbones():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(fpn_norm="frozen"), r"fpn_norm: found 'frozen', expected one of 'none'"),
+        (dict(fpn_norm="layer"), r"fpn_norm: found 'layer', expected one of 'none'"),
         (dict(neck="pan"), r"config.model.neck: found 'pan', expected one of 'fpn', 'nas_fpn'"),
         (dict(split_after="c4"), "config.model.split_after: found 'c4'"),
         (dict(box_head=dict(kind="mask")), "config.model.box_head.kind: found 'mask'"),
