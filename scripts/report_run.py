@@ -4,10 +4,14 @@
 
 Also while the training runs. The page needs nothing but a browser: losses, learning rate, images a
 second and wait for data, proposal recall; the official figures and the AP of each class at each
-evaluation (those of `detection.evaluate --watch` included); photos with what was detected on them.
+evaluation (those of `detection.evaluate --watch` included); photos with what was detected on them;
+of a detector, some photos as training is fed with them.
 
 Shape legend: K classes.
 """
+
+import base64
+import tempfile
 
 import numpy as np
 from absl import flags
@@ -25,13 +29,14 @@ from common.report.pictures import Picture, read_photos
 from common.report.run_log import Evaluation, RunLog, read_evaluations
 from common.report.run_page import RunView, build_run_page
 from common.tables.ranges import rows_of
+from configs import of_workdir
 
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Work directory of the run.", required=True)
     flags.DEFINE_string("output", None, "HTML file to write.", required=True)
     flags.DEFINE_string("dataset", None, "Dataset directory; default: that of the run.")
-    flags.DEFINE_integer("max_pictures", 6, "Photos on the page.", lower_bound=0)
+    flags.DEFINE_integer("max_pictures", 6, "Photos of each kind on the page.", lower_bound=0)
     flags.DEFINE_float("min_score", 0.3, "Least score of the detections drawn.")
 
 
@@ -66,12 +71,16 @@ def report_run(
     config = read_json(config_file) if config_file.exists() else {}
     evaluations = read_evaluations(workdir)
     opened = _open_dataset(workdir, dataset, config)
-    counts, pictures = None, []
+    counts, pictures, fed = None, [], ""
     if opened is not None:
         counts = _train_counts(opened, config.get("data", {}).get("train_split"))
         if shown := over_time.chosen_steps(evaluations):
             pictures = _pictures(opened, shown, max_pictures)
-    return build_run_page(RunView(log, config, evaluations, opened, counts, pictures, min_score))
+        if max_pictures and config.get("task") == "detection":
+            fed = _fed(workdir, str(opened.directory), max_pictures)
+    return build_run_page(
+        RunView(log, config, evaluations, opened, counts, pictures, min_score, fed)
+    )
 
 
 def _open_dataset(workdir: PathLike, directory: str | None, config: dict) -> Dataset | None:
@@ -108,6 +117,25 @@ def _pictures(dataset: Dataset, evaluations: list[Evaluation], number: int) -> l
     pictures = [Picture(image, []) for image in images]
     read_photos(dataset, pictures)
     return pictures
+
+
+def _fed(workdir: PathLike, dataset: str, number: int) -> str:
+    """A picture, as a data URI, of what a detector's config makes of some photos; '' if it cannot.
+
+    The batch is of `number` slots: of a pod's, with a thousand, memory would hold all.
+    """
+    from detection.settings import read_run
+    from scripts.draw_batches import draw_batches
+
+    config = of_workdir.get_config(str(workdir))
+    config.data.dir, config.data.batch_size = dataset, number
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            *_, overview = draw_batches(read_run(config), 0, 1, number, to_epath(folder))
+            return "data:image/jpeg;base64," + base64.b64encode(overview.read_bytes()).decode()
+    except UserError as error:
+        print(f"note: no picture of what training is fed with: {error}")
+        return ""
 
 
 if __name__ == "__main__":

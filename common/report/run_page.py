@@ -35,6 +35,7 @@ class RunView:
       train_counts: training boxes of each class, None without a dataset.
       pictures: photos to show detections on.
       min_score: of the detections drawn.
+      fed: data URI of a picture of what training is fed with, '' for none.
     """
 
     log: RunLog
@@ -44,6 +45,7 @@ class RunView:
     train_counts: np.ndarray | None
     pictures: Sequence[Picture]
     min_score: float
+    fed: str = ""
 
 
 def build_run_page(view: RunView) -> str:
@@ -57,6 +59,7 @@ def build_run_page(view: RunView) -> str:
         ("evaluations", "Evaluations", _evaluations(view)),
         ("classes", "Classes over time", _classes(view)),
         ("pictures", "Detections over time", _pictures(view)),
+        ("fed", "What training is fed with", _fed(view)),
     ]
     sections = [("summary", "Summary", _summary(view))]
     sections += [group for group in groups if group[2]]
@@ -185,4 +188,14 @@ def _pictures(view: RunView) -> str:
         f"<p>Detections with a score of at least {view.min_score:g}: green where they overlap an "
         "object of their class by half, else red. White: the truth.</p>"
         + over_time.grid(view.dataset, view.pictures, shown, view.min_score)
+    )
+
+
+def _fed(view: RunView) -> str:
+    if not view.fed:
+        return ""
+    return (
+        "<p>Photos as the config puts them on their canvas. Thick: the class that it was drawn "
+        "for. Crossed out: where nothing is background.</p>"
+        f'<img class="fed" src="{view.fed}" alt="photos of a batch with their boxes">'
     )

@@ -12,6 +12,7 @@ from common.data.model_classes import write_model_classes
 from common.io.errors import UserError
 from common.tables import DetectionsWriter
 from scripts.report_run import report_run
+from tests import tiny
 from tests.pages import Page
 
 BOX, OTHER = [0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]
@@ -69,6 +70,16 @@ def test_a_run_whose_dataset_is_elsewhere_has_a_page_too(run, tmp_path, capsys):
     page = Page(report_run(moved))
     assert "classes" in page.ids and "pictures" not in page.ids
     assert "cannot be opened" in capsys.readouterr().out
+
+
+def test_photos_as_training_is_fed_with_them_are_on_the_page(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "copy")
+    config = tiny.get_config()
+    config.data.dir = json.loads((run / "config.json").read_text())["data"]["dir"]
+    (copied / "config.json").write_text(config.to_json())
+    page = Page(report_run(copied, max_pictures=2))
+    assert "fed" in page.ids and "fed" not in Page(report_run(run)).ids
+    assert sum(address.startswith("data:image/jpeg") for address in page.addresses) == 2
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
