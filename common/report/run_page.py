@@ -17,7 +17,8 @@ from common.report.run_log import Evaluation, RunLog
 _SPEED = {
     "images_per_second": "images a second",
     "data_wait_share": "share of the time that waits for data",
-    "model_flops_utilization": "share of the peak FLOPs",
+    "mfu": "share of the peak FLOPs",
+    "device_memory_gib": "memory of the fullest device, GiB",
 }
 _OPTIMISER = {"learning_rate": "learning rate", "gradient_norm": "gradient norm"}
 _NOT_DRAWN = ("seconds_left", "images_per_second_per_device")

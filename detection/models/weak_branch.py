@@ -94,13 +94,12 @@ def weak_losses(
     if not output.refined:
         return terms
     weak, total = settings.weak, jnp.zeros(())
-    by_boxes = "gt_boxes" in batch and weak.truth_seeds
+    of_truth = None
+    if "gt_boxes" in batch and weak.truth_seeds:
+        of_truth = _of_truth(proposals, batch, settings.ignore_ioa)
     scores = output.scores
     for logits in output.refined:
-        if by_boxes:
-            labels, weights = _of_truth(proposals, batch, settings.ignore_ioa)
-        else:
-            labels, weights = _of_scores(scores, proposals, truth, weak.mining)
+        labels, weights = of_truth or _of_scores(scores, proposals, truth, weak.mining)
         total += refinement_loss(logits, labels, weights, counted, axis_name)
         scores = jax.nn.softmax(logits)[..., 1:]
     return terms | {Term("weak_refinement"): total}

@@ -120,4 +120,4 @@ def test_wrong_arguments_are_named():
 
 def test_importing_the_package_imports_no_jax():
     code = "import ensemble, sys; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

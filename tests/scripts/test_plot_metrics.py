@@ -1,18 +1,11 @@
 """Curves of runs: what is drawn is what was logged."""
 
-import json
 import xml.etree.ElementTree as ElementTree
 
 from tests.commands import run
+from tests.run_logs import write_run
 
 TEXT = "{http://www.w3.org/2000/svg}text"
-
-
-def write_run(workdir, values):
-    workdir.mkdir()
-    lines = [json.dumps({"step": 10 * i, "loss": v}) for i, v in enumerate(values, 1)]
-    (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 50, "other": 1.0}\n')
-    return workdir
 
 
 def test_picture_has_a_panel_a_metric_and_names_the_runs(tmp_path):

@@ -8,15 +8,9 @@ import pytest
 from common.io.errors import UserError
 from common.report import curves
 from common.report.run_log import RunLog, read_evaluations, running_mean
+from tests.run_logs import write_run
 
 AP = "PerformanceByCategory/AP/{}"
-
-
-def write_run(workdir, values):
-    workdir.mkdir()
-    lines = [json.dumps({"step": 10 * i, "loss": v}) for i, v in enumerate(values, 1)]
-    (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 50, "other": 1.0}\n')
-    return workdir
 
 
 def test_curve_has_the_logged_points(tmp_path):
