@@ -147,7 +147,7 @@ def train_in(
         say,
         whole_batch=settings.model.needs_whole_batch,
     )
-    jitted = jit_train_step(model, tx, mesh, accumulate)
+    jitted = jit_train_step(model, tx, mesh, accumulate, settings.optimizer.reduce_dtype)
     step_flops = hardware.step_flops(scheduled(jitted, schedule, mesh), mesh)
     programs = program_shapes(settings.data, batch_size, dataset.num_classes)
     if settings.data.label_steps.share:  # the first step of the other kind is not to wait

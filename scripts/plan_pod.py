@@ -128,7 +128,8 @@ def make_step(
     tx = make_optimizer(made.optimizer, shapes["params"], made.frozen_pattern)
     state = jax.eval_shape(lambda: init_state(made.model, tx, config.seed, made.init_batch))
     parameters = sum(x.size for x in jax.tree.leaves(shapes["params"]))
-    jitted = jit_train_step(made.model, tx, mesh, made.optimizer.accumulate)
+    optimizer = made.optimizer
+    jitted = jit_train_step(made.model, tx, mesh, optimizer.accumulate, optimizer.reduce_dtype)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     return Step(jitted, state, made.batch, rate, parameters, made)
 
@@ -172,7 +173,8 @@ def plan(
     found = roofline.merged(flops.operations(step.jitted, *arguments, platform=platform))
     batch_size = images_per_device * where.devices
     steps = total_steps(step.program.optimizer, max(photos // batch_size, 1))
-    bound = roofline.step_seconds(found, 4 * step.parameters, where)
+    summed_bytes = step.parameters * jnp.dtype(step.program.optimizer.reduce_dtype).itemsize
+    bound = roofline.step_seconds(found, summed_bytes, where)
     step_flops = sum(op.flops for op in found)
     high, likely, low = (sum(bound.values()) / share for share in roofline.REACHED)
     peak = where.rates.tflops * 1e12

@@ -121,7 +121,8 @@ def train_in(
         say,
         whole_batch=settings.model.norm == "sync",
     )
-    train_step = scheduled(jit_train_step(model, tx, mesh, accumulate), schedule, mesh)
+    jitted = jit_train_step(model, tx, mesh, accumulate, settings.optimizer.reduce_dtype)
+    train_step = scheduled(jitted, schedule, mesh)
     step_flops = hardware.step_flops(train_step, mesh)
     train_step = announced(train_step, "training step", say)
     fields = tuple(init_shapes())

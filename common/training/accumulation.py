@@ -26,6 +26,7 @@ def summed_over_parts(
     count: int,
     *,
     in_order: bool,
+    reduce: Callable[[Any], Any] = sum_over_devices,
 ) -> tuple[Any, Any]:
     """Calls `gradients` for each part of the device's images; call it inside `jax.shard_map`.
 
@@ -35,15 +36,16 @@ def summed_over_parts(
         asks for.
       batch: of this device, whose rows are a multiple of `count`.
       count: parts; 1 calls `gradients` as it is.
-      in_order: adds the parts of all devices in the order of their images. It takes memory for the
-        gradients of all parts.
+      in_order: adds the parts of all devices in the order of their images, without `reduce`. It
+        takes memory for the gradients of all parts.
+      reduce: sums over devices what each of them has added.
 
     Returns:
       the sums and the averages.
     """
     if count == 1:
         summed, averaged = gradients(batch)
-        return sum_over_devices(summed), averaged
+        return reduce(summed), averaged
     rows = {name: x.reshape(count, -1, *x.shape[1:]) for name, x in batch.items()}
     numbered = (jnp.arange(count), rows)
 
@@ -73,7 +75,7 @@ def summed_over_parts(
             return jax.tree.map(jnp.add, carry, summed), averaged
 
         summed, averaged = jax.lax.scan(add, zeros, numbered)
-        summed = jax.lax.psum(summed, DATA_AXIS)
+        summed = reduce(summed)
     return summed, jax.tree.map(_mean, averaged)
 
 

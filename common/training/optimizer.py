@@ -46,6 +46,7 @@ class OptimizerSettings:
       momentum, weight_decay: see the head of the module.
       clip_norm: of the gradient of all trained parameters together; 0: not clipped.
       accumulate: parts, one after another, in which each device computes its images of a step.
+      reduce_dtype: to which gradients are rounded for their sum over devices; all else is float32.
     """
 
     learning_rate: float
@@ -63,6 +64,7 @@ class OptimizerSettings:
     weight_decay: float
     clip_norm: float
     accumulate: int
+    reduce_dtype: Literal["float32", "bfloat16"]
 
     def __post_init__(self):
         rates = self.learning_rate, self.learning_rate_per_image

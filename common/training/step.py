@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from common.training.accumulation import summed_over_parts
-from common.training.distributed import DATA_AXIS, batch_sharded, replicated
+from common.training.distributed import DATA_AXIS, batch_sharded, replicated, sum_over_devices
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -86,25 +86,39 @@ def variable_shapes(model: nn.Module, batch: Mapping[str, jax.ShapeDtypeStruct])
 
 
 def make_train_step(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    accumulate: int = 1,
+    reduce_dtype: str = "float32",
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The update `(state, batch, learning_rate) -> (state, metrics)`, a pure function of all three.
 
     The rate is for `tx` of `common.training.optimizer`; one that has its own rate takes none.
 
-    Each device differentiates its share of the loss on its own images; one sum over devices, in
-    float32, makes the gradient of the global batch. Left to the partitioner instead, the loops of
-    NMS would synchronise all devices in every round and bfloat16 gradients would be summed in
-    bfloat16.
+    Each device differentiates its share of the loss on its own images; one sum over devices makes
+    the gradient of the global batch. Left to the partitioner instead, the loops of NMS would
+    synchronise all devices in every round, and the model's dtype would decide that of the sum.
 
     With `accumulate` each device computes its images in so many parts, one after another, which
     gives what as many times the devices would (`common.training.accumulation`).
+
+    With `reduce_dtype` "bfloat16" each device rounds its gradients once, when all its parts are
+    added, for their sum over the devices, which is rounded, too. Losses, counts and figures are
+    summed in float32, and a device alone rounds nothing.
 
     Metrics: every loss term as `loss/...`, their sum `loss`, figures of the model, and the global
     norm of the gradient.
     """
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    rounds = reduce_dtype != "float32" and mesh.size > 1
+
+    def sum_rounded(summed):
+        grads, out = summed
+        rounded = jax.tree.map(lambda g: g.astype(reduce_dtype), grads)
+        totals = jax.tree.map(lambda x: x.astype("float32"), sum_over_devices(rounded))
+        return totals, sum_over_devices(out)
 
     def device_gradients(params, batch_stats, loss_state, key, batch):
         streams = {
@@ -130,7 +144,12 @@ def make_train_step(
             return (grads, out), kept
 
         (grads, out), kept = summed_over_parts(
-            gradients, lambda batch: apply(params, batch), batch, accumulate, in_order=on_cpu
+            gradients,
+            lambda batch: apply(params, batch),
+            batch,
+            accumulate,
+            in_order=on_cpu and not rounds,
+            reduce=sum_rounded if rounds else sum_over_devices,
         )
         return grads, out, kept
 
@@ -162,11 +181,15 @@ def make_train_step(
 
 
 def jit_train_step(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    accumulate: int = 1,
+    reduce_dtype: str = "float32",
 ) -> jax.stages.Wrapped:
     """`make_train_step` compiled: the batch split over devices, all else on each of them."""
     return jax.jit(
-        make_train_step(model, tx, mesh, accumulate),
+        make_train_step(model, tx, mesh, accumulate, reduce_dtype),
         donate_argnums=0,
         in_shardings=(replicated(mesh), batch_sharded(mesh), replicated(mesh)),
         out_shardings=replicated(mesh),

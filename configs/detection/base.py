@@ -245,6 +245,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         weight_decay=1e-4,
         clip_norm=35.0,  # 0: off
         accumulate=1,  # parts of a device's images, one after another; not with norm sync
+        reduce_dtype="float32",  # float32 | bfloat16, in which devices sum their gradients
     )
 
     config.checkpoint = dict(

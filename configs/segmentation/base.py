@@ -84,6 +84,7 @@ def get_config(crops: str = "256", arg: str | None = None) -> ml_collections.Con
         weight_decay=5e-4,
         clip_norm=0.0,  # 0: off
         accumulate=1,  # parts of a device's images, one after another; not with norm sync
+        reduce_dtype="float32",  # float32 | bfloat16, in which devices sum their gradients
     )
 
     config.checkpoint = dict(every_steps=2000, keep_last=2, keep_epochs=False)

@@ -34,6 +34,7 @@ def config(**changes) -> OptimizerSettings:
         weight_decay=1e-4,
         clip_norm=35.0,
         accumulate=1,
+        reduce_dtype="float32",
     )
     return read_settings(OptimizerSettings, fields | changes, "config.optimizer")
 
