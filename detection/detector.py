@@ -12,6 +12,7 @@ Shape legend: B photos of a block, D detections of each, K classes.
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
@@ -195,13 +196,16 @@ class _GivenPhotos:
         if isinstance(photo, str | os.PathLike):
             photo = images.read_file(os.fspath(photo))
         if isinstance(photo, bytes):
-            return lambda: images.open_photo(photo)
-        opened = images.photo_of_pixels(_as_image(photo))
-        return lambda: opened
+            return functools.partial(images.open_photo, photo)
+        return functools.partial(_as_is, images.photo_of_pixels(_as_image(photo)))
 
     def opener(self, index: int) -> Callable[[], images.Photo]:
         """Reads the photo only when it is called."""
         return lambda: self.read(index)()
+
+
+def _as_is(photo: images.Photo) -> images.Photo:
+    return photo
 
 
 def _as_image(photo: Any) -> Image.Image:

@@ -59,6 +59,7 @@ MAY_DIFFER = (
     "checkpoint",
     "evaluation",
     "data.dir",
+    "data.num_processes",
     "data.num_threads",
     "data.prefetch",
     "data.eval_split",

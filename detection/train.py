@@ -61,6 +61,7 @@ MAY_DIFFER = (
     "optimizer.decay_epochs",
     "data.dir",
     "data.sources.*.dir",
+    "data.num_processes",
     "data.num_threads",
     "data.prefetch",
     "data.eval_split",

@@ -54,6 +54,7 @@ MAY_DIFFER = (
     "evaluation",
     "test",
     "data.dir",
+    "data.num_processes",
     "data.num_threads",
     "data.prefetch",
     "data.eval_split",

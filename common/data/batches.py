@@ -1,29 +1,36 @@
-"""The engine under all batches: numbered slots -> examples, loaded in threads -> stacked arrays.
+"""The engine under all batches: numbered slots -> examples, loaded side by side -> stacked arrays.
 
 A loader writes the example of a slot; which slot a number stands for is the caller's. So batches
 resume at any number, and hosts share a global batch by taking other numbers.
 
-Threads suffice: Pillow releases the interpreter lock while it decodes and resizes. Each example is
-written right into its row of the batch's arrays, so nothing is copied when a batch is complete.
+Examples are loaded in threads: Pillow releases the interpreter lock while it decodes and resizes.
+What it leaves to the interpreter keeps one process from loading more than some hundred photos a
+second, so on machines with many cores the threads are those of several processes
+(`common.data.workers`). Each example is written right into its row of the batch's arrays, which all
+of them share, so nothing is copied when a batch is complete, and batches are the same bytes.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from common.data.photo_errors import PhotoErrors
+from common.data.workers.blocks import Block, Fields, Layout
+from common.data.workers.pool import Workers, num_processes
 from common.io.errors import UserError
-from common.io.parallel import map_ordered
+from common.io.parallel import map_ordered, num_threads
 
 Example = dict[str, np.ndarray]
-Fields = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # shape and type of each
 
 
 class Loader(Protocol):
     """Makes examples of slots; threads share it.
+
+    It and the slots can be pickled, and an example is a function of its slot alone; what it counts
+    or prints goes to reports (`common.data.workers.reports`).
 
     Attributes:
       photo_errors: counts the unreadable photos that were left out.
@@ -44,6 +51,7 @@ class _Batch:
     def __init__(self, size: int):
         self.size = size
         self.arrays: Example = {}
+        self._block: Block | None = None
         self._lock = threading.Lock()
 
     def row(self, place: int, loader: Loader, slot: Any) -> Example:
@@ -56,12 +64,22 @@ class _Batch:
                 }
         return {name: array[place, ...] for name, array in self.arrays.items()}
 
+    def block(self, loader: Loader, slot: Any) -> Block:
+        """Shared memory with the arrays."""
+        with self._lock:
+            if self._block is None:
+                layout = Layout.of(loader.fields(slot), self.size)
+                self._block = Block(layout.nbytes)
+                self.arrays = layout.arrays(self._block.map())
+            return self._block
+
 
 def stack_examples(
     loader: Loader,
     batches: Iterable[Sequence[Any]],
     *,
     slot: Callable[[Any], Any] = lambda item: item,
+    processes: int = 1,
     threads: int,
     ahead: int,
 ) -> Iterator[Example]:
@@ -70,11 +88,13 @@ def stack_examples(
     Args:
       loader: makes the examples.
       batches: the items of each batch, which lie ahead of the result by `ahead` items at most.
-      slot: what the loader is to make of an item; called in the threads.
-      threads: 0: twice as many as there are cores, at most 64.
+      slot: what the loader is to make of an item; called in threads of this process.
+      processes: that load examples; 1: this one.
+      threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
       ahead: number of examples that are loaded ahead.
 
     Raises:
+      UserError: a process that ended, when the batch of an example that it had comes.
       Exception: what `slot` or the loader raises, when the batch of that example comes.
     """
 
@@ -84,17 +104,28 @@ def stack_examples(
             for place, item in enumerate(items):
                 yield batch, place, item
 
-    def load(task: tuple[_Batch, int, Any]) -> tuple[_Batch, int]:
+    def load_here(task: tuple[_Batch, int, Any]) -> tuple[_Batch, int]:
         batch, place, item = task
         what = slot(item)
         loader.load(what, batch.row(place, loader, what))
         return batch, place
 
-    for batch, place in map_ordered(load, tasks(), threads=threads, ahead=ahead):
-        if place == batch.size - 1:
-            for array in batch.arrays.values():
-                array.flags.writeable = False
-            yield batch.arrays
+    with contextlib.ExitStack() as stack:
+        load, threads = load_here, num_threads(threads, processes)
+        if processes > 1:
+            workers = stack.enter_context(contextlib.closing(Workers(loader, processes, threads)))
+
+            def load(task: tuple[_Batch, int, Any]) -> tuple[_Batch, int]:
+                batch, place, item = task
+                what = slot(item)
+                workers.load(what, batch.block(loader, what), batch.size, place)
+                return batch, place
+
+        for batch, place in map_ordered(load, tasks(), threads=threads, ahead=ahead):
+            if place == batch.size - 1:
+                for array in batch.arrays.values():
+                    array.flags.writeable = False
+                yield batch.arrays
 
 
 class Batches(Iterator[Example]):
@@ -111,6 +142,7 @@ class Batches(Iterator[Example]):
         numbers: range,
         batch_size: int,
         *,
+        processes: int,
         num_threads: int,
         prefetch: int,
     ):
@@ -121,8 +153,9 @@ class Batches(Iterator[Example]):
           slot: what the loader is to make of a number.
           numbers: of all slots, batch after batch.
           batch_size: slots of a batch on this host.
-          num_threads: 0: twice as many as there are cores, at most 64.
-          prefetch: batches made ahead.
+          processes: that load examples, 0: automatic (`common.data.workers.pool.num_processes`).
+          num_threads: of all of them, 0: automatic.
+          prefetch: batches made ahead, which bounds what is held in memory.
         """
         self.num_batches = len(numbers) // batch_size
         self._photo_errors = loader.photo_errors
@@ -131,6 +164,7 @@ class Batches(Iterator[Example]):
             loader,
             (range(start, start + batch_size) for start in starts),
             slot=slot,
+            processes=num_processes(processes, self.num_batches * batch_size),
             threads=num_threads,
             ahead=(prefetch + 1) * batch_size,
         )

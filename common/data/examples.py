@@ -5,8 +5,6 @@ n boxes of an image.
 """
 
 import dataclasses
-import sys
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +18,7 @@ from common.data.canvases import Canvas
 from common.data.dataset_format import CROWD, GROUP_OF
 from common.data.labels import VerifiedLabels
 from common.data.object_masks import ObjectMasks
-from common.data.photo_errors import PhotoErrors
+from common.data.photo_errors import Dropped, PhotoErrors
 from common.data.proposals import TableBoxes
 from common.data.settings import DataSettings
 from common.data.sources import Source
@@ -139,8 +137,8 @@ class TrainingLoader(PhotoLoader):
     """Makes examples with everything that is known of a photo.
 
     Attributes:
-      dropped_boxes: how many boxes did not fit into `max_boxes`.
-      dropped_ignore_boxes: how many did not fit into `max_ignore`.
+      dropped_boxes: counts the boxes that did not fit into `max_boxes`.
+      dropped_ignore_boxes: counts those that did not fit into `max_ignore`.
       masks: of the objects; None where the run has none.
     """
 
@@ -154,8 +152,7 @@ class TrainingLoader(PhotoLoader):
     ):
         """`labels`: of `data.image_labels`; `augmentation`: of `data.elaborate`."""
         super().__init__(sources, settings, proposals)
-        self.dropped_boxes = self.dropped_ignore_boxes = 0
-        self._lock = threading.Lock()
+        self.dropped_boxes, self.dropped_ignore_boxes = Dropped(), Dropped()
         self._labels, self._augmentation = labels, augmentation
         if augmentation is not None:
             self._num_draws = NUM_DRAWS
@@ -258,15 +255,11 @@ class TrainingLoader(PhotoLoader):
         sides = boxes[:, 2:] - boxes[:, :2]
         boxes, areas = boxes[(sides > 0).all(axis=1)], sides[(sides > 0).all(axis=1)].prod(axis=1)
         if len(boxes) > limit:
-            with self._lock:
-                first = self.dropped_ignore_boxes == 0
-                self.dropped_ignore_boxes += len(boxes) - limit
-            if first:
-                _tell(
-                    f"{source.dataset.image_file(slot.index)}: {len(boxes)} ignore boxes, the "
-                    f"largest {limit} are used (data.max_ignore); further such images are not "
-                    "printed"
-                )
+            self.dropped_ignore_boxes.add(
+                len(boxes) - limit,
+                f"{source.dataset.image_file(slot.index)}: {len(boxes)} ignore boxes, the largest "
+                f"{limit} are used (data.max_ignore)",
+            )
             boxes = boxes[np.sort(np.argsort(-areas, kind="stable")[:limit])]
         example["ignore_boxes"][: len(boxes)] = boxes
         example["ignore_valid"][: len(boxes)] = True
@@ -284,17 +277,9 @@ class TrainingLoader(PhotoLoader):
         priority = slot.rng.random(len(rows))
         if drawn.any():
             priority[np.flatnonzero(drawn)[np.argmin(priority[drawn])]] = -1.0
-        with self._lock:
-            first = self.dropped_boxes == 0
-            self.dropped_boxes += len(rows) - limit
-        if first:
-            _tell(
-                f"{source.dataset.image_file(slot.index)}: {len(rows)} boxes, a random {limit} of "
-                "them are objects and the others are ignored (data.max_boxes); further such images "
-                "are not printed"
-            )
+        self.dropped_boxes.add(
+            len(rows) - limit,
+            f"{source.dataset.image_file(slot.index)}: {len(rows)} boxes, a random {limit} of them "
+            "are objects and the others are ignored (data.max_boxes)",
+        )
         return rows[np.sort(np.argsort(priority, kind="stable")[:limit])]
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

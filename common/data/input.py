@@ -43,6 +43,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int64
 
+from common.data import remote
 from common.data.augmentation import ElaborateAugmentation
 from common.data.batches import Batches, StepMemo, generator, local_batch
 from common.data.canvases import Canvas, is_portrait, orientations
@@ -74,6 +75,7 @@ class PhotoBatches(Batches):
             slot,
             numbers,
             batch_size,
+            processes=settings.num_processes,
             num_threads=settings.num_threads,
             prefetch=settings.prefetch,
         )
@@ -81,12 +83,12 @@ class PhotoBatches(Batches):
     @property
     def dropped_boxes(self) -> int:
         """Boxes so far that did not fit into max_boxes (those loaded ahead too)."""
-        return self._loader.dropped_boxes
+        return self._loader.dropped_boxes.count
 
     @property
     def dropped_ignore_boxes(self) -> int:
         """Ignore boxes so far that did not fit into max_ignore (those loaded ahead too)."""
-        return self._loader.dropped_ignore_boxes
+        return self._loader.dropped_ignore_boxes.count
 
     @property
     def skipped_masks(self) -> int:
@@ -97,6 +99,7 @@ class PhotoBatches(Batches):
     def left_out(self) -> str:
         """What was left out so far, in words; '' if nothing was."""
         counts = {
+            "reads from remote storage repeated": remote.repeated.count,
             "unreadable photos skipped": self.skipped_images,
             "unreadable masks skipped": self.skipped_masks,
             "boxes beyond config.data.max_boxes ignored": self.dropped_boxes,
@@ -260,6 +263,7 @@ def _inference_batches(
         slot,
         range(num_batches * batch_size),
         batch_size,
+        processes=settings.num_processes,
         num_threads=settings.num_threads,
         prefetch=settings.prefetch,
     )

@@ -11,6 +11,7 @@ A batch is a dictionary (b: images of this host, S: image_size):
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -64,7 +65,8 @@ def train_batches(
         place += process_index * local
         drawn = plan.draw(np.array([step * data_config.batch_size + place]))
         rng = generator(seed, _TRAIN, step, place)
-        return _Slot(int(drawn.images[0]), lambda shape: random_crop(shape, size, data_config, rng))
+        crop = functools.partial(random_crop, size=size, config=data_config, rng=rng)
+        return _Slot(int(drawn.images[0]), crop)
 
     numbers = range(start_step * local, (start_step + num_steps) * local)
     return _batches(source, slot, numbers, local, data_config)
@@ -100,15 +102,12 @@ def eval_batches(
     Host p gets images [p b, (p + 1) b) of each batch; the last one is padded.
     """
     local = local_batch(batch_size, process_index, process_count)
-    size = data_config.image_size
+    crop = functools.partial(centre_crop, size=data_config.image_size, share=data_config.eval_crop)
 
     def slot(number: int) -> _Slot:
         batch, place = divmod(number, local)
         index = batch * batch_size + process_index * local + place
-        return _Slot(
-            index if index < len(source) else -1,
-            lambda shape: centre_crop(shape, size, data_config.eval_crop),
-        )
+        return _Slot(index if index < len(source) else -1, crop)
 
     numbers = range(-(-len(source) // batch_size) * local)
     return _batches(source, slot, numbers, local, data_config)
@@ -208,6 +207,7 @@ def _batches(
         slot,
         numbers,
         batch_size,
+        processes=1 if config.tfds else config.num_processes,
         num_threads=config.num_threads,
         prefetch=config.prefetch,
     )

@@ -128,7 +128,9 @@ class DataSettings:
       max_proposals: P, proposals of an image at a time; 0: batches have none.
       on_image_error: what a photo that cannot be read does. 'fatal': stops with an error naming it;
         'skip': leaves an empty slot, image_valid False, and prints the file once.
-      num_threads: 0: twice as many as there are cores, at most 64.
+      num_processes: that load photos. 1: this one; 0: one for every 8 cores of the machine, but
+        this one alone where there are fewer than 16, or few photos to load.
+      num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
       prefetch: batches made ahead.
     """
 
@@ -156,6 +158,7 @@ class DataSettings:
     proposals: str
     max_proposals: int
     on_image_error: Literal["fatal", "skip"]
+    num_processes: int
     num_threads: int
     prefetch: int
 
@@ -187,6 +190,7 @@ class DataSettings:
                 self.mask_size >= 0 and self.mask_size % 8 == 0,
                 "0 (no masks) or a positive multiple of 8",
             ),
+            ("num_processes", self.num_processes >= 0, "0 (automatic) or more"),
             ("num_threads", self.num_threads >= 0, "0 (automatic) or more"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
             (
@@ -232,7 +236,9 @@ class LabelledDataSettings:
       crop_aspect: (min, max) of its width over height.
       flip: mirrors half of the images left to right.
       eval_crop: of the short side, the middle square of which is evaluated.
-      num_threads: 0: twice as many as there are cores, at most 64.
+      num_processes: that load photos. 1: this one; 0: one for every 8 cores of the machine, but
+        this one alone where there are fewer than 16, or few photos to load.
+      num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
       prefetch: batches made ahead.
     """
 
@@ -248,6 +254,7 @@ class LabelledDataSettings:
     crop_aspect: tuple[float, float]
     flip: bool
     eval_crop: float
+    num_processes: int
     num_threads: int
     prefetch: int
 
@@ -261,6 +268,8 @@ class LabelledDataSettings:
             ("crop_area", 0 < low <= high <= 1, "0 < min <= max <= 1"),
             ("crop_aspect", 0 < narrow <= wide < math.inf, "0 < min <= max, both finite"),
             ("eval_crop", 0 < self.eval_crop <= 1, "more than 0, at most 1"),
+            ("num_processes", self.num_processes >= 0, "0 (automatic) or more"),
+            ("num_processes", not self.tfds or self.num_processes <= 1, "0 or 1 with tfds"),
             ("num_threads", self.num_threads >= 0, "0 (automatic) or more"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
         ):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from common.data import remote
 from common.data.image_file import ImageError
 
 _LOCK = threading.Lock()  # held while it is imported and told to leave the accelerators
@@ -22,15 +23,28 @@ def installed() -> bool:
 def read_address(path: str) -> bytes:
     """Content of the file behind an address such as gs://bucket/name.
 
+    While the storage is busy or out of reach, it is asked again for half a minute.
+
     Raises:
       ImageError: it cannot be read.
     """
     tf = _tensorflow()
     if tf is None:
         raise ImageError("only TensorFlow reads such addresses, and it is not installed")
-    try:
+
+    def read() -> bytes:
         with tf.io.gfile.GFile(path, "rb") as file:
             return file.read()
+
+    transient = (
+        tf.errors.UnavailableError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.ResourceExhaustedError,
+        tf.errors.AbortedError,
+        tf.errors.InternalError,
+    )
+    try:
+        return remote.patiently(read, path, transient)
     except tf.errors.OpError as error:
         raise ImageError(error.message) from error
 

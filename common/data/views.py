@@ -11,6 +11,7 @@ Shape legend: B photos of a block, b of them in one batch, H, W padded canvas.
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from common.data import images, placement
 from common.data.batches import Example, Fields, stack_examples
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
+from common.data.workers.pool import num_processes as process_count
+from common.data.workers.reports import Report
 from common.io.parallel import map_ordered
 from common.io.parallel import num_threads as thread_count
 
@@ -34,7 +37,7 @@ class Photos(Protocol):
         """What errors call a photo."""
 
     def read(self, index: int) -> Callable[[], images.Photo]:
-        """Reads a photo; returns what opens it, anew at each call.
+        """Reads a photo; returns what opens it, anew at each call, and can be pickled.
 
         Raises:
           ImageError: it cannot be read.
@@ -53,7 +56,7 @@ class DatasetPhotos:
     def read(self, index: int) -> Callable[[], images.Photo]:
         data = images.read_file(self.name(index))
         height, width = self._dataset.image_sizes[index].tolist()
-        return lambda: images.open_photo(data, (height, width))
+        return functools.partial(images.open_photo, data, (height, width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,7 @@ def view_batches(
     errors: PhotoErrors,
     *,
     pad_multiple: int,
+    num_processes: int = 1,
     num_threads: int = 0,
 ) -> Iterator[ViewBatch]:
     """Yields the photos block by block, and of each block all batches, scale by scale.
@@ -130,17 +134,19 @@ def view_batches(
       rows: of each scale, the places in the block of the photos of each batch.
       errors: what becomes of unreadable photos.
       pad_multiple: canvases are padded up to multiples of it.
-      num_threads: 0: twice as many as there are cores, at most 64.
+      num_processes: that draw the views, 0: automatic (`common.data.workers.pool.num_processes`).
+      num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
 
     Raises:
       UserError: a photo that cannot be read (unless `errors` skips it).
     """
+    processes = process_count(num_processes, len(indices) * len(rows))
     opened = map_ordered(
         lambda item: _open(photos, *item, errors),
         enumerate(np.asarray(indices).tolist()),
         threads=num_threads,
     )
-    loader = _ViewLoader(photos, errors)
+    loader = _ViewLoader(_BrokenPhotos(errors))
     num_formats = len(canvases[0])
 
     def batches() -> Iterator[tuple[Callable[..., ViewBatch], list[_View]]]:
@@ -159,27 +165,28 @@ def view_batches(
     arrays = stack_examples(
         loader,
         (views for _, views in drawn),
+        processes=processes,
         threads=num_threads,
-        ahead=2 * thread_count(num_threads),
+        ahead=2 * thread_count(num_threads, processes),
     )
     for (describe, _), batch in zip(described, arrays, strict=True):
         yield describe(**batch)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Photo:
     place: int
     index: int
+    name: str
     open: Callable[[], images.Photo]
     size: tuple[int, int]
-    broken: bool = False
 
 
 def _open(photos: Photos, place: int, index: int, errors: PhotoErrors) -> _Photo | None:
     errors.count()
     try:
         open_photo = photos.read(index)
-        return _Photo(place, index, open_photo, open_photo().size)
+        return _Photo(place, index, photos.name(index), open_photo, open_photo().size)
     except images.ImageError as error:
         errors.skip(photos.name(index), error)
         return None
@@ -211,12 +218,27 @@ class _View:
     shape: tuple[int, int]
 
 
+class _BrokenPhotos(Report):
+    """Those that cannot be decoded: each counts once, however many views it has."""
+
+    def __init__(self, errors: PhotoErrors):
+        self.errors = errors
+        self._places: set[int] = set()
+        self._lock = threading.Lock()
+
+    def add(self, place: int, name: str, error: images.ImageError) -> None:
+        with self._lock:
+            known = place in self._places
+            self._places.add(place)
+        if not known:
+            self.errors.skip(name, error)
+
+
 class _ViewLoader:
     """Draws views."""
 
-    def __init__(self, photos: Photos, errors: PhotoErrors):
-        self.photo_errors = errors
-        self._photos = photos
+    def __init__(self, broken: _BrokenPhotos):
+        self.photo_errors, self._broken = broken.errors, broken
 
     def fields(self, slot: _View) -> Fields:
         return {
@@ -228,7 +250,7 @@ class _ViewLoader:
 
     def load(self, slot: _View, example: Example) -> None:
         photo = slot.photo
-        if photo is None or photo.broken:
+        if photo is None:
             return
         # Opened anew: the decoder's size reduction is a state of the handle.
         opened = photo.open()
@@ -237,9 +259,7 @@ class _ViewLoader:
         try:
             example["image"][:height, :width] = placement.draw_content(opened, geometry)
         except images.ImageError as error:
-            if not photo.broken:
-                photo.broken = True
-                self.photo_errors.skip(self._photos.name(photo.index), error)
+            self._broken.add(photo.place, photo.name, error)
             return
         example["image_size"][:] = geometry.content
         example["original_size"][:] = opened.size

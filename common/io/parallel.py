@@ -11,9 +11,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def num_threads(threads: int = 0) -> int:
-    """The number of threads that a config asks for; 0 means twice the cores, at most 64."""
-    return threads or min(2 * (os.cpu_count() or 1), 64)
+def num_threads(threads: int = 0, processes: int = 1) -> int:
+    """The threads of all processes that a config asks for; 0: twice the cores, at most 64 each."""
+    return threads or min(2 * (os.cpu_count() or 1), 64 * processes)
 
 
 def map_ordered(

@@ -84,6 +84,7 @@ def open_views(
         layout.rows,
         errors,
         pad_multiple=settings.data.pad_multiple,
+        num_processes=settings.data.num_processes,
         num_threads=settings.data.num_threads,
     )
 

@@ -55,7 +55,7 @@ def train_batches(
     Args:
       dataset: with masks.
       plan: from `crops.plan.make_plan`; its batch_size is that of all hosts together.
-      settings: of on_image_error, num_threads and prefetch.
+      settings: of on_image_error, num_processes, num_threads and prefetch.
       start_step: first step.
       num_steps: number of batches to make.
       process_index: this host; it gets slots [p b, (p + 1) b) of each batch.
@@ -147,6 +147,7 @@ def _batches(
         slot,
         numbers,
         batch_size,
+        processes=settings.num_processes,
         num_threads=settings.num_threads,
         prefetch=settings.prefetch,
     )

@@ -37,7 +37,9 @@ class DataSettings:
       proposal_share: of the time.
       on_image_error: what a photo or mask that cannot be read does. 'fatal': stops with an error
         naming it; 'skip': leaves an empty slot, image_valid False, and prints the file once.
-      num_threads: 0: twice as many as there are cores, at most 64.
+      num_processes: that load photos. 1: this one; 0: one for every 8 cores of the machine, but
+        this one alone where there are fewer than 16, or few photos to load.
+      num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
       prefetch: batches made ahead.
     """
 
@@ -56,6 +58,7 @@ class DataSettings:
     proposals: str
     proposal_share: float
     on_image_error: Literal["fatal", "skip"]
+    num_processes: int
     num_threads: int
     prefetch: int
 
@@ -67,6 +70,7 @@ class DataSettings:
             ("group_steps", self.group_steps >= 1, "at least 1"),
             ("jitter", 0 <= self.jitter < 0.5, "a share from 0 to below 0.5"),
             ("proposal_share", 0 <= self.proposal_share <= 1, "a share between 0 and 1"),
+            ("num_processes", self.num_processes >= 0, "0 (automatic) or more"),
             ("num_threads", self.num_threads >= 0, "0 (automatic) or more"),
             ("prefetch", self.prefetch >= 1, "at least 1"),
         ):

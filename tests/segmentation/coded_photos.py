@@ -100,6 +100,7 @@ def config(**changes) -> DataSettings:
         "proposals": "",
         "proposal_share": 0.5,
         "on_image_error": "fatal",
+        "num_processes": 1,
         "num_threads": 2,
         "prefetch": 1,
     }

@@ -30,6 +30,7 @@ DATA = DataSettings(
     proposals="",
     max_proposals=0,
     on_image_error="fatal",
+    num_processes=1,
     num_threads=3,
     prefetch=2,
 )

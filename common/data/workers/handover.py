@@ -1,0 +1,111 @@
+"""A loader as bytes for other processes on this machine, which share its large arrays.
+
+Memory-mapped files are mapped again by the processes that get them; other large arrays lie in a
+block of shared memory once for all; locks are made anew; reports (`reports.Report`) stay where they
+are.
+"""
+
+import io
+import mmap
+import pickle
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.data.workers.blocks import Block
+from common.data.workers.reports import Recorder, Report
+
+_LARGE = 4096  # bytes of an array that is shared; smaller ones are part of the pickle
+_ALIGNMENT = 64
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+
+
+def pack(thing: Any, known: Sequence[Report] = ()) -> tuple[Block, list[int], list[Report]]:
+    """Puts an object into a block.
+
+    Args:
+      thing: to be handed over.
+      known: the first of the reports, by number.
+
+    Returns:
+      The block, the lengths of the pickle and of each large array in it, and all reports met.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file, list(known))
+    pickler.dump(thing)
+    parts = [memoryview(file.getbuffer()), *(large.raw() for large in pickler.large)]
+    lengths = [part.nbytes for part in parts]
+    block = Block(sum(map(_aligned, lengths)))
+    memory, start = memoryview(block.map()), 0
+    for part in parts:
+        memory[start : start + part.nbytes] = part
+        start += _aligned(part.nbytes)
+    return block, lengths, pickler.reports
+
+
+def unpack(memory: mmap.mmap, lengths: Sequence[int]) -> Any:
+    """The object in a block that was mapped read-only; its large arrays lie there."""
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(memoryview(memory)[start : start + length])
+        start += _aligned(length)
+    return _Unpickler(io.BytesIO(parts[0]), buffers=parts[1:]).load()
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Pickler(pickle.Pickler):
+    """Attributes: `large`: arrays beside the pickle; `reports`: met so far."""
+
+    def __init__(self, file: io.BytesIO, reports: list[Report]):
+        super().__init__(file, protocol=5, buffer_callback=self._beside)
+        self.large: list[pickle.PickleBuffer] = []
+        self.reports = reports
+
+    def _beside(self, buffer: pickle.PickleBuffer) -> bool:
+        """Whether the array is part of the pickle; notes it if not."""
+        if buffer.raw().nbytes < _LARGE:
+            return True
+        self.large.append(buffer)
+        return False
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Report):
+            return None
+        for number, report in enumerate(self.reports):
+            if report is obj:
+                return number
+        self.reports.append(obj)
+        return len(self.reports) - 1
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, np.memmap):
+            return _reduce_map(obj)
+        if isinstance(obj, _LOCKS):
+            return threading.RLock if isinstance(obj, _LOCKS[1]) else threading.Lock, ()
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Recorder:
+        return Recorder(pid)
+
+
+def _reduce_map(array: np.memmap) -> Any:
+    """How a mapped array is made again: from its file, if it has a name, at its true place."""
+    memory: Any = getattr(array, "_mmap", None)
+    if memory is None or array.filename is None or not array.flags.c_contiguous:
+        return np.asarray, (np.ascontiguousarray(array).view(np.ndarray),)
+    # `offset` is that of the whole map, also of an array that is a part of it.
+    first = np.frombuffer(memory, np.uint8, 1).ctypes.data
+    within = array.ctypes.data - first
+    start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY + within
+    return _map, (str(array.filename), array.dtype, array.shape, start)
+
+
+def _map(path: str, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+    return np.memmap(path, dtype, "r", start, shape)

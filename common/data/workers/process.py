@@ -1,0 +1,87 @@
+"""What a worker process runs: examples of slots, written into the memory of their batch.
+
+It holds one channel for each of its threads, and one more, on which nothing comes after the
+loader: when that closes, the process of the run has ended, in whichever way, and so does this one.
+"""
+
+import json
+import mmap
+import os
+import pickle
+import socket
+import sys
+import threading
+import traceback
+from typing import Any
+
+from common.data.workers import handover, wire
+from common.data.workers.blocks import Layout
+from common.data.workers.reports import Recorder, take_notes
+from common.io.errors import UserError
+from common.io.memory import keep_freed_memory
+
+
+def main(arguments: list[str]) -> None:
+    """`arguments`: descriptors of the life line, and of the channel of each thread."""
+    life, *channels = (socket.socket(fileno=int(text)) for text in arguments)
+    keep_freed_memory()
+    try:
+        loader = _receive_loader(life)
+    except (EOFError, OSError):
+        return  # the run has ended meanwhile
+    for channel in channels:
+        threading.Thread(target=_serve, args=(channel, loader), daemon=True).start()
+    try:
+        wire.receive(life)
+    except (EOFError, OSError):
+        os._exit(0)  # whatever the threads are at
+
+
+def _receive_loader(life: socket.socket) -> Any:
+    text, fd = wire.receive(life)
+    order = json.loads(text)
+    sys.path[:] = order["path"]
+    assert fd is not None
+    memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    os.close(fd)
+    from common.data import remote
+
+    remote.repeated = Recorder(order["repeated"])  # type: ignore[assignment]
+    return handover.unpack(memory, order["lengths"])
+
+
+def _serve(channel: socket.socket, loader: Any) -> None:
+    while True:
+        try:
+            message, fd = wire.receive(channel)
+        except (EOFError, OSError):
+            return
+        assert fd is not None
+        error = None
+        try:
+            _load(loader, fd, *pickle.loads(message))
+        except Exception as caught:
+            error = _portable(caught)
+        finally:
+            os.close(fd)
+        try:
+            wire.send(channel, pickle.dumps((take_notes(), error), 5))
+        except OSError:
+            return
+
+
+def _load(loader: Any, fd: int, slot: Any, size: int, place: int) -> None:
+    layout = Layout.of(loader.fields(slot), size)
+    arrays = layout.arrays(mmap.mmap(fd, max(layout.nbytes, 1)))
+    loader.load(slot, {name: array[place, ...] for name, array in arrays.items()})
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it is where it can be sent; what is no user's says where it arose."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    if not isinstance(error, UserError):
+        error.add_note("in a data worker:\n" + traceback.format_exc())
+    return error
