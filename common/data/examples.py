@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int64, UInt8
 from numpy.typing import DTypeLike
 
 from common.data import images, placement
@@ -94,10 +94,9 @@ class PhotoLoader:
         self.photo_errors.count()
         path = source.dataset.image_file(slot.index)
         try:
-            size = source.dataset.image_sizes[slot.index].tolist()
-            photo = images.open_photo(images.read_file(path), tuple(size))
+            photo = self._open(path, source.dataset.image_sizes[slot.index].tolist())
             geometry = self._fit(photo.size, slot, draws)
-            content = placement.draw_content(photo, geometry)
+            content = self._draw(photo, geometry)
         except images.ImageError as error:
             self.photo_errors.skip(path, error)
             return
@@ -107,6 +106,14 @@ class PhotoLoader:
         example["original_size"][:] = photo.size
         example["image_valid"][()] = True
         self._annotate(example, slot, geometry)
+
+    def _open(self, path: str, annotated_size: tuple[int, int]) -> images.Photo:
+        return images.open_photo(images.read_file(path), annotated_size)
+
+    def _draw(
+        self, photo: images.Photo, geometry: placement.Geometry
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        return placement.draw_content(photo, geometry)
 
     def _fit(self, size: tuple[int, int], slot: Slot, draws: Sequence[float]) -> placement.Geometry:
         if slot.rng is None:

@@ -1,6 +1,6 @@
-"""Speed of the input pipeline, in four parts.
+"""Speed of the input pipeline, in five parts.
 
-    python -m scripts.bench.bench_input --dataset=DIR --part=plan,padding,decoders,batches
+    python -m scripts.bench.bench_input --dataset=DIR --part=plan,padding,decoders,batches,emulated
 
 plan      time per global batch on a generated index of OpenImages' size (1.74 M images, 12.2 M
           boxes, 500 classes), building the plan and its memory, and the statistics of the boxes
@@ -11,20 +11,26 @@ decoders  one photo to one canvas: `common.data.images` against the same steps i
           and the ratio; photos of the dataset as they are, and enlarged to the sizes given
 batches   images/s of `train_batches` as training sees them, plain and with elaborate augmentation
           (section 5.3), photos as they are and enlarged: OpenImages' usual size is 768x1024
+emulated  the same as if with more cores (`--emulate_cores`) and slower storage (`--latency_ms`), by
+          one process and by several (`--processes`): decoding and resizing are slept through, all
+          that the interpreter does is done (`scripts.bench.emulated_loader`). On few real cores
+          that alone is the limit
 """
 
 import dataclasses
 import functools
 import io
 import itertools
+import math
+import os
 import resource
 import tempfile
 import time
-import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import tensorflow as tf
@@ -32,6 +38,7 @@ from absl import flags
 from PIL import Image
 
 from common.data import images, placement
+from common.data import input as input_module
 from common.data.box_shapes import find_box_shapes
 from common.data.canvases import is_portrait, orientations
 from common.data.dataset import Dataset
@@ -42,8 +49,10 @@ from common.io.commands import run_main
 from common.io.errors import UserError
 from common.io.settings import read_settings
 from configs.detection import base
+from scripts.bench.emulated_loader import EmulatedLoader
+from scripts.bench.generated import generated_index
 
-_PARTS = ("plan", "padding", "decoders", "batches")
+_PARTS = ("plan", "padding", "decoders", "batches", "emulated")
 
 
 def define_flags() -> None:
@@ -63,7 +72,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("photos", 64, "photos of each format that are enlarged (part batches)")
     flags.DEFINE_integer("mask_size", 0, "data.mask_size (part batches)")
-    flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic")
+    flags.DEFINE_integer("threads", 0, "data.num_threads, 0: automatic (part batches)")
+    flags.DEFINE_list(
+        "processes", ["1"], "data.num_processes, one after the other (parts batches and emulated)"
+    )
+    flags.DEFINE_integer("emulate_cores", 32, "cores that decode (part emulated)", lower_bound=1)
+    flags.DEFINE_float("latency_ms", 0.0, "until a file begins to come (part emulated)")
 
 
 def main() -> None:
@@ -75,7 +89,7 @@ def main() -> None:
             raise UserError(f"--augmentation={name}: expected plain, crop or resize")
     if "plan" in flags.FLAGS.part:
         bench_plan()
-    if {"padding", "decoders", "batches"} & set(flags.FLAGS.part):
+    if set(flags.FLAGS.part) - {"plan"}:
         if not flags.FLAGS.dataset:
             raise UserError("--dataset is empty: expected a dataset directory (or --part=plan)")
         dataset = Dataset.open(flags.FLAGS.dataset)
@@ -85,6 +99,8 @@ def main() -> None:
             bench_decoders(dataset)
         if "batches" in flags.FLAGS.part:
             bench_batches(dataset)
+        if "emulated" in flags.FLAGS.part:
+            bench_emulated(dataset)
 
 
 # -------------------------------------------------------------------------------------- plan
@@ -114,28 +130,6 @@ def bench_plan() -> None:
         f"shapes of {shapes.counts.sum():,} boxes found in {time.perf_counter() - start:5.2f} s "
         f"(peak memory {_peak_mib():.0f} MiB)",
         flush=True,
-    )
-
-
-def generated_index(num_images: int, num_boxes: int, num_classes: int) -> Any:
-    """What a plan reads of a dataset, with class frequencies like 1 / rank and a quarter of the
-    photos in portrait format."""
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(num_boxes, np.full(num_images, 1 / num_images))
-    weights = 1 / np.arange(1, num_classes + 1)
-    corners = rng.random((num_boxes, 2), np.float32)
-    sides = (1 - corners) * rng.beta(0.8, 2.0, (num_boxes, 2)).astype(np.float32)
-    classes = rng.choice(num_classes, num_boxes, p=weights / weights.sum()).astype(np.int32)
-    return types.SimpleNamespace(
-        directory="generated",
-        num_classes=num_classes,
-        class_labels=[str(number) for number in range(num_classes)],
-        split=lambda name: np.arange(num_images),
-        box_offsets=np.concatenate([[0], np.cumsum(counts)]),
-        boxes=np.concatenate([corners, corners + sides], axis=1),
-        box_classes=classes,
-        box_flags=np.zeros(num_boxes, np.uint8),
-        image_sizes=np.where(rng.random((num_images, 1)) < 0.25, (1024, 768), (768, 1024)),
     )
 
 
@@ -213,7 +207,7 @@ def enlarge(data: bytes, size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def cpu_time(function: Callable[[bytes], np.ndarray], jpegs: list[bytes]) -> float:
+def cpu_time(function: Callable[[bytes], Any], jpegs: list[bytes]) -> float:
     """CPU seconds of one call, all threads together, over at least two seconds."""
     function(jpegs[0])
     calls, start = 0, time.process_time()
@@ -228,47 +222,120 @@ def cpu_time(function: Callable[[bytes], np.ndarray], jpegs: list[bytes]) -> flo
 
 def bench_batches(dataset: Dataset) -> None:
     """The plain pipeline, and each augmentation of `--augmentation` against it."""
+    for photo, canvas, photos in each_size(dataset):
+        plain = None
+        for name, count in itertools.product(flags.FLAGS.augmentation, flags.FLAGS.processes):
+            took = time_batches(photos, _batch_settings(_size(canvas), name, int(count)))
+            plain = plain or took.wall
+            print(
+                f"batches {canvas:8} photos {photo:9} {name:7} {count:>2} processes: "
+                f"{1 / took.wall:6.1f} images/s ({plain / took.wall:.2f}x), "
+                f"{took.cpu * 1e3:.1f} ms of CPU an image, {took.cpu / took.wall:.1f} cores busy",
+                flush=True,
+            )
+
+
+def each_size(dataset: Dataset) -> Iterator[tuple[str, str, Dataset]]:
+    """The dataset with photos of each size of `--photo`, for each canvas: both, and the dataset."""
     for photo, canvas in itertools.product(flags.FLAGS.photo, flags.FLAGS.canvas):
         with tempfile.TemporaryDirectory() as folder:
-            photos = dataset if photo == "as_is" else enlarged(dataset, _size(photo), Path(folder))
-            plain = None
-            for name in flags.FLAGS.augmentation:
-                wall, cpu, busy = time_batches(photos, _size(canvas), name)
-                plain = plain or wall
-                print(
-                    f"batches {canvas:8} photos {photo:9} {name:7}: {1 / wall:6.1f} images/s "
-                    f"({plain / wall:.2f}x), {cpu * 1e3:.1f} ms of CPU an image, {busy:.1f} cores "
-                    "busy",
-                    flush=True,
-                )
+            same = photo == "as_is"
+            yield photo, canvas, dataset if same else enlarged(dataset, _size(photo), Path(folder))
 
 
-def time_batches(
-    dataset: Dataset, canvas: tuple[int, int], augmentation: str
-) -> tuple[float, float, float]:
-    """Wall clock and CPU seconds of an image of `train_batches`, and cores busy."""
+class Took(NamedTuple):
+    """Seconds of an image: of wall clock, and of the CPU in all processes."""
+
+    wall: float
+    cpu: float
+
+
+def time_batches(dataset: Dataset, settings: DataSettings) -> Took:
+    """Time of `train_batches`, after some steps that warm it up."""
+    plan, warm_up, steps = train_plan(dataset, settings, 0), 5, flags.FLAGS.steps
+    # More steps than are timed, so that no process runs out of photos, nor ends.
+    total = warm_up + steps + 2 * settings.prefetch + 64
+    batches = train_batches(dataset, plan, settings, seed=0, num_steps=total)
+    for _ in range(warm_up):
+        next(batches)
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    for _ in range(steps):
+        next(batches)
+    count = steps * settings.batch_size
+    return Took((time.perf_counter() - wall) / count, (_cpu_seconds() - cpu) / count)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those that it started."""
+    total = time.process_time()
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def _batch_settings(canvas: tuple[int, int], augmentation: str, processes: int) -> DataSettings:
     settings = _settings(
         canvas,
         train_split=flags.FLAGS.split,
         batch_size=flags.FLAGS.batch_size,
         mask_size=flags.FLAGS.mask_size,
+        num_processes=processes,
         num_threads=flags.FLAGS.threads,
     )
-    if augmentation != "plain":
-        elaborate = {**base.ELABORATE, "scale": augmentation}
-        settings = dataclasses.replace(
-            settings, elaborate=read_settings(ElaborateSettings, elaborate, "--augmentation")
-        )
-    plan, warm_up = train_plan(dataset, settings, 0), 5
-    batches = train_batches(dataset, plan, settings, seed=0, num_steps=flags.FLAGS.steps + warm_up)
-    for _ in range(warm_up):
-        next(batches)
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in batches:
-        pass
-    count = flags.FLAGS.steps * flags.FLAGS.batch_size
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall / count, cpu / count, cpu / wall
+    if augmentation == "plain":
+        return settings
+    elaborate = {**base.ELABORATE, "scale": augmentation}
+    return dataclasses.replace(
+        settings, elaborate=read_settings(ElaborateSettings, elaborate, "--augmentation")
+    )
+
+
+# -------------------------------------------------------------------------------------- emulated
+
+
+def bench_emulated(dataset: Dataset) -> None:
+    """Images/s on more cores than there are, as far as the interpreters on these let them."""
+    cores, latency = flags.FLAGS.emulate_cores, flags.FLAGS.latency_ms / 1e3
+    for photo, canvas, photos in each_size(dataset):
+        seconds = draw_seconds(photos, _size(canvas))
+        for name, count in itertools.product(flags.FLAGS.augmentation, flags.FLAGS.processes):
+            # So many that all cores work while the others wait for the storage.
+            threads = cores + math.ceil(cores * latency / seconds)
+            settings = dataclasses.replace(
+                _batch_settings(_size(canvas), name, int(count)), num_threads=threads
+            )
+            loader = functools.partial(
+                EmulatedLoader,
+                cores=math.ceil(cores / int(count)),
+                latency=latency,
+                draw_seconds=seconds,
+            )
+            with mock.patch.object(input_module, "TrainingLoader", loader):
+                took = time_batches(photos, settings)
+            print(
+                f"emulated {canvas:8} photos {photo:9} {name:7} {count:>2} processes: "
+                f"{1 / took.wall:6.1f} images/s of {cores / seconds:.0f} that {cores} cores decode "
+                f"and resize ({seconds * 1e3:.1f} ms), latency {latency * 1e3:g} ms; "
+                f"{took.cpu * 1e3:.2f} ms of CPU an image beside that, {took.cpu / took.wall:.2f} "
+                "cores busy",
+                flush=True,
+            )
+
+
+def draw_seconds(dataset: Dataset, canvas: tuple[int, int]) -> float:
+    """CPU seconds that decoding and resizing a photo take, and nothing else does."""
+    chosen = dataset.split(flags.FLAGS.split)[:24]
+    jpegs = [images.read_file(dataset.image_file(int(index))) for index in chosen]
+
+    def draw(data: bytes) -> Any:
+        photo = images.open_photo(data)
+        geometry = placement.fit(photo.size, canvas)
+        pixels = images.decode(photo, geometry.full)
+        return images.resample(pixels, (0.0, 0.0, 1.0, 1.0), geometry.content)
+
+    return cpu_time(draw, jpegs)
 
 
 def enlarged(dataset: Dataset, size: tuple[int, int], folder: Path) -> Dataset:

@@ -1,5 +1,6 @@
 """Random data like OpenImages': what the benches share when they generate data sets and tables."""
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,3 +48,25 @@ def clip_boxes(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
     boxes = np.clip(boxes, 0, 1)
     low = np.minimum(boxes[:, :2], boxes[:, 2:])
     return np.concatenate([low, np.maximum(boxes[:, 2:], low + 1e-5)], axis=1)
+
+
+def generated_index(num_images: int, num_boxes: int, num_classes: int) -> Any:
+    """What a plan reads of a dataset, with class frequencies like 1 / rank and a quarter of the
+    photos in portrait format."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(num_boxes, np.full(num_images, 1 / num_images))
+    weights = 1 / np.arange(1, num_classes + 1)
+    corners = rng.random((num_boxes, 2), np.float32)
+    sides = (1 - corners) * rng.beta(0.8, 2.0, (num_boxes, 2)).astype(np.float32)
+    classes = rng.choice(num_classes, num_boxes, p=weights / weights.sum()).astype(np.int32)
+    return types.SimpleNamespace(
+        directory="generated",
+        num_classes=num_classes,
+        class_labels=[str(number) for number in range(num_classes)],
+        split=lambda name: np.arange(num_images),
+        box_offsets=np.concatenate([[0], np.cumsum(counts)]),
+        boxes=np.concatenate([corners, corners + sides], axis=1),
+        box_classes=classes,
+        box_flags=np.zeros(num_boxes, np.uint8),
+        image_sizes=np.where(rng.random((num_images, 1)) < 0.25, (1024, 768), (768, 1024)),
+    )
