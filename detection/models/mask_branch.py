@@ -58,11 +58,6 @@ def train_masks(
     """
     has_mask = jnp.take_along_axis(batch["gt_has_mask"], targets.matched_idx, axis=1)
     counted = targets.positive(batch["image_valid"]) & has_mask
-    # Together and first: heads leave out absent rows in blocks.
-    order = jnp.argsort(~counted, axis=1, stable=True)
-    targets, counted = jax.tree.map(
-        lambda values: jax.vmap(lambda row, order: row[order])(values, order), (targets, counted)
-    )
     logits = head(
         _pooled(branch, targets.boxes, counted), jnp.maximum(targets.labels - 1, 0), counted
     )

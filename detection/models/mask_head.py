@@ -13,8 +13,9 @@ Shape legend
   K  classes; 1 where all classes share a mask
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from common.nn.layers.conv import he_normal_fan_out
 from common.nn.layers.norm import Norm
+from common.nn.xla_cpu.present_rows import Layer as RowLayer
 from common.nn.xla_cpu.present_rows import map_present
 from common.nn.xla_cpu.winograd import small_conv
 
@@ -101,13 +103,14 @@ class MaskHead(nn.Module):
         deconv = Parameters((2, 2, channels, self.width), he, name="deconv")()
         predictor = Parameters((self.width, self.num_masks), PREDICTOR_INIT, name="predictor")()
 
-        def logits(pooled, classes):
-            return mask_logits(pooled.astype(self.dtype), classes, convs, deconv, predictor)
-
         if self.num_masks == 1:
             classes = jnp.zeros_like(classes)
-        rows = pooled.reshape(-1, *pooled.shape[2:]), classes.reshape(-1)
-        result = map_present(logits, present.reshape(-1), rows)
+        result = map_present(
+            mask_layers(convs, deconv, predictor),
+            present.reshape(-1),
+            pooled.reshape(-1, *pooled.shape[2:]).astype(self.dtype),
+            (classes.reshape(-1),),
+        )
         return result.reshape(*classes.shape, *result.shape[1:])
 
     def _conv(self, number: int, shape: tuple[int, ...]) -> Layer:
@@ -120,21 +123,37 @@ class MaskHead(nn.Module):
         return Layer(kernel * multiplier, offset)
 
 
-def mask_logits(
-    x: Float[Array, "N P P C"],
-    classes: Int[Array, " N"],
-    convs: list[Layer],
-    deconv: Layer,
-    predictor: Layer,
+def mask_layers(convs: list[Layer], deconv: Layer, predictor: Layer) -> list[RowLayer]:
+    """The layers of the head for `map_present`; all but the first begin with the activation.
+
+    They compute in the type of their rows; logits are float32.
+    """
+    layers = [(convolve, conv) for conv in convs] + [(outline, (deconv, predictor))]
+    return [layers[0], *((functools.partial(activated, f), layer) for f, layer in layers[1:])]
+
+
+def activated(function: Callable[..., Array], parameters: Any, x: Array, classes: Array) -> Array:
+    """`function` of rectified rows."""
+    return function(parameters, nn.relu(x), classes)
+
+
+def convolve(
+    layer: Layer, x: Float[Array, "N P P C"], classes: Int[Array, " N"]
+) -> Float[Array, "N P P D"]:
+    """A convolution of 3x3."""
+    del classes
+    return small_conv(x, layer.kernel.astype(x.dtype)) + layer.bias.astype(x.dtype)
+
+
+def outline(
+    layers: tuple[Layer, Layer], x: Float[Array, "N P P C"], classes: Int[Array, " N"]
 ) -> Float[Array, "N S S"]:
-    """The layers of the head; computes in the type of `x`, logits are float32.
+    """The transposed convolution, and the logits of each row's class.
 
     A transposed convolution of 2x2 with stride 2 makes four pixels of each cell by a matmul each.
     They are put in their places after the last layer, when there is one number a pixel.
     """
-    dtype = x.dtype
-    for kernel, bias in convs:
-        x = nn.relu(small_conv(x, kernel.astype(dtype)) + bias.astype(dtype))
+    (deconv, predictor), dtype = layers, x.dtype
     count, side, _, channels = x.shape
     kernel = deconv.kernel.transpose(2, 0, 1, 3).reshape(channels, -1).astype(dtype)
     x = (x.reshape(-1, channels) @ kernel).reshape(count, side * side * 4, -1)
