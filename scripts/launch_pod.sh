@@ -28,6 +28,7 @@
 #   --restarts=N      stays, and starts again up to N times when the run was preempted (exit 75) or a
 #                     host was lost; with --type and --repo a slice that is gone is created again
 #   --poll=30         seconds between two looks
+#   --patience=60     seconds that hosts may run on when one has failed, before they are stopped
 # logs: --lines=5;  stop: --grace=180 seconds from TERM to KILL
 set -euo pipefail
 
@@ -50,7 +51,7 @@ fi
 
 name='' zone='' project='' type='' version='' repo='' ref=main folder=openimages-detection python=3.11
 spot='' reserved='' queued='' valid_for='' dataset='' workdir='' worker=all dry_run=''
-restarts=0 poll=30 lines=5 grace=180
+restarts=0 poll=30 patience=60 lines=5 grace=180
 variables=() module_flags=()
 
 # read_flag FLAG: sets a variable above.
@@ -61,7 +62,7 @@ read_flag() {
       local key=${1%%=*}
       printf -v "${key#--}" '%s' "${1#*=}"
       ;;
-    --restarts=* | --poll=* | --lines=* | --grace=*)
+    --restarts=* | --poll=* | --patience=* | --lines=* | --grace=*)
       [[ ${1#*=} =~ ^[0-9]+$ ]] || fail "${1%%=*}: found '${1#*=}', expected a whole number"
       local key=${1%%=*}
       printf -v "${key#--}" '%d' "$((10#${1#*=}))"

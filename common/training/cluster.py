@@ -5,13 +5,16 @@ GKE, the tasks of a Slurm step and the ranks of Open MPI.
 """
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, k8s_cluster
 
 from common.io.errors import UserError
 
+_PLACE_SECONDS = 300  # for the name of the coordinator's host to be known
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -23,11 +26,13 @@ class Cluster:
       kind: who knew them.
       count: of the processes.
       arguments: of `jax.distributed.initialize`.
+      find_place: gives the coordinator's host:port and the index of this process.
     """
 
     kind: str
     count: int
     arguments: dict[str, Any]
+    find_place: Callable[[], tuple[str, int]]
 
 
 def find_cluster() -> Cluster | None:
@@ -68,7 +73,7 @@ def _told() -> Cluster | None:
             "numbers with 0 <= id < number"
         )
     arguments = dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
-    return Cluster("variables", int(count), arguments)
+    return Cluster("variables", int(count), arguments, lambda: (address, int(index)))
 
 
 def _found() -> Cluster | None:
@@ -79,8 +84,14 @@ def _found() -> Cluster | None:
         count = kind.get_process_count()
         if count == 1:
             return None
-        return Cluster(kind.name, count, {"cluster_detection_method": kind.name or None})
+        arguments = {"cluster_detection_method": kind.name or None}
+        return Cluster(kind.name, count, arguments, functools.partial(_place, kind))
     return None
+
+
+def _place(kind: type[ClusterEnv]) -> tuple[str, int]:
+    port = os.environ.get("JAX_COORDINATOR_PORT")
+    return kind.get_coordinator_address(_PLACE_SECONDS, port), kind.get_process_id()
 
 
 def _may_be(kind: type[ClusterEnv]) -> bool:

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from common.io.commands import one_line
 from common.io.endings import on_error
 from common.io.errors import UserError
+from common.training import joining
 from common.training.cluster import find_cluster
 from common.training.team import Team
 
@@ -49,12 +50,17 @@ def initialize() -> None:
     cluster = find_cluster()
     if cluster is None:
         return
-    jax.distributed.initialize(**cluster.arguments, initialization_timeout=_JOIN_SECONDS)
+    host = socket.gethostname()
+    address, index = cluster.find_place()
+    with joining.watched(address, index, cluster.count, host, _JOIN_SECONDS):
+        # JAX's own timeout, the later one, aborts without saying who is absent.
+        timeout = _JOIN_SECONDS + 30
+        jax.distributed.initialize(**cluster.arguments, initialization_timeout=timeout)
     # JAX takes SIGTERM for a notice; commands that look for it say so (`preemption.install`).
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     store = jax_distributed.global_state.client
     assert store is not None
-    _team = Team(store, jax.process_index(), jax.process_count(), socket.gethostname())
+    _team = Team(store, jax.process_index(), jax.process_count(), host)
     _team.start()
     on_error(_end_all)
     atexit.register(_team.finish)  # before JAX's own, which waits for five minutes only

@@ -23,6 +23,7 @@ from common.io.errors import UserError
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 12.0  # without a beat until a process counts as gone
+_FIRST_SECONDS = 45.0  # the same for the first beat, since that of process 0
 _HEARD_SECONDS = 3.0  # that process 0 stays for the others to hear of a failure
 _LISTEN_MS = 1000  # of one call
 
@@ -74,7 +75,7 @@ class Team:
         """
         self.store, self.index, self.count, self.host = store, index, count, host
         self._end, self._clock = end, clock
-        self._number = 0
+        self._number, self._began = 0, clock()
         self._beats: dict[int, Beat] = {}
         self._barriers = 0
         self._finished = False
@@ -215,11 +216,14 @@ class Team:
     def _look_for_lost(self) -> None:
         now = self._clock()
         lost = [i for i, beat in self._beats.items() if now - beat.heard > LOST_SECONDS]
+        if now - self._began > _FIRST_SECONDS:  # joined, and died before its first beat
+            lost += [i for i in range(self.count) if i not in self._beats]
         if lost:
             self._gone = len(lost)
             names = ", ".join(self.name(i) for i in lost[1:4])
             more = f"; so are {names}" if names else ""
-            self.blame(lost[0], f"is gone: nothing heard for {LOST_SECONDS:.0f} s{more}")
+            seconds = LOST_SECONDS if lost[0] in self._beats else _FIRST_SECONDS
+            self.blame(lost[0], f"is gone: nothing heard for {seconds:.0f} s{more}")
 
     def slowest(self) -> str:
         """The process that waits most for its input and the one furthest behind, for a log line."""

@@ -4,6 +4,9 @@
 # Of the hosts' lines (scripts/pod/host.sh status): how many say this.
 hosts_that() { grep -cE "^host [^ ]+: ($1)( |\$)" <<< "$answers" || true; }
 
+# Hosts whose command has ended, and not as all end together (0, 75).
+ended_early='lost|idle|ended ([1-9]|[1-689][0-9]|7[0-46-9]|[1-9][0-9]{2})'
+
 # One line of bash that starts the command on a host.
 start_line() {
   local line=''
@@ -66,7 +69,7 @@ is_gone() {
 # wait_for_hosts: waits until no host runs the command any more; sets answers and outcome: finished,
 # stopped, failed, preempted (exit 75), lost (a host or its process), gone (the slice).
 wait_for_hosts() {
-  local silent=0
+  local silent=0 waited=0
   while :; do
     sleep "$poll"
     answers=$(on_hosts "scripts/pod/host.sh status" 2> /dev/null) || true
@@ -76,7 +79,13 @@ wait_for_hosts() {
       continue
     fi
     silent=0
-    (($(hosts_that running) == 0)) || continue
+    if (($(hosts_that running))); then
+      # A process that has joined the others ends them; for one that has not they wait for minutes.
+      if (($(hosts_that "$ended_early") == 0)); then waited=0; fi
+      (($(hosts_that "$ended_early") && (waited += poll) > patience)) || continue
+      printf '%s  the others still run: they are stopped\n' "$(date +%T)"
+      on_hosts "scripts/pod/host.sh stop $grace" > /dev/null 2>&1 || true
+    fi
     # A host that was killed ends the others, which exit with 1: the cause is the signal.
     if (($(hosts_that stopped))); then
       outcome=stopped

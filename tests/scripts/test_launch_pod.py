@@ -164,6 +164,23 @@ def test_only_what_may_end_well_is_started_again(pod, ends, restarts, starts, st
     assert len((pod.hosts[0] / "starts").read_text().splitlines()) == starts
 
 
+@pytest.mark.parametrize(
+    ("ends", "status", "says"),
+    [("kill -9 $$", 0, "lost: starts again"), ("exit 1", 1, "failed; scripts/launch_pod.sh logs")],
+)
+def test_those_who_wait_for_a_process_that_never_joined_are_stopped(pod, ends, status, says):
+    again = 'echo x >> "$HOME/starts"; (( $(wc -l < "$HOME/starts") > 1 )) && exit 0; '
+    (pod.hosts[0] / "does").write_text(again + "exec sleep 300")
+    (pod.hosts[1] / "does").write_text(again + ends)
+    ended = pod.launch(
+        *("run", "detection.train", *POD, "--restarts=1", "--poll=1", "--patience=2"),
+        *("--grace=1", "--", "--config=x"),
+    )
+    assert ended.returncode == status and says in ended.stdout + ended.stderr, ended
+    assert "the others still run: they are stopped" in ended.stdout
+    assert "host 0: running" not in pod.launch("status", *POD).stdout
+
+
 def test_a_slice_that_is_gone_is_created_and_installed_again(pod):
     (pod.folder / "hosts/state").write_text("PREEMPTED")
     (pod.folder / "bin/gcloud").unlink()

@@ -101,6 +101,7 @@ def test_variables_say_who_takes_part(machine):
     found = cluster.find_cluster()
     assert found.count == 2
     assert found.arguments == dict(coordinator_address="host:1", num_processes=2, process_id=1)
+    assert found.find_place() == ("host:1", 1)
 
 
 def test_fewer_processes_than_the_slice_has_hosts_are_refused(machine):

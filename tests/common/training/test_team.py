@@ -63,6 +63,21 @@ def test_a_process_without_beats_is_gone(capsys):
     assert "process 2 (host2) is gone: nothing heard for 12 s" in capsys.readouterr().err
 
 
+def test_a_process_that_never_beats_is_gone(capsys):
+    now = [0.0]
+    store = FakeStore()
+    first = Process(store, 0, clock=lambda: now[0])
+    for _ in range(46):
+        store.values["heard/1"] = ""
+        first.team.beat()
+        assert not first.status
+        now[0] += 1.0
+    first.team.beat()
+    assert first.status == [1]
+    error = "error: process 1 (not heard of yet) is gone: nothing heard for 45 s\n"
+    assert capsys.readouterr().err == error
+
+
 def test_the_end_of_the_coordinator_is_told(capsys):
     store = FakeStore()
     first, second = Process(store, 0), Process(store, 1)
