@@ -3,6 +3,7 @@
     python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v6e-256 --nocompile
     python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v3-512
     python -m scripts.plan_pod --config=configs/segmentation/hrnet_w48_112.py --images_per_device=16
+    python -m scripts.plan_pod --config=configs/detection/r50.py --slice=v3-8 --search=batch
     python -m scripts.plan_pod --config=configs/detection/lvis_r50.py --slice=v3-8 \\
         --num_classes=1230 --photos=56740
 
@@ -11,6 +12,8 @@ images/s, cores that the input needs, hours of the config's schedule on --photos
 (OpenImages' 1.74 million), chip-hours and their --price. With the compiler of the package libtpu it
 also compiles the step for the slice and prints memory per device and headroom, traffic between
 devices and compile time; it exits with status 1 when the program does not fit the device's memory.
+--search=batch finds the largest batch that does, by a few compilations; --save=FILE keeps the
+compiled program.
 """
 
 import os
@@ -19,6 +22,7 @@ import os
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
 import dataclasses
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -31,13 +35,17 @@ from ml_collections import ConfigDict, config_flags
 
 from common.data import canvases
 from common.io.atomic import write_json
-from common.io.commands import run_main
+from common.io.commands import one_line, run_main
 from common.io.errors import UserError
 from common.nn.layers import norm
 from common.training import distributed
+from common.training.compiling import compiling
 from common.training.optimizer import OptimizerSettings, make_optimizer, total_steps
 from common.training.pod import flops, roofline, topologies
+from common.training.pod.page import print_report
 from common.training.pod.places import Place, find_place
+from common.training.pod.saved import save_program
+from common.training.pod.search import Trial, largest_that_fits
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
 from detection import batch_fields
 from detection.models import faster_rcnn, two_stage
@@ -47,6 +55,8 @@ from segmentation import settings as segmentation_settings
 from segmentation.models import segmenter
 
 OPENIMAGES = 1_743_042  # training photos
+ADVICE = "try --config.model.remat=True or a smaller canvas"
+MOST_IMAGES = 4096  # of a device, beyond which nothing is searched
 
 
 class Program(NamedTuple):
@@ -134,26 +144,105 @@ def make_step(
     return Step(jitted, state, made.batch, rate, parameters, made)
 
 
+class DoesNotFit(UserError):
+    """The compiler found no way to keep a program within a device's memory."""
+
+
+class CompiledStep(NamedTuple):
+    """A compiled training step, and what is known of it as plain values (bytes, seconds)."""
+
+    images_per_device: int
+    report: dict[str, Any]
+    executable: jax.stages.Compiled
+    mesh: Mesh
+
+
 def compile_train_step(
     config: ConfigDict,
     where: Place,
     num_classes: int,
     images_per_device: int,
     labels_only: bool = False,
-) -> dict[str, Any]:
-    """Compiles the step and reports its memory and traffic as plain values (bytes, seconds)."""
+) -> CompiledStep:
+    """Compiles the step and asks for its memory and traffic.
+
+    Raises:
+      DoesNotFit: by far.
+    """
     mesh = distributed.make_mesh(topologies.slice_devices(where))
     step = make_step(config, mesh, num_classes, images_per_device, labels_only)
     start = time.perf_counter()
-    compiled = step.jitted.lower(step.state, step.batch, step.rate).compile()
+    lowered = step.jitted.lower(step.state, step.batch, step.rate)
+    try:
+        with compiling(f"training step for {images_per_device} images a device", print):
+            executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(
+            f"{config.name} with {images_per_device} images a device: {one_line(error)}: {ADVICE}"
+        ) from error
     seconds = time.perf_counter() - start
-    traffic = topologies.traffic(compiled)
-    return {
+    text = topologies.hlo_text(executable)
+    traffic = (
+        topologies.asked_collectives(lowered.as_text())
+        if text is None
+        else topologies.collectives(text)
+    )
+    report = {
         "hbm_bytes": int(where.rates.gib * topologies.GIB),
-        "memory_bytes": topologies.memory(compiled),
-        "collectives": None if traffic is None else [dataclasses.asdict(c) for c in traffic],
+        "memory_bytes": topologies.memory(executable),
+        "collectives": [dataclasses.asdict(c) for c in traffic],
+        "collectives_of": "compiled" if text is not None else "lowered",
         "compile_seconds": seconds,
     }
+    return CompiledStep(images_per_device, report, executable, mesh)
+
+
+def search_batch(
+    config: ConfigDict,
+    where: Place,
+    num_classes: int,
+    images_per_device: int,
+    labels_only: bool = False,
+) -> tuple[CompiledStep, list[dict[str, Any]]]:
+    """The step of the largest batch that fits a device, and what was tried.
+
+    Args:
+      config, where, num_classes, labels_only: as of `compile_train_step`.
+      images_per_device: with which the search begins.
+
+    Raises:
+      UserError: not even one image fits, or one for each part of `accumulate`.
+    """
+    limit, unit = int(where.rates.gib * topologies.GIB), config.optimizer.accumulate
+    fitting: list[CompiledStep] = []
+
+    def measure(size: int) -> Trial:
+        try:
+            step = compile_train_step(config, where, num_classes, unit * size, labels_only)
+        except DoesNotFit:
+            return Trial(size, None)
+        needed = step.report["memory_bytes"]
+        trial = Trial(size, needed["total"], needed["arguments"] + needed["code"])
+        if trial.fits(limit) and not (fitting and fitting[0].images_per_device > unit * size):
+            fitting[:] = [step]
+        return trial
+
+    what = "images a device" if unit == 1 else f"times {unit} images a device"
+    say = functools.partial(print, f"search ({what}):", flush=True)
+    start = max(images_per_device // unit, 1)
+    trials = largest_that_fits(measure, limit, start, MOST_IMAGES // unit, say)
+    if not fitting:
+        raise UserError(
+            f"{config.name}: found no batch that fits {where.rates.gib:g} GiB, not even {unit} "
+            f"images a device: {ADVICE}"
+        )
+    tried = [
+        {"images_per_device": unit * t.size, "bytes": t.bytes, "fits": t.fits(limit)}
+        for t in trials
+    ]
+    return fitting[0], tried
 
 
 def plan(
@@ -203,77 +292,6 @@ def plan(
     return report, found
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The report as a page for people."""
-    height, width = report["canvas"]
-    print(
-        f"{report['config']} on {report['slice']}: {report['devices']} devices x "
-        f"{report['images_per_device']} images of {height}x{width}, {report['num_classes']} "
-        f"classes, {report['parameters'] / 1e6:.1f} M parameters"
-    )
-    names = ", ".join(f"{h}x{w}" for h, w in report["canvases"])
-    print(f"  programs of the run: {names}; the figures are those of {height}x{width}")
-    print_prediction(report)
-    if "memory_bytes" in report:
-        print_program(report)
-
-
-def print_prediction(report: dict[str, Any]) -> None:
-    """Times, which are computed and not measured."""
-
-    def span(values, unit: str = "") -> str:
-        return f"{values[0]:.3g} to {values[1]:.3g}{unit}"
-
-    bound, (low, high) = report["bound_seconds"], report["step_seconds"]
-    parts = sorted(bound.items(), key=lambda item: -item[1])
-    print(f"  compute {report['flops_per_image'] / 1e12:.3f} TFLOP per image")
-    print(f"  step at best {1000 * sum(bound.values()):.1f} ms by the roofline")
-    for name, seconds in parts:
-        print(f"    {name:<30}{1000 * seconds:8.2f} ms")
-    print(
-        f"  step expected {span((1000 * low, 1000 * high), ' ms')}: "
-        f"{span([100 * x for x in report['mfu']], ' %')} of the peak, "
-        f"{span(report['images_per_second'])} images/s"
-    )
-    per_host = [rate / report["hosts"] for rate in report["images_per_second"]]
-    cores = [rate / flags.FLAGS.images_per_core for rate in per_host]
-    print(
-        f"  input {span(per_host)} images/s a host: {span(cores)} cores at "
-        f"{flags.FLAGS.images_per_core:g} images/s each (scripts.bench.bench_input measures it)"
-    )
-    size = report["checkpoint_bytes"] / 1e9
-    print(
-        f"  checkpoint {size:.2f} GB: {size / flags.FLAGS.storage_rate:.1f} s at "
-        f"{flags.FLAGS.storage_rate:g} GB/s, beside the steps"
-    )
-    hours = [report["steps"] * seconds / 3600 for seconds in (low, high)]
-    chip_hours = [report["chips"] * h for h in hours]
-    cost = f", cost {span([flags.FLAGS.price * h for h in chip_hours])}"
-    print(
-        f"  schedule {report['steps']} steps: {span(hours, ' h')}, {span(chip_hours)} chip-hours"
-        f"{cost if flags.FLAGS.price else ''}"
-    )
-
-
-def print_program(report: dict[str, Any]) -> None:
-    """What the compiled program needs."""
-    for name, size in report["memory_bytes"].items():
-        print(f"  memory {name:<12}{size / topologies.GIB:8.3f} GiB per device")
-    headroom = report["hbm_bytes"] - report["memory_bytes"]["total"]
-    print(
-        f"  memory {'headroom':<12}{headroom / topologies.GIB:8.3f} GiB under "
-        f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB"
-    )
-    if report["collectives"] is None:
-        print("  traffic unknown: this jaxlib cannot read the program that libtpu compiled")
-    for c in report["collectives"] or ():
-        print(
-            f"  traffic {c['kind']} {c['dtype']}: {c['count']} arrays, {c['bytes'] / 1e6:.3f} MB, "
-            f"largest {c['largest']}"
-        )
-    print(f"  compiled in {report['compile_seconds']:.0f} s")
-
-
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg).")
     flags.mark_flag_as_required("config")
@@ -282,6 +300,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("compile", True, "Also compile the program, which takes minutes.")
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
     flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
+    text = "Finds the largest number of images of a device that fits, from --images_per_device on."
+    flags.DEFINE_enum("search", None, ["batch"], text)
+    flags.DEFINE_string("save", None, "Also write the compiled program here, local or gs://.")
     flags.DEFINE_integer("photos", OPENIMAGES, "Training photos of the schedule.", lower_bound=1)
     flags.DEFINE_bool("labels_only", False, "The step of image-level labels of such a config.")
     flags.DEFINE_float("images_per_core", 74.0, "Photos that one core of a host reads in a second.")
@@ -290,25 +311,54 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "Also write the report here.")
 
 
+def check_flags() -> None:
+    """Refuses what only a compiled program could answer.
+
+    Raises:
+      UserError: names the flag.
+    """
+    values = flags.FLAGS
+    for name in ("search", "save"):
+        if getattr(values, name) and not values.compile:
+            raise UserError(
+                f"--{name}: found --nocompile, expected the compiler: the roofline knows neither "
+                "the memory nor the program of a step"
+            )
+
+
 def main() -> None:
     values = flags.FLAGS
+    check_flags()
     where = find_place(values.slice)
     if values.compile:
         topologies.topology(where)  # refused before anything is traced
-    sizes = (values.num_classes, values.images_per_device)
-    labels_only = values.labels_only
-    report, found = plan(values.config, values.slice, *sizes, values.photos, labels_only)
+    config, images, labels_only = values.config, values.images_per_device, values.labels_only
+    step: CompiledStep | None = None
+    tried: list[dict[str, Any]] = []
+    if values.search:
+        step, tried = search_batch(config, where, values.num_classes, images, labels_only)
+        images = step.images_per_device
+    sizes = (values.num_classes, images)
+    report, found = plan(config, values.slice, *sizes, values.photos, labels_only)
+    report |= {name: values[name].value for name in ("images_per_core", "storage_rate", "price")}
     if values.compile:
-        report |= compile_train_step(values.config, where, *sizes, labels_only)
+        step = step or compile_train_step(config, where, *sizes, labels_only)
+        report |= step.report
+    if tried:
+        report["search"] = tried
     print_report(report)
     if values.json:
         write_json(values.json, report | {"operations": [list(op) for op in found]})
-    if values.compile and report["memory_bytes"]["total"] > report["hbm_bytes"]:
+    if step is None:
+        return
+    if values.save:
+        save_program(values.save, step.executable, list(step.mesh.devices.flat), report)
+        print(f"  program in {values.save}: scripts.bench.run_program runs it on such a slice")
+    if report["memory_bytes"]["total"] > report["hbm_bytes"]:
         raise UserError(
             f"{report['config']} needs {report['memory_bytes']['total'] / topologies.GIB:.2f} GiB "
             f"per device of {values.slice}, expected at most "
-            f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB: try --config.model.remat=True or a "
-            "smaller canvas"
+            f"{report['hbm_bytes'] / topologies.GIB:.0f} GiB: {ADVICE}"
         )
 
 

@@ -11,7 +11,10 @@ import pytest
 from common.io.errors import UserError
 from common.training.pod import topologies
 from common.training.pod.places import find_place
-from tests.commands import ROOT, run
+from common.training.pod.saved import load_program
+from scripts import plan_pod
+from tests import tiny
+from tests.commands import ROOT, run, start
 
 QUICK = ("photos_lite0", "r50_refine")  # configurations that compile in about two minutes
 
@@ -26,12 +29,26 @@ def test_collectives_are_read_from_the_program_text():
     assert found == {("all-reduce", "f32"): (2, 28), ("all-gather", "bf16"): (1, 8)}
 
 
-def test_traffic_of_a_program_that_jaxlib_cannot_read_is_unknown():
+def test_traffic_of_a_program_that_jaxlib_cannot_read_is_that_which_is_asked_for():
     class Unreadable:
         def as_text(self):
             raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
-    assert topologies.traffic(Unreadable()) is None
+    assert topologies.hlo_text(Unreadable()) is None
+
+    def device(x, y):
+        gathered = jax.lax.all_gather(y, "data").sum()
+        return jax.lax.psum((x.astype("bfloat16"), y[0], x > 0), "data"), gathered
+
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    specs = dict(in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+    arrays = jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((5,), "int32")
+    text = jax.jit(jax.shard_map(device, mesh=mesh, **specs)).lower(*arrays).as_text()
+    asked = {(c.kind, c.dtype): (c.bytes, c.largest) for c in topologies.asked_collectives(text)}
+    assert asked[("all-reduce", "bf16")] == (12, "bf16[2,3]")
+    assert asked[("all-gather", "s32")] == (40, "s32[2,5]")
+    # The single number, and truths, which JAX sums as whole numbers.
+    assert asked[("all-reduce", "s32")] == (28, "s32[2,3]")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +102,57 @@ def test_a_plan_without_a_compiler(tmp_path):
     )
     assert 0 < report["mfu"][0] < report["mfu"][1] < 1
     assert "chip-hours, cost" in output and "images/s a host" in output
+
+
+@pytest.mark.parametrize("flag", ["--search=batch", "--save=program.zip"])
+def test_what_only_the_compiler_knows_is_refused_without_it(flag):
+    process = start("scripts.plan_pod", "--config=tests/tiny.py", "--nocompile", flag)
+    output, _ = process.communicate(timeout=120)
+    name = flag.split("=")[0]
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith(f"error: {name}: found --nocompile, expected the c")
+
+
+def test_a_batch_is_searched_in_multiples_of_its_parts(monkeypatch, capsys):
+    def compile_step(config, where, num_classes, images, labels_only):
+        assert (config.name, where.kind, num_classes, labels_only) == ("tiny", "v3", 3, False)
+        if images > 40:
+            raise plan_pod.DoesNotFit("CompileTimeHbmOom")
+        needed = {"total": int((1 + 0.4 * images) * 2**30), "arguments": 2**29, "code": 0}
+        return plan_pod.CompiledStep(images, {"memory_bytes": needed}, None, None)
+
+    monkeypatch.setattr(plan_pod, "compile_train_step", compile_step)
+    config, where = tiny.get_config(), find_place("v3-8")
+    config.optimizer.accumulate = 4
+    step, tried = plan_pod.search_batch(config, where, 3, 2)
+    assert step.images_per_device == 36
+    assert [t["images_per_device"] for t in tried if t["fits"]][-1] == 36
+    assert tried[-1] == {"images_per_device": 40, "bytes": 17 * 2**30, "fits": False}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("search (times 4 images a device): 1 need 2.60 of 16.00 GiB")
+    config.optimizer.accumulate = 64
+    with pytest.raises(
+        UserError, match="tiny: found no batch that fits 16 GiB, not even 64 images"
+    ):
+        plan_pod.search_batch(config, where, 3, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_backend
+def test_a_program_is_saved_for_its_slice_alone(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: scripts/test --peers")
+    path, report_file = tmp_path / "program.zip", tmp_path / "report.json"
+    output = run(
+        "scripts.plan_pod",
+        *("--config=tests/tiny.py", "--config.optimizer.reduce_dtype=bfloat16", "--slice=v5e-4"),
+        *("--num_classes=3", f"--save={path}", f"--json={report_file}"),
+    )
+    assert f"program in {path}" in output
+    report = json.loads(report_file.read_text())
+    moved = {c["dtype"]: c["bytes"] for c in report["collectives"]}
+    assert 0.99 < moved["bf16"] / (2 * report["parameters"]) <= 1 and moved["f32"] < 1024
+    with pytest.raises(UserError, match="program.zip: made for 4 x TPU v5 lite, found 4 x cpu"):
+        load_program(path, jax.devices()[:4])
 
 
 @pytest.mark.slow

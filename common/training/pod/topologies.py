@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -77,6 +78,13 @@ _COLLECTIVE = re.compile(
     r"reduce-scatter|collective-broadcast|ragged-all-to-all)(?:-start)?\("
 )
 _SHAPE = re.compile(r"\b(pred|bf16|[a-z]+?\d+)\[([\d,]*)\]")
+_ASKED = re.compile(
+    r"stablehlo\.(?P<kind>all_reduce|all_gather|all_to_all|collective_permute|reduce_scatter|"
+    r"collective_broadcast)\b.*? -> (?P<shapes>[^\n]*)",
+    re.DOTALL,
+)
+_TENSOR = re.compile(r"tensor<([\dx]*?)x?([a-z]+\d+)>")
+_HLO_NAMES = {"i1": "pred", "i8": "s8", "i32": "s32", "i64": "s64", "ui8": "u8", "ui32": "u32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,29 +98,45 @@ class Collective:
     largest: str
 
 
-def traffic(compiled: jax.stages.Compiled) -> list[Collective] | None:
-    """All traffic between devices; None where this jaxlib cannot read what the compiler made.
+def hlo_text(compiled: jax.stages.Compiled) -> str | None:
+    """What the compiler made; None where this jaxlib cannot read it.
 
-    That is so for v6e with jaxlib 0.10.2 and libtpu 0.0.51.
+    That is so for v5p and v6e with jaxlib 0.10.2 and libtpu 0.0.52.
     """
     try:
-        text = compiled.as_text()
+        return compiled.as_text()
     except jax.errors.JaxRuntimeError:
         return None
-    return None if text is None else collectives(text)
 
 
 def collectives(hlo: str) -> list[Collective]:
     """All traffic between devices in a compiled program's text, by kind and element type."""
-    found = collections.defaultdict(list)
-    for match in _COLLECTIVE.finditer(hlo):
-        for dtype, dims in _SHAPE.findall(match["shapes"]):
-            size = math.prod(int(d) for d in dims.split(",") if d)
-            bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype.removeprefix("b")) or 8)
-            found[match["kind"], dtype].append((size * bits // 8, f"{dtype}[{dims}]"))
+    return _summed(
+        (match["kind"], dtype, dims)
+        for match in _COLLECTIVE.finditer(hlo)
+        for dtype, dims in _SHAPE.findall(match["shapes"])
+    )
+
+
+def asked_collectives(stablehlo: str) -> list[Collective]:
+    """The traffic that a program asks for, before the compiler joins or adds any."""
+    return _summed(
+        (match["kind"].replace("_", "-"), _HLO_NAMES.get(dtype, dtype), dims.replace("x", ","))
+        for match in _ASKED.finditer(stablehlo)
+        for dims, dtype in _TENSOR.findall(match["shapes"])
+    )
+
+
+def _summed(found: Iterable[tuple[str, str, str]]) -> list[Collective]:
+    """(kind, element type, sides) of each array."""
+    arrays = collections.defaultdict(list)
+    for kind, dtype, dims in found:
+        size = math.prod(int(d) for d in dims.split(",") if d)
+        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype.removeprefix("b")) or 8)
+        arrays[kind, dtype].append((size * bits // 8, f"{dtype}[{dims}]"))
     return [
         Collective(kind, dtype, len(items), sum(b for b, _ in items), max(items)[1])
-        for (kind, dtype), items in sorted(found.items())
+        for (kind, dtype), items in sorted(arrays.items())
     ]
 
 
