@@ -22,6 +22,7 @@ or, of how photos are augmented (section 5.3; docs/guides/sampling.md),
 or, of the LVIS 2019 solution (configs/detection/long_tail_lite0.py has a set for them),
 
     ce             softmax cross-entropy
+    sigmoid        one binary cross-entropy a class, without background
     eql            equalization loss
     rfs            cross-entropy and repeat factor sampling
     eql_rfs        both
@@ -134,6 +135,7 @@ VARIANTS = {
     "elaborate": augmentation("crop"),
     "resize": augmentation("resize"),
     "ce": long_tail("softmax", "uniform"),
+    "sigmoid": long_tail("sigmoid", "uniform"),
     "eql": long_tail("eql", "uniform"),
     "rfs": long_tail("softmax", "repeat_factor"),
     "eql_rfs": long_tail("eql", "repeat_factor"),
