@@ -35,8 +35,14 @@ def num_processes(asked: int, examples: int) -> int:
       asked: `config.data.num_processes`, 0: as many as this machine's cores and the examples are
         worth.
       examples: that will be loaded.
+
+    Raises:
+      UserError: several are asked for where the system has no memory that they could share.
     """
-    if asked or examples < _WORTH:
+    possible = hasattr(os, "memfd_create")  # Linux
+    if asked > 1 and not possible:
+        raise UserError(f"config.data.num_processes={asked}: expected 0 or 1 on {sys.platform}")
+    if asked or examples < _WORTH or not possible:
         return asked or 1
     return max(len(os.sched_getaffinity(0)) // _CORES, 1)
 

@@ -285,3 +285,10 @@ def _runs(process: int) -> bool:
 def test_processes_are_started_where_they_pay(monkeypatch, asked, examples, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     assert pool.num_processes(asked, examples) == expected
+
+
+def test_systems_without_shared_memory_load_in_threads(monkeypatch):
+    monkeypatch.delattr("os.memfd_create")
+    assert pool.num_processes(0, 100_000) == 1
+    with pytest.raises(UserError, match="num_processes=2: expected 0 or 1"):
+        pool.num_processes(2, 100_000)
