@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.data.photo_errors import PhotoErrors
-from common.data.workers.blocks import Block, Fields, Layout
+from common.data.workers.blocks import Block, Blocks, Fields, Layout
 from common.data.workers.pool import Workers, num_processes
 from common.io.errors import UserError
 from common.io.parallel import map_ordered, num_threads
@@ -64,13 +64,13 @@ class _Batch:
                 }
         return {name: array[place, ...] for name, array in self.arrays.items()}
 
-    def block(self, loader: Loader, slot: Any) -> Block:
-        """Shared memory with the arrays."""
+    def block(self, loader: Loader, slot: Any, blocks: Blocks) -> Block:
+        """Shared memory with the arrays, taken from `blocks`."""
         with self._lock:
             if self._block is None:
                 layout = Layout.of(loader.fields(slot), self.size)
-                self._block = Block(layout.nbytes)
-                self.arrays = layout.arrays(self._block.map())
+                self._block, content = blocks.take(layout.nbytes)
+                self.arrays = layout.arrays(content)
             return self._block
 
 
@@ -114,11 +114,13 @@ def stack_examples(
         load, threads = load_here, num_threads(threads, processes)
         if processes > 1:
             workers = stack.enter_context(contextlib.closing(Workers(loader, processes, threads)))
+            threads = workers.num_threads
 
             def load(task: tuple[_Batch, int, Any]) -> tuple[_Batch, int]:
                 batch, place, item = task
                 what = slot(item)
-                workers.load(what, batch.block(loader, what), batch.size, place)
+                block = batch.block(loader, what, workers.blocks)
+                workers.load(what, block, batch.size, place)
                 return batch, place
 
         for batch, place in map_ordered(load, tasks(), threads=threads, ahead=ahead):

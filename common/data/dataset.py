@@ -300,7 +300,8 @@ def _read_json(path: Path, hint: str = "the directory is incomplete") -> dict[st
 def _load(directory: Path, name: str) -> np.ndarray:
     path = directory / "index" / f"{name}.npy"
     try:
-        return np.load(path, mmap_mode="r")
+        # Not as np.memmap, whose every slice costs microseconds of Python.
+        return np.load(path, mmap_mode="r").view(np.ndarray)
     except _BROKEN as error:
         text = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: broken or missing index file ({text})") from error

@@ -128,7 +128,7 @@ class DataSettings:
       max_proposals: P, proposals of an image at a time; 0: batches have none.
       on_image_error: what a photo that cannot be read does. 'fatal': stops with an error naming it;
         'skip': leaves an empty slot, image_valid False, and prints the file once.
-      num_processes: that load photos. 1: this one; 0: one for every 8 cores of the machine, but
+      num_processes: that load photos. 1: this one; 0: one for every 4 cores of the machine, but
         this one alone where there are fewer than 16, or few photos to load.
       num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
       prefetch: batches made ahead.
@@ -236,7 +236,7 @@ class LabelledDataSettings:
       crop_aspect: (min, max) of its width over height.
       flip: mirrors half of the images left to right.
       eval_crop: of the short side, the middle square of which is evaluated.
-      num_processes: that load photos. 1: this one; 0: one for every 8 cores of the machine, but
+      num_processes: that load photos. 1: this one; 0: one for every 4 cores of the machine, but
         this one alone where there are fewer than 16, or few photos to load.
       num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
       prefetch: batches made ahead.

@@ -54,7 +54,9 @@ class MaskReader:
         # An empty file cannot be mapped.
         empty = not self._offsets[-1]
         path = dataset.directory / "masks.bin"
-        self._data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
+        self._data = np.zeros(0, np.uint8)
+        if not empty:
+            self._data = np.memmap(path, np.uint8, "r").view(np.ndarray)
 
     def has_mask(self, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Which boxes have a mask (be it an empty one)."""

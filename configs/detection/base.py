@@ -90,7 +90,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         proposals="",  # of a refiner: detections table of the training photos
         max_proposals=0,  # of a refiner: boxes of a photo at a time; training takes the best
         on_image_error="fatal",  # fatal | skip
-        num_processes=0,  # that load photos; 0: one for every 8 cores, 1: threads of the run alone
+        num_processes=0,  # that load photos; 0: one for every 4 cores, 1: threads of the run alone
         num_threads=0,  # of all of these; 0: twice the cores
         prefetch=2,  # batches
     )

@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         crop_aspect=(3 / 4, 4 / 3),
         flip=True,
         eval_crop=0.875,  # of the short side
-        num_processes=0,  # that load photos; 0: one for every 8 cores, 1: threads of the run alone
+        num_processes=0,  # that load photos; 0: one for every 4 cores, 1: threads of the run alone
         num_threads=0,  # of all of these; 0: twice the cores
         prefetch=2,  # batches
     )

@@ -53,7 +53,7 @@ def get_config(crops: str = "256", arg: str | None = None) -> ml_collections.Con
         proposals="",  # detections table: its boxes that match a ground-truth box are cut as well
         proposal_share=0.5,  # of the crops, where there are proposals
         on_image_error="fatal",  # fatal | skip
-        num_processes=0,  # that load photos; 0: one for every 8 cores, 1: threads of the run alone
+        num_processes=0,  # that load photos; 0: one for every 4 cores, 1: threads of the run alone
         num_threads=0,  # of all of these; 0: twice the cores
         prefetch=2,  # batches
     )

@@ -37,7 +37,7 @@ class DataSettings:
       proposal_share: of the time.
       on_image_error: what a photo or mask that cannot be read does. 'fatal': stops with an error
         naming it; 'skip': leaves an empty slot, image_valid False, and prints the file once.
-      num_processes: that load photos. 1: this one; 0: one for every 8 cores of the machine, but
+      num_processes: that load photos. 1: this one; 0: one for every 4 cores of the machine, but
         this one alone where there are fewer than 16, or few photos to load.
       num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
       prefetch: batches made ahead.

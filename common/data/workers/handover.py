@@ -38,7 +38,7 @@ def pack(thing: Any, known: Sequence[Report] = ()) -> tuple[Block, list[int], li
     parts = [memoryview(file.getbuffer()), *(large.raw() for large in pickler.large)]
     lengths = [part.nbytes for part in parts]
     block = Block(sum(map(_aligned, lengths)))
-    memory, start = memoryview(block.map()), 0
+    memory, start = memoryview(block.memory), 0
     for part in parts:
         memory[start : start + part.nbytes] = part
         start += _aligned(part.nbytes)
@@ -83,8 +83,8 @@ class _Pickler(pickle.Pickler):
         return len(self.reports) - 1
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, np.memmap):
-            return _reduce_map(obj)
+        if isinstance(obj, np.ndarray) and (mapped := _mapped(obj)) is not None:
+            return _reduce_map(obj, mapped)
         if isinstance(obj, _LOCKS):
             return threading.RLock if isinstance(obj, _LOCKS[1]) else threading.Lock, ()
         return NotImplemented
@@ -95,17 +95,25 @@ class _Unpickler(pickle.Unpickler):
         return Recorder(pid)
 
 
-def _reduce_map(array: np.memmap) -> Any:
+def _mapped(array: Any) -> Any:
+    """The `np.memmap` that an array is, or is a view of; None: it lies elsewhere."""
+    while isinstance(array, np.ndarray):
+        if getattr(array, "_mmap", None) is not None:
+            return array
+        array = array.base
+    return None
+
+
+def _reduce_map(array: np.ndarray, mapped: Any) -> Any:
     """How a mapped array is made again: from its file, if it has a name, at its true place."""
-    memory: Any = getattr(array, "_mmap", None)
-    if memory is None or array.filename is None or not array.flags.c_contiguous:
-        return np.asarray, (np.ascontiguousarray(array).view(np.ndarray),)
+    if mapped.filename is None or not array.flags.c_contiguous:
+        return np.asarray, (np.array(array),)
     # `offset` is that of the whole map, also of an array that is a part of it.
-    first = np.frombuffer(memory, np.uint8, 1).ctypes.data
+    first = np.frombuffer(mapped._mmap, np.uint8, 1).ctypes.data
     within = array.ctypes.data - first
-    start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY + within
-    return _map, (str(array.filename), array.dtype, array.shape, start)
+    start = mapped.offset - mapped.offset % mmap.ALLOCATIONGRANULARITY + within
+    return _map, (str(mapped.filename), array.dtype, array.shape, start)
 
 
 def _map(path: str, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
-    return np.memmap(path, dtype, "r", start, shape)
+    return np.memmap(path, dtype, "r", start, shape).view(np.ndarray)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import common
 from common.data import remote
 from common.data.workers import handover, wire
-from common.data.workers.blocks import Block
+from common.data.workers.blocks import Block, Blocks
 from common.data.workers.reports import replay
 from common.io.errors import UserError
 
-_CORES = 8  # that one interpreter keeps busy: beyond, its lock is what threads wait for
+_CORES = 4  # for which a process: eight would wait for the lock of their interpreter
+_MANY = 16  # cores from which more than one process is needed
 _WORTH = 4096  # examples for which starting processes pays
 _GRACE = 5.0  # seconds until a process that does not end is killed
 _UNSTOPPABLE = {signal.SIGINT, signal.SIGTERM}  # they end with the run, which may be saving
@@ -44,7 +45,8 @@ def num_processes(asked: int, examples: int) -> int:
         raise UserError(f"config.data.num_processes={asked}: expected 0 or 1 on {sys.platform}")
     if asked or examples < _WORTH or not possible:
         return asked or 1
-    return max(len(os.sched_getaffinity(0)) // _CORES, 1)
+    cores = len(os.sched_getaffinity(0))
+    return cores // _CORES if cores >= _MANY else 1
 
 
 class _Worker(NamedTuple):
@@ -54,7 +56,12 @@ class _Worker(NamedTuple):
 
 
 class Workers:
-    """Processes that load examples; threads share them, `num_threads` at a time."""
+    """Processes that load examples; threads share them, `num_threads` at a time.
+
+    Attributes:
+      num_threads: of all processes together.
+      blocks: for the batches.
+    """
 
     def __init__(self, loader: Any, processes: int, num_threads: int):
         """Starts the processes, which takes them a second; nothing here waits for that.
@@ -62,10 +69,10 @@ class Workers:
         Args:
           loader: see `common.data.batches.Loader`.
           processes: how many.
-          num_threads: of all of them together.
+          num_threads: of all of them together, at least.
         """
         each = -(-num_threads // processes)
-        self.num_threads = each * processes
+        self.num_threads, self.blocks = each * processes, Blocks()
         block, lengths, self._reports = handover.pack(loader, [remote.repeated])
         order = {"path": sys.path, "lengths": lengths, "repeated": 0}
         self._idle: queue.SimpleQueue[tuple[_Worker, socket.socket]] = queue.SimpleQueue()
@@ -92,7 +99,7 @@ class Workers:
           UserError: the process has ended.
           Exception: what the loader raises.
         """
-        message = pickle.dumps((slot, size, place), 5)
+        message = pickle.dumps((slot, size, place, block.number, self.blocks.alive), 5)
         worker, channel = self._idle.get()
         try:
             wire.send(channel, message, block.fd)

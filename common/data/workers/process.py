@@ -29,8 +29,9 @@ def main(arguments: list[str]) -> None:
         loader = _receive_loader(life)
     except (EOFError, OSError):
         return  # the run has ended meanwhile
+    memories = _Memories()
     for channel in channels:
-        threading.Thread(target=_serve, args=(channel, loader), daemon=True).start()
+        threading.Thread(target=_serve, args=(channel, loader, memories), daemon=True).start()
     try:
         wire.receive(life)
     except (EOFError, OSError):
@@ -50,7 +51,7 @@ def _receive_loader(life: socket.socket) -> Any:
     return handover.unpack(memory, order["lengths"])
 
 
-def _serve(channel: socket.socket, loader: Any) -> None:
+def _serve(channel: socket.socket, loader: Any, memories: "_Memories") -> None:
     while True:
         try:
             message, fd = wire.receive(channel)
@@ -59,7 +60,8 @@ def _serve(channel: socket.socket, loader: Any) -> None:
         assert fd is not None
         error = None
         try:
-            _load(loader, fd, *pickle.loads(message))
+            slot, size, place, number, alive = pickle.loads(message)
+            _load(loader, slot, size, place, memories.of(fd, number, alive))
         except Exception as caught:
             error = _portable(caught)
         finally:
@@ -70,10 +72,29 @@ def _serve(channel: socket.socket, loader: Any) -> None:
             return
 
 
-def _load(loader: Any, fd: int, slot: Any, size: int, place: int) -> None:
-    layout = Layout.of(loader.fields(slot), size)
-    arrays = layout.arrays(mmap.mmap(fd, max(layout.nbytes, 1)))
-    loader.load(slot, {name: array[place, ...] for name, array in arrays.items()})
+def _load(loader: Any, slot: Any, size: int, place: int, memory: mmap.mmap) -> None:
+    arrays = Layout.of(loader.fields(slot), size).arrays(memory)
+    example = {name: array[place, ...] for name, array in arrays.items()}
+    for array in example.values():
+        array[...] = 0  # another batch may have been here
+    loader.load(slot, example)
+
+
+class _Memories:
+    """The blocks that are mapped here, by number; threads share them."""
+
+    def __init__(self):
+        self._mapped: dict[int, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def of(self, fd: int, number: int, alive: frozenset[int]) -> mmap.mmap:
+        """That of a block, by its descriptor; forgets those that are not `alive` any more."""
+        with self._lock:
+            for gone in self._mapped.keys() - alive:
+                del self._mapped[gone]
+            if number not in self._mapped:
+                self._mapped[number] = mmap.mmap(fd, 0)
+            return self._mapped[number]
 
 
 def _portable(error: Exception) -> Exception:

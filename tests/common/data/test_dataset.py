@@ -50,7 +50,8 @@ def test_what_was_written_is_read_back(tmp_path):
 
 def test_the_arrays_are_memory_maps(tmp_path):
     dataset = Dataset.open(_write(tmp_path / "d"))
-    assert isinstance(dataset.boxes, np.memmap) and isinstance(dataset.image_ids, np.memmap)
+    for array in (dataset.boxes, dataset.image_ids):
+        assert isinstance(array.base, np.memmap) and not array.flags.writeable
 
 
 def test_images_are_found_by_id(tmp_path):

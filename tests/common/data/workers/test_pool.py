@@ -206,6 +206,19 @@ def test_all_processes_load_and_none_imports_a_framework():
     assert not any(batch["heavy"].any() for batch in batches)
 
 
+def test_memory_is_used_again_but_not_while_somebody_has_it():
+    before, most, kept = len(_descriptors()), 0, {}
+    for number, batch in enumerate(numbers(Numbers(), 90)):
+        most = max(most, len(_descriptors()) - before)
+        if number % 10 == 3:
+            kept[number] = batch["number"][1:, 0]  # a view keeps all of its batch
+    assert sorted(kept) == [3, 13, 23]
+    for number, values in kept.items():
+        np.testing.assert_array_equal(values, [3 * number + 1, 3 * number + 2])
+    # Of each block the file, and the map of it; of the thirty batches few are at work.
+    assert most <= 2 * (len(kept) + 8)
+
+
 def test_closing_early_ends_the_processes():
     batches = numbers(Numbers(), 300)
     first = next(batches)["number"]
@@ -280,7 +293,7 @@ def _runs(process: int) -> bool:
 
 @pytest.mark.parametrize(
     ("asked", "examples", "cores", "expected"),
-    [(0, 10**6, 2, 1), (0, 10**6, 15, 1), (0, 10**6, 96, 12), (0, 100, 96, 1), (3, 100, 2, 3)],
+    [(0, 10**6, 2, 1), (0, 10**6, 15, 1), (0, 10**6, 96, 24), (0, 100, 96, 1), (3, 100, 2, 3)],
 )
 def test_processes_are_started_where_they_pay(monkeypatch, asked, examples, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
