@@ -244,10 +244,11 @@ def each_size(dataset: Dataset) -> Iterator[tuple[str, str, Dataset]]:
 
 
 class Took(NamedTuple):
-    """Seconds of an image: of wall clock, and of the CPU in all processes."""
+    """Seconds of an image: of wall clock, of the CPU in all processes, and in that of the run."""
 
     wall: float
     cpu: float
+    own: float
 
 
 def time_batches(dataset: Dataset, settings: DataSettings) -> Took:
@@ -258,21 +259,21 @@ def time_batches(dataset: Dataset, settings: DataSettings) -> Took:
     batches = train_batches(dataset, plan, settings, seed=0, num_steps=total)
     for _ in range(warm_up):
         next(batches)
-    wall, cpu = time.perf_counter(), _cpu_seconds()
+    before = _clocks()
     for _ in range(steps):
         next(batches)
     count = steps * settings.batch_size
-    return Took((time.perf_counter() - wall) / count, (_cpu_seconds() - cpu) / count)
+    return Took(*((after - start) / count for after, start in zip(_clocks(), before, strict=True)))
 
 
-def _cpu_seconds() -> float:
-    """Of this process and those that it started."""
-    total = time.process_time()
+def _clocks() -> tuple[float, float, float]:
+    """Seconds of wall clock, CPU of this process and those that it started, and of this alone."""
+    own = total = time.process_time()
     for task in Path("/proc/self/task").iterdir():
         for child in (task / "children").read_text().split():
             fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
             total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    return time.perf_counter(), total, own
 
 
 def _batch_settings(canvas: tuple[int, int], augmentation: str, processes: int) -> DataSettings:
@@ -318,8 +319,8 @@ def bench_emulated(dataset: Dataset) -> None:
                 f"emulated {canvas:8} photos {photo:9} {name:7} {count:>2} processes: "
                 f"{1 / took.wall:6.1f} images/s of {cores / seconds:.0f} that {cores} cores decode "
                 f"and resize ({seconds * 1e3:.1f} ms), latency {latency * 1e3:g} ms; "
-                f"{took.cpu * 1e3:.2f} ms of CPU an image beside that, {took.cpu / took.wall:.2f} "
-                "cores busy",
+                f"{took.cpu * 1e3:.2f} ms of CPU an image beside that, {took.own * 1e3:.2f} in the "
+                f"process of the run, {took.cpu / took.wall:.2f} cores busy",
                 flush=True,
             )
 
