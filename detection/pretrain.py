@@ -32,7 +32,7 @@ from common.io.progress import Progress
 from common.metrics.ranking import class_average_precisions
 from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import command, distributed, hardware, preemption
-from common.training.compiling import announced
+from common.training.compiling import announced, compiled_together
 from common.training.goodput import Goodput
 from common.training.optimizer import make_optimizer, make_schedule, total_steps
 from common.training.preemption import stoppable
@@ -124,9 +124,9 @@ def pretrain_in(
         whole_batch=settings.model.norm == "sync",
     )
     jitted = jit_train_step(model, tx, mesh, accumulate, settings.optimizer.reduce_dtype)
-    train_step = scheduled(jitted, schedule, mesh)
-    step_flops = hardware.step_flops(train_step, mesh)
-    train_step = announced(train_step, "training step", say)
+    step_flops = hardware.step_flops(scheduled(jitted, schedule, mesh), mesh)
+    compiled = scheduled(compiled_together(jitted), schedule, mesh)
+    train_step = announced(compiled, "training step", say)
     predict = announced(jax.jit(make_predict_step(model, mesh)), "evaluation step", say)
     fields = first_batch.keys()
     batches = train_batches(

@@ -26,7 +26,12 @@ from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
 from common.tables.hierarchy import ancestor_lists
 from common.training import command, distributed, hardware, preemption
-from common.training.compiling import announce_canvases, announced, compiled_ahead
+from common.training.compiling import (
+    announce_canvases,
+    announced,
+    compiled_ahead,
+    compiled_together,
+)
 from common.training.distributed import DATA_AXIS
 from common.training.goodput import Goodput
 from common.training.optimizer import (
@@ -156,7 +161,8 @@ def train_in(
         train_step = scheduled(compiled, schedule, mesh)
     else:
         announce_canvases(train_canvases(settings.data), say)
-        train_step = announced(scheduled(jitted, schedule, mesh), "training step", say)
+        compiled = scheduled(compiled_together(jitted), schedule, mesh)
+        train_step = announced(compiled, "training step", say)
     box_fields, label_fields = programs[0].keys(), programs[-1].keys()
     batches = train_batches(
         dataset,

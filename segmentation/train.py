@@ -22,7 +22,7 @@ from common.io.commands import run_main
 from common.io.progress import Progress
 from common.nn.layers import norm
 from common.training import command, distributed, hardware, preemption
-from common.training.compiling import announce_canvases, announced
+from common.training.compiling import announce_canvases, announced, compiled_together
 from common.training.distributed import DATA_AXIS
 from common.training.goodput import Goodput
 from common.training.optimizer import (
@@ -123,9 +123,9 @@ def train_in(
         whole_batch=settings.model.norm == "sync",
     )
     jitted = jit_train_step(model, tx, mesh, accumulate, settings.optimizer.reduce_dtype)
-    train_step = scheduled(jitted, schedule, mesh)
-    step_flops = hardware.step_flops(train_step, mesh)
-    train_step = announced(train_step, "training step", say)
+    step_flops = hardware.step_flops(scheduled(jitted, schedule, mesh), mesh)
+    compiled = scheduled(compiled_together(jitted), schedule, mesh)
+    train_step = announced(compiled, "training step", say)
     fields = tuple(init_shapes())
     batches = train_batches(
         dataset,

@@ -46,6 +46,26 @@ def announced(step: Callable, what: str, say: Callable = print) -> Callable:
     return call
 
 
+def compiled_together(step: Any) -> Callable:
+    """The jitted `step(state, batch, learning_rate)`, which no process calls before all have it.
+
+    On CPUs the first sum over processes waits half a minute at most for those that still compile,
+    and of a kept program only process 0 may find its own.
+    """
+    if jax.process_count() == 1:
+        return step
+    programs: dict[tuple[Any, ...], Callable] = {}
+
+    def call(state: Any, batch: Mapping[str, Any], learning_rate: Any) -> Any:
+        kind = program_kind(batch)
+        if kind not in programs:
+            programs[kind] = step.lower(state, batch, learning_rate).compile()
+            distributed.barrier("compiled")
+        return programs[kind](state, batch, learning_rate)
+
+    return call
+
+
 def compiled_ahead(
     step: Any, state: Any, batches: Iterable[Mapping[str, Any]], what: str, say: Callable = print
 ) -> Callable:
@@ -63,8 +83,7 @@ def compiled_ahead(
         shape, about = batch["image"].shape, "" if "gt_boxes" in batch else " with labels only"
         with compiling(f"{what} for {shape[0]} images of {shape[1]}x{shape[2]}{about}", say):
             programs[program_kind(batch)] = step.lower(state, dict(batch), rate).compile()
-    # On CPUs the first sum over processes waits half a minute at most for those that still compile.
-    distributed.barrier("compiled_ahead")
+    distributed.barrier("compiled")  # as in `compiled_together`
 
     def call(state: Any, batch: Mapping[str, Any], learning_rate: Any) -> Any:
         return programs[program_kind(batch)](state, batch, learning_rate)

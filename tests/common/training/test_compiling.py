@@ -8,7 +8,8 @@ import time
 import jax
 import numpy as np
 
-from common.training.compiling import announced, compiling
+from common.training import distributed
+from common.training.compiling import announced, compiled_together, compiling
 
 
 def test_each_canvas_is_announced_once():
@@ -42,6 +43,24 @@ def test_a_step_of_more_arguments_is_announced_too():
     assert [text for text in said if "compiling" in text] == [
         "compiling the detector for 1 images of 2x2 ..."
     ]
+
+
+def test_no_process_steps_before_all_have_compiled(monkeypatch):
+    happened = []
+    jitted = jax.jit(lambda state, batch, rate: state + rate * batch["image"].sum())
+
+    class Step:
+        def lower(self, *arguments):
+            happened.append("compiles")
+            return jitted.lower(*arguments)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda name: happened.append("waits"))
+    step = compiled_together(Step())
+    for size, expected in ((2, 9.0), (3, 19.0), (2, 9.0)):
+        batch = {"image": np.ones((1, size, size, 1), np.float32)}
+        assert float(step(np.float32(1), batch, np.float32(2))) == expected
+    assert happened == 2 * ["compiles", "waits"]
 
 
 def test_the_alarm_of_xla_is_silent_unless_a_user_wants_it():
