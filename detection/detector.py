@@ -130,7 +130,9 @@ class Detector:
         evaluation = dataclasses.replace(
             self.settings.evaluation, batch_size=min(self.batch_size, needed)
         )
-        settings = dataclasses.replace(self.settings, evaluation=evaluation)
+        # A call is too short for processes that load photos.
+        data = dataclasses.replace(self.settings.data, num_processes=1)
+        settings = dataclasses.replace(self.settings, evaluation=evaluation, data=data)
         layout = make_layout(settings, devices, devices)
         engine = make_engine(settings, self.model, self.variables, self.mesh, layout, self._say)
         batches = open_views(settings, given, np.arange(len(photos)), layout, errors)

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.data.photo_errors import PhotoErrors
 from common.data.workers.blocks import Block, Blocks, Fields, Layout
-from common.data.workers.pool import Workers, num_processes
+from common.data.workers.pool import Workers, worker_count
 from common.io.errors import UserError
 from common.io.parallel import map_ordered, num_threads
 
@@ -155,7 +155,7 @@ class Batches(Iterator[Example]):
           slot: what the loader is to make of a number.
           numbers: of all slots, batch after batch.
           batch_size: slots of a batch on this host.
-          processes: that load examples, 0: automatic (`common.data.workers.pool.num_processes`).
+          processes: that load examples, 0: automatic (`common.data.workers.pool.worker_count`).
           num_threads: of all of them, 0: automatic.
           prefetch: batches made ahead, which bounds what is held in memory.
         """
@@ -166,7 +166,7 @@ class Batches(Iterator[Example]):
             loader,
             (range(start, start + batch_size) for start in starts),
             slot=slot,
-            processes=num_processes(processes, self.num_batches * batch_size),
+            processes=worker_count(processes, self.num_batches * batch_size),
             threads=num_threads,
             ahead=(prefetch + 1) * batch_size,
         )

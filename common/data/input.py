@@ -70,6 +70,7 @@ class PhotoBatches(Batches):
         settings: DataSettings,
     ):
         self._loader = loader
+        self._repeated_before = remote.repeated.count
         super().__init__(
             loader,
             slot,
@@ -99,7 +100,7 @@ class PhotoBatches(Batches):
     def left_out(self) -> str:
         """What was left out so far, in words; '' if nothing was."""
         counts = {
-            "reads from remote storage repeated": remote.repeated.count,
+            "reads from remote storage repeated": remote.repeated.count - self._repeated_before,
             "unreadable photos skipped": self.skipped_images,
             "unreadable masks skipped": self.skipped_masks,
             "boxes beyond config.data.max_boxes ignored": self.dropped_boxes,

@@ -36,13 +36,8 @@ def read_address(path: str) -> bytes:
         with tf.io.gfile.GFile(path, "rb") as file:
             return file.read()
 
-    transient = (
-        tf.errors.UnavailableError,
-        tf.errors.DeadlineExceededError,
-        tf.errors.ResourceExhaustedError,
-        tf.errors.AbortedError,
-        tf.errors.InternalError,
-    )
+    # What else passes by itself TensorFlow repeats on its own, for some hundred seconds.
+    transient = (tf.errors.ResourceExhaustedError, tf.errors.InternalError)
     try:
         return remote.patiently(read, path, transient)
     except tf.errors.OpError as error:

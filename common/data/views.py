@@ -22,7 +22,7 @@ from common.data import images, placement
 from common.data.batches import Example, Fields, stack_examples
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
-from common.data.workers.pool import num_processes as process_count
+from common.data.workers.pool import worker_count
 from common.data.workers.reports import Report
 from common.io.parallel import map_ordered
 from common.io.parallel import num_threads as thread_count
@@ -134,13 +134,13 @@ def view_batches(
       rows: of each scale, the places in the block of the photos of each batch.
       errors: what becomes of unreadable photos.
       pad_multiple: canvases are padded up to multiples of it.
-      num_processes: that draw the views, 0: automatic (`common.data.workers.pool.num_processes`).
+      num_processes: that draw the views, 0: automatic (`common.data.workers.pool.worker_count`).
       num_threads: of all of them; 0: twice as many as there are cores, at most 64 a process.
 
     Raises:
       UserError: a photo that cannot be read (unless `errors` skips it).
     """
-    processes = process_count(num_processes, len(indices) * len(rows))
+    processes = worker_count(num_processes, len(indices) * len(rows))
     opened = map_ordered(
         lambda item: _open(photos, *item, errors),
         enumerate(np.asarray(indices).tolist()),

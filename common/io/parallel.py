@@ -11,9 +11,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def num_threads(threads: int = 0, processes: int = 1) -> int:
     """The threads of all processes that a config asks for; 0: twice the cores, at most 64 each."""
-    return threads or min(2 * (os.cpu_count() or 1), 64 * processes)
+    return threads or min(2 * usable_cores(), 64 * processes)
 
 
 def map_ordered(

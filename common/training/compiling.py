@@ -46,15 +46,19 @@ def announced(step: Callable, what: str, say: Callable = print) -> Callable:
     return call
 
 
-def compiled_together(step: Any) -> Callable:
+def compiled_together(step: Any, programs: dict[Any, Callable] | None = None) -> Callable:
     """The jitted `step(state, batch, learning_rate)`, which no process calls before all have it.
 
-    On CPUs the first sum over processes waits half a minute at most for those that still compile,
-    and of a kept program only process 0 may find its own.
+    On CPUs the first sum over processes waits half a minute at most. In that time one process may
+    have found its program in the compile cache, while another still compiles.
+
+    Args:
+      step: as `common.training.step.jit_train_step` gives it.
+      programs: by `program_kind`, that all processes have compiled already.
     """
-    if jax.process_count() == 1:
+    if programs is None and jax.process_count() == 1:
         return step
-    programs: dict[tuple[Any, ...], Callable] = {}
+    programs = {} if programs is None else programs
 
     def call(state: Any, batch: Mapping[str, Any], learning_rate: Any) -> Any:
         kind = program_kind(batch)
@@ -69,7 +73,7 @@ def compiled_together(step: Any) -> Callable:
 def compiled_ahead(
     step: Any, state: Any, batches: Iterable[Mapping[str, Any]], what: str, say: Callable = print
 ) -> Callable:
-    """The jitted `step(state, batch, learning_rate)`, compiled now for all batches that will come.
+    """`compiled_together`, with the programs for all batches that will come compiled now.
 
     Args:
       step: as `common.training.step.jit_train_step` gives it.
@@ -83,12 +87,8 @@ def compiled_ahead(
         shape, about = batch["image"].shape, "" if "gt_boxes" in batch else " with labels only"
         with compiling(f"{what} for {shape[0]} images of {shape[1]}x{shape[2]}{about}", say):
             programs[program_kind(batch)] = step.lower(state, dict(batch), rate).compile()
-    distributed.barrier("compiled")  # as in `compiled_together`
-
-    def call(state: Any, batch: Mapping[str, Any], learning_rate: Any) -> Any:
-        return programs[program_kind(batch)](state, batch, learning_rate)
-
-    return call
+    distributed.barrier("compiled")
+    return compiled_together(step, programs)
 
 
 def program_kind(batch: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -8,8 +8,9 @@ each process keeps a connection there until it has joined:
     process 0 to I      "welcome", later "joined", or what ends the run
 
 A connection that breaks before "joined" ends all. A process that never comes is known by the time
-alone, and named then. Where the port cannot be had or reached nothing is watched, and JAX's own
-joining goes on.
+alone, and named then. Where the port cannot be had or reached nothing is noticed before the time is
+up, and JAX's own joining goes on. Like JAX's port it is for a network that is trusted: who knows
+the messages can end the run.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ _OFFSET = 313  # from the coordinator's port to this one
 _RETRY_SECONDS = 0.5
 _LOOK_SECONDS = 0.1
 _CONNECT_SECONDS = 5.0
+_LONGEST = 4096  # bytes of a line
 _WELCOME, _JOINED = "welcome", "joined"
 
 
@@ -84,7 +86,7 @@ class _Line:
             return []
         except OSError:
             return None
-        if not data:
+        if not data or len(self._buffer) > _LONGEST:
             return None
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         return [line.decode(errors="replace") for line in lines]
@@ -157,7 +159,9 @@ class _Coordinator:
         try:
             record = json.loads((heard or [""])[0])
             index, host = int(record["index"]), str(record["host"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            index = -1
+        if not 0 < index < self._count or index in self._members:
             line.connection.close()
             return
         self._hosts[index], self._members[index] = host, line
@@ -191,7 +195,10 @@ class _Member:
                 if text is not None:
                     return text
             if time.monotonic() > deadline:
-                return f"waited {seconds:.0f} s for process 0 ({self._leader}), which never came"
+                return (
+                    f"waited {seconds:.0f} s for all processes to join; process 0 "
+                    f"({self._leader}) did not answer at port {self._port}"
+                )
             self.ended.wait(_RETRY_SECONDS)
         return ""
 

@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike
 
 Fields = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # shape and type of each
 
-_ALIGNMENT = 64  # bytes: what XLA asks of arrays that it takes as they lie
+ALIGNMENT = 64  # bytes: what XLA asks of arrays that it takes as they lie
 
 
 class Block:
@@ -93,7 +93,7 @@ class Layout(NamedTuple):
         """`fields`: of an example; `size`: examples of the batch."""
         placed, end = [], 0
         for name, (shape, dtype) in fields.items():
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            start = -(-end // ALIGNMENT) * ALIGNMENT
             kind = np.dtype(dtype)
             placed.append((name, (size, *shape), kind, start))
             end = start + size * int(np.prod(shape, dtype=np.int64)) * kind.itemsize

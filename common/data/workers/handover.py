@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from common.data.workers.blocks import Block
+from common.data.workers.blocks import ALIGNMENT, Block
 from common.data.workers.reports import Recorder, Report
 
 _LARGE = 4096  # bytes of an array that is shared; smaller ones are part of the pickle
-_ALIGNMENT = 64
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
@@ -55,7 +54,7 @@ def unpack(memory: mmap.mmap, lengths: Sequence[int]) -> Any:
 
 
 def _aligned(length: int) -> int:
-    return -(-length // _ALIGNMENT) * _ALIGNMENT
+    return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 class _Pickler(pickle.Pickler):

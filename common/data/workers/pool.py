@@ -17,19 +17,21 @@ from common.data.workers import handover, wire
 from common.data.workers.blocks import Block, Blocks
 from common.data.workers.reports import replay
 from common.io.errors import UserError
+from common.io.parallel import usable_cores
 
 _CORES = 4  # for which a process: eight would wait for the lock of their interpreter
 _MANY = 16  # cores from which more than one process is needed
 _WORTH = 4096  # examples for which starting processes pays
 _GRACE = 5.0  # seconds until a process that does not end is killed
-_UNSTOPPABLE = {signal.SIGINT, signal.SIGTERM}  # they end with the run, which may be saving
+# What the run answers to, which may be saving; its processes end with it.
+_UNSTOPPABLE = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 _MAIN = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from common.data.workers.process import main; main(sys.argv[2:])"
 )
 
 
-def num_processes(asked: int, examples: int) -> int:
+def worker_count(asked: int, examples: int) -> int:
     """Processes that load photos; 1 means threads of this one.
 
     Args:
@@ -45,7 +47,7 @@ def num_processes(asked: int, examples: int) -> int:
         raise UserError(f"config.data.num_processes={asked}: expected 0 or 1 on {sys.platform}")
     if asked or examples < _WORTH or not possible:
         return asked or 1
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return cores // _CORES if cores >= _MANY else 1
 
 

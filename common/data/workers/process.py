@@ -52,11 +52,23 @@ def _receive_loader(life: socket.socket) -> Any:
 
 
 def _serve(channel: socket.socket, loader: Any, memories: "_Memories") -> None:
+    """Answers until the run closes the channel; what else ends it ends the process, loudly.
+
+    The run waits for an answer as long as the process lives.
+    """
+    try:
+        _answer(channel, loader, memories)
+    except (EOFError, ConnectionError):
+        return
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _answer(channel: socket.socket, loader: Any, memories: "_Memories") -> None:
     while True:
-        try:
-            message, fd = wire.receive(channel)
-        except (EOFError, OSError):
-            return
+        message, fd = wire.receive(channel)
         assert fd is not None
         error = None
         try:
@@ -66,10 +78,7 @@ def _serve(channel: socket.socket, loader: Any, memories: "_Memories") -> None:
             error = _portable(caught)
         finally:
             os.close(fd)
-        try:
-            wire.send(channel, pickle.dumps((take_notes(), error), 5))
-        except OSError:
-            return
+        wire.send(channel, pickle.dumps((take_notes(), error), 5))
 
 
 def _load(loader: Any, slot: Any, size: int, place: int, memory: mmap.mmap) -> None:

@@ -4,6 +4,7 @@ One side asks and the other answers, so that there is never more than one messag
 take one call of the system to send and one to receive.
 """
 
+import errno
 import os
 import socket
 import struct
@@ -24,14 +25,16 @@ def receive(channel: socket.socket) -> tuple[bytes, int | None]:
     """The next message and its file, which the caller closes.
 
     Raises:
-      EOFError: the other side is gone.
-      OSError: so.
+      EOFError: the other side has closed the channel.
+      OSError: the connection broke, or this process may not have any more open files.
     """
     data, fds, _, _ = socket.recv_fds(channel, _CHUNK, 1, socket.MSG_CMSG_CLOEXEC)
     try:
         data = _at_least(channel, data, _HEADER.size)
         length, has_file = _HEADER.unpack_from(data)
         data = _at_least(channel, data, _HEADER.size + length)
+        if has_file and not fds:
+            raise OSError(errno.EMFILE, "no descriptor is left for the file of a message")
     except BaseException:
         for fd in fds:
             os.close(fd)

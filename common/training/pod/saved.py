@@ -27,6 +27,7 @@ from common.io.paths import PathLike, local_copy
 from common.training.pod.topologies import hlo_text
 
 _COMPILERS = ("jax", "jaxlib", "libtpu")
+_FIELDS = {"versions", "devices", "arguments", "results", "about"}  # of program.json
 
 
 class SavedProgram(NamedTuple):
@@ -94,6 +95,8 @@ def load_program(path: PathLike, devices: Sequence[jax.Device]) -> SavedProgram:
             archive = Archive(file)
             record = parse_json(archive.read("program.json"), "program.json")
             executable = archive.read("program.bin")
+            if not isinstance(record, dict) or not record.keys() >= _FIELDS:
+                raise UserError("program.json is another one")
         except UserError as error:
             raise UserError(f"{path}: {error}, expected a program of plan_pod --save") from error
     _check(path, record, devices)

@@ -46,6 +46,8 @@ class Failing(Numbers):
         elif self._how == "busy":
             outcomes = [TimeoutError("busy"), None]
             remote.patiently(lambda: _next(outcomes), "gs://b/7.jpg", (TimeoutError,), abs)
+        elif self._how == "mute":
+            remote.repeated.add("gs://b/7.jpg", time)  # a module, which no message can hold
         elif self._how == "odd":
             raise _OddError(slot, "odd")
 
