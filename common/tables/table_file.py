@@ -36,21 +36,12 @@ class TableFile:
     def __init__(self, path: epath.Path):
         self.path = path
         self._open = contextlib.ExitStack()
-        try:
+        with _reading(path):
             self._local = self._open.enter_context(local_copy(path))
             with pq.ParquetFile(self._local) as file:
-                schema = file.schema_arrow
-                footer = file.metadata.metadata or {}
-                self.num_rows = file.metadata.num_rows
-                _check_sizes(path, file.metadata)
-        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            if isinstance(error, UserError):
-                raise
-            _check_open_files(path, error)
-            raise UserError(
-                f"{path}: no readable Parquet file, cut or damaged "
-                f"({' '.join(str(error).split())[:200]})"
-            ) from error
+                schema, parts = file.schema_arrow, file.metadata
+                footer = parts.metadata or {}
+                self.num_rows = parts.num_rows
         twice = [name for name in schema.names if schema.names.count(name) > 1]
         if twice:
             raise UserError(f"{path}: column {twice[0]} is there twice")
@@ -63,6 +54,8 @@ class TableFile:
             actual = schema.field(name).type
             if actual != kind and not (kind == pa.string() and actual == pa.large_string()):
                 raise UserError(f"{path}: column {name} is {actual}, expected {kind}")
+        with _reading(path):
+            _check_sizes(path, parts)
         try:
             metadata = parse_json(footer[METADATA_KEY], path)
             self.image_ids = metadata.pop("image_ids")
@@ -214,8 +207,26 @@ class TableFile:
         return encoded
 
 
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Raises `UserError` for what pyarrow raises."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        _check_open_files(path, error)
+        raise UserError(
+            f"{path}: no readable Parquet file, cut or damaged "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
 def _check_sizes(path: epath.Path, metadata: pq.FileMetaData) -> None:
     """Refuses a footer whose numbers disagree, and masks that unfold to much more than the file.
+
+    Types have been checked: pyarrow ends the process where it is asked for a part of a column that
+    has figures which its type cannot have. So no other column's parts are asked for, either.
 
     Raises:
       UserError: says which.
@@ -226,16 +237,21 @@ def _check_sizes(path: epath.Path, metadata: pq.FileMetaData) -> None:
         raise UserError(
             f"{path}: damaged, its parts have {rows} rows, expected {metadata.num_rows}"
         )
-    for group in groups:
-        for column in (group.column(i) for i in range(group.num_columns)):
-            unfolded = column.total_uncompressed_size
-            if column.path_in_schema == "mask" and unfolded > max(
-                _ALWAYS, _MAX_RATIO * column.total_compressed_size
-            ):
-                raise UserError(
-                    f"{path}: masks of {unfolded:,} bytes in {column.total_compressed_size:,}, "
-                    f"expected at most {_MAX_RATIO} times as many"
-                )
+    if (place := _place(metadata, "mask")) is None:
+        return
+    for column in (group.column(place) for group in groups):
+        unfolded = column.total_uncompressed_size
+        if unfolded > max(_ALWAYS, _MAX_RATIO * column.total_compressed_size):
+            raise UserError(
+                f"{path}: masks of {unfolded:,} bytes in {column.total_compressed_size:,}, "
+                f"expected at most {_MAX_RATIO} times as many"
+            )
+
+
+def _place(metadata: pq.FileMetaData, name: str) -> int | None:
+    """Number of a column; None: there is none of that name."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    return paths.index(name) if name in paths else None
 
 
 def _check_open_files(path: epath.Path, error: Exception) -> None:
@@ -253,7 +269,8 @@ def _check_open_files(path: epath.Path, error: Exception) -> None:
 
 def _row_groups(metadata: pq.FileMetaData, first: str, last: str) -> range:
     """The row groups that may hold images from `first` to `last`, by their statistics."""
-    column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index("image_id")
+    column = _place(metadata, "image_id")
+    assert column is not None  # since the file was opened
     groups = []
     for group in range(metadata.num_row_groups):
         statistics = metadata.row_group(group).column(column).statistics

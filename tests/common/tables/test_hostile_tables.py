@@ -59,6 +59,19 @@ def test_damaged_tables(tmp_path, table, metadata, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["image_id", "label", "mask"])
+def test_texts_that_the_schema_calls_truth_values(tmp_path, name):
+    """pyarrow would end the process when it is asked for the sizes of such a column."""
+    path = save(tmp_path / "x.parquet", pa.table(columns()))
+    data, end = path.read_bytes(), bytes([len(name)]) + name.encode()
+    texts, truths = (b"\x15" + kind + b"\x25\x02\x18" + end for kind in (b"\x0c", b"\x00"))
+    assert texts in data
+    path.write_bytes(data.replace(texts, truths))
+    with pytest.raises(UserError, match=r"x\.parquet: ") as caught:
+        read_detections(path, masks=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_column_twice(tmp_path):
     table = pa.table(columns())
     path = save(tmp_path / "x.parquet", table.append_column("score", table["score"]))
