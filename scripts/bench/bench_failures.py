@@ -20,7 +20,7 @@ from common.io.errors import UserError
 from scripts.bench.pair import Pair, prepare, tiny_classifier, write_photos
 
 MODULE = "detection.pretrain"
-STALL_SECONDS = 12  # config.log.stall_seconds of the last run, which one stall ends
+STALL_SECONDS = 40  # config.log.stall_seconds of the last run, which one stall ends
 NEVER = "a photo of process 1 never comes"
 _GOAL = 20.0
 _START = 300.0
@@ -62,7 +62,7 @@ def measure(name: str, workdir: Path, photos: Path, own_photos: Path) -> tuple[f
         *tiny_classifier(steps=100_000, every_steps=100_000),
         "--config.log.abort_after_stalls=1",
     ]
-    if name == NEVER:  # its program is compiled by now: compiling would count as a stall
+    if name == NEVER:  # more than compiling takes, which would count as a stall
         arguments.append(f"--config.log.stall_seconds={STALL_SECONDS}")
     own = [[f"--config.data.dir={folder}"] for folder in (photos, own_photos)]
     pair = Pair(MODULE, workdir, arguments, own)
@@ -101,7 +101,8 @@ def main() -> None:
         said = reason(folder / "log.txt")
         rows.append(f"| {name} | {seconds:.1f} | {statuses} | {said} |")
         print(rows[-1], flush=True)
-        if seconds > _GOAL or 0 in statuses:
+        limit = _GOAL + (STALL_SECONDS if name == NEVER else 0)
+        if seconds > limit or 0 in statuses:
             slow.append(name)
     print(
         "\n| what happens | seconds to the last exit | exit statuses | said |\n"
@@ -110,7 +111,7 @@ def main() -> None:
     )
     print("\n".join(rows))
     if slow:
-        raise UserError(f"not ended within {_GOAL:.0f} s: {', '.join(slow)}")
+        raise UserError(f"not ended in time: {', '.join(slow)}")
 
 
 if __name__ == "__main__":
