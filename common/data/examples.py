@@ -18,10 +18,11 @@ from common.data.canvases import Canvas
 from common.data.dataset_format import CROWD, GROUP_OF
 from common.data.labels import VerifiedLabels
 from common.data.object_masks import ObjectMasks
-from common.data.photo_errors import Dropped, PhotoErrors
+from common.data.photo_errors import PhotoErrors
 from common.data.proposals import TableBoxes
 from common.data.settings import DataSettings
 from common.data.sources import Source
+from common.data.workers.reports import Tally
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ class TrainingLoader(PhotoLoader):
     ):
         """`labels`: of `data.image_labels`; `augmentation`: of `data.elaborate`."""
         super().__init__(sources, settings, proposals)
-        self.dropped_boxes, self.dropped_ignore_boxes = Dropped(), Dropped()
+        self.dropped_boxes, self.dropped_ignore_boxes = Tally(), Tally()
         self._labels, self._augmentation = labels, augmentation
         if augmentation is not None:
             self._num_draws = NUM_DRAWS

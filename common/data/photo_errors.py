@@ -1,4 +1,4 @@
-"""What becomes of photos, and masks, that cannot be read, and of what finds no room in a batch."""
+"""What becomes of photos, and masks, that cannot be read."""
 
 import sys
 import threading
@@ -53,23 +53,3 @@ class PhotoErrors(Report):
                 f"{path}: cannot read the {what}: {error}; {skipped} of {tried} {what}s could not "
                 f"be read: is the dataset's {what}_root their folder?"
             ) from error
-
-
-class Dropped(Report):
-    """Counts what finds no room in batches, and names the first photo of which some did not.
-
-    Attributes:
-      count: so far.
-    """
-
-    def __init__(self):
-        self.count = 0
-        self._lock = threading.Lock()
-
-    def add(self, count: int, text: str) -> None:
-        """`text`: what is said of the photo, if it is the first."""
-        with self._lock:
-            first = self.count == 0
-            self.count += count
-        if first:
-            print(f"{text}; further such images are not printed", file=sys.stderr, flush=True)

@@ -1,46 +1,18 @@
 """Reads of files behind addresses such as gs://, repeated where the storage is only busy."""
 
 import random
-import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from common.data.workers.reports import Report
+from common.data.workers.reports import Tally
 
 Result = TypeVar("Result")
 
 _TRIES = 6
 _FIRST_WAIT = 0.5  # seconds, doubled each time: half a minute in all
 
-
-class Repeated(Report):
-    """Counts the reads that were repeated.
-
-    Attributes:
-      count: so far.
-    """
-
-    def __init__(self):
-        self.count = 0
-        self._lock = threading.Lock()
-
-    def add(self, path: str, reason: str) -> None:
-        """Counts one, and names the first."""
-        with self._lock:
-            self.count += 1
-            first = self.count == 1
-        if first:
-            print(
-                f"{path}: read again, the storage says {reason}; further such reads are counted, "
-                "not printed",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-repeated = Repeated()  # of all reads of this process and its workers
+repeated = Tally()  # of all reads of this process and its workers
 
 
 def patiently(
@@ -61,7 +33,8 @@ def patiently(
         try:
             return read()
         except transient as error:
-            repeated.add(path, " ".join(str(error).split())[:200])
+            reason = " ".join(str(error).split())[:200]
+            repeated.add(1, f"{path}: read again, the storage says {reason}")
             # Not in step with the other readers, whose number may be what keeps it busy.
             sleep(_FIRST_WAIT * 2**attempt * (0.5 + random.random()))
     return read()

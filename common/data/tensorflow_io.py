@@ -23,7 +23,7 @@ def installed() -> bool:
 def read_address(path: str) -> bytes:
     """Content of the file behind an address such as gs://bucket/name.
 
-    While the storage is busy or out of reach, it is asked again for half a minute.
+    While the storage is busy, it is asked again for half a minute (`common.data.remote`).
 
     Raises:
       ImageError: it cannot be read.

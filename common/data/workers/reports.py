@@ -1,5 +1,6 @@
 """What counts and tells stays in the process of the run; workers take notes of what to tell it."""
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,26 @@ class Report:
     Loaders in worker processes get a `Recorder` in their place; the calls are made in the process
     of the run, so that counts, messages printed once, and errors are those of a single process.
     """
+
+
+class Tally(Report):
+    """Counts what happens to photos, and names the first.
+
+    Attributes:
+      count: so far.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int, text: str) -> None:
+        """`text`: what is said of the photo, if it is the first."""
+        with self._lock:
+            first = self.count == 0
+            self.count += count
+        if first:
+            print(f"{text}; further ones are counted, not printed", file=sys.stderr, flush=True)
 
 
 class Recorder:

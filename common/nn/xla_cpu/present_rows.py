@@ -4,7 +4,7 @@ On CPU the rows that are there are put first, and each layer walks over them in 
 their number, forward and backward. Accelerators compute all rows at once: they are faster at few
 large arrays.
 
-Shape legend: N rows, P of them present.
+Shape legend: N rows.
 """
 
 import functools

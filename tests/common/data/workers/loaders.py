@@ -47,7 +47,7 @@ class Failing(Numbers):
             outcomes = [TimeoutError("busy"), None]
             remote.patiently(lambda: _next(outcomes), "gs://b/7.jpg", (TimeoutError,), abs)
         elif self._how == "mute":
-            remote.repeated.add("gs://b/7.jpg", time)  # a module, which no message can hold
+            remote.repeated.add(1, time)  # a module, which no message can hold
         elif self._how == "odd":
             raise _OddError(slot, "odd")
 
