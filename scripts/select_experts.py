@@ -10,7 +10,8 @@ for them, by up to three views: siblings in the hierarchy, the confusion matrix 
 table, and the cosine of the angle between the classifier's weight vectors. A view is used when its
 input is given, unless --views leaves it out.
 
-The output is a dataset directory with the classes C_pos only: the images of C_neg are background.
+The output is a dataset directory with the classes C_pos only: the objects of C_neg are background,
+those of ancestors and descendants of C_pos, which may be of C_pos, are ignored.
 It also holds config.py, which trains on images of C_pos (drawn by class) and background images
 mixed 1:3, and expert.json, which tells why each class and how many images were taken.
 `ensemble.merge --config.experts=NAME=EXPERT/classes.csv` then lets the model speak for its classes.
@@ -140,8 +141,12 @@ def main():
         "data.dir": str(output),
         "data.train_split": args.split,
         **({"data.eval_split": args.eval_splits[0]} if args.eval_splits else {}),
+        "data.sources": (),
+        "data.label_steps.share": 0.0,
+        "data.pools": "",
         "data.sampler": "expert",
         "data.positive_share": args.positive_share,
+        "model.weak.kind": "none",
         "model.drop_background_rois": True,
     }
     doc = f"Expert for {len(positive)} classes, written by scripts.select_experts."
@@ -154,7 +159,14 @@ def main():
     train = np.sort(np.concatenate([chosen.positive, chosen.negative]))
     splits = {args.split: train, f"{args.split}_positive": np.sort(chosen.positive), **splits}
     write_subset(
-        dataset, output, output.name, positive, splits, overwrite=args.overwrite, finish=finish
+        dataset,
+        output,
+        output.name,
+        positive,
+        splits,
+        ignored=selection.relatives(dataset, positive),
+        overwrite=args.overwrite,
+        finish=finish,
     )
     print_classes(dataset, report)
     print(f"wrote {output}; train it:")

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
-from common.data.box_shapes import RATIO_BINS, box_shapes
+from common.data.box_shapes import RATIO_BINS, BoxShapes, box_shapes
 from common.data.placement import Geometry, fit, transform_boxes
 from common.data.plans.plan import ignored_flags
 from common.data.rotation import rotation_deviations, turn_angles
@@ -52,18 +52,20 @@ class ElaborateAugmentation:
     Attributes:
       settings: `config.data.elaborate`.
       flip: mirror half of the photos.
+      jitter: least and largest scale of a photo, where the settings draw none.
       ignored: bits of boxes that are no objects.
       pools: of which pool each class is.
-      deviations: of the angles, for each source and class of the run, radians.
+      deviations: of the angles, for each class of the run, radians.
       cumulative: share of the boxes of the training set with a smaller ratio than each bin's start,
         and 1.
     """
 
     settings: ElaborateSettings
     flip: bool
+    jitter: tuple[float, float]
     ignored: int
     pools: Int32[np.ndarray, " K"]
-    deviations: Sequence[Float[np.ndarray, " K"]]
+    deviations: Float[np.ndarray, " K"]
     cumulative: Float[np.ndarray, " N+1"]
 
     @classmethod
@@ -78,21 +80,18 @@ class ElaborateAugmentation:
           pools: of the classes of the run (`common.data.plans.pools`).
         """
         ignored = ignored_flags(data)
-        ratios, deviations = np.zeros(RATIO_BINS), []
-        for source in sources:
-            aspects = np.ones(source.num_classes)
-            if source.has_boxes:
-                shapes = box_shapes(source.dataset, source.images, ignored)
-                ratios += shapes.ratios
-                aspects = _of_run(source, shapes.counts, shapes.aspects)
-            deviations.append(rotation_deviations(aspects) * data.elaborate.rotate)
+        boxed = [source for source in sources if source.has_boxes]
+        shapes = [box_shapes(source.dataset, source.images, ignored) for source in boxed]
+        aspects = _of_run(sources[0].num_classes, boxed, shapes)
+        ratios = sum((of_source.ratios for of_source in shapes), np.zeros(RATIO_BINS))
         cumulative = np.concatenate([[0.0], np.cumsum(ratios)])
         return cls(
             data.elaborate,
             data.flip,
+            data.scale_jitter,
             ignored,
             pools,
-            deviations,
+            rotation_deviations(aspects) * data.elaborate.rotate,
             cumulative / max(cumulative[-1], 1.0),
         )
 
@@ -120,7 +119,8 @@ class ElaborateAugmentation:
         angle = float(turn_angles(np.array([chosen.deviation]), np.array([normal]))[0])
         angle = 0.0 if abs(angle) < _MIN_ANGLE else angle
         flip = self.flip and coin < 0.5
-        whole = dataclasses.replace(fit(photo_size, canvas, flip=flip), angle=angle)
+        placed = self._place(photo_size, canvas, flip, ratio, (top, left))
+        whole = dataclasses.replace(placed, angle=angle)
         if chosen.box is None:
             return whole
         box = chosen.box[None]
@@ -140,21 +140,35 @@ class ElaborateAugmentation:
         )
         return dataclasses.replace(placed, offset=offset, content=content, flip=flip)
 
+    def _place(
+        self,
+        photo_size: tuple[int, int],
+        canvas: tuple[int, int],
+        flip: bool,
+        draw: float,
+        crop: tuple[float, float],
+    ) -> Geometry:
+        """The photo before it is turned: whole, or with the plain jitter where no scale is."""
+        if self.settings.scale != "none":
+            return fit(photo_size, canvas, flip=flip)
+        low, high = self.jitter
+        return fit(photo_size, canvas, scale=low + (high - low) * draw, crop=crop, flip=flip)
+
     def _choose(self, source: Source, image: int, drawn_class: int, which: float) -> Chosen:
         """A box of the drawn class, else of its pool, else any object of the photo."""
-        deviations = self.deviations[source.place]
         boxes, classes = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
         if source.has_boxes:
             boxes, annotated, flags = source.dataset.image_boxes(image)
-            classes = source.classes[annotated]
+            boxes, classes = np.clip(boxes, 0.0, 1.0), source.classes[annotated]
             has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
             objects = np.flatnonzero((classes >= 0) & (flags & self.ignored == 0) & has_area)
-            boxes, classes = np.asarray(boxes)[objects], classes[objects]
+            boxes, classes = boxes[objects], classes[objects]
         if not len(boxes):
-            return Chosen(None, float(deviations[max(drawn_class, 0)]))
+            known = self.deviations if drawn_class < 0 else self.deviations[[drawn_class]]
+            return Chosen(None, float(known.min()))
         rows = np.flatnonzero(self._wanted(classes, drawn_class))
         row = rows[int(which * len(rows))]
-        return Chosen(boxes[row], float(deviations[classes[row]]))
+        return Chosen(boxes[row], float(self.deviations[classes[row]]))
 
     def _wanted(self, classes: Int32[np.ndarray, " n"], drawn_class: int) -> Bool[np.ndarray, " n"]:
         if drawn_class >= 0:
@@ -187,13 +201,15 @@ class ElaborateAugmentation:
 
 
 def _of_run(
-    source: Source, counts: np.ndarray, aspects: Float[np.ndarray, " C"]
+    num_classes: int, sources: Sequence[Source], shapes: Sequence[BoxShapes]
 ) -> Float[np.ndarray, " K"]:
-    """Median aspects of the run's classes; the mean by boxes of several classes that become one."""
-    mapped = source.classes >= 0
-    classes, weights = source.classes[mapped], counts[mapped].astype(np.float64)
-    boxes = np.bincount(classes, weights, source.num_classes)
-    sums = np.bincount(classes, weights * aspects[mapped], source.num_classes)
+    """Median aspects of the run's classes; the mean by boxes of what becomes one class; else 1."""
+    boxes, sums = np.zeros((2, num_classes))
+    for source, of_source in zip(sources, shapes, strict=True):
+        mapped = source.classes >= 0
+        classes, counts = source.classes[mapped], of_source.counts[mapped].astype(np.float64)
+        boxes += np.bincount(classes, counts, num_classes)
+        sums += np.bincount(classes, counts * of_source.aspects[mapped], num_classes)
     return np.where(boxes > 0, sums / np.maximum(boxes, 1), 1.0)
 
 

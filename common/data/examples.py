@@ -251,6 +251,8 @@ class TrainingLoader(PhotoLoader):
             self.masks.write(
                 example, source, slot.index, rows, boxes[rows], (height, width), geometry
             )
+        # What is left of a cut object is no background either: a crop may lie inside it.
+        ignored = ignored | (~visible & ~no_object)
         regions = source.dataset.image_ignore_boxes(slot.index)
         # Hulls, turned or not: nothing that a region may hold is outside.
         regions = np.concatenate([annotated[ignored], regions])

@@ -91,7 +91,9 @@ def read_file(path: str) -> bytes:
     try:
         if "://" not in path:
             # A pipe would be waited for.
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            with open(
+                path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)
+            ) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise ImageError("not a regular file")
                 return file.read()

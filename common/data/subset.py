@@ -25,6 +25,7 @@ def write_subset(
     classes: Int[np.ndarray, " C"],
     splits: Mapping[str, Int[np.ndarray, " n"]],
     *,
+    ignored: Int[np.ndarray, " n"] | None = None,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
     finish: Callable[[DatasetWriter], None] = lambda writer: None,
@@ -32,7 +33,7 @@ def write_subset(
     """Writes the images of `splits` with their boxes and image-level labels of `classes`.
 
     Images keep their order, ids and photos; those without such boxes stay, as background. Masks are
-    left out. Ignore boxes stay.
+    left out. Ignore boxes stay, and boxes of `ignored` join them.
 
     Args:
       dataset: the source.
@@ -40,6 +41,7 @@ def write_subset(
       name: of the new set.
       classes: indices of the classes to keep, in the new order.
       splits: name to image indices of the source.
+      ignored: indices of classes whose objects may be some of `classes`, so no background.
       overwrite: replace an existing dataset directory.
       extra: further fields of dataset.json.
       finish: called before the directory is completed, to add files.
@@ -50,6 +52,9 @@ def write_subset(
     images = np.unique(np.concatenate([np.zeros(0, np.int64), *splits.values()]))
     new_class = np.full(dataset.num_classes, -1, np.int32)
     new_class[classes] = np.arange(len(classes))
+    is_ignored = np.zeros(dataset.num_classes, bool)
+    is_ignored[[] if ignored is None else ignored] = True
+    has_ignore = dataset.ignore_offsets is not None or bool(is_ignored.any())
     labels = [dataset.class_labels[c] for c in classes]
     names = [dataset.class_names[c] for c in classes]
     root = dataset.image_root
@@ -62,7 +67,7 @@ def write_subset(
         root if "://" in root else os.path.abspath(root),
         source=str(dataset.directory),
         has_areas=dataset.box_areas is not None,
-        has_ignore=dataset.ignore_offsets is not None,
+        has_ignore=has_ignore,
         overwrite=overwrite,
         extra={"exhaustive": bool(dataset.meta.get("exhaustive")), **(extra or {})},
     ) as writer:
@@ -74,7 +79,7 @@ def write_subset(
             rows, label_classes, label_counts = _kept(
                 dataset.label_offsets, dataset.label_classes, slab, new_class
             )
-            ignore_counts, ignore_boxes = _ignore_boxes(dataset, slab)
+            ignore_boxes, ignore_counts = _ignore_boxes(dataset, slab, is_ignored)
             writer.add_images(
                 _texts(dataset.image_ids[slab]),
                 _texts(dataset.image_paths[slab]),
@@ -87,8 +92,8 @@ def write_subset(
                 label_classes,
                 np.asarray(dataset.label_confidences[rows]),
                 box_areas=None if dataset.box_areas is None else dataset.box_areas[boxes],
-                ignore_counts=ignore_counts,
-                ignore_boxes=ignore_boxes,
+                ignore_counts=ignore_counts if has_ignore else None,
+                ignore_boxes=ignore_boxes if has_ignore else None,
             )
         for split, indices in splits.items():
             writer.add_split(split, np.searchsorted(images, indices))
@@ -106,13 +111,18 @@ def _kept(
 
 
 def _ignore_boxes(
-    dataset: Dataset, images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    if dataset.ignore_offsets is None or dataset.ignore_boxes is None:
-        return None, None
-    owner, rows = rows_of(dataset.ignore_offsets, images)
-    counts = np.bincount(owner, minlength=len(images))
-    return counts, np.asarray(dataset.ignore_boxes[rows])
+    dataset: Dataset, images: np.ndarray, is_ignored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ignore boxes of the images and their boxes of ignored classes, and how many each has."""
+    owner, rows = rows_of(dataset.box_offsets, images)
+    kept = is_ignored[np.asarray(dataset.box_classes[rows])]
+    owner, boxes = owner[kept], np.asarray(dataset.boxes[rows[kept]])
+    if dataset.ignore_offsets is not None and dataset.ignore_boxes is not None:
+        others, rows = rows_of(dataset.ignore_offsets, images)
+        owner = np.concatenate([others, owner])
+        boxes = np.concatenate([dataset.ignore_boxes[rows], boxes])
+    order = np.argsort(owner, kind="stable")
+    return boxes[order], np.bincount(owner, minlength=len(images))
 
 
 def _texts(values: Sequence[bytes]) -> list[str]:

@@ -49,8 +49,9 @@ def announced(step: Callable, what: str, say: Callable = print) -> Callable:
 def compiled_together(step: Any, programs: dict[Any, Callable] | None = None) -> Callable:
     """The jitted `step(state, batch, learning_rate)`, which no process calls before all have it.
 
-    On CPUs the first sum over processes waits half a minute at most. In that time one process may
-    have found its program in the compile cache, while another still compiles.
+    On CPUs the first sum over processes waits half a minute at most. In that time process 0 may
+    have found its program in the compile cache while the others still compile: there (not on GPUs
+    and TPUs) JAX 0.10's cache key takes in the process itself, and process 0 alone writes.
 
     Args:
       step: as `common.training.step.jit_train_step` gives it.

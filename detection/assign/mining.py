@@ -38,6 +38,9 @@ def top_seeds(
 ) -> Seeds:
     """The best proposal of each present class, if its score is above the threshold.
 
+    A proposal stands for one class (OICR, algorithm 1): the best pair of a class and a proposal is
+    taken first, and then neither is there for the others.
+
     Args:
       scores: of each class.
       boxes: proposals.
@@ -46,10 +49,17 @@ def top_seeds(
       max_seeds: S; of more classes those of the highest scores.
       threshold: see above.
     """
-    scores = jnp.where(valid[:, None], scores, -1.0)
-    best, index = scores.max(axis=0), scores.argmax(axis=0)
-    top, classes = jax.lax.top_k(jnp.where(present, best, -1.0), min(max_seeds, len(present)))
-    return _padded(boxes[index[classes]], classes, top, top > threshold, max_seeds)
+    count = min(max_seeds, len(present))
+    scores = jnp.where(valid[:, None] & present, scores, -1.0)
+    _, classes = jax.lax.top_k(scores.max(axis=0), count)
+
+    def take(left, _):
+        row, column = jnp.divmod(left.argmax(), count)
+        taken = (jnp.arange(len(left)) == row)[:, None] | (jnp.arange(count) == column)
+        return jnp.where(taken, -1.0, left), (row, column, left[row, column])
+
+    _, (rows, columns, top) = jax.lax.scan(take, scores[:, classes], length=count)
+    return _padded(boxes[rows], classes[columns], top, top > threshold, max_seeds)
 
 
 def several_seeds(

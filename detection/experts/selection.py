@@ -98,8 +98,8 @@ def read_classifier(
     Where the model says what its classes are (a work directory, a file of
     scripts.export_weights), each label gets the vector of its own; else they are taken as in order.
 
-    Of a Decoupling Head the decoupled class branch is taken, which inference uses: the classifier
-    of the sibling head, which only trains beside it, does not count unless `name` names it.
+    The classifier that inference uses is taken: those of a Decoupling Head's sibling head and of a
+    weak head, which only train beside it, do not count unless `name` names them.
 
     Args:
       path: work directory of a run, or a `.safetensors` file with paths such as
@@ -138,8 +138,9 @@ def read_classifier(
                 ".safetensors file"
             ) from error
     kernels = [key for key in flat if key == name or key.endswith("/" + name)]
-    if "sibling/" not in name:
-        kernels = [key for key in kernels if "/sibling/" not in key]
+    for helper in ("sibling/", "weak_head/"):
+        if helper not in name:
+            kernels = [key for key in kernels if "/" + helper not in key]
     if len(kernels) != 1:
         options = kernels or [key for key, value in flat.items() if np.ndim(value) == 2]
         raise UserError(
@@ -173,14 +174,21 @@ def _leading_columns(config: Mapping[str, Any]) -> int:
 def negative_classes(
     dataset: Dataset, positive: Int[np.ndarray, " P"], confusable: Bool[np.ndarray, "P K"]
 ) -> Bool[np.ndarray, "P K"]:
-    """Confusable pairs without C_pos itself and without its ancestors and descendants.
+    """Confusable pairs without C_pos itself and without its relatives."""
+    kept = confusable.copy()
+    kept[:, positive] = kept[:, relatives(dataset, positive)] = False
+    return kept
 
-    Objects of those are objects of a positive class, or may be: never background.
+
+def relatives(dataset: Dataset, positive: Int[np.ndarray, " P"]) -> Int[np.ndarray, " n"]:
+    """Ancestors and descendants of C_pos that are not in it.
+
+    Their objects are objects of a positive class, or may be: never background.
     """
     parents = ancestors(dataset.hierarchy, dataset.class_labels)
     family = (parents | parents.T)[positive].any(axis=0)
-    family[positive] = True
-    return confusable & ~family
+    family[positive] = False
+    return np.flatnonzero(family)
 
 
 class ExpertImages(NamedTuple):

@@ -170,6 +170,17 @@ def test_a_classifier_is_read_by_label_where_the_model_has_labels(tmp_path):
         selection.read_classifier(file, ["a", "d"])
 
 
+def test_classifiers_of_a_weak_head_do_not_count(tmp_path):
+    kernel = np.float32(np.arange(8).reshape(2, 4))
+    weights = {
+        "params/box_head/classifier/kernel": kernel,
+        "params/weak_head/classifier/kernel": -kernel,
+    }
+    safetensors.numpy.save_file(weights, tmp_path / "x.safetensors")
+    found = selection.read_classifier(tmp_path / "x.safetensors", "abc")
+    np.testing.assert_array_equal(found, kernel[:, 1:].T)
+
+
 @pytest.mark.parametrize("name", [selection.CLASSIFIER, "sibling/classifier/kernel"])
 def test_a_decoupling_head_gives_the_classifier_of_its_class_branch(tmp_path, name):
     """Its sibling head only trains beside it; it can be asked for by name."""
@@ -213,6 +224,24 @@ def test_negative_images_cannot_hold_the_class(dataset):
     assert selection.select_images(dataset, images, positive, pairs).negative.tolist() == [6]
     strict = selection.select_images(dataset, images, positive, pairs, require_verified=True)
     assert strict.negative.tolist() == [] and strict.dropped["not verified absent"] == 1
+
+
+def test_relatives_of_a_class_are_ignored_where_it_is_trained(dataset, tmp_path):
+    """A brown bear is a bear, whose box it has not; other ignore boxes stay."""
+    relatives = selection.relatives(dataset, np.array([BEAR]))
+    assert relatives.tolist() == [BROWN, MAMMAL]
+    splits = {"train": np.arange(len(IMAGES))}
+    write_subset(dataset, tmp_path / "out", "out", np.array([BEAR, CAT]), splits, ignored=relatives)
+    small = Dataset.open(tmp_path / "out")
+    brown = dataset.image_boxes(3)[0][1]
+    np.testing.assert_array_equal(
+        small.image_ignore_boxes(3), [*dataset.image_ignore_boxes(3), brown]
+    )
+    assert small.image_boxes(3)[1].tolist() == [1]
+    for image in (0, 4, 6):
+        np.testing.assert_array_equal(
+            small.image_ignore_boxes(image), dataset.image_ignore_boxes(image)
+        )
 
 
 def test_subset_keeps_images_and_drops_foreign_boxes(dataset, tmp_path):

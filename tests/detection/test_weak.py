@@ -139,6 +139,18 @@ def test_mined_boxes_are_those_of_the_twin(rule, seed):
             np.testing.assert_allclose(weights, expected[1])
 
 
+def test_a_proposal_stands_for_one_class():
+    """The best proposal of both is taken by the surer class; the other has its second best."""
+    scores = jnp.array([[0.6, 0.5], [0.1, 0.45], [0.05, 0.02]])
+    boxes = jnp.array([[0.0, 0, 4, 4], [8, 8, 12, 12], [20, 20, 24, 24]])
+    seeds = mining.top_seeds(scores, boxes, jnp.ones(3, bool), jnp.ones(2, bool), 4)
+    np.testing.assert_allclose(seeds.scores[:2], [0.6, 0.45])
+    np.testing.assert_array_equal(seeds.classes[:2], [0, 1])
+    np.testing.assert_array_equal(seeds.boxes[:2], boxes[:2])
+    labels, _ = mining.spread(seeds, boxes, 0.1)
+    np.testing.assert_array_equal(labels, [1, 2, 0])
+
+
 def test_refinement_loss_is_that_of_the_twin():
     case, rng = make_case(4), np.random.default_rng(4)
     labels, weights = rng.integers(0, K + 1, (B, P)), rng.random((B, P)).astype(np.float32)

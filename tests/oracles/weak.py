@@ -70,14 +70,17 @@ def refinement_loss(logits, labels, weights, counted):
 
 
 def top_seeds(scores, boxes, valid, present, max_seeds, threshold):
-    """List of (score, class, box), highest score first."""
+    """List of (score, class, box), highest score first; a proposal stands for one class."""
+    rows = {r for r in range(len(valid)) if valid[r]}
+    classes = sorted(
+        np.flatnonzero(present), key=lambda k: -max((scores[r, k] for r in rows), default=-1)
+    )[:max_seeds]
     found = []
-    for k in np.flatnonzero(present):
-        rows = [r for r in range(len(valid)) if valid[r]]
-        if rows:
-            best = max(rows, key=lambda r: scores[r, k])
-            found.append((scores[best, k], k, tuple(boxes[best])))
-    found = sorted(found, key=lambda seed: (-seed[0], seed[1]))[:max_seeds]
+    while rows and classes:
+        r, k = max(((r, k) for r in rows for k in classes), key=lambda pair: scores[pair])
+        found.append((scores[r, k], k, tuple(boxes[r])))
+        rows.remove(r)
+        classes.remove(k)
     return [seed for seed in found if seed[0] > threshold]
 
 

@@ -31,7 +31,7 @@ def run(folder, *args):
     command = [
         sys.executable, "-m", "scripts.select_experts", f"--dataset={folder / 'set'}",
         f"--metrics={folder / 'metrics.json'}", "--num_classes=1", f"--output={folder / 'expert'}",
-        "--base_config=configs/detection/photos_lite0.py:uniform", *map(str, args),
+        "--base_config=configs/detection/weak_lite0.py", *map(str, args),
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -78,6 +78,8 @@ def test_three_views_make_a_dataset_and_a_config(folder):
     config = runpy.run_path(path)["get_config"]()
     assert config.data.dir == str(folder / "expert")
     assert config.model.drop_background_rois and config.model.backbone == "efficientnet_lite0"
+    # The data is the expert's, whatever sources and steps its base has.
+    assert config.data.sources == () and config.data.label_steps.share == 0
     config.data.batch_size = 8
     images, drawn, _ = train_plan(expert, read_run(config).data, 0).batch(0)
     assert (drawn >= 0).sum() == 2 and len(images) == 8

@@ -320,6 +320,47 @@ def test_extreme_boxes(tmp_path, scale, box):
             assert geometry.content == geometry.full == (80, 133)
 
 
+def test_photos_that_are_only_turned_keep_the_jitter(tmp_path):
+    dataset = one_box(tmp_path, [0.4, 0.4, 0.5, 0.55])
+    turned = augmentation(
+        dataset, elaborate=changed(scale="none", rotate=True), scale_jitter=(0.5, 0.6)
+    )
+    found = geometries(dataset, turned)
+    widths = [geometry.full[1] for geometry in found]
+    assert 66 <= min(widths) < 69 and 77 < max(widths) <= 80
+    assert any(geometry.angle for geometry in found)
+
+
+def test_boxes_outside_the_photo_are_no_boxes_to_crop_around(tmp_path):
+    dataset = one_box(tmp_path, [1.0, 0.2, 1.01, 0.5])
+    for geometry in geometries(dataset, augmentation(dataset, elaborate=CROP), count=20):
+        assert geometry.full == geometry.content == (80, 133)
+
+
+def test_what_is_left_of_a_cut_object_is_ignored(tmp_path):
+    """Crops lie within the large object, of which too little is seen to be one."""
+    noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.jpg")
+    names = ["large", "small", "other"]
+    boxes = [[0, 0, 1, 1], [0.5, 0.5, 0.58, 0.58], [0, 0, 0.4, 0.4]]
+    with DatasetWriter(tmp_path / "one", "o", names, names, None, str(tmp_path)) as writer:
+        writer.add_image("0", "0.jpg", (600, 900), boxes, [0, 1, 2])
+        writer.add_split("train", [0])
+    dataset = Dataset.open(tmp_path / "one")
+    elaborate = changed(scale="crop", rotate=False, max_zoom=8.0)
+    batches = read(dataset, num_steps=8, mask_size=0, elaborate=elaborate, batch_size=2)
+    seen, cut = 0, 0
+    for batch in batches:
+        for row in range(2):
+            classes = batch["gt_classes"][row][batch["gt_valid"][row]].tolist()
+            regions = batch["ignore_boxes"][row][batch["ignore_valid"][row]]
+            seen, cut = seen + (0 in classes), cut + (0 not in classes)
+            if 0 not in classes:
+                height, width = batch["image_size"][row]
+                assert [0, 0, width, height] in regions.tolist()
+    assert seen and cut
+
+
 def test_long_classes_turn_further(tmp_path):
     degrees = []
     for box in ([0.4, 0.4, 0.5, 0.5], [0.4, 0.4, 0.44, 0.9]):

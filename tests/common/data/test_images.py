@@ -265,6 +265,14 @@ def test_missing_file_is_told(tmp_path):
         images.read_file(str(tmp_path / "none.jpg"))
 
 
+def test_a_folder_for_a_photo_leaves_no_file_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(images.ImageError, match="directory"):
+            images.read_file(str(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_pipe_for_a_photo_is_refused_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(images.ImageError, match="not a regular file"):
