@@ -46,7 +46,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.weak.refinements = 3
     config.model.weak.mining.start_steps = 500
     config.model.weak.mining.ramp_steps = 200
-    config.model.loss_weights.weak = 0.2
+    # The norm of all gradients is clipped: with larger weights the head's leave the others little.
+    config.model.loss_weights.weak = 0.05
+    config.model.loss_weights.weak_refinement = 0.25
     config.optimizer.learning_rate_per_image = 0.0008
     config.optimizer.warmup_steps = 150
     config.optimizer.num_epochs = 12.0
