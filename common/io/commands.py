@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from common.io.command_line import parse_flags
-from common.io.endings import EXIT_AGAIN, errors_told
+from common.io.endings import EXIT_AGAIN, errors_told, say_error, try_to_say
 from common.io.errors import Stopped, UserError
 from common.io.home import expand_home_in_flags
 from common.io.memory import keep_freed_memory
@@ -39,12 +39,12 @@ def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> No
                 expand_home_in_flags()
                 return main(*check_arguments(argv[1:], actions))
         except Stopped as stopped:
-            print(f"stopped by {stopped}: the same command goes on from here", flush=True)
+            try_to_say(f"stopped by {stopped}: the same command goes on from here", sys.stdout)
             return EXIT_AGAIN
         except (UserError, OSError, RecursionError, MemoryError) as error:
             return _refuse(error)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
+            try_to_say("interrupted")
             return 128 + signal.SIGINT
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -61,7 +61,7 @@ def _refuse(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # `command | head`: nobody reads what is said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    say_error(one_line(error))
     return 1
 
 

@@ -1,7 +1,10 @@
-"""Who is to hear of the error that ends a command, before Python's own clean-up."""
+"""How a command ends: its last words, and who hears of its error before Python's own clean-up."""
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from common.io.errors import Stopped
 
@@ -25,3 +28,32 @@ def errors_told() -> Iterator[None]:
         for hear in () if well else _hearers:
             hear(error)
         raise
+
+
+def say_error(text: str) -> None:
+    """Says what ends the command, as `try_to_say`."""
+    try_to_say(f"error: {text}")
+
+
+def try_to_say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line (default: to stderr) after what stdout still holds, where it can be written.
+
+    A log on a full disk must not keep a command from ending and from telling the others why.
+    """
+    file = file or sys.stderr
+    flush_or_drop(sys.stdout)
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=file)
+    flush_or_drop(file)
+
+
+def flush_or_drop(stream: TextIO) -> None:
+    """Writes what a stream holds; where that is impossible it is dropped, and all that follows.
+
+    Otherwise Python would try once more at its end, fail, and exit with a status of its own.
+    """
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())

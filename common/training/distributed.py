@@ -9,7 +9,6 @@ Shapes: B global batch, b = B / processes the rows of one process.
 import atexit
 import signal
 import socket
-import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common.io.commands import one_line
-from common.io.endings import on_error
+from common.io.endings import on_error, say_error
 from common.io.errors import UserError
 from common.training import joining
 from common.training.cluster import find_cluster
@@ -82,11 +81,13 @@ def _end_all(error: BaseException) -> None:
     # Sums over CPUs that another process does not take part in end with a ValueError of Gloo.
     if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
         _team.wait_for_cause()
-    if isinstance(error, UserError | OSError | RecursionError | MemoryError):
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(error)
-    _team.fail(one_line(error))
+    try:
+        if isinstance(error, UserError | OSError | RecursionError | MemoryError):
+            say_error(one_line(error))
+        else:
+            traceback.print_exception(error)
+    finally:  # whether or not it could be printed
+        _team.fail(one_line(error))
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -218,11 +219,11 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def same_everywhere(flag: bool) -> bool:
-    """What process 0 says, in all processes."""
+def same_everywhere(value: int) -> int:
+    """What process 0 says (less than 2**31), in all processes."""
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def barrier(name: str, seconds: float = _BARRIER_SECONDS) -> None:

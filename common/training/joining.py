@@ -17,12 +17,13 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from typing import Any
+
+from common.io.endings import say_error
 
 _OFFSET = 313  # from the coordinator's port to this one
 _RETRY_SECONDS = 0.5
@@ -57,8 +58,7 @@ def watched(
 
     def run() -> None:
         if text := watch.run(time.monotonic() + seconds, seconds):
-            sys.stdout.flush()
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            say_error(text)
             end(1)
 
     thread = threading.Thread(target=run, name="joining", daemon=True)

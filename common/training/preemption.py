@@ -9,26 +9,39 @@ process at once.
 import contextlib
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from common.io.endings import say_error, try_to_say
 from common.io.errors import Stopped
 from common.training.team import Store, Team
 
 _Item = TypeVar("_Item")
-_AGREE_SECONDS = 60.0
+_LOOK_SECONDS = 0.05  # from one look at the others' counts to the next
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopPoints:
     """Counts the points that this process passes, and knows at which to stop."""
 
-    def __init__(self, store: Store | None = None, index: int = 0, count: int = 1):
-        """`store` is shared by `count` processes; a process that is alone needs none."""
+    def __init__(
+        self,
+        store: Store | None = None,
+        index: int = 0,
+        count: int = 1,
+        ended: threading.Event | None = None,
+    ):
+        """A process that is alone needs no arguments.
+
+        Args:
+          store: shared by the processes.
+          index: of this process.
+          count: of all processes.
+          ended: set when the run ends because of a failure, or that of a process that is gone.
+        """
         self._store, self._index, self._count = store, index, count
+        self._ended = ended or threading.Event()
         self._passed = 0
         self._stop_at: int | None = None
         self._asked = ""  # why, by a signal of this process
@@ -64,28 +77,34 @@ class StopPoints:
     def agree(self) -> None:
         """Looks for requests, and agrees with all others where to stop. Call it every second.
 
-        Nobody passes a point while it waits for the others' counts.
+        Nobody passes a point between telling its count and knowing those of all others. That wait
+        has no end of its own: a process answers whatever its main thread does, and one that is gone
+        ends the run. So all find the same counts.
         """
         if self._store is None or self._stop_at is not None:
             return
-        mine = f"stop/asked/{self._index}"
         if self._asked:
-            self._store.key_value_set(mine, self._asked, allow_overwrite=True)
+            self._store.key_value_set(
+                f"stop/asked/{self._index}", self._asked, allow_overwrite=True
+            )
         asked = self._store.key_value_dir_get("stop/asked/")
         if not asked:
             return
         self._reason = asked[0][1]
         with self._lock:
-            self._store.key_value_set(
-                f"stop/passed/{self._index}", str(self._passed), allow_overwrite=True
-            )
-            deadline = time.monotonic() + _AGREE_SECONDS
-            while time.monotonic() < deadline:
-                passed = self._store.key_value_dir_get("stop/passed/")
-                if len(passed) == self._count:
-                    self._stop_at = max(int(value) for _, value in passed) + 1
-                    return
-                time.sleep(0.05)
+            while self._stop_at is None and not self._ended.wait(_LOOK_SECONDS):
+                with contextlib.suppress(RuntimeError):  # the network failed, or process 0
+                    self._stop_at = self._agreed()
+
+    def _agreed(self) -> int | None:
+        """Tells how many points this process has passed; where all stop, once all have told it."""
+        assert self._store is not None
+        counts = self._store.key_value_dir_get("stop/passed/")
+        passed = {int(key.rsplit("/", 1)[1]): int(value) for key, value in counts}
+        if self._index not in passed:
+            key = f"stop/passed/{self._index}"
+            self._store.key_value_set(key, str(self._passed), allow_overwrite=True)
+        return max(passed.values()) + 1 if len(passed) == self._count else None
 
 
 _points = StopPoints()
@@ -99,8 +118,8 @@ def install(team: Team | None, host: str) -> None:
         return
     _installed = True
     if team is not None:
-        _points = StopPoints(team.store, team.index, team.count)
-        team.every_second(_points.agree)
+        _points = StopPoints(team.store, team.index, team.count, team.ended)
+        team.every_second(_points.agree, "stop points")
         host = team.name(team.index)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -118,12 +137,12 @@ def _hear(reader: int, host: str) -> None:
             continue
         name = signal.Signals(number[0]).name
         if number[0] == signal.SIGINT and interrupted:
-            print("error: interrupted twice, nothing saved", file=sys.stderr, flush=True)
+            say_error("interrupted twice, nothing saved")
             os._exit(130)
         interrupted |= number[0] == signal.SIGINT
         again = "; once more: at once" if interrupted else ""
-        print(f"{name}: stops after this step{again}", file=sys.stderr, flush=True)
         _points.ask(f"{name} at {host}")
+        try_to_say(f"{name}: stops after this step{again}")
 
 
 def passes() -> None:

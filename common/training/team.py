@@ -4,11 +4,15 @@ They talk through the key-value store of JAX's coordination service, which proce
 never through devices: a process whose devices wait for another one still hears of its end.
 
     beat/I          what process I is doing, every second
-    failure         the first failure: which process, its host, the reason
+    failure         the first failure: who told it, what it says, the exit status of all
     heard/I         process I has heard of the failure
     barrier/N/I     process I is at barrier N
+
+An error of a process ends all with status 1: it would come again. With `EXIT_AGAIN` they end when a
+process is gone or does not get on, which may well be better on the next start.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from common.io import activity
+from common.io.endings import EXIT_AGAIN, flush_or_drop, say_error
 from common.io.errors import UserError
 
 BEAT_SECONDS = 1.0
@@ -51,7 +56,11 @@ class Beat:
 
 
 class Team:
-    """This process among those of the run."""
+    """This process among those of the run.
+
+    Attributes:
+      ended: set when the run ends, well or not.
+    """
 
     def __init__(
         self,
@@ -78,22 +87,31 @@ class Team:
         self._number, self._began = 0, clock()
         self._beats: dict[int, Beat] = {}
         self._barriers = 0
-        self._finished = False
+        self.ended = threading.Event()
         self._told = threading.Lock()  # taken by the one thread that says what ended the run
         self._gone = 0  # processes that will hear of nothing
-        self._tasks: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begins to beat and to listen, in threads that end with the process."""
-        for loop in (self._beat_forever, self._listen):
-            thread = threading.Thread(target=loop, name=f"team{loop.__name__}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self.every_second(self.beat, "beats")
+        self._begin(self._listen, "failures")
 
-    def every_second(self, task: Callable[[], None]) -> None:
-        """Has `task` called with each beat."""
-        self._tasks.append(task)
+    def every_second(self, task: Callable[[], None], name: str) -> None:
+        """Has `task` called again and again in a thread of its own, called `name`."""
+
+        def repeat() -> None:
+            while not self.ended.is_set():
+                with contextlib.suppress(RuntimeError):  # process 0 is gone: the listener says so
+                    task()
+                self.ended.wait(BEAT_SECONDS)
+
+        self._begin(repeat, name)
+
+    def _begin(self, loop: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=loop, name=f"team: {name}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def name(self, index: int) -> str:
         """A process and its host, for a message."""
@@ -104,28 +122,27 @@ class Team:
 
     def fail(self, reason: str) -> None:
         """Ends the run because of this process, which has said why; the others say it, too."""
-        self._end_all(f"{self.name(self.index)} failed: {reason}")
+        self._end_all(f"{self.name(self.index)} failed: {reason}", 1, is_said=True)
 
     def blame(self, index: int, what: str) -> None:
-        """Ends the run because of any process, such as one that "is gone"."""
-        text = f"{self.name(index)} {what}"
-        if self._end_all(text, leave=False):
-            _say(text)
-        self._leave()
+        """Ends the run because of any process, such as one that "is gone"; it may start again."""
+        self._end_all(f"{self.name(index)} {what}", EXIT_AGAIN, is_said=False)
 
-    def _end_all(self, text: str, leave: bool = True) -> bool:
-        """Tells the failure unless another one was first; returns whether it was told."""
-        self._finished = True
-        record = {"by": self.index, "text": text}
+    def _end_all(self, text: str, status: int, is_said: bool) -> None:
+        """Tells the failure unless another one was first, says the first one, and leaves."""
+        self.ended.set()
+        own: dict[str, Any] = {"by": self.index, "text": text, "status": status}
+        first = own
         try:
-            self.store.key_value_set("failure", json.dumps(record))
-            told = True
+            self.store.key_value_set("failure", json.dumps(own))
         except RuntimeError:  # another one was first, or process 0 is gone
-            told = False
-            self._say_first()
-        if leave:
-            self._leave()
-        return told
+            with contextlib.suppress(RuntimeError):
+                first = json.loads(self.store.blocking_key_value_get("failure", _LISTEN_MS))
+        if first is not own:
+            is_said = first["by"] == self.index  # by another thread
+        if not is_said:
+            self._say_once(first["text"])
+        self._leave(first["status"])
 
     def wait_for_cause(self) -> None:
         """Gives the listener time to say who made a collective operation fail."""
@@ -138,31 +155,25 @@ class Team:
             try:
                 record = json.loads(self.store.blocking_key_value_get("failure", _LISTEN_MS))
             except RuntimeError as error:
-                if self._finished:
+                if self.ended.is_set():
                     return
                 if "DEADLINE" not in str(error):
+                    self.ended.set()
                     leader = self._hosts().get(0, "unknown host")
-                    _say(f"process 0 ({leader}), which coordinates the run, is gone")
-                    self._end(1)
+                    self._say_once(f"process 0 ({leader}), which coordinates the run, is gone")
+                    self._end(EXIT_AGAIN)
                     return
         if record["by"] == self.index:
             return  # the thread that told it says it, and leaves
-        self._say_once(record)
-        self._leave()
+        self.ended.set()
+        self._say_once(record["text"])
+        self._leave(record["status"])
 
-    def _say_first(self) -> None:
-        """Says the failure that was told first, if process 0 still knows."""
-        try:
-            record = json.loads(self.store.blocking_key_value_get("failure", _LISTEN_MS))
-        except RuntimeError:
-            return  # process 0 is gone, which the listener says
-        self._say_once(record)
+    def _say_once(self, text: str) -> None:
+        if self._told.acquire(blocking=False):
+            say_error(text)
 
-    def _say_once(self, record: dict[str, Any]) -> None:
-        if record["by"] != self.index and self._told.acquire(blocking=False):
-            _say(record["text"])
-
-    def _leave(self) -> None:
+    def _leave(self, status: int) -> None:
         """Ends the process; process 0, which carries the news, after the others heard them."""
         try:
             self.store.key_value_set(f"heard/{self.index}", "", allow_overwrite=True)
@@ -173,19 +184,10 @@ class Team:
                 time.sleep(0.05)
         except RuntimeError:
             pass  # process 0 is gone already
-        sys.stdout.flush()
-        self._end(1)
+        flush_or_drop(sys.stdout)
+        self._end(status)
 
     # ---------------------------------------------------------------------------------- beats
-
-    def _beat_forever(self) -> None:
-        while not self._finished:
-            try:
-                self.beat()
-            except RuntimeError:
-                if self._finished:
-                    return  # the listener says what happened
-            time.sleep(BEAT_SECONDS)
 
     def beat(self) -> None:
         """Says what this process does; process 0 looks whether all others still do so."""
@@ -197,8 +199,6 @@ class Team:
             self._beats = self._read_beats()
         if self.index == 0:
             self._look_for_lost()
-        for task in self._tasks:
-            task()
 
     def _read_beats(self) -> dict[int, Beat]:
         now, beats = self._clock(), {}
@@ -277,12 +277,7 @@ class Team:
     def finish(self) -> None:
         """Waits for the others, however long they take, and stops the threads."""
         self.barrier("end", 10 * 24 * 3600)
-        self._finished = True
+        self.ended.set()
         # One that comes back from JAX after Python's end would abort the process.
         for thread in self._threads:
             thread.join(3 * BEAT_SECONDS + _LISTEN_MS / 1000)
-
-
-def _say(text: str) -> None:
-    sys.stdout.flush()
-    print(f"error: {text}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from common.io import activity
+from common.io.endings import EXIT_AGAIN, say_error
 from common.io.errors import UserError
 from common.training import distributed
 
@@ -150,9 +151,5 @@ def _end_stalled(seconds: float) -> None:
     if doing.what == activity.SCORING:
         return
     what = doing.what or "in a step"
-    print(
-        f"error: {what}: no step finished for {seconds:.0f} s after step {doing.step}",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
+    say_error(f"{what}: no step finished for {seconds:.0f} s after step {doing.step}")
+    os._exit(EXIT_AGAIN)

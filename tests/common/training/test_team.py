@@ -1,9 +1,11 @@
+import sys
 import threading
 import time
 
 import pytest
 
 from common.io import activity
+from common.io.endings import EXIT_AGAIN
 from common.io.errors import UserError
 from common.training import team as teams
 from common.training.team import Team
@@ -48,6 +50,29 @@ def test_the_first_reason_counts(capsys):
     assert capsys.readouterr().err == "error: process 0 (host0) failed: disk full\n"
 
 
+def test_all_end_with_the_status_of_what_was_told_first():
+    """So that a launcher starts the run again, or not, whichever process it asks."""
+    store = FakeStore(3)
+    processes = [Process(store, i, 3) for i in range(3)]
+    listen(processes[2])
+    processes[1].team.blame(0, "is gone")
+    processes[0].team.fail("Gloo: connection reset by peer")
+    assert all(process.ended.wait(10) for process in processes)
+    assert {status for process in processes for status in process.status} == {EXIT_AGAIN}
+
+
+def test_a_log_on_a_full_disk_keeps_nobody_from_ending(monkeypatch):
+    store = FakeStore()
+    first, second = Process(store, 0), Process(store, 1)
+    with open("/dev/full", "w") as stdout, open("/dev/full", "w") as stderr:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        print("step 7")
+        listen(first)
+        second.team.fail("disk full")
+        assert first.ended.wait(10) and second.ended.wait(10)
+
+
 def test_a_process_without_beats_is_gone(capsys):
     now = [0.0]
     store = FakeStore(3)
@@ -59,7 +84,7 @@ def test_a_process_without_beats_is_gone(capsys):
         store.values["heard/1"] = store.values["heard/2"] = ""
         processes[1].team.beat()
         processes[0].team.beat()
-    assert processes[0].status == [1]
+    assert processes[0].status == [EXIT_AGAIN]
     assert "process 2 (host2) is gone: nothing heard for 12 s" in capsys.readouterr().err
 
 
@@ -73,7 +98,7 @@ def test_a_process_that_never_beats_is_gone(capsys):
         assert not first.status
         now[0] += 1.0
     first.team.beat()
-    assert first.status == [1]
+    assert first.status == [EXIT_AGAIN]
     error = "error: process 1 (not heard of yet) is gone: nothing heard for 45 s\n"
     assert capsys.readouterr().err == error
 
@@ -85,7 +110,7 @@ def test_the_end_of_the_coordinator_is_told(capsys):
     second.team.beat()
     listen(second)
     store.close()
-    assert second.ended.wait(10)
+    assert second.ended.wait(10) and second.status == [EXIT_AGAIN]
     assert "process 0 (host0), which coordinates the run, is gone" in capsys.readouterr().err
 
 
@@ -106,7 +131,7 @@ def test_who_waits_for_input_is_to_blame_for_a_stall(capsys):
         second.team.beat()
     store.values["heard/1"] = ""
     first.team.stalled(90)
-    assert first.status == [1]
+    assert first.status == [EXIT_AGAIN]
     text = "process 1 (host1) is waiting for input: no step finished for 90 s after step 7"
     assert text in capsys.readouterr().err
 

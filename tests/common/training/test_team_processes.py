@@ -66,7 +66,8 @@ class Pair:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.files = [(folder / f"out{i}").open("w+") for i in range(2)]
+        outputs = [folder / "out0", "/dev/full" if what == "cannot write" else folder / "out1"]
+        self.files = [open(path, "w") for path in outputs]
         self.processes = [
             start(
                 PROGRAM,
@@ -120,7 +121,7 @@ HOST = socket.gethostname()
 @pytest.mark.parametrize("pair", ["sleeps"], indirect=True)
 def test_one_that_waits_for_its_input_ends_both_by_name(pair):
     pair.wait_for("host")
-    assert pair.ends(SECONDS + 60) == [1, 1]
+    assert pair.ends(SECONDS + 60) == [75, 75]
     reason = f"process 1 ({HOST}) is waiting for input: no step finished for"
     assert reason in pair.output(0)
 
@@ -132,10 +133,17 @@ def test_the_death_of_one_ends_the_other_by_name(pair, killed):
     begin = time.monotonic()
     pair.processes[killed].kill()
     other = pair.ends(SECONDS)[1 - killed]
-    assert other != 0 and time.monotonic() - begin < SECONDS
+    assert time.monotonic() - begin < SECONDS
+    assert other == 75 or (killed == 0 and other != 0)
     said = pair.output(1 - killed)
     # Of the end of process 0, JAX's own client may be the first to tell.
     assert f"process {killed} ({HOST})" in said or (killed == 0 and "leader" in said), said
+
+
+@pytest.mark.parametrize("pair", ["cannot write"], indirect=True)
+def test_one_whose_log_is_on_a_full_disk_ends_both_by_name(pair):
+    assert pair.ends(240) == [1, 1]
+    assert f"process 1 ({HOST}) failed: [Errno 28] No space left" in pair.output(0)
 
 
 @pytest.mark.parametrize("pair", ["runs"], indirect=True)
