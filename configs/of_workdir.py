@@ -7,14 +7,13 @@ run's version of the code did not have get their values from the base of today.
 """
 
 import importlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from common.io.errors import UserError
-from common.io.paths import read_text
+from common.io.json_file import read_object
 
 _BASES = {
     "detection": "configs.detection.base",
@@ -27,12 +26,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: work directory of the run."""
     path = f"{arg}/config.json"
     try:
-        config = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+        return completed(read_object(path))
+    except OSError as error:
         raise UserError(f"{path}: cannot read the config of the run ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
-    return completed(config)
 
 
 def completed(config: Mapping[str, Any]) -> ml_collections.ConfigDict:

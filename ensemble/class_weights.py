@@ -11,8 +11,6 @@ Hence no weight exceeds 1. An expert's detections of classes outside its list ar
 Shape legend: T tables (models), K classes.
 """
 
-import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 from ml_collections import ConfigDict
 
+from common.data.class_list import class_name, read_class_list
 from common.io.errors import UserError
-from common.io.paths import local_copy, read_text
+from common.io.json_file import read_json
 from ensemble.inputs import check_known
 from ensemble.settings import WeightSettings
 
@@ -123,31 +122,18 @@ def kept_classes(
       UserError: an unknown model, an unreadable list, or a class in it that no table can have.
     """
     kept = np.ones((len(names), len(labels)), bool)
-    codes = {label: code for code, label in enumerate(labels)}
+    normal = [class_name(label) for label in labels]
     for name, path in parse_pairs(experts, "config.experts").items():
         model = check_known(name, names, "config.experts")
-        kept[model] = False
-        for row, label in read_class_list(path):
-            if label not in codes:
+        listed = read_class_list(path)
+        for line, label in zip(listed.lines, listed.labels, strict=True):
+            if label not in normal:
                 raise UserError(
-                    f"{path}: line {row}: {label!r} is none of the {len(labels)} classes "
+                    f"{path}: line {line}: {label!r} is none of the {len(labels)} classes "
                     f"(such as {labels[0]!r})"
                 )
-            kept[model, codes[label]] = True
+        kept[model] = np.isin(normal, listed.labels)
     return kept
-
-
-def read_class_list(path: str) -> list[tuple[int, str]]:
-    """(line, label) of a list of classes: first column of a CSV, with a header `label` or none."""
-    try:
-        with local_copy(path) as local, open(local, newline="", encoding="utf-8") as file:
-            rows = [(i, row[0].strip()) for i, row in enumerate(csv.reader(file), start=1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot read the list of classes ({error})") from error
-    rows = [(i, label) for i, label in rows if label and not (i == 1 and label == "label")]
-    if not rows:
-        raise UserError(f"{path}: no classes, expected one label a line")
-    return rows
 
 
 def read_class_aps(path: str) -> dict[str, float]:
@@ -157,8 +143,8 @@ def read_class_aps(path: str) -> dict[str, float]:
       UserError: no such file, no JSON object, or one without AP per class.
     """
     try:
-        values = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except OSError as error:
         raise UserError(f"{path}: no readable metrics file ({error})") from error
     aps = {}
     for name, value in values.items() if isinstance(values, dict) else ():

@@ -11,7 +11,8 @@ from etils import epath
 
 from common.data.dataset import Dataset
 from common.io.errors import UserError
-from common.io.paths import PathLike, read_text, to_epath
+from common.io.json_file import read_json
+from common.io.paths import PathLike, to_epath
 from ensemble.inputs import Tables
 from ensemble.preparation import Preparation
 from ensemble.settings import SearchSettings
@@ -29,9 +30,11 @@ def load_state(path: epath.Path, identity: Mapping[str, Any]) -> State | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(read_text(path))
+        content = read_json(path)
         known, version = content["identity"], content["format"]
         state = State.from_json(content["state"], str(path))
+    except UserError as error:
+        raise UserError(f"{error}; remove it to start anew") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no readable state ({error}); remove it to start anew") from error
     for name, value in {**identity, "format": STATE_FORMAT}.items():

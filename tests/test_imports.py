@@ -56,15 +56,30 @@ def test_folders_with_modules_are_packages(package):
     assert missing == []
 
 
+def imports_of(folders, packages, but=()):
+    """Lines below `folders`, those of the folders `but` left out, that import one of `packages`."""
+    found = []
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        if any(path.is_relative_to(ROOT / folder) for folder in but):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            words = line.split()
+            if words[:1] in (["from"], ["import"]):
+                module = f"{words[1]}."
+                if any(module.startswith(f"{package}.") for package in packages):
+                    found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    return found
+
+
 def test_products_do_not_import_one_another():
     """They meet in the detections table on disk; `common` imports none of them."""
     products = ("detection", "segmentation", "ensemble")
-    wrong = []
-    for package in ("common", *products):
-        foreign = [p for p in products if p != package]
-        for path in (ROOT / package).rglob("*.py"):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                words = line.split()
-                if words[:1] in (["from"], ["import"]) and words[1].split(".")[0] in foreign:
-                    wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
-    assert wrong == []
+    assert imports_of(["common"], products) == []
+    for product in products:
+        assert imports_of([product], [other for other in products if other != product]) == []
+
+
+def test_only_commands_import_the_readers_of_annotations():
+    """What `common/convert` shares with others lies below it, in `common/data` and `common/io`."""
+    folders = ("common", "detection", "segmentation", "ensemble", "configs")
+    assert imports_of(folders, ["common.convert"], but=["common/convert"]) == []

@@ -37,9 +37,9 @@ from common.convert.annotations import (
 from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_class_ids
 from common.convert.coco_file import CocoFile
-from common.convert.photo_names import normal, photo_name, split_extension
 from common.convert.report import DROPPED, REPAIRED, Report
 from common.data.dataset import ABSENT
+from common.data.photo_names import normal, photo_name, split_extension
 from common.io.errors import UserError
 
 _PREFIX = re.compile(

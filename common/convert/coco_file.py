@@ -13,11 +13,11 @@ from typing import IO, Any, TypeGuard
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from common.convert.classes import class_name
 from common.convert.cleaning import check_pixels
 from common.convert.coco_masks import MaskSpool
 from common.convert.report import REPAIRED, Report
 from common.convert.segments import box_of, clean_segmentation
+from common.data.class_list import class_name
 from common.data.dataset import ABSENT, CROWD, DEPICTION, GROUP_OF, NOT_EXHAUSTIVE
 from common.io.errors import UserError
 from common.io.json_file import text_id, whole

@@ -11,11 +11,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, Columns, ImageTable
-from common.convert.classes import read_class_list, read_hierarchy
-from common.convert.photo_names import EXTENSIONS, normal
+from common.convert.classes import read_hierarchy
 from common.convert.photos import walk
 from common.convert.report import NOTED, Report
+from common.data.class_list import read_class_list
 from common.data.dataset import PRESENT
+from common.data.photo_names import EXTENSIONS, normal
 from common.io.errors import UserError
 
 _SPLIT = "train"  # of sources without folders of splits
@@ -49,7 +50,7 @@ def read_folders(
             "SPLIT/CLASS/PHOTO"
         )
     folders = sorted({PurePosixPath(path).parts[-2] for path in photos})
-    labels, names = read_class_list(classes) if classes else (folders, folders)
+    labels, names = read_class_list(classes)[:2] if classes else (folders, folders)
     class_of = _classes_of(folders, labels, names, f"{classes or source}")
     images, columns, verified = ImageTable(), Columns(BOX_COLUMNS), Columns(LABEL_COLUMNS)
     members: dict[str, list[int]] = {}

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from common.convert.annotations import ImageTable
 from common.convert.coco_file import CocoFile
-from common.convert.photo_names import photo_name
+from common.data.photo_names import photo_name
 from common.io.errors import UserError
 
 # Largest difference of log(height / width): sizes of resized photos are rounded.

@@ -15,13 +15,14 @@ import pyarrow as pa
 from common.convert import openimages_masks
 from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, Columns
 from common.convert.annotations import ImageTable as Images
-from common.convert.classes import read_class_list, read_hierarchy
+from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_layout
-from common.convert.csv_columns import stream_csv
 from common.convert.instance_boxes import add_instance_boxes
 from common.convert.photos import walk
 from common.convert.report import DROPPED, EXAMPLES, Report
+from common.data.class_list import read_class_list
 from common.data.dataset import DEPICTION, GROUP_OF, INSIDE, OCCLUDED, TRUNCATED
+from common.io.csv_columns import stream_csv
 from common.io.errors import UserError
 
 EDITIONS = ("challenge", "v5")
@@ -101,7 +102,7 @@ def read_openimages(
       UserError: a file is missing, found twice or broken.
     """
     sources = _find_sources(source, task, edition, classes, hierarchy)
-    class_labels, class_names = read_class_list(sources.classes)
+    class_labels, class_names, _ = read_class_list(sources.classes)
     images, files = Images(), list[str]()
     splits: dict[str, list[np.ndarray]] = {}
     box_columns, label_columns = Columns(BOX_COLUMNS), Columns(LABEL_COLUMNS)

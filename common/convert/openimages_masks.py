@@ -15,9 +15,9 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from common.convert.annotations import Annotations
-from common.convert.csv_columns import stream_csv
 from common.convert.photos import walk
 from common.convert.report import DROPPED, EXAMPLES, Report
+from common.io.csv_columns import stream_csv
 from common.tables.ranges import expand_ranges
 
 _COORDINATES = ("BoxXMin", "BoxYMin", "BoxXMax", "BoxYMax")

@@ -7,9 +7,9 @@ import numpy as np
 
 from common.convert.annotations import Annotations, ImageTable
 from common.convert.options import Options
-from common.convert.photo_names import EXTENSIONS, normal, photo_name
 from common.convert.photos import Found, find_photos, read_sizes
 from common.convert.report import DROPPED, EXAMPLES, NOTED, REPAIRED, Report
+from common.data.photo_names import EXTENSIONS, normal, photo_name
 from common.io.errors import UserError
 from common.masks.dataset_masks import same_shape
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 from PIL import ExifTags
 
-from common.convert import photo_names
+from common.data import photo_names
 from common.data.image_file import BROKEN, open_image
 from common.data.images import is_as_stored
 from common.io.parallel import map_ordered

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int, Int32
 
 from common.convert.annotations import Annotations, ImageTable
 from common.convert.options import Options
-from common.convert.photo_names import normal, photo_name
 from common.convert.report import NOTED, REPAIRED, Report
+from common.data.photo_names import normal, photo_name
 from common.io.errors import UserError
 from common.io.json_file import read_json
 from common.tables.ranges import rows_of

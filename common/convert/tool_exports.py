@@ -24,10 +24,11 @@ from common.convert.annotations import (
     Columns,
     ImageTable,
 )
-from common.convert.classes import class_name, read_hierarchy
-from common.convert.photo_names import normal, photo_name, readings, split_extension
+from common.convert.classes import read_hierarchy
 from common.convert.report import DROPPED, NOTED, Report
 from common.convert.voc_file import read_xml
+from common.data.class_list import class_name
+from common.data.photo_names import normal, photo_name, readings, split_extension
 from common.io.errors import UserError
 from common.io.json_stream import stream_list
 

@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from common.convert.annotations import BOX_COLUMNS, LABEL_COLUMNS, Annotations, Columns, ImageTable
-from common.convert.classes import read_class_list, read_hierarchy
+from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_pixels
-from common.convert.photo_names import normal, photo_name, split_extension
 from common.convert.photos import walk
 from common.convert.report import REPAIRED, Report
 from common.convert.splits import ImageFinder, read_split_list
 from common.convert.voc_file import read_voc_file
+from common.data.class_list import read_class_list
+from common.data.photo_names import normal, photo_name, split_extension
 from common.io.errors import UserError
 from common.io.progress import Progress
 
@@ -86,7 +87,7 @@ def read_voc(
         progress.report(len(files))
     if not files:
         raise UserError(f"--source={source}: none of {len(xml_paths)} .xml files is Pascal VOC")
-    labels, class_names = read_class_list(classes) if classes else (sorted(set(names)),) * 2
+    labels, class_names = read_class_list(classes)[:2] if classes else (sorted(set(names)),) * 2
     if not labels:
         raise UserError(
             f"{source}: no objects and no --classes: the class list would be empty "

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from common.convert.classes import class_name
-from common.convert.photo_names import normal
 from common.convert.report import DROPPED, REPAIRED, Report
+from common.data.class_list import class_name
 from common.data.dataset import OCCLUDED, TRUNCATED
+from common.data.photo_names import normal
 from common.io.errors import UserError
 from common.io.paths import check_regular
 

@@ -28,12 +28,13 @@ from common.convert.annotations import (
     Columns,
     ImageTable,
 )
-from common.convert.classes import read_class_list, read_hierarchy
+from common.convert.classes import read_hierarchy
 from common.convert.cleaning import check_layout
-from common.convert.photo_names import split_extension
 from common.convert.photos import read_sizes
 from common.convert.report import DROPPED, NOTED, Report
 from common.convert.yolo_config import class_names, read_config, read_text_file, split_photos
+from common.data.class_list import read_class_list
+from common.data.photo_names import split_extension
 from common.io.errors import UserError
 from common.io.progress import Progress
 
@@ -61,7 +62,7 @@ def read_yolo(
     config, content = read_config(source)
     numbers, names = class_names(config, content)
     if classes is not None:
-        names = read_class_list(classes)[1]
+        names = read_class_list(classes).names
         numbers = list(range(len(names)))
     photos = split_photos(config, content)
     everything = [path for paths in photos.values() for path in paths]

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from common.convert.classes import class_name
-from common.convert.photo_names import normal, split_extension
 from common.convert.photos import walk
+from common.data.class_list import class_name
+from common.data.photo_names import normal, split_extension
 from common.io.errors import UserError
 from common.io.paths import check_regular
 

@@ -21,6 +21,7 @@ from common.data.dataset_check import check_tree
 from common.data.dataset_writer import write_classes
 from common.io.atomic import write_text
 from common.io.errors import UserError
+from common.io.json_file import read_json
 from common.io.paths import PathLike, to_epath
 
 _MAX_NAMED = 5  # labels spelled out in an error
@@ -64,11 +65,12 @@ def read_model_classes(workdir: PathLike) -> ModelClasses:
             "dataset directory it was trained on)"
         )
     labels, names = read_classes(path)
+    tree = folder / "hierarchy.json"
     try:
-        hierarchy = json.loads((folder / "hierarchy.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'hierarchy.json'}: not readable as JSON ({error})") from error
-    check_tree(folder / "hierarchy.json", hierarchy)
+        hierarchy = read_json(tree)
+    except OSError as error:
+        raise UserError(f"{tree}: cannot read the hierarchy ({error})") from error
+    check_tree(tree, hierarchy)
     return ModelClasses(str(path), labels, names, hierarchy)
 
 

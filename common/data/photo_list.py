@@ -6,7 +6,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 
-from common.convert.photo_names import EXTENSIONS, split_extension
+from common.data.photo_names import EXTENSIONS, split_extension
 from common.io.errors import UserError
 from common.io.paths import is_remote, read_text, to_epath
 

@@ -20,6 +20,19 @@ def read_json(path: PathLike) -> Any:
         return parse_json(local.read_bytes(), path)
 
 
+def read_object(path: PathLike) -> dict[str, Any]:
+    """As `read_json`, of a file that holds an object.
+
+    Raises:
+      OSError: no such file, or it cannot be read.
+      UserError: it is no JSON in UTF-8, or no object.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found {type(value).__name__}, expected a JSON object")
+    return value
+
+
 def parse_json(text: bytes | str, where: object) -> Any:
     """The value of a JSON text.
 

@@ -12,11 +12,13 @@
 
 The annotations say what a field may hold: int, float, bool, str, another settings class, a tuple of
 these (`tuple[float, ...]`, `tuple[int, int]`), `Literal[...]`, a union, or `Any`. A whole number is
-taken where a float is wanted; lists become tuples, so that settings are hashable.
+taken where a float is wanted, infinite numbers and NaN, which JSON does not have, are not; lists
+become tuples, so that settings are hashable.
 """
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -107,7 +109,8 @@ def _read(wanted: Any, value: Any, path: str) -> Any:
         if value is None:
             return value
     elif wanted is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        finite = isinstance(value, int | float) and math.isfinite(value)  # as JSON has numbers
+        if finite and not isinstance(value, bool):
             return float(value)
     elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
         return value

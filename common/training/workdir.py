@@ -26,6 +26,7 @@ from common.data.dataset import Dataset
 from common.data.model_classes import read_model_classes, with_model_classes, write_model_classes
 from common.io.atomic import write_text
 from common.io.errors import UserError
+from common.io.json_file import read_object
 from common.io.paths import PathLike, to_epath
 
 _MAX_NAMED = 5  # differing fields spelled out in an error
@@ -97,14 +98,11 @@ def read_config(workdir: PathLike) -> dict[str, Any]:
     """The `config.json` of a work directory as plain nested dictionaries."""
     path = epath.Path(workdir) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        return read_object(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, expected the work directory of a run") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}, expected a JSON object")
-    return config
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config of the run ({error})") from error
 
 
 class MetricsLog:

@@ -4,7 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from common.convert.folders import read_folders
+from common.convert.report import Report
 from common.io.errors import UserError
 from common.io.settings import read_settings
 from configs.ensemble import naive
@@ -100,7 +103,8 @@ def test_metrics_files_without_ap_per_class(tmp_path):
     for text, message in (
         ('{"AP": 0.5}', "no AP per class, expected a file of detection.evaluate"),
         ("[1]", "no AP per class"),
-        ("{", "no readable metrics file"),
+        ("{", "no valid JSON"),
+        ("[" * 100_000, "nested too deep"),
         (json.dumps({OPENIMAGES + "/m/ant": 61.0}), "is 61.0, expected an AP in"),
     ):
         path.write_text(text)
@@ -111,16 +115,30 @@ def test_metrics_files_without_ap_per_class(tmp_path):
         class_weights(["a"], LABELS, settings(metrics=other))
 
 
+def test_a_class_list_that_data_are_prepared_with_is_an_experts(tmp_path):
+    """As a spreadsheet saves it: with a byte order mark, another header, and decomposed letters."""
+    path = tmp_path / "classes.csv"
+    path.write_text("\ufeffLabelName,DisplayName\nCafe\u0301,A cafe\nwine  glass,A glass\n")
+    photo = tmp_path / "photos" / "Cafe\u0301" / "1.jpg"
+    photo.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(photo)
+    prepared = read_folders(photo.parents[1], Report(), classes=path)
+    assert prepared.class_labels == ["Caf\u00e9", "wine glass"]
+    for labels in (prepared.class_labels, ["Cafe\u0301", "wine glass"]):
+        kept = kept_classes(NAMES, [*labels, "spoon"], f"a={path}")
+        np.testing.assert_array_equal(kept, [[True, True, False], [True] * 3])
+
+
 def test_experts_contribute_their_classes_only(tmp_path):
     path = tmp_path / "classes.csv"
     for text in ("label,name\n/m/bee,Bee\n/m/dog,Dog\n", "/m/bee\n\n/m/dog\n"):
         path.write_text(text)
         kept = kept_classes(NAMES, LABELS, f"b={path}")
         np.testing.assert_array_equal(kept, [[True] * 4, [False, True, False, True]])
-    path.write_text("/m/bee\n/m/eel\n")
-    with pytest.raises(UserError, match=r"classes\.csv: line 2: '/m/eel' is none of the 4 classes"):
+    path.write_text("/m/bee\n\n/m/eel\n")
+    with pytest.raises(UserError, match=r"classes\.csv: line 3: '/m/eel' is none of the 4 classes"):
         kept_classes(NAMES, LABELS, f"b={path}")
     with pytest.raises(UserError, match="config.experts: no input is called 'x'"):
         kept_classes(NAMES, LABELS, f"x={path}")
-    with pytest.raises(UserError, match=r"none\.csv: cannot read the list of classes"):
+    with pytest.raises(UserError, match=r"none\.csv: cannot read the class list"):
         kept_classes(NAMES, LABELS, f"a={tmp_path / 'none.csv'}")

@@ -258,9 +258,10 @@ def test_a_state_of_another_search_is_refused(folder, tmp_path):
             writer.add(image_id, labels, rows.scores[own] / 2, rows.boxes[own])
     with pytest.raises(UserError, match="belongs to a search with other inputs"):
         run(folder, tmp_path / "tree.json", config, report=None)
-    (tmp_path / "tree.search.json").write_text("{")
-    with pytest.raises(UserError, match="no readable state .*remove it"):
-        run(folder, tmp_path / "tree.json", config)
+    for text, message in (("{", "no valid JSON"), ("[]", "no readable state")):
+        (tmp_path / "tree.search.json").write_text(text)
+        with pytest.raises(UserError, match=f"{message} .*remove it"):
+            run(folder, tmp_path / "tree.json", config)
 
 
 def test_a_tree_that_folds_do_not_confirm_is_not_taken():

@@ -238,7 +238,7 @@ _TEN = [f"x{i},/m/a,0.1,0.2,0.1,0.2,0" for i in range(10)]
         ({"rows": [f"x{i},/m/a,10,200,10,200,0" for i in range(10)]}, "look like pixels"),
         ({"rows": [f"x{i},/m/a,0.4,0.2,0.5,0.1,0" for i in range(10)]}, "x, y, width, height"),
         ({"classes": ""}, "class list is empty"),
-        ({"classes": "/m/a,A\n/m/a,B\n"}, "label '/m/a' is given by class 1 and 2"),
+        ({"classes": "/m/a,A\n/m/a,B\n"}, "label '/m/a' is given in lines 1 and 2"),
     ],
 )
 def test_bad_files_get_one_clear_line(tmp_path, change, message):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.convert.classes import class_name
-from common.convert.photo_names import photo_name
+from common.data.class_list import class_name
 from common.data.dataset import Dataset
+from common.data.photo_names import photo_name
 from common.io.errors import UserError
 from common.io.json_file import text_id, whole
 from common.io.json_stream import stream_lists

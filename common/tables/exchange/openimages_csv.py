@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common.convert.csv_columns import read_header, stream_csv
+from common.io.csv_columns import read_header, stream_csv
 from common.io.errors import UserError
 from common.masks import rle
 from common.tables import Detections

@@ -91,5 +91,5 @@ def test_a_work_directory_without_classes_is_refused(tmp_path):
 def test_a_broken_tree_in_a_work_directory_is_refused(dataset, tmp_path, tree):
     model_of(dataset, tmp_path, ["red"])
     (tmp_path / "hierarchy.json").write_text(tree)
-    with pytest.raises(UserError, match=r"hierarchy.json: (a node without|not readable as JSON)"):
+    with pytest.raises(UserError, match=r"hierarchy.json: (a node without|no valid JSON)"):
         read_model_classes(tmp_path)

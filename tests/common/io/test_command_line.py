@@ -124,9 +124,10 @@ def test_without_config_that_of_the_work_directory_is_taken(parse, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     values, _ = parse(f"--workdir={tmp_path}", "--config.seed=4", config_required=False)
     assert values.config.data.canvas == (64, 96) and values.config.seed == 4
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read the config of the run"):
-        parse(f"--workdir={tmp_path}", config_required=False)
+    for text, message in (("{", "no valid JSON"), ("[" * 100_000, "nested"), ("[1]", "found list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=rf"config\.json: .*{message}"):
+            parse(f"--workdir={tmp_path}", config_required=False)
     config = {"task": "detection", "seed": 5, "data": {"canvas": [64, 96]}}  # of another version
     (tmp_path / "config.json").write_text(json.dumps(config))
     values, _ = parse(f"--workdir={tmp_path}", config_required=False)

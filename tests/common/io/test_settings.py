@@ -49,6 +49,7 @@ def test_values_are_converted_and_hashable():
         ({"flip": 1}, "config.flip: found 1, expected True or False"),
         ({"scales": 3}, "config.scales: found 3, expected tuple[float, ...]"),
         ({"scales": ["x"]}, "config.scales[0]: found 'x', expected a number"),
+        ({"scales": [1.0, float("inf")]}, "config.scales[1]: found inf, expected a number"),
         ({"inner": 3}, "config.inner: found 3, expected fields (rate, sides)"),
         ({"inner": {"rate": 1}}, "config.inner.sides: missing"),
         ({"inner": {"rate": 0, "sides": (1, 2)}}, "config.inner.rate: found 0.0, expected more"),
