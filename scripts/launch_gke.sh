@@ -8,8 +8,9 @@
 #
 # run sends the JobSet to the cluster of kubectl; --dry_run prints it. The cluster needs JobSet
 # (https://jobset.sigs.k8s.io) and a node pool a slice. Slices talk over the data-centre network: the
-# program is the same, its sums go through both. A pod that fails ends all of them; they start again
-# up to --restarts times (10), from the last checkpoint. IMAGE is built from the Dockerfile here:
+# program is the same, its sums go through both. A pod that ends with 75 or is taken away ends all of
+# them; they start again up to --restarts times (10), from the last checkpoint. Exit status 1, which
+# is an error, fails the job. IMAGE is built from the Dockerfile here:
 #
 #   docker build -t REGION-docker.pkg.dev/PROJECT/REPOSITORY/detection . && docker push ...
 #
@@ -87,6 +88,10 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: $restarts
+    rules:
+      # Of the rule of podFailurePolicy below.
+      - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
       replicas: $num_slices
@@ -95,6 +100,10 @@ spec:
           parallelism: $hosts
           completions: $hosts
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes: {containerName: main, operator: In, values: [1]}
           template:
             spec:
               restartPolicy: Never
@@ -136,7 +145,15 @@ case $action in
     ((num_slices > 0)) || fail "--num-slices: found 0, expected at least 1"
     kind=$(accelerator)
     yaml=$(job_set)
-    if [[ -n $dry_run ]]; then printf '%s\n' "$yaml"; else kubectl apply -f - <<< "$yaml"; fi
+    if [[ -n $dry_run ]]; then
+      printf '%s\n' "$yaml"
+    elif ! said=$(kubectl create -f - <<< "$yaml" 2>&1); then
+      [[ $said != *AlreadyExists* ]] ||
+        fail "run: there is a job $name, perhaps an ended one: $0 delete --name=$name first"
+      fail "run: $said"
+    else
+      printf '%s\n' "$said"
+    fi
     ;;
   status) kubectl -n "$namespace" get pods -o wide -l "jobset.sigs.k8s.io/jobset-name=$name" ;;
   logs) kubectl -n "$namespace" logs --prefix --tail=5 --max-log-requests=512 -l "jobset.sigs.k8s.io/jobset-name=$name" ;;

@@ -25,9 +25,14 @@
 #   --dataset=DIR     is copied to each host (the index only: photos stay where its image_root says)
 #   --env=K=V         environment variable of the command; may be given several times
 #   --worker=0        on these hosts only, such as ensemble.merge, which needs one
-#   --restarts=N      stays, and starts again up to N times when the run was preempted (exit 75) or a
-#                     host was lost; with --type and --repo a slice that is gone is created again
+#   --restarts=N      stays, or takes up what runs already, and starts again up to N times when a
+#                     command ended with 75 (preempted, or another host was missed) or a host was lost;
+#                     with --type and --repo a slice that is gone is created again. A restart is spent
+#                     when all hosts have started: not while the cloud has none, is repairing, or does
+#                     not answer. It needs valid credentials all the time; it ends when the slice is
+#                     deleted or the run stopped by another launch_pod.sh
 #   --poll=30         seconds between two looks
+#   --answer_within=120  seconds that hosts have for an answer; what others say then counts
 #   --patience=60     seconds that hosts may run on when one has failed, before they are stopped
 # logs: --lines=5;  stop: --grace=180 seconds from TERM to KILL
 set -euo pipefail
@@ -51,7 +56,7 @@ fi
 
 name='' zone='' project='' type='' version='' repo='' ref=main folder=openimages-detection python=3.11
 spot='' reserved='' queued='' valid_for='' dataset='' workdir='' worker=all dry_run=''
-restarts=0 poll=30 patience=60 lines=5 grace=180
+restarts=0 poll=30 patience=60 answer_within=120 lines=5 grace=180 limit=''
 variables=() module_flags=()
 
 # read_flag FLAG: sets a variable above.
@@ -62,7 +67,7 @@ read_flag() {
       local key=${1%%=*}
       printf -v "${key#--}" '%s' "${1#*=}"
       ;;
-    --restarts=* | --poll=* | --patience=* | --lines=* | --grace=*)
+    --restarts=* | --poll=* | --patience=* | --answer_within=* | --lines=* | --grace=*)
       [[ ${1#*=} =~ ^[0-9]+$ ]] || fail "${1%%=*}: found '${1#*=}', expected a whole number"
       local key=${1%%=*}
       printf -v "${key#--}" '%d' "$((10#${1#*=}))"
@@ -123,9 +128,9 @@ case $action in
     ;;
   status)
     slice_state
-    on_hosts "scripts/pod/host.sh status"
+    hosts_status
     ;;
-  logs) on_hosts "scripts/pod/host.sh logs $lines" ;;
-  stop) on_hosts "scripts/pod/host.sh stop $grace" ;;
+  logs) limit=$answer_within on_hosts "scripts/pod/host.sh logs $lines" ;;
+  stop) limit=$((grace + answer_within)) on_hosts "scripts/pod/host.sh stop $grace" ;;
   delete) delete_slice ;;
 esac

@@ -11,9 +11,23 @@ quoted() {
   printf '%s' "${words# }"
 }
 
-# perform WORDS...: runs a command, or prints it with --dry_run.
+# within SECONDS WORDS...: runs a command, which is ended after so long; '' is for ever.
+within() {
+  local running
+  if [[ -z $1 ]]; then
+    "${@:2}"
+  else
+    timeout -k 10 "$@" < /dev/null &
+    running=$!
+    # timeout has a process group of its own, which Ctrl-C does not reach.
+    trap 'kill "$running" 2> /dev/null; trap - INT; kill -INT "$BASHPID"' INT
+    wait "$running"
+  fi
+}
+
+# perform WORDS...: runs a command for `limit` seconds at most, or prints it with --dry_run.
 perform() {
-  if [[ -n $dry_run ]]; then printf '%s\n' "$(quoted "$@")"; else "$@"; fi
+  if [[ -n $dry_run ]]; then printf '%s\n' "$(quoted "$@")"; else within "$limit" "$@"; fi
 }
 
 # place: the flags that say where the slice is.
@@ -22,14 +36,23 @@ place() { printf -- '--zone=%s\n' "$zone"; [[ -z $project ]] || printf -- '--pro
 # on_hosts SCRIPT: runs a line of bash in the clone on all hosts at once.
 on_hosts() { ssh_hosts "cd $(quoted "$folder") && $1"; }
 
-# ssh_hosts SCRIPT: runs a piece of bash in the home folder of all hosts at once.
+# What each host does, in a line of its own (scripts/pod/host.sh status); those that answer in time.
+hosts_status() {
+  local limit=$answer_within
+  ssh_hosts "if cd $(quoted "$folder") 2> /dev/null; then scripts/pod/host.sh status
+else echo \"host \$(hostname): bare  no clone\"; fi"
+}
+
+# ssh_hosts SCRIPT: runs a piece of bash in the home folder of all hosts at once, for `limit` seconds
+# at most. ssh gives up a host that is frozen after a minute.
 ssh_hosts() {
   local command=(gcloud compute tpus tpu-vm ssh "$name" "--worker=$worker")
   mapfile -t -O "${#command[@]}" command < <(place)
+  command+=("--ssh-flag=-o ConnectTimeout=15 -o ServerAliveInterval=15 -o ServerAliveCountMax=4")
   if [[ -n $dry_run ]]; then
     printf "%s --command='%s'\n" "$(quoted "${command[@]}")" "${1//\'/\'\\\'\'}"
   else
-    "${command[@]}" "--command=$1"
+    within "$limit" "${command[@]}" "--command=$1"
   fi
 }
 
@@ -75,7 +98,7 @@ create_slice() {
 
 # slice_state: READY (ACTIVE of a queued one), PREEMPTED, ...
 slice_state() {
-  local flags
+  local flags limit=$answer_within
   mapfile -t flags < <(place)
   if [[ -n $queued ]]; then
     perform gcloud compute tpus queued-resources describe "$name" "${flags[@]}" "--format=value(state.state)"

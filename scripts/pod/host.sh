@@ -5,7 +5,8 @@
 #                                                  WORKDIR (- for none) gets copies of its log
 #   scripts/pod/host.sh status                     one line
 #   scripts/pod/host.sh logs LINES                 the last lines of the newest log
-#   scripts/pod/host.sh stop SECONDS               TERM, then KILL after so many seconds
+#   scripts/pod/host.sh stop SECONDS [again]       TERM, then KILL after so many seconds; again: it
+#                                                  is to be started again, so its status says nothing of it
 #
 # .pod/ holds what the last command was, its process and its exit status; logs/ keeps every log.
 set -euo pipefail
@@ -114,12 +115,12 @@ supervise() {
 status() {
   if [[ ! -s .pod/command ]]; then
     say idle
-  elif [[ -s .pod/exit && -e .pod/stopped ]]; then
-    say "stopped $(< .pod/exit)  $(< .pod/command)"
-  elif [[ -s .pod/exit ]]; then
-    say "ended $(< .pod/exit)  $(< .pod/command)"
   elif is_busy; then
     say "running  $(< .pod/command)"
+  elif [[ -e .pod/stopped ]]; then # also one that had ended or was lost before
+    say "stopped $(cat .pod/exit 2> /dev/null || echo lost)  $(< .pod/command)"
+  elif [[ -s .pod/exit ]]; then
+    say "ended $(< .pod/exit)  $(< .pod/command)"
   else # the machine was started anew, or the supervisor was killed
     say "lost  $(< .pod/command)"
   fi
@@ -136,11 +137,11 @@ logs() {
 
 stop() {
   local seconds=$1 process tenths
+  if [[ ${2:-} != again && -s .pod/command ]]; then touch .pod/stopped; fi
   if ! is_busy; then
     status
     return
   fi
-  touch .pod/stopped
   for ((tenths = 0; tenths < 50; tenths++)); do # one that was started just now
     if [[ -s .pod/process ]] || ! is_running .pod/supervisor; then break; fi
     sleep 0.1

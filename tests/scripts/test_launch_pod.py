@@ -25,6 +25,10 @@ source "$HOME/does"
 """
 
 
+COUNTED = 'echo x >> "$HOME/starts"; '
+UNTIL_END = COUNTED + 'while [[ ! -e "$HOSTS/end" ]]; do sleep 0.1; done'  # of all hosts
+
+
 class Slice:
     """Hosts with an installed copy, and gcloud and sudo in front of PATH."""
 
@@ -55,6 +59,25 @@ class Slice:
             capture_output=True,
             timeout=120,
         )
+
+    def gcloud(self, cases: str) -> None:
+        """Puts other answers of gcloud before the usual ones; `nth NAME` counts its own calls."""
+        (self.folder / "bin/gcloud").unlink()
+        write_program(
+            self.folder / "bin/gcloud",
+            f"""#!/usr/bin/env bash
+            fake={ROOT}/tests/scripts/fake_gcloud
+            nth() {{ echo x >> "$HOSTS/$1"; wc -l < "$HOSTS/$1"; }}
+            case "$*" in
+              {cases}
+              *) exec "$fake" "$@" ;;
+            esac
+            """,
+        )
+
+    def starts(self) -> list[int]:
+        """How often each host has started a command that counts that (`COUNTED`)."""
+        return [len((host / "starts").read_text().splitlines()) for host in self.hosts]
 
     def file(self, name: str, host: int = 0) -> Path:
         return self.hosts[host] / "openimages-detection" / name
@@ -104,7 +127,7 @@ def test_run_reaches_every_host_with_its_flags_untouched(pod):
             "--config.data.dir=dataset",
         ]
     calls = (pod.folder / "hosts/calls").read_text().splitlines()
-    assert calls[0].strip() == "compute tpus tpu-vm ssh pod --worker=all --zone=zone-b"
+    assert calls[0].startswith("compute tpus tpu-vm ssh pod --worker=all --zone=zone-b --ssh-flag=")
     # The dataset directory goes to where --config.data.dir looks for it, beside the code.
     copies = (pod.folder / "hosts/copies").read_text().splitlines()
     folders = [host / "openimages-detection" for host in pod.hosts]
@@ -182,35 +205,144 @@ def test_those_who_wait_for_a_process_that_never_joined_are_stopped(pod, ends, s
 
 
 def test_a_slice_that_is_gone_is_created_and_installed_again(pod):
+    """Neither a cloud without slices nor an installation that fails costs a restart."""
     (pod.folder / "hosts/state").write_text("PREEMPTED")
-    (pod.folder / "bin/gcloud").unlink()
-    write_program(
-        pod.folder / "bin/gcloud",
-        f"""#!/usr/bin/env bash
-        case "$*" in
+    pod.gcloud(
+        """
           *"tpu-vm create"*)
             echo "$*" >> "$HOSTS/created"
+            (($(nth creations) > 2)) || { echo "No more capacity" >&2; exit 1; }
             echo READY > "$HOSTS/state"
             for host in "$HOSTS"/[0-9]*; do mv "$host/away" "$host/openimages-detection"; done
             ;;
-          *"git clone"*) echo installed >> "$HOSTS/created" ;;
-          *) exec {ROOT}/tests/scripts/fake_gcloud "$@" ;;
-        esac
-        """,
+          *"git clone"*) echo installed >> "$HOSTS/created"; (($(nth installations) > 1)) ;;
+        """
     )
     for host in pod.hosts:  # the first time its machine goes
         (host / "does").write_text(
-            'echo x >> "$HOME/starts"; (( $(wc -l < "$HOME/starts") > 1 )) && exit 0; '
+            COUNTED + '(( $(wc -l < "$HOME/starts") > 1 )) && exit 0; '
             'mv "$HOME/openimages-detection" "$HOME/away"; exit 75'
         )
     ended = pod.launch(
-        *("run", "detection.train", *POD, "--restarts=1", "--poll=1", "--grace=1"),
+        *("run", "detection.train", *POD, "--restarts=1", "--poll=0", "--grace=1"),
         *("--type=v4-16", "--spot", "--repo=REPO", "--", "--config=x"),
     )
     assert ended.returncode == 0 and "gone: starts again" in ended.stdout, ended
     created = (pod.folder / "hosts/created").read_text().splitlines()
     assert "tpu-vm create pod --accelerator-type=v4-16 --zone=zone-b --spot" in created[0]
-    assert created[1] == "installed"
+    assert created[1:3] == created[:1] * 2 and created[3:] == ["installed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("describe", "status", "says"),
+    [
+        ("echo ERROR: login >&2; exit 1", 0, "0 of 2 hosts answer: ERROR: login"),
+        ("echo READY", 0, "0 of 2 hosts answer: no route"),
+        ("echo REPAIRING", 0, "pod is REPAIRING"),
+        ("echo DELETING", 1, "pod was deleted"),
+        ("echo ERROR: NOT_FOUND: pod >&2; exit 1", 1, "pod was deleted"),
+    ],
+)
+def test_a_run_that_cannot_be_seen_is_left_alone(pod, describe, status, says):
+    """The operator's network or login, a repair, a deletion: nothing is stopped or created."""
+    pod.gcloud(
+        f"""
+          *"host.sh status"*)
+            looks=$(nth looks)
+            if ((1 < looks && looks < 9)); then echo no route >&2; exit 1; fi
+            ((looks < 9)) || touch "$HOSTS/end"
+            exec "$fake" "$@"
+            ;;
+          *describe*) {describe} ;;
+        """
+    )
+    for host in pod.hosts:
+        (host / "does").write_text(UNTIL_END)
+    ended = pod.launch(
+        *("run", "detection.train", *POD, "--restarts=1", "--poll=0", "--grace=1"),
+        *("--type=v4-16", "--repo=REPO", "--", "--config=x"),
+    )
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == status and said.count(says) == 1, ended
+    assert ("all hosts answer again" in said) == (status == 0)
+    assert pod.starts() == [1, 1] and "host.sh stop" not in said and "starts again" not in said
+    calls = (pod.folder / "hosts/calls").read_text()
+    assert "create" not in calls and "delete" not in calls
+
+
+def test_a_frozen_host_keeps_nobody_waiting(pod):
+    pod.gcloud(
+        """
+          *"host.sh status"*)
+            looks=$(nth looks)
+            if ((looks == 2)); then "$fake" "${@:1:4}" --worker=0 "${@:5}"; sleep 60; fi
+            ((looks == 1)) || touch "$HOSTS/end"
+            exec "$fake" "$@"
+            ;;
+        """
+    )
+    for host in pod.hosts:
+        (host / "does").write_text(UNTIL_END)
+    ended = pod.launch(
+        *("run", "detection.train", *POD, "--restarts=1", "--poll=1", "--answer_within=1"),
+        *("--", "--config=x"),
+    )
+    assert ended.returncode == 0, ended
+    assert "1 of 2 hosts answer: nothing else within 1 s" in ended.stdout
+    assert pod.starts() == [1, 1]
+
+
+def test_a_launcher_takes_up_what_another_one_began(pod):
+    for host in pod.hosts:
+        (host / "does").write_text(UNTIL_END)
+    run = ("run", "detection.train", *POD, "--env=POD_TEST=a b")
+    assert pod.launch(*run, "--", "--config=x").returncode == 0
+    watched = (*run, "--restarts=1", "--poll=1", "--")
+    refused = pod.launch(*watched, "--config=xy")
+    assert refused.returncode == 1 and "the hosts run another command" in refused.stderr, refused
+    pod.gcloud(
+        """*"host.sh status"*) (($(nth looks) < 2)) || touch "$HOSTS/end"; exec "$fake" "$@" ;;"""
+    )
+    ended = pod.launch(*watched, "--config=x")
+    assert ended.returncode == 0, ended
+    assert "runs on all 2 hosts: it is watched from here" in ended.stdout
+    assert pod.starts() == [1, 1] and "started" not in ended.stdout
+
+
+def test_a_start_that_not_all_hosts_make_is_tried_again_and_costs_one_restart(pod):
+    pod.gcloud(
+        """
+          *"host.sh start"*)
+            if (($(nth starts) < 3)); then
+              "$fake" "${@:1:4}" --worker=0 "${@:5}"
+              echo "no connection to worker 1" >&2
+              exit 1
+            fi
+            exec "$fake" "$@"
+            ;;
+        """
+    )
+    for host in pod.hosts:
+        (host / "does").write_text(COUNTED + "sleep 0.5")
+    run = ("run", "detection.train", *POD, "--poll=0", "--grace=1")
+    ended = pod.launch(*run, "--restarts=1", "--", "--config=x")
+    assert ended.returncode == 0 and pod.starts()[1] == 1, ended
+    assert ended.stdout.count("host 0: started") == 3
+    assert "lost: starts again, 0 more times" in ended.stdout
+    (pod.folder / "hosts/starts").unlink()
+    ended = pod.launch(*run, "--", "--config=x")
+    assert ended.returncode == 1 and "did not start on all hosts" in ended.stderr
+
+
+def test_what_had_ended_can_be_stopped_too(pod):
+    """So that a launcher that has not looked yet does not start it again."""
+    for host in pod.hosts:
+        (host / "does").write_text("exit 75")
+    pod.launch("run", "detection.train", *POD, "--", "--config=x")
+    for host in range(2):
+        wait_for(pod.file(".pod/exit", host))
+    assert "host 1: stopped 75" in pod.launch("stop", *POD).stdout
+    assert "host 0: stopped 75" in pod.launch("status", *POD).stdout
 
 
 def test_dry_run_prints_a_command_that_does_the_same(pod):
