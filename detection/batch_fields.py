@@ -17,7 +17,7 @@ def train_shapes(
     data: DataSettings, num_images: int, num_classes: int, shape: Canvas | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Fields of a training batch of `num_images`, on the largest shape of the run or on another."""
-    height, width = shape or max(canvases.train_shapes(data), key=math.prod)
+    height, width = shape or max(canvases.train_canvases(data), key=math.prod)
     b, m, g, k, p = num_images, data.max_boxes, data.max_ignore, num_classes, data.max_proposals
     fields = {
         "image": jax.ShapeDtypeStruct((b, height, width, 3), jnp.uint8),
@@ -56,12 +56,13 @@ def program_shapes(
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Of the batches of all programs that a run trains with: of each canvas and kind of step."""
     programs = [
-        train_shapes(data, num_images, num_classes, shape) for shape in canvases.train_shapes(data)
+        train_shapes(data, num_images, num_classes, shape)
+        for shape in canvases.train_canvases(data)
     ]
     if data.label_steps.share:
         programs += [
             label_shapes(data, num_images, num_classes, shape)
-            for shape in canvases.train_shapes(data.of_label_steps)
+            for shape in canvases.train_canvases(data.of_label_steps)
         ]
     return programs
 

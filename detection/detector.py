@@ -29,8 +29,8 @@ from common.io.paths import PathLike
 from detection.models.faster_rcnn import FasterRCNN
 from detection.result import Result
 from detection.settings import RunSettings
-from detection.tta.blocks import make_layout, open_views
-from detection.tta.engine import Detections, Keep, detect_blocks, make_engine
+from detection.tta.engine import BatchDetections, Keep, detect_blocks, make_engine
+from detection.tta.photo_blocks import make_layout, open_views
 
 PhotoLike = PathLike | bytes | np.ndarray | Image.Image
 
@@ -146,7 +146,7 @@ class Detector:
         if score_threshold is None and wanted is None:
             return None
 
-        def keep(detections: Detections) -> np.ndarray:
+        def keep(detections: BatchDetections) -> np.ndarray:
             kept = detections["scores"] >= np.float32(score_threshold or 0.0)
             return kept if wanted is None else kept & np.isin(detections["classes"], wanted)
 

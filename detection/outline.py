@@ -45,7 +45,7 @@ from detection.inference import finish_behind
 from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
 from detection.tta import view_steps
-from detection.tta.blocks import BlockPhotos, make_layout, open_views
+from detection.tta.photo_blocks import BlockPhotos, make_layout, open_views
 
 
 @functools.cache

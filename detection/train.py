@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from common.data.canvases import train_shapes as train_canvases
+from common.data.canvases import train_canvases
 from common.data.dataset import Dataset
 from common.data.frequencies import class_frequencies
 from common.data.input import train_batches

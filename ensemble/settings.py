@@ -53,8 +53,8 @@ class RescoringSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageSettings:
-    """Trees to score in each stage of a search; see `ensemble.tree.evolution.MOVES`."""
+class TreeCounts:
+    """How many trees each stage of a search scores; see `ensemble.tree.evolution.MOVES`."""
 
     topology: int
     operators: int
@@ -107,7 +107,7 @@ class SearchSettings:
       log_seconds: time between two lines.
     """
 
-    trees: StageSettings
+    trees: TreeCounts
     seed: int
     population: int
     tournament: int

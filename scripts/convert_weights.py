@@ -35,9 +35,9 @@ from common.nn.weights.backbone_weights import (
 from configs.of_workdir import get_config as config_of_workdir
 from detection.fine_tuning import trained_in
 from detection.foreign.conversion import class_names, convert_detector
+from detection.foreign.converted_run import write_workdir
 from detection.foreign.family import Options
 from detection.foreign.to_torchvision import save_state, to_torchvision
-from detection.foreign.workdir import write_workdir
 from detection.settings import read_run
 from segmentation.pretrained import convert_segmenter, is_segmenter
 

@@ -42,8 +42,8 @@ from common.training import distributed
 from common.training.compiling import compiling
 from common.training.optimizer import OptimizerSettings, make_optimizer, total_steps
 from common.training.pod import flops, roofline, topologies
-from common.training.pod.page import print_report
 from common.training.pod.places import Place, find_place
+from common.training.pod.plan_report import print_report
 from common.training.pod.saved import save_program
 from common.training.pod.search import Trial, largest_that_fits
 from common.training.step import TrainState, init_state, jit_train_step, variable_shapes
@@ -105,7 +105,7 @@ def program(
         shapes_of(settings.data, batch_size, num_classes),
         two_stage.frozen_pattern(settings.model),
         settings.optimizer,
-        canvases.train_shapes(data),
+        canvases.train_canvases(data),
     )
 
 

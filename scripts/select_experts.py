@@ -168,7 +168,7 @@ def main():
         overwrite=args.overwrite,
         finish=finish,
     )
-    print_classes(dataset, report)
+    print_classes(report)
     print(f"wrote {output}; train it:")
     print(f"python -m detection.train --config={output / 'config.py'} --workdir=DIR")
 
@@ -244,7 +244,7 @@ def _describe(dataset: Dataset, index: int, with_box, aps) -> dict[str, Any]:
     }
 
 
-def print_classes(dataset: Dataset, report: dict[str, Any]) -> None:
+def print_classes(report: dict[str, Any]) -> None:
     """The first classes of both kinds."""
     for title, key in (("C_pos", "positive"), ("C_neg", "negative")):
         print(f"{title}: {len(report[key])} classes")

@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from common.nn.weights.backbone_weights import (
-    Report,
+    LoadReport,
     State,
     convert_state_dict,
     load_backbone_weights,
@@ -41,7 +41,7 @@ def is_segmenter(state: Mapping[str, np.ndarray]) -> bool:
     return any(name.startswith(("last_layer.", "model.last_layer.")) for name in state)
 
 
-def convert_segmenter(state: State, backbone: str, **fields) -> tuple[State, Report]:
+def convert_segmenter(state: State, backbone: str, **fields) -> tuple[State, LoadReport]:
     """Renames and transposes a state dict of the HRNet segmentation repository, float32.
 
     The logits are kept where they are two, background and foreground; those of other data sets
@@ -74,7 +74,7 @@ def convert_segmenter(state: State, backbone: str, **fields) -> tuple[State, Rep
     missing += [
         path for path in _HEAD.values() if path not in result and not path.startswith(_LOGITS)
     ]
-    return result, Report(sorted(result), sorted(unused), missing)
+    return result, LoadReport(sorted(result), sorted(unused), missing)
 
 
 def with_pretrained(state: TrainState, path: str, mesh: Mesh, say: Callable) -> TrainState:

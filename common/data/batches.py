@@ -30,7 +30,7 @@ class Loader(Protocol):
     """Makes examples of slots; threads share it.
 
     It and the slots can be pickled, and an example is a function of its slot alone; what it counts
-    or prints goes to reports (`common.data.workers.reports`).
+    or prints goes to sinks (`common.data.workers.sinks`).
 
     Attributes:
       photo_errors: counts the unreadable photos that were left out.

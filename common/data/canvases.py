@@ -8,8 +8,6 @@ are the short sides of multi-scale training; their long sides keep the ratio of 
 Sizes and canvases are (height, width).
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -31,21 +29,13 @@ def step_canvases(data: DataSettings) -> list[tuple[Canvas, Canvas]]:
     return [orientations((scale, round(long * scale / short))) for scale in data.scales or (short,)]
 
 
-def train_shapes(data: DataSettings) -> list[Canvas]:
+def train_canvases(data: DataSettings) -> list[Canvas]:
     """The padded shapes of all training batches, each once: a program is compiled for each."""
-    return _padded((canvas for pair in step_canvases(data) for canvas in pair), data.pad_multiple)
-
-
-def eval_shapes(data: DataSettings) -> list[Canvas]:
-    """The padded shapes of all batches of evaluation and export, each once."""
-    return _padded(orientations(data.canvas), data.pad_multiple)
+    every = [canvas for pair in step_canvases(data) for canvas in pair]
+    return list(dict.fromkeys(canvas_shape(canvas, data.pad_multiple) for canvas in every))
 
 
 def is_portrait(sizes: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, " n"]:
     """Which photos are higher than wide; those of unknown size, 0, are taken as landscape."""
     sizes = np.asarray(sizes)
     return sizes[:, 0] > sizes[:, 1]
-
-
-def _padded(canvases: Iterable[Canvas], multiple: int) -> list[Canvas]:
-    return list(dict.fromkeys(canvas_shape(canvas, multiple) for canvas in canvases))

@@ -22,7 +22,7 @@ from common.data.photo_errors import PhotoErrors
 from common.data.proposals import TableBoxes
 from common.data.settings import DataSettings
 from common.data.sources import Source
-from common.data.workers.reports import Tally
+from common.data.workers.sinks import Tally
 
 
 @dataclasses.dataclass(frozen=True)

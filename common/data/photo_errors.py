@@ -3,13 +3,13 @@
 import sys
 import threading
 
-from common.data.workers.reports import Report
+from common.data.workers.sinks import Sink
 from common.io.errors import UserError
 
 _MIN_TRIED = 100  # images before the share of unreadable ones is judged
 
 
-class PhotoErrors(Report):
+class PhotoErrors(Sink):
     """What becomes of photos that cannot be read: `data.on_image_error`. Threads may share it.
 
     Attributes:

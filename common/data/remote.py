@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from common.data.workers.reports import Tally
+from common.data.workers.sinks import Tally
 
 Result = TypeVar("Result")
 

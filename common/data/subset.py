@@ -5,7 +5,6 @@ Shape legend: K classes of the source, C of them kept.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -27,7 +26,6 @@ def write_subset(
     *,
     ignored: Int[np.ndarray, " n"] | None = None,
     overwrite: bool = False,
-    extra: Mapping[str, Any] | None = None,
     finish: Callable[[DatasetWriter], None] = lambda writer: None,
 ) -> None:
     """Writes the images of `splits` with their boxes and image-level labels of `classes`.
@@ -43,7 +41,6 @@ def write_subset(
       splits: name to image indices of the source.
       ignored: indices of classes whose objects may be some of `classes`, so no background.
       overwrite: replace an existing dataset directory.
-      extra: further fields of dataset.json.
       finish: called before the directory is completed, to add files.
 
     Raises:
@@ -69,7 +66,7 @@ def write_subset(
         has_areas=dataset.box_areas is not None,
         has_ignore=has_ignore,
         overwrite=overwrite,
-        extra={"exhaustive": bool(dataset.meta.get("exhaustive")), **(extra or {})},
+        extra={"exhaustive": bool(dataset.meta.get("exhaustive"))},
     ) as writer:
         for start in range(0, len(images), SLAB):
             slab = images[start : start + SLAB]

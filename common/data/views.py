@@ -23,7 +23,7 @@ from common.data.batches import Example, Fields, stack_examples
 from common.data.dataset import Dataset
 from common.data.photo_errors import PhotoErrors
 from common.data.workers.pool import worker_count
-from common.data.workers.reports import Report
+from common.data.workers.sinks import Sink
 from common.io.parallel import map_ordered
 from common.io.parallel import num_threads as thread_count
 
@@ -218,7 +218,7 @@ class _View:
     shape: tuple[int, int]
 
 
-class _BrokenPhotos(Report):
+class _BrokenPhotos(Sink):
     """Those that cannot be decoded: each counts once, however many views it has."""
 
     def __init__(self, errors: PhotoErrors):

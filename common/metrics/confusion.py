@@ -15,13 +15,14 @@ from common.tables import Detections
 from common.tables.hierarchy import ancestors
 from common.tables.ranges import rows_of
 
+MIN_OVERLAP = 0.5  # IoU of a detection with the box that it is about
+
 
 def confusion_matrix(
     dataset: Dataset,
     split: str,
     detections: str | os.PathLike | Detections,
     *,
-    iou_threshold: float = 0.5,
     min_score: float = 0.1,
     allow_partial: bool = False,
 ) -> Int64[np.ndarray, "K K"]:
@@ -35,7 +36,6 @@ def confusion_matrix(
       dataset: holds the ground truth as annotated and the hierarchy.
       split: images to compare.
       detections: table (file or folder of shards) or rows in memory.
-      iou_threshold: least overlap of a detection with the box it is about.
       min_score: detections below are left out.
       allow_partial: compares the covered images of the split when others are missing.
 
@@ -71,13 +71,13 @@ def confusion_matrix(
             len(codes) * num_classes,
             union=True,
         )
-        right = overlap >= iou_threshold
+        right = overlap >= MIN_OVERLAP
         counts += np.diag(np.bincount(classes[right], minlength=num_classes))
         rest = np.flatnonzero(~right)
         overlap, best = best_overlaps(
             boxes[rest], image[rest], truth_boxes, owner, len(codes), union=True
         )
-        taken = overlap >= iou_threshold
+        taken = overlap >= MIN_OVERLAP
         pairs = truth_classes[best[taken]] * num_classes + classes[rest[taken]]
         counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
     return counts

@@ -49,7 +49,6 @@ class TableReport:
     metadata: dict[str, Any]
     expanded: bool
     num_rows: int
-    mean_ap: float
     official: Mapping[str, float]  # figures that head the page
     curves: gains.Curves
     size_aps: Float[np.ndarray, " S"]
@@ -152,7 +151,6 @@ def analyse(
         metadata=dict(reader.metadata),
         expanded=bool(reader.metadata.get("expanded")) or expand,
         num_rows=reader.num_rows,
-        mean_ap=mean_ap,
         official={"mAP@0.5": mean_ap} if official is None else official,
         curves=curves,
         size_aps=size_aps,

@@ -83,13 +83,12 @@ def _others(view: RunView) -> dict[str, str]:
     return {name: name.replace("_", " ") for name in names}
 
 
-def _curves(view: RunView, titles: dict[str, str], dots: bool = False) -> str:
+def _curves(view: RunView, titles: dict[str, str]) -> str:
     if not titles:
         return ""
     end = view.log.lines[-1]["step"]
     figures = [
-        curves.line_chart(title, *view.log.curve(name), end, dots=dots)
-        for name, title in titles.items()
+        curves.line_chart(title, *view.log.curve(name), end) for name, title in titles.items()
     ]
     return f'<div class="small charts">{"".join(figures)}</div>'
 

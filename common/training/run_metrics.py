@@ -13,6 +13,8 @@ from common.training import distributed
 from common.training.distributed import is_main_process
 from common.training.workdir import MetricsLog
 
+_DEPTH = 2  # levels of modules that the overview tells apart
+
 
 class RunMetrics:
     """Writes scalars to TensorBoard events and `metrics.jsonl`, in process 0 only.
@@ -91,7 +93,7 @@ def _open_events(workdir: str | os.PathLike) -> Any:
 
 
 def log_parameter_overview(
-    params: Any, say: Callable[[str], Any] = print, trained: Any = None, depth: int = 2
+    params: Any, say: Callable[[str], Any] = print, trained: Any = None
 ) -> None:
     """Prints parameter counts by module, at the start of a run.
 
@@ -99,13 +101,12 @@ def log_parameter_overview(
       params: nested dictionary of arrays or shapes; values are not looked at.
       say: takes the table.
       trained: tree of bools like `params` (`optimizer.trained_mask`), adds a column.
-      depth: how many levels of modules are told apart.
     """
     rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
     shapes = flatten_dict(params, sep="/")
     masks = flatten_dict(trained, sep="/") if trained else {}
     for path, leaf in shapes.items():
-        module = "/".join(path.split("/")[:-1][:depth])
+        module = "/".join(path.split("/")[:-1][:_DEPTH])
         size = math.prod(leaf.shape)
         for name in (module, "total"):
             row = rows[name]

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from common.io.errors import UserError
 from common.nn.layers.norm import Norm
-from common.nn.weights.backbone_weights import Report, State
+from common.nn.weights.backbone_weights import LoadReport, State
 from common.training.step import variable_shapes
 from configs.detection import base
 from detection.batch_fields import init_shapes
@@ -45,7 +45,7 @@ class Converted:
     foreign: Foreign
     settings: RunSettings
     weights: State
-    report: Report
+    report: LoadReport
 
 
 def convert_detector(state: State, options: Options = NO_OPTIONS) -> Converted:
@@ -74,7 +74,7 @@ def convert_detector(state: State, options: Options = NO_OPTIONS) -> Converted:
             )
         weights[path] = layout.to_ours(value)
     known = set(names.values())
-    report = Report(list(weights), [name for name in state if name not in known], missing)
+    report = LoadReport(list(weights), [name for name in state if name not in known], missing)
     if missing:
         raise UserError(
             f"found no value for {len(missing)} arrays, first {missing[0]}; expected all of "

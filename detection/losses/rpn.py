@@ -87,17 +87,13 @@ def rpn_losses(
 
 
 def recall(
-    proposals: Proposals,
-    batch: Mapping[str, Array],
-    *,
-    iou: float = 0.5,
-    axis_name: str | None = None,
+    proposals: Proposals, batch: Mapping[str, Array], *, axis_name: str | None = None
 ) -> Float[Array, ""]:
-    """Share of the ground-truth boxes that a proposal overlaps by at least `iou`.
+    """Share of the ground-truth boxes that a proposal overlaps by half (IoU) or more.
 
     It is an upper limit of what the second stage can detect.
     """
     overlaps = box_ops.iou(batch["gt_boxes"], proposals.boxes)
-    covered = ((overlaps >= iou) & proposals.valid[:, None]).any(axis=-1).astype(jnp.float32)
+    covered = ((overlaps >= 0.5) & proposals.valid[:, None]).any(axis=-1).astype(jnp.float32)
     counted = batch["gt_valid"] & batch["image_valid"][:, None]
     return share(covered, counted, counted.sum(), axis_name)

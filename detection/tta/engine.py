@@ -25,11 +25,11 @@ from detection.inference import (
 from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
 from detection.tta import view_steps
-from detection.tta.blocks import BlockPhotos, Layout
+from detection.tta.photo_blocks import BlockPhotos, Layout
 from detection.tta.settings import ViewSettings
 
-Detections = dict[str, np.ndarray]
-Keep = Callable[[Detections], Bool[np.ndarray, "B D"]]
+BatchDetections = dict[str, np.ndarray]
+Keep = Callable[[BatchDetections], Bool[np.ndarray, "B D"]]
 
 
 class Engine(Protocol):
@@ -38,7 +38,7 @@ class Engine(Protocol):
     def add(self, batch: ViewBatch) -> None:
         """Sends a batch to the devices; does not wait for them."""
 
-    def finish(self) -> Callable[[], list[Detections]]:
+    def finish(self) -> Callable[[], list[BatchDetections]]:
         """Ends a block; the function returned fetches the detections of each table."""
 
 
@@ -80,7 +80,7 @@ def detect_blocks(
       keep: which detections of a table are wanted; None: all.
     """
 
-    def started() -> Iterator[tuple[BlockPhotos, Callable[[], list[Detections]]]]:
+    def started() -> Iterator[tuple[BlockPhotos, Callable[[], list[BatchDetections]]]]:
         photos = None
         for batch in batches:
             photos = BlockPhotos.of(batch) if photos is None else photos
@@ -90,7 +90,7 @@ def detect_blocks(
                 yield photos, engine.finish()
                 photos = None
 
-    def finish(block: tuple[BlockPhotos, Callable[[], list[Detections]]]) -> BlockRows:
+    def finish(block: tuple[BlockPhotos, Callable[[], list[BatchDetections]]]) -> BlockRows:
         photos, fetch = block
         tables = []
         for detections in fetch():
@@ -109,14 +109,14 @@ class OneView:
     def __init__(self, model: FasterRCNN, variables: dict, mesh: Mesh, say: Callable):
         self._predict = announced(compiled_predict_step(model, mesh), "detector", say)
         self._variables, self._mesh = variables, mesh
-        self._fetch: Callable[[], list[Detections]] = list
+        self._fetch: Callable[[], list[BatchDetections]] = list
 
     def add(self, batch: ViewBatch) -> None:
         fields = {name: getattr(batch, name) for name in INFERENCE_FIELDS}
         results = self._predict(self._variables, distributed.to_global(fields, self._mesh))
         self._fetch = lambda: [fetch_detections(results, batch.image_size)]
 
-    def finish(self) -> Callable[[], list[Detections]]:
+    def finish(self) -> Callable[[], list[BatchDetections]]:
         return self._fetch
 
 
@@ -159,7 +159,7 @@ class SeveralViews:
         if self._mean or self._joint_masks:
             self._batches[batch.scale].append(on_device)
 
-    def finish(self) -> Callable[[], list[Detections]]:
+    def finish(self) -> Callable[[], list[BatchDetections]]:
         """Starts merging the views; the function returned fetches the detections of each table."""
         results, batches = self._results, self._batches
         self._start()

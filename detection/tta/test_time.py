@@ -50,8 +50,8 @@ from common.training.preemption import stoppable
 from detection.inference import add_rows, predict_split, table_metadata
 from detection.models.faster_rcnn import FasterRCNN
 from detection.settings import RunSettings
-from detection.tta.blocks import make_layout, open_views
 from detection.tta.engine import detect_blocks, make_engine
+from detection.tta.photo_blocks import make_layout, open_views
 from detection.tta.settings import ViewSettings
 
 

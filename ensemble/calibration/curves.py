@@ -26,6 +26,7 @@ _SCORE_SHARE = 1e-3  # of the score in every curve
 _KNOT_BINS = 4  # bins between the knots of temperature and beta
 _TINY = 1e-7
 _NEWTON_STEPS = 25
+_GROUPS = 15  # of the expected calibration error
 
 
 class Curve(NamedTuple):
@@ -203,12 +204,11 @@ def calibration_error(
     precisions: Float[np.ndarray, " B"],
     rows: Float[np.ndarray, " B"],
     hits: Float[np.ndarray, " B"],
-    groups: int = 15,
 ) -> float:
-    """Expected calibration error: |promised - found| precision, over `groups` equal widths."""
-    group = np.minimum((np.asarray(precisions) * groups).astype(np.int64), groups - 1)
-    promised = np.bincount(group, precisions * rows, groups)
-    found = np.bincount(group, hits, groups)
+    """Expected calibration error: |promised - found| precision, over groups of equal width."""
+    group = np.minimum((np.asarray(precisions) * _GROUPS).astype(np.int64), _GROUPS - 1)
+    promised = np.bincount(group, precisions * rows, _GROUPS)
+    found = np.bincount(group, hits, _GROUPS)
     return float(np.abs(promised - found).sum() / max(rows.sum(), _TINY))
 
 

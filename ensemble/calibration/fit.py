@@ -7,7 +7,6 @@ prior, again as predicts the folds best. So a class with few detections keeps th
 Shape legend: K classes, B bins of scores.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,19 +39,17 @@ class Fitted(NamedTuple):
     error_after: float
 
 
-def fit_table(counts: Counts, forms: Sequence[str] = curves.FORMS) -> Fitted:
-    """Fits one table.
+def fit_table(counts: Counts) -> Fitted:
+    """Fits one table by the counts of its detections.
 
-    Args:
-      counts: of its detections.
-      forms: to choose from; the first wins where several predict alike.
+    Of the forms of `curves.FORMS` the first wins where several predict alike.
     """
     num_folds, num_classes, _ = counts.rows.shape
     total = max(counts.rows.sum(), 1.0)
     none = np.zeros(num_classes)
     losses: dict[str, float] = {}
     fitted: dict[str, list[Curve]] = {}
-    for form in forms:
+    for form in curves.FORMS:
         fitted[form], loss = [], 0.0
         for fold in range(num_folds):
             rows, hits = counts.without(fold)
@@ -61,7 +58,7 @@ def fit_table(counts: Counts, forms: Sequence[str] = curves.FORMS) -> Fitted:
             held_rows, held_hits = counts.rows[fold].sum(axis=0), counts.hits[fold].sum(axis=0)
             loss += curves.log_loss(curve(counts.scores), held_rows, held_hits)
         losses[form] = loss / total
-    form = min(forms, key=lambda name: losses[name])
+    form = min(curves.FORMS, key=lambda name: losses[name])
     best = (losses[form], np.inf, [ClassCurves(curve, none) for curve in fitted[form]])
     for prior in PRIORS[1:] if form != "identity" else ():
         held, loss = [], 0.0

@@ -7,7 +7,7 @@ from common.tables.reader import read_detections
 from configs.of_workdir import get_config
 from detection.fine_tuning import trained_in
 from detection.foreign.conversion import convert_detector
-from detection.foreign.workdir import STEP, write_workdir
+from detection.foreign.converted_run import STEP, write_workdir
 from detection.settings import read_run
 from tests import tiny
 from tests.commands import refusal, run

@@ -1,7 +1,7 @@
 """A loader as bytes for other processes on this machine, which share its large arrays.
 
 Memory-mapped files are mapped again by the processes that get them; other large arrays lie in a
-block of shared memory once for all; locks are made anew; reports (`reports.Report`) stay where they
+block of shared memory once for all; locks are made anew; sinks (`sinks.Sink`) stay where they
 are.
 """
 
@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 
 from common.data.workers.blocks import ALIGNMENT, Block
-from common.data.workers.reports import Recorder, Report
+from common.data.workers.sinks import Recorder, Sink
 
 _LARGE = 4096  # bytes of an array that is shared; smaller ones are part of the pickle
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
-def pack(thing: Any, known: Sequence[Report] = ()) -> tuple[Block, list[int], list[Report]]:
+def pack(thing: Any, known: Sequence[Sink] = ()) -> tuple[Block, list[int], list[Sink]]:
     """Puts an object into a block.
 
     Args:
       thing: to be handed over.
-      known: the first of the reports, by number.
+      known: the first of the sinks, by number.
 
     Returns:
-      The block, the lengths of the pickle and of each large array in it, and all reports met.
+      The block, the lengths of the pickle and of each large array in it, and all sinks met.
     """
     file = io.BytesIO()
     pickler = _Pickler(file, list(known))
@@ -41,7 +41,7 @@ def pack(thing: Any, known: Sequence[Report] = ()) -> tuple[Block, list[int], li
     for part in parts:
         memory[start : start + part.nbytes] = part
         start += _aligned(part.nbytes)
-    return block, lengths, pickler.reports
+    return block, lengths, pickler.sinks
 
 
 def unpack(memory: mmap.mmap, lengths: Sequence[int]) -> Any:
@@ -58,12 +58,12 @@ def _aligned(length: int) -> int:
 
 
 class _Pickler(pickle.Pickler):
-    """Attributes: `large`: arrays beside the pickle; `reports`: met so far."""
+    """Attributes: `large`: arrays beside the pickle; `sinks`: met so far."""
 
-    def __init__(self, file: io.BytesIO, reports: list[Report]):
+    def __init__(self, file: io.BytesIO, sinks: list[Sink]):
         super().__init__(file, protocol=5, buffer_callback=self._beside)
         self.large: list[pickle.PickleBuffer] = []
-        self.reports = reports
+        self.sinks = sinks
 
     def _beside(self, buffer: pickle.PickleBuffer) -> bool:
         """Whether the array is part of the pickle; notes it if not."""
@@ -73,13 +73,13 @@ class _Pickler(pickle.Pickler):
         return False
 
     def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Report):
+        if not isinstance(obj, Sink):
             return None
-        for number, report in enumerate(self.reports):
-            if report is obj:
+        for number, sink in enumerate(self.sinks):
+            if sink is obj:
                 return number
-        self.reports.append(obj)
-        return len(self.reports) - 1
+        self.sinks.append(obj)
+        return len(self.sinks) - 1
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray) and (mapped := _mapped(obj)) is not None:

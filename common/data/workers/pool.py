@@ -15,7 +15,7 @@ import common
 from common.data import remote
 from common.data.workers import handover, wire
 from common.data.workers.blocks import Block, Blocks
-from common.data.workers.reports import replay
+from common.data.workers.sinks import replay
 from common.io.errors import UserError
 from common.io.parallel import usable_cores
 
@@ -75,7 +75,7 @@ class Workers:
         """
         each = -(-num_threads // processes)
         self.num_threads, self.blocks = each * processes, Blocks()
-        block, lengths, self._reports = handover.pack(loader, [remote.repeated])
+        block, lengths, self._sinks = handover.pack(loader, [remote.repeated])
         order = {"path": sys.path, "lengths": lengths, "repeated": 0}
         self._idle: queue.SimpleQueue[tuple[_Worker, socket.socket]] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
@@ -111,7 +111,7 @@ class Workers:
         finally:
             self._idle.put((worker, channel))
         notes, failure = pickle.loads(reply)
-        replay(notes, self._reports)
+        replay(notes, self._sinks)
         if failure is not None:
             raise failure
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from common.data.workers import handover, wire
 from common.data.workers.blocks import Layout
-from common.data.workers.reports import Recorder, take_notes
+from common.data.workers.sinks import Recorder, take_notes
 from common.io.errors import UserError
 from common.io.memory import keep_freed_memory
 

@@ -32,7 +32,7 @@ _WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class LoadReport:
     """What became of every tensor, by name.
 
     Attributes:
@@ -159,7 +159,7 @@ def _target(name: str, value: np.ndarray, backbone: str) -> str | None:
 # ------------------------------------------------------------------------------------------------
 
 
-def convert_state_dict(state: State, backbone: str, **fields) -> tuple[State, Report]:
+def convert_state_dict(state: State, backbone: str, **fields) -> tuple[State, LoadReport]:
     """Renames and transposes a torch state dict of `backbone` to our flat paths, float32.
 
     Args:
@@ -187,7 +187,7 @@ def convert_state_dict(state: State, backbone: str, **fields) -> tuple[State, Re
             )
         converted[path] = np.ascontiguousarray(value, np.float32)
     missing = [path for path in expected if path not in converted]
-    return converted, Report(list(converted), unused, missing, prefix)
+    return converted, LoadReport(list(converted), unused, missing, prefix)
 
 
 def _prefix(state: State, backbone: str, expected: Container[str]) -> str:
@@ -229,18 +229,15 @@ def save_backbone_weights(path: str | Path, weights: State, backbone: str, sourc
         file.write(safetensors_numpy.save(weights, {"backbone": backbone, "source": source}))
 
 
-def load_backbone_weights(
-    path: str | Path, variables: Any, *, allow_missing: bool = False
-) -> tuple[Any, Report]:
+def load_backbone_weights(path: str | Path, variables: Any) -> tuple[Any, LoadReport]:
     """Returns `variables` with the values of a file of `scripts.convert_weights`, and a report.
 
     Args:
       path: a converted `.safetensors` file.
       variables: {'params': ..., 'batch_stats': ...} of a backbone; arrays or
         `jax.ShapeDtypeStruct`. With group norm there are no `batch_stats`, and those of the file
-        are reported as unused.
-      allow_missing: keep the value in `variables` where the file has none, instead of failing.
-        The offsets of deformable convolutions, which no classification network has, always do.
+        are reported as unused. The offsets of deformable convolutions, which no classification
+        network has, keep their values.
 
     Raises:
       UserError: unreadable file, another shape than in `variables`, or missing values.
@@ -263,9 +260,9 @@ def load_backbone_weights(
                 f"(is it the file of another backbone?)"
             )
         flat[name] = weights[name].astype(flat[name].dtype)
-    if needed and not allow_missing:
+    if needed:
         raise UserError(
             f"{path}: found no value for {len(needed)} tensors, first {needed[0]!r}, expected "
             "all of them (is it the file of another backbone?)"
         )
-    return traverse_util.unflatten_dict(flat, sep="/"), Report(used, unused, missing)
+    return traverse_util.unflatten_dict(flat, sep="/"), LoadReport(used, unused, missing)

@@ -5,7 +5,7 @@ import typing
 import numpy as np
 import pytest
 
-from common.data.canvases import eval_shapes, is_portrait, train_shapes
+from common.data.canvases import is_portrait, train_canvases
 from common.data.dataset import Dataset, DatasetWriter
 from common.data.plans.plan import train_plan
 from common.data.settings import Sampler
@@ -159,8 +159,7 @@ def test_every_short_side_comes_once_a_round_in_either_orientation(dataset):
 
 def test_all_shapes_of_a_run_are_listed_padded_and_once():
     settings = data_settings(canvas=(800, 1333), scales=(640, 672, 800), pad_multiple=32)
-    assert train_shapes(settings) == [
+    assert train_canvases(settings) == [
         (640, 1088), (1088, 640), (672, 1120), (1120, 672), (800, 1344), (1344, 800)
     ]  # fmt: skip
-    assert eval_shapes(settings) == [(800, 1344), (1344, 800)]
-    assert train_shapes(data_settings(canvas=(512, 512))) == [(512, 512)]
+    assert train_canvases(data_settings(canvas=(512, 512))) == [(512, 512)]

@@ -55,7 +55,7 @@ def judged(dataset: Dataset, table, metric: str) -> float:
         allow_partial=False,
         **quiet,
     )
-    return analyse(scope, readers[0], "x", **quiet).mean_ap
+    return analyse(scope, readers[0], "x", **quiet).official["mAP@0.5"]
 
 
 def test_a_dataset_says_by_which_metric_it_is_judged(tmp_path):

@@ -308,18 +308,6 @@ def test_weights_of_another_backbone_are_refused(converted, backbone, message):
         backbone_weights.load_backbone_weights(converted[0], shapes_of(backbone))
 
 
-def test_missing_values_are_listed_when_allowed(tmp_path, converted):
-    flat = dict(converted[1])
-    del flat["params/stem/conv/kernel"]
-    path = tmp_path / "partial.safetensors"
-    backbone_weights.save_backbone_weights(path, flat, "resnet18", "")
-    variables, report = backbone_weights.load_backbone_weights(
-        path, shapes_of("resnet18"), allow_missing=True
-    )
-    assert report.missing == ["params/stem/conv/kernel"]
-    assert isinstance(variables["params"]["stem"]["conv"]["kernel"], jax.ShapeDtypeStruct)
-
-
 @pytest.mark.parametrize("content", [b"", b"not a file of tensors", None])
 def test_unreadable_weights_are_named(tmp_path, content):
     path = tmp_path / "x.safetensors"

@@ -10,15 +10,15 @@ import pytest
 
 from common.data.photo_errors import PhotoErrors
 from common.data.workers import handover
-from common.data.workers.reports import Recorder, replay, take_notes
+from common.data.workers.sinks import Recorder, replay, take_notes
 from common.io.errors import UserError
 
 
 def given(thing, known=()):
-    """The thing, its reports, and the bytes of its pickle."""
-    block, lengths, reports = handover.pack(thing, known)
+    """The thing, its sinks, and the bytes of its pickle."""
+    block, lengths, sinks = handover.pack(thing, known)
     memory = mmap.mmap(block.fd, 0, prot=mmap.PROT_READ)
-    return handover.unpack(memory, lengths), reports, lengths[0]
+    return handover.unpack(memory, lengths), sinks, lengths[0]
 
 
 def _is_mapped(array):
@@ -51,16 +51,16 @@ def test_other_large_arrays_are_shared_and_cannot_be_written():
     np.testing.assert_array_equal(small, [0, 1, 2])
 
 
-def test_reports_stay_and_hear_of_what_was_noted():
+def test_sinks_stay_and_hear_of_what_was_noted():
     errors, lock = PhotoErrors("skip"), threading.Lock()
     with lock:
-        (loader, again, free), reports, _ = given((errors, errors, lock), [PhotoErrors("fatal")])
-    assert isinstance(loader, Recorder) and reports[1] is errors and not free.locked()
+        (loader, again, free), sinks, _ = given((errors, errors, lock), [PhotoErrors("fatal")])
+    assert isinstance(loader, Recorder) and sinks[1] is errors and not free.locked()
     loader.count()
     again.skip("1.jpg", UserError("broken"))
     notes = take_notes()
     assert take_notes() == [] and errors.skipped == 0
-    replay(notes, reports)
+    replay(notes, sinks)
     assert errors.skipped == 1
     with pytest.raises(UserError, match=r"1\.jpg: cannot read the image: broken"):
         replay(notes[1:], [None, PhotoErrors("fatal")])

@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Note = tuple[int, str, tuple[Any, ...]]  # which report, its method, its arguments
+Note = tuple[int, str, tuple[Any, ...]]  # which sink, its method, its arguments
 
 
-class Report:
+class Sink:
     """Base of objects that a loader tells something, and that give no answer.
 
     Loaders in worker processes get a `Recorder` in their place; the calls are made in the process
@@ -16,7 +16,7 @@ class Report:
     """
 
 
-class Tally(Report):
+class Tally(Sink):
     """Counts what happens to photos, and names the first.
 
     Attributes:
@@ -64,7 +64,7 @@ def take_notes() -> list[Note]:
     return notes
 
 
-def replay(notes: Sequence[Note], reports: Sequence[Report]) -> None:
+def replay(notes: Sequence[Note], sinks: Sequence[Sink]) -> None:
     """Makes the calls; raises what the first of them raises that fails."""
     for number, method, arguments in notes:
-        getattr(reports[number], method)(*arguments)
+        getattr(sinks[number], method)(*arguments)
