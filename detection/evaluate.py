@@ -32,6 +32,7 @@ from common.training import command, distributed, watch
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
+from common.training.watchdog import StallWatchdog
 from detection import watch as watching
 from detection.batch_fields import init_shapes
 from detection.inference import clear_table, predict_split
@@ -154,35 +155,32 @@ def define_flags() -> None:
 
 def main() -> None:
     mesh, say = command.start()
-    workdir = flags.FLAGS.workdir
-    if flags.FLAGS.watch:
-        watch.wait_for_training(workdir, say)
-    settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
+    args = flags.FLAGS
+    workdir = args.workdir
+    times = dict(timeout=args.timeout, poll_seconds=args.poll_seconds)
+    if args.watch:
+        watch.wait_for_training(workdir, say, **times)
+    settings = command.read_trained(read_run, args.config, workdir, say)
     dataset = command.open_model_dataset(
         settings.data.directory, workdir, has_classes=not settings.model.refines
     )
-    split = evaluation_split(dataset, flags.FLAGS.split or settings.data.eval_split, say)
+    split = evaluation_split(dataset, args.split or settings.data.eval_split, say)
     check_metric(dataset, split, settings.evaluation.metric)
     model = build(settings.model, dataset.num_classes, DATA_AXIS)
     shapes = variable_shapes(model, init_shapes(settings.data))
-    if flags.FLAGS.watch:
-        common = (settings, model, shapes, dataset, split, mesh, workdir, say)
-        watching.watch_training(*common, evaluate_variables)
+    if args.watch:
+        watching.watch_training(
+            *(settings, model, shapes, dataset, split, mesh, workdir, say, evaluate_variables),
+            **times,
+            export=args.export,
+            export_split=args.export_split,
+        )
         return
-    variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
-    folder = epath.Path(workdir) / "evaluation" / f"{step}"
-    evaluate_variables(
-        settings,
-        model,
-        dataset,
-        mesh,
-        variables,
-        step,
-        folder,
-        split=split,
-        test_time=True,
-        say=say,
-    )
+    with StallWatchdog.of(settings.log):
+        variables, step = restore_variables(workdir, shapes, mesh, args.step)
+        folder = epath.Path(workdir) / "evaluation" / f"{step}"
+        common = (settings, model, dataset, mesh, variables, step, folder)
+        evaluate_variables(*common, split=split, test_time=True, say=say)
 
 
 if __name__ == "__main__":

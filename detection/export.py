@@ -23,6 +23,7 @@ known to be on each photo (docs/guides/weak.md).
 output is a folder of one table a view.
 """
 
+import functools
 from typing import Any
 
 from absl import flags
@@ -36,6 +37,7 @@ from common.training import command
 from common.training.distributed import DATA_AXIS
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
+from common.training.watchdog import StallWatchdog
 from detection.batch_fields import init_shapes
 from detection.inference import predict_split
 from detection.models.box_refiner import BoxRefiner
@@ -77,25 +79,22 @@ def main() -> None:
         ancestors = ancestor_lists(dataset.hierarchy, dataset.class_labels)
     model = build(settings.model, dataset.num_classes, DATA_AXIS, ancestors=ancestors)
     shapes = variable_shapes(model, init_shapes(settings.data))
-    variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
     output = flags.FLAGS.output
-    options: dict[str, Any] = dict(step=step, say=say)
+    write: Any  # takes the kind of model that its branch is for
     if isinstance(model, BoxRefiner):
-        refine_table(settings, model, variables, dataset, table, mesh, output, **options)
-        say(f"wrote {output}: the rows of {table}, step {step}", flush=True)
-        return
-    if table:
-        outline_table(settings, model, variables, dataset, table, mesh, output, **options)
-        say(f"wrote {output}: the rows of {table} with masks, step {step}", flush=True)
-        return
-    if flags.FLAGS.mined:
-        predict_split(
-            settings, model, variables, dataset, split, mesh, output, mined=True, **options
-        )
-        say(f"wrote {output}: mined boxes of {len(dataset.split(split))} images", flush=True)
-        return
-    detect_split(settings, model, variables, dataset, split, mesh, output, **options)
-    say(f"wrote {output}: {len(dataset.split(split))} images, step {step}", flush=True)
+        write, what, written = refine_table, table, f"the rows of {table}"
+    elif table:
+        write, what, written = outline_table, table, f"the rows of {table} with masks"
+    elif flags.FLAGS.mined:
+        write, what = functools.partial(predict_split, mined=True), split
+        written = f"mined boxes of {len(dataset.split(split))} images"
+    else:
+        write, what, written = detect_split, split, f"{len(dataset.split(split))} images"
+    with StallWatchdog.of(settings.log):
+        variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
+        common = (settings, model, variables, dataset, what, mesh, output)
+        write(*common, step=step, say=say)
+    say(f"wrote {output}: {written}, step {step}", flush=True)
 
 
 def check_flags(

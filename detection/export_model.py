@@ -30,6 +30,7 @@ from common.io.errors import UserError
 from common.io.paths import to_epath
 from common.masks.probability import PROBABILITY_ONE
 from common.training import command
+from common.training.preemption import stoppable
 from detection.detector import Detector
 from detection.loading import open_detector
 from detection.serving import PLATFORMS, detector_function, exported_with_weights
@@ -123,12 +124,16 @@ def write_programs(
     formats: Sequence[str],
     platforms: Sequence[str],
 ) -> None:
-    """Writes the programs of each format into a folder."""
+    """Writes the programs of each format into a folder.
+
+    Raises:
+      Stopped: the command was asked to end.
+    """
     detect = detector_function(detector.model)
     variables = jax.tree.map(np.asarray, detector.variables)
     if "stablehlo" in formats:
         (folder / "stablehlo").mkdir()
-        for _, shape in canvases:
+        for _, shape in stoppable(canvases):
             program = exported_with_weights(detect, variables, shape, platforms)
             path = folder / "stablehlo" / f"{shape[0]}x{shape[1]}.bin"
             path.write_bytes(bytes(program.serialize()))

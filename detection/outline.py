@@ -40,6 +40,7 @@ from common.tables.table import Detections
 from common.training import distributed
 from common.training.compiling import announced
 from common.training.distributed import DATA_AXIS
+from common.training.preemption import stoppable
 from detection.batch_fields import INFERENCE_FIELDS, REFINER_FIELDS
 from detection.inference import finish_behind
 from detection.models.faster_rcnn import FasterRCNN
@@ -168,7 +169,8 @@ class _Outliner:
         threshold = self._settings.evaluation.mask_threshold
         finish = functools.partial(paste_maps, part, threshold=threshold)
         seen = np.zeros(len(part), bool)
-        for masks in finish_behind(finish, started, masks=True):
+        pasted = finish_behind(finish, started, masks=True)
+        for masks in stoppable(pasted, together=False):
             yield masks
             seen[masks.rows] = True
             self._done += len(masks.rows)

@@ -40,6 +40,7 @@ from common.training import command, distributed
 from common.training.cluster import find_cluster
 from common.training.compile_cache import use_compile_cache
 from common.training.preemption import stoppable
+from common.training.watchdog import StallWatchdog
 from detection.detector import Detector
 from detection.loading import open_detector
 
@@ -158,14 +159,15 @@ def main() -> None:
         values.workdir, values.config, values.step, mesh, batch_size=values.batch_size, say=say
     )
     say(f"detector: {detector}", flush=True)
-    detect(
-        detector,
-        photos,
-        table,
-        score_threshold=values.score_threshold,
-        classes=values.classes,
-        say=say,
-    )
+    with StallWatchdog.of(detector.settings.log):
+        detect(
+            detector,
+            photos,
+            table,
+            score_threshold=values.score_threshold,
+            classes=values.classes,
+            say=say,
+        )
     if values.pictures:
         if jax.process_count() > 1:  # each process draws the photos of its own shard
             table = table / shard_name(jax.process_index(), jax.process_count())

@@ -164,7 +164,7 @@ def pretrain_in(
         RunMetrics(workdir, start_step) as log,
         Goodput(workdir, start_step) as goodput,
         Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
-        StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
+        StallWatchdog.of(settings.log),
         preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
     ):
@@ -211,7 +211,6 @@ def pretrain_in(
 
             if every and step % every == 0 and step != num_steps:
                 evaluate(step, state.variables)
-            watchdog.beat()
             preemption.passes()
 
         with progress.pause(activity.CHECKPOINT):

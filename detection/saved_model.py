@@ -25,6 +25,7 @@ from tensorflow.compiler.tf2xla.python import xla
 
 from common.data.canvases import Canvas
 from common.masks.probability import PROBABILITY_ONE
+from common.training.preemption import stoppable
 from detection.serving import Detect, exported_for_one_photo
 
 STABLEHLO_VERSION = "1.9.0"  # of February 2025; each release reads all versions of the last years
@@ -48,11 +49,14 @@ def save(
         where they are the same.
       labels: of the classes.
       platforms: the devices that it can run on.
+
+    Raises:
+      Stopped: the command was asked to end.
     """
     module = tf.Module()
     module.weights = [tf.Variable(x, trainable=False) for x in jax.tree.leaves(variables)]
     signatures: dict[str, Any] = {}
-    for _, shape in canvases:
+    for _, shape in stoppable(canvases):
         program = operation(exported_for_one_photo(detect, variables, shape, platforms))
         signatures[f"canvas_{shape[0]}x{shape[1]}"] = tf.function(
             lambda image, image_size, program=program: program(*module.weights, image, image_size),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
@@ -34,10 +33,28 @@ def watch_training(
     workdir: PathLike,
     say: Callable,
     evaluate: Callable[..., dict[str, float]],
+    *,
+    timeout: float,
+    poll_seconds: float,
+    export: str,
+    export_split: str | None,
 ) -> None:
-    """Scores each checkpoint of a training on a split, and exports what --export asks for.
+    """Scores each checkpoint of a training on a split, and exports detections.
 
-    `evaluate` is `detection.evaluate.evaluate_variables`.
+    Args:
+      settings: of the run.
+      model: detector or refiner.
+      shapes: of its variables.
+      dataset: as the model sees it.
+      split: to score.
+      mesh: all devices.
+      workdir: of the training.
+      say: where lines go.
+      evaluate: `detection.evaluate.evaluate_variables`.
+      timeout: as that of `common.training.watch.watch`.
+      poll_seconds: likewise.
+      export: 'each', 'best' or 'none' of the checkpoints; refiners export nothing.
+      export_split: to detect in; None: `split`.
     """
     folder = epath.Path(workdir) / "watch" / split
 
@@ -46,13 +63,12 @@ def watch_training(
         common = (settings, model, dataset, mesh, variables, step, output)
         return evaluate(*common, split=split, test_time=True, say=say)
 
-    def export(candidate: epath.Path, step: int, is_best: bool) -> None:
-        wanted = flags.FLAGS.export
-        if isinstance(model, BoxRefiner) or wanted == "none" or (wanted == "best" and not is_best):
+    def write(candidate: epath.Path, step: int, is_best: bool) -> None:
+        if isinstance(model, BoxRefiner) or export == "none" or (export == "best" and not is_best):
             return
         variables, _ = restore_variables(candidate, shapes, mesh, step)
-        photos = flags.FLAGS.export_split or split
-        name = "best" if wanted == "best" else f"{step}"
+        photos = export_split or split
+        name = "best" if export == "best" else f"{step}"
         output = folder / "export" / f"{photos}_{name}.parquet"
         clear_table(output)
         detect_split(settings, model, variables, dataset, photos, mesh, output, step=step, say=say)
@@ -63,8 +79,9 @@ def watch_training(
         split,
         score,
         best_metric(settings),
-        timeout=flags.FLAGS.timeout,
-        poll_seconds=flags.FLAGS.poll_seconds,
+        timeout=timeout,
+        poll_seconds=poll_seconds,
+        log=settings.log,
         say=say,
-        on_scored=export,
+        on_scored=write,
     )

@@ -34,6 +34,7 @@ from common.training.compiling import announced
 from common.training.preemption import stoppable
 from common.training.restore import restore_variables
 from common.training.step import variable_shapes
+from common.training.watchdog import StallWatchdog
 from segmentation.batch_fields import init_shapes
 from segmentation.crops.batches import eval_batches
 from segmentation.inference import FIGURES, evaluation_step
@@ -139,38 +140,32 @@ def define_flags() -> None:
 
 def main():
     mesh, say = command.start()
-    workdir = flags.FLAGS.workdir
-    if flags.FLAGS.watch:
-        watch.wait_for_training(workdir, say)
-    settings = command.read_trained(read_run, flags.FLAGS.config, workdir, say)
+    args = flags.FLAGS
+    workdir = args.workdir
+    times = dict(timeout=args.timeout, poll_seconds=args.poll_seconds)
+    if args.watch:
+        watch.wait_for_training(workdir, say, **times)
+    settings = command.read_trained(read_run, args.config, workdir, say)
     dataset = command.open_model_dataset(
         settings.data.dir, workdir, has_classes=settings.model.class_specific
     )
-    split = evaluation_split(dataset, flags.FLAGS.split or settings.data.eval_split, say)
+    split = evaluation_split(dataset, args.split or settings.data.eval_split, say)
     model = build(settings.model, dataset.num_classes, distributed.DATA_AXIS)
     shapes = variable_shapes(model, init_shapes())
-    if flags.FLAGS.watch:
+    if args.watch:
 
         def measure(candidate: epath.Path, step: int, folder: epath.Path) -> dict[str, float]:
             variables, _ = restore_variables(candidate, shapes, mesh, step)
             common = (settings, model, dataset, mesh, variables, step, folder)
             return evaluate_variables(*common, split=split, say=say)
 
-        watch.watch(
-            epath.Path(workdir),
-            split,
-            measure,
-            "mean_iou",
-            timeout=flags.FLAGS.timeout,
-            poll_seconds=flags.FLAGS.poll_seconds,
-            say=say,
-        )
+        watch.watch(workdir, split, measure, "mean_iou", **times, log=settings.log, say=say)
         return
-    variables, step = restore_variables(workdir, shapes, mesh, flags.FLAGS.step)
-    folder = epath.Path(workdir) / "evaluation" / f"{step}"
-    evaluate_variables(
-        settings, model, dataset, mesh, variables, step, folder, split=split, say=say
-    )
+    with StallWatchdog.of(settings.log):
+        variables, step = restore_variables(workdir, shapes, mesh, args.step)
+        folder = epath.Path(workdir) / "evaluation" / f"{step}"
+        common = (settings, model, dataset, mesh, variables, step, folder)
+        evaluate_variables(*common, split=split, say=say)
 
 
 if __name__ == "__main__":

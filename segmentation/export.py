@@ -38,6 +38,7 @@ from common.tables.masked import RowMasks, write_with_masks
 from common.tables.table import Detections
 from common.training import command, distributed
 from common.training.preemption import stoppable
+from common.training.watchdog import StallWatchdog
 from segmentation.crops.batches import BoxBatch, box_batches
 from segmentation.inference import Voter
 from segmentation.settings import RunSettings, read_run
@@ -230,9 +231,9 @@ def main():
         voters = [Voter(0, settings.test.flip)]
     own = table_dataset(DetectionsReader(values.boxes))
     dataset = with_classes_of(networks, own or command.open_dataset(settings.data.dir))
-    count = add_masks(
-        settings, dataset, networks, voters, mesh, values.boxes, values.output, say=say
-    )
+    with StallWatchdog.of(settings.log):
+        what = (dataset, networks, voters, mesh, values.boxes, values.output)
+        count = add_masks(settings, *what, say=say)
     say(f"wrote {values.output}: {count} boxes with masks, {len(voters)} voters", flush=True)
 
 

@@ -162,7 +162,7 @@ def train_in(
         RunMetrics(workdir, start_step) as log,
         Goodput(workdir, start_step) as goodput,
         Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
-        StallWatchdog(settings.log.stall_seconds, settings.log.abort_after_stalls) as watchdog,
+        StallWatchdog.of(settings.log),
         preemption.saving(save_stopped),
         checkpoints,  # an error in the loop does not lose the one that is being written
     ):
@@ -199,7 +199,6 @@ def train_in(
 
             if settings.evaluation.is_due(step, num_steps):
                 evaluate(step, state.variables)
-            watchdog.beat()
             preemption.passes()
 
         with progress.pause(activity.CHECKPOINT):

@@ -7,13 +7,15 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 INPUT = "waiting for input"
 SCORING = "scoring"
 COMPILING = "compiling"
 CHECKPOINT = "saving a checkpoint"
 EVALUATION = "evaluating"
+PAUSE = "waiting for something to do"
+PATIENT = (SCORING, PAUSE)  # may take as long as it likes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +39,39 @@ _lock = threading.Lock()
 _now = Activity()
 _since = time.monotonic()
 _spent: dict[str, float] = {}
+_hearers: list[Callable[[], None]] = []
 
 
 def current() -> tuple[Activity, float]:
-    """What is done now, and the seconds since a step was finished."""
+    """What is done now, and the seconds since a step, or anything else that is done, ended."""
     with _lock:
         return _now, time.monotonic() - _since
 
 
 def step_done(step: float) -> None:
     """Says that a step or batch was finished."""
-    global _now, _since
+    global _now
     with _lock:
         _now = dataclasses.replace(_now, done=_now.done + 1, step=int(step))
+    _progress()
+
+
+@contextlib.contextmanager
+def heard(hear: Callable[[], None]) -> Iterator[None]:
+    """Has `hear` called whenever a step, or anything else that is done, has ended."""
+    _hearers.append(hear)
+    try:
+        yield
+    finally:
+        _hearers.remove(hear)
+
+
+def _progress() -> None:
+    global _since
+    with _lock:
         _since = time.monotonic()
+    for hear in tuple(_hearers):
+        hear()
 
 
 def data_wait(share: float) -> None:
@@ -80,3 +101,4 @@ def doing(what: str) -> Iterator[None]:
             _now = dataclasses.replace(_now, what=before)
             if not before:
                 _spent[what] = _spent.get(what, 0.0) + time.monotonic() - start
+        _progress()

@@ -16,14 +16,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from common.io.errors import UserError
 from common.io.paths import is_remote
 from common.io.storage_errors import free_space, is_disk_full, is_file_error
+from common.training import distributed
 from common.training.checkpoint_items import (
     CHECKSUMS,
     MODEL_FIELDS,
@@ -238,6 +237,16 @@ class Checkpoints:
         """
         return self._read(self.choose_step(step), {})["extra"]
 
+    def damage(self, step: int) -> str:
+        """Why a checkpoint cannot be read, "" if every byte can. No other process takes part."""
+        path = self.directory / str(step)
+        try:
+            items = [item for item in ("model", "training") if (path / item).exists()]
+            read_items(path, saved_arrays(path, tuple(items)), alone=True)
+        except Exception as error:  # tensorstore reports damage by several exception types
+            return _first_line(error)
+        return ""
+
     def _make_manager(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             for path in self._half_written():
@@ -275,7 +284,7 @@ class Checkpoints:
             known = ", ".join(map(str, steps))
             raise UserError(f"{self.directory}: no checkpoint of step {chosen}, found {known}")
         if jax.process_count() > 1:
-            first = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+            first = distributed.same_everywhere(chosen)
             if first != chosen:
                 raise UserError(
                     f"{self.directory}: process {jax.process_index()} sees checkpoint {chosen}, "
@@ -329,10 +338,9 @@ class Checkpoints:
             raise UserError(f"{self.directory / str(step)}: checkpoint of another model ({named})")
 
     def _describe_damage(self, step: int, error: Exception) -> str:
-        path = self.directory / str(step)
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        path, reason = self.directory / str(step), _first_line(error)
         others = [other for other in reversed(self.all_steps()) if other != step]
-        intact = next(filter(self._intact, others), None)
+        intact = next((other for other in others if not self.damage(other)), None)
         if intact is None:
             advice = "no other checkpoint is intact"
         elif intact < step:
@@ -340,16 +348,6 @@ class Checkpoints:
         else:
             advice = f"the newest intact one is step {intact}"
         return f"{path}: damaged checkpoint ({reason}); {advice}"
-
-    def _intact(self, step: int) -> bool:
-        """Whether every byte can be read."""
-        path = self.directory / str(step)
-        try:
-            items = [item for item in ("model", "training") if (path / item).exists()]
-            read_items(path, saved_arrays(path, tuple(items)))
-        except Exception:  # whatever the damage is, the answer is no
-            return False
-        return True
 
     @contextlib.contextmanager
     def _explaining_failures(self) -> Iterator[None]:
@@ -385,6 +383,10 @@ class Checkpoints:
             for path in self._half_written():
                 with contextlib.suppress(OSError):  # a thread of orbax may still write there
                     path.rmtree()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _print_once(text: str) -> None:

@@ -92,13 +92,16 @@ def refuse_changed(saved: Mapping[str, int], items: Mapping[str, Mapping[str, An
         raise ValueError(f"{changed[0]}{more}: not the values that were saved")
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(alone: bool = False) -> ocp.Checkpointer:
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
             model=ocp.StandardCheckpointHandler(),
             training=ocp.StandardCheckpointHandler(),
             extra=ocp.JsonCheckpointHandler(),
-        )
+        ),
+        multiprocessing_options=options if alone else ocp.options.MultiprocessingOptions(),
     )
 
 
@@ -118,8 +121,15 @@ def saved_arrays(path: epath.Path, items: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read_items(
+    path: epath.Path, wanted: Mapping[str, Any], *, alone: bool = False
+) -> dict[str, Any]:
     """Reads the arrays of nested dictionaries of abstract arrays, and `extra`.
+
+    Args:
+      path: of the checkpoint.
+      wanted: abstract arrays by item and path.
+      alone: no other process reads them now; otherwise all wait for one another.
 
     Raises:
       ValueError: an array is not what was saved; other errors of orbax for other damage.
@@ -135,7 +145,7 @@ def read_items(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         for item, tree in wanted.items()
         if tree
     }
-    with _checkpointer() as checkpointer:
+    with _checkpointer(alone) as checkpointer:
         restored = checkpointer.restore(
             path, args=ocp.args.Composite(extra=ocp.args.JsonRestore(), **arguments)
         )

@@ -241,11 +241,11 @@ class Team:
         """Ends the run because this process has finished no step for so long.
 
         The one to blame is that which waits for its input, or else is furthest behind. Nothing
-        happens while any process is scoring.
+        happens while any process does what may take long (`activity.PATIENT`).
         """
         self._beats = self._read_beats()
         doing = {i: beat.activity for i, beat in self._beats.items()}
-        if any(beat.what == activity.SCORING for beat in doing.values()):
+        if any(beat.what in activity.PATIENT for beat in doing.values()):
             return
         blamed = min(doing, key=lambda i: (doing[i].what != activity.INPUT, doing[i].done))
         what = doing[blamed].what or "in a step"

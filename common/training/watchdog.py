@@ -1,5 +1,6 @@
 """Stops a run that diverged, and shows where a run hangs, which it ends in the end."""
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -15,6 +16,7 @@ from common.io import activity
 from common.io.endings import EXIT_AGAIN, say_error
 from common.io.errors import UserError
 from common.training import distributed
+from common.training.settings import LogSettings
 
 _MAX_IDS = 32  # image ids spelled out in an error
 
@@ -85,15 +87,15 @@ class MetricsCheck:
 
 
 class StallWatchdog:
-    """Prints the stacks of all threads when no step finished for a while, and ends a dead run.
+    """Prints the stacks of all threads when nothing was finished for a while, and ends a dead run.
 
-    The usual reason is an input file system that stopped answering. Compiling counts as no step, so
-    choose a longer time.
+    The usual reason is an input file system that stopped answering. It hears of each step and batch
+    by `common.io.activity`. Compiling counts as none, so choose a longer time.
 
-        with StallWatchdog(seconds=600, abort_after=3) as watchdog:
+        with StallWatchdog.of(settings.log):
             for step in ...:
                 ...
-                watchdog.beat()
+                progress.step_done(step)
     """
 
     def __init__(
@@ -115,27 +117,35 @@ class StallWatchdog:
         self._abort_after = abort_after
         self._file = file or sys.__stderr__ or sys.stderr
         self._abort = abort or _end_stalled
-        self._left = threading.Event()
+        self._ended = contextlib.ExitStack()
+
+    @classmethod
+    def of(cls, log: LogSettings) -> "StallWatchdog":
+        """That of a run."""
+        return cls(log.stall_seconds, log.abort_after_stalls)
 
     def __enter__(self) -> "StallWatchdog":
-        self.beat()
-        if self._seconds > 0 and self._abort_after:
-            threading.Thread(target=self._watch, name="stalls", daemon=True).start()
+        if self._seconds <= 0:
+            return self
+        self._ended.callback(faulthandler.cancel_dump_traceback_later)
+        self._ended.enter_context(activity.heard(self._start_anew))
+        self._start_anew()
+        if self._abort_after:
+            left = threading.Event()
+            self._ended.callback(left.set)
+            threading.Thread(target=self._watch, args=(left,), name="stalls", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._left.set()
-        faulthandler.cancel_dump_traceback_later()
+        self._ended.close()
 
-    def beat(self) -> None:
-        """Says that a step finished: the time starts anew."""
-        if self._seconds > 0:
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
+    def _start_anew(self) -> None:
+        faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
 
-    def _watch(self) -> None:
+    def _watch(self, left: threading.Event) -> None:
         limit = self._seconds * self._abort_after
         start = time.monotonic()
-        while not self._left.wait(min(limit / 4, 5.0)):
+        while not left.wait(min(limit / 4, 5.0)):
             _, idle = activity.current()
             idle = min(idle, time.monotonic() - start)
             if idle > limit:
@@ -148,7 +158,7 @@ def _end_stalled(seconds: float) -> None:
         team.stalled(seconds)
         return
     doing, _ = activity.current()
-    if doing.what == activity.SCORING:
+    if doing.what in activity.PATIENT:
         return
     what = doing.what or "in a step"
     say_error(f"{what}: no step finished for {seconds:.0f} s after step {doing.step}")

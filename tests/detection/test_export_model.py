@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import types
 
 import jax
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 from PIL import Image
 
 from common.data.model_classes import write_model_classes
-from common.io.errors import UserError
+from common.io.errors import Stopped, UserError
 from common.masks.probability import PROBABILITY_ONE
+from common.training import preemption
 from common.training.checkpoint import Checkpoints
 from common.training.step import variable_shapes
 from common.training.workdir import prepare_workdir
 from configs.detection import base
-from detection import batch_fields
+from detection import batch_fields, export_model
 from detection.export_model import check_names
 from detection.models.faster_rcnn import build
 from detection.serving import detector_function, exported_with_weights
@@ -78,6 +80,24 @@ def test_unknown_formats_are_named():
         check_names("--formats", ["a", "c"], ["a", "b"])
     with pytest.raises(UserError, match="--formats: found none, expected some of a, b"):
         check_names("--formats", [], ["a", "b"])
+
+
+def test_a_signal_stops_between_two_programs(tmp_path, monkeypatch):
+    made, points = [], preemption.StopPoints()
+    monkeypatch.setattr(preemption, "_points", points)
+
+    def export(detect, variables, shape, platforms):
+        made.append(shape)
+        points.ask("SIGTERM at host")
+        return types.SimpleNamespace(serialize=lambda: b"program")
+
+    monkeypatch.setattr(export_model, "exported_with_weights", export)
+    monkeypatch.setattr(export_model, "detector_function", lambda model: model)
+    detector = types.SimpleNamespace(model=None, variables={})
+    canvases = [((32, 64), (32, 64)), ((64, 32), (64, 32))]
+    with pytest.raises(Stopped):
+        export_model.write_programs(detector, tmp_path, canvases, ["stablehlo"], ["cpu"])
+    assert made == [(32, 64)]
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from common.io.errors import UserError
+from common.io.errors import Stopped, UserError
 from common.masks import rle
 from common.tables import DetectionsReader, DetectionsWriter, read_detections
-from common.training import distributed
+from common.training import distributed, preemption
 from detection.evaluate import evaluate_variables
 from detection.export import check_flags
 from detection.outline import outline_table
@@ -151,6 +151,18 @@ def test_labels_that_the_model_lacks_are_refused_unless_classes_share_a_mask(
         else:
             outline_table(*call, **QUIET)
             assert DetectionsReader(tmp_path / f"{kind}.parquet").has_masks
+
+
+def test_outlining_stops_when_it_is_told_to(photos, mesh, tmp_path, monkeypatch):
+    dataset, _ = photos
+    settings, points = settings_of(), preemption.StopPoints()
+    model = ColourDetector(3, settings.model)
+    table = write_boxes(tmp_path / "x.parquet", dataset)
+    points.ask("SIGTERM at host")
+    monkeypatch.setattr(preemption, "_points", points)
+    with pytest.raises(Stopped, match="SIGTERM at host"):
+        outline_table(settings, model, {}, dataset, table, mesh, tmp_path / "y.parquet", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
 
 
 @pytest.mark.parametrize("scales", [(), (64,)])

@@ -131,6 +131,9 @@ for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state)):
     np.testing.assert_array_equal(distributed.to_host(a), distributed.to_host(b))
 read, _ = Checkpoints(workdir + "/checkpoints").restore_params()
 np.testing.assert_array_equal(read["params"]["w"], distributed.to_host(state["params"]["w"]))
+if process == 0:
+    assert Checkpoints(workdir + "/checkpoints").damage(3) == ""  # without the other process
+distributed.barrier("read")
 print(json.dumps([float(w).hex() for w in distributed.to_host(again["params"]["w"])]))
 """
 

@@ -44,14 +44,13 @@ def main():
     def save():
         checkpoints.save(step, {"params": {"w": state}, "batch_stats": {}}, {}, wait=True)
     stalls = int(what == "sleeps")
-    with StallWatchdog(8.0, abort_after=stalls) as watchdog, preemption.saving(save):
+    with StallWatchdog(8.0, abort_after=stalls), preemption.saving(save):
         for step, batch in enumerate(progress.timed(batches(process)), start=1):
             state = add(state, distributed.to_global({"x": batch}, mesh)["x"])
             progress.step_done(step)
             jax.block_until_ready(state)
             if step == 10:
                 print("ten", flush=True)
-            watchdog.beat()
             preemption.passes()
 
 run_main(main)
