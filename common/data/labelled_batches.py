@@ -32,7 +32,7 @@ _TRIES = 10  # random crops until one fits into the photo
 
 def train_batches(
     source: LabelledImages,
-    data_config: LabelledDataSettings,
+    data: LabelledDataSettings,
     *,
     seed: int,
     start_step: int,
@@ -46,7 +46,7 @@ def train_batches(
 
     Args:
       source: training images.
-      data_config: of the run; `image_size` is S.
+      data: of the run; `image_size` is S.
       seed: of permutations, crops and flips.
       start_step: first step.
       num_steps: number of batches to make.
@@ -56,25 +56,25 @@ def train_batches(
     Raises:
       UserError: bad config; while iterating: a photo that cannot be read.
     """
-    local = local_batch(data_config.batch_size, process_index, process_count)
-    plan = _plan(source, data_config, seed)
-    size = data_config.image_size
+    local = local_batch(data.batch_size, process_index, process_count)
+    plan = _plan(source, data, seed)
+    size = data.image_size
 
     def slot(number: int) -> _Slot:
         step, place = divmod(number, local)
         place += process_index * local
-        drawn = plan.draw(np.array([step * data_config.batch_size + place]))
+        drawn = plan.draw(np.array([step * data.batch_size + place]))
         rng = generator(seed, _TRAIN, step, place)
-        crop = functools.partial(random_crop, size=size, config=data_config, rng=rng)
+        crop = functools.partial(random_crop, size=size, data=data, rng=rng)
         return _Slot(int(drawn.images[0]), crop)
 
     numbers = range(start_step * local, (start_step + num_steps) * local)
-    return _batches(source, slot, numbers, local, data_config)
+    return _batches(source, slot, numbers, local, data)
 
 
-def _plan(source: LabelledImages, config: LabelledDataSettings, seed: int) -> Stream:
-    if config.sampler == "uniform":
-        return UniformPlan(np.arange(len(source)), seed, config.batch_size)
+def _plan(source: LabelledImages, data: LabelledDataSettings, seed: int) -> Stream:
+    if data.sampler == "uniform":
+        return UniformPlan(np.arange(len(source)), seed, data.batch_size)
     images, classes = source.shown()
     if not len(classes):
         raise UserError(
@@ -86,12 +86,12 @@ def _plan(source: LabelledImages, config: LabelledDataSettings, seed: int) -> St
     offsets = np.concatenate([[0], np.cumsum(counts[present])])
     members = images[np.argsort(classes, kind="stable")].astype(np.int32)
     by_class = ClassImages(offsets, members)
-    return ClassPlan(present.astype(np.int32), by_class, seed, config.batch_size)
+    return ClassPlan(present.astype(np.int32), by_class, seed, data.batch_size)
 
 
 def eval_batches(
     source: LabelledImages,
-    data_config: LabelledDataSettings,
+    data: LabelledDataSettings,
     *,
     batch_size: int,
     process_index: int = 0,
@@ -102,7 +102,7 @@ def eval_batches(
     Host p gets images [p b, (p + 1) b) of each batch; the last one is padded.
     """
     local = local_batch(batch_size, process_index, process_count)
-    crop = functools.partial(centre_crop, size=data_config.image_size, share=data_config.eval_crop)
+    crop = functools.partial(centre_crop, size=data.image_size, share=data.eval_crop)
 
     def slot(number: int) -> _Slot:
         batch, place = divmod(number, local)
@@ -110,11 +110,11 @@ def eval_batches(
         return _Slot(index if index < len(source) else -1, crop)
 
     numbers = range(-(-len(source) // batch_size) * local)
-    return _batches(source, slot, numbers, local, data_config)
+    return _batches(source, slot, numbers, local, data)
 
 
 def random_crop(
-    shape: tuple[int, int], size: int, config: LabelledDataSettings, rng: np.random.Generator
+    shape: tuple[int, int], size: int, data: LabelledDataSettings, rng: np.random.Generator
 ) -> placement.Geometry:
     """A crop of random area and aspect (Szegedy et al. 2015), resized to size x size.
 
@@ -122,19 +122,19 @@ def random_crop(
     """
     height, width = shape
     coin = rng.random()
-    low, high = (math.log(aspect) for aspect in config.crop_aspect)
+    low, high = (math.log(aspect) for aspect in data.crop_aspect)
     for _ in range(_TRIES):
-        area = rng.uniform(*config.crop_area) * height * width
+        area = rng.uniform(*data.crop_area) * height * width
         aspect = math.exp(rng.uniform(low, high))
         h, w = math.sqrt(area / aspect), math.sqrt(area * aspect)
         if h <= height and w <= width:
             top, left = rng.random() * (height - h), rng.random() * (width - w)
             break
     else:
-        aspect = min(max(width / height, config.crop_aspect[0]), config.crop_aspect[1])
+        aspect = min(max(width / height, data.crop_aspect[0]), data.crop_aspect[1])
         h, w = min(height, width / aspect), min(width, height * aspect)
         top, left = (height - h) / 2, (width - w) / 2
-    return _crop(shape, (top, left, h, w), size, flip=config.flip and coin < 0.5)
+    return _crop(shape, (top, left, h, w), size, flip=data.flip and coin < 0.5)
 
 
 def centre_crop(shape: tuple[int, int], size: int, share: float) -> placement.Geometry:
@@ -200,14 +200,14 @@ def _batches(
     slot: Callable[[int], _Slot],
     numbers: range,
     batch_size: int,
-    config: LabelledDataSettings,
+    data: LabelledDataSettings,
 ) -> Batches:
     return Batches(
-        _LabelledLoader(source, config.image_size),
+        _LabelledLoader(source, data.image_size),
         slot,
         numbers,
         batch_size,
-        processes=1 if config.tfds else config.num_processes,
-        num_threads=config.num_threads,
-        prefetch=config.prefetch,
+        processes=1 if data.tfds else data.num_processes,
+        num_threads=data.num_threads,
+        prefetch=data.prefetch,
     )

@@ -15,7 +15,7 @@ from common.tables import Detections
 from common.tables.hierarchy import ancestors
 from common.tables.ranges import rows_of
 
-MIN_OVERLAP = 0.5  # IoU of a detection with the box that it is about
+_MIN_OVERLAP = 0.5  # IoU of a detection with the box that it is about
 
 
 def confusion_matrix(
@@ -71,13 +71,13 @@ def confusion_matrix(
             len(codes) * num_classes,
             union=True,
         )
-        right = overlap >= MIN_OVERLAP
+        right = overlap >= _MIN_OVERLAP
         counts += np.diag(np.bincount(classes[right], minlength=num_classes))
         rest = np.flatnonzero(~right)
         overlap, best = best_overlaps(
             boxes[rest], image[rest], truth_boxes, owner, len(codes), union=True
         )
-        taken = overlap >= MIN_OVERLAP
+        taken = overlap >= _MIN_OVERLAP
         pairs = truth_classes[best[taken]] * num_classes + classes[rest[taken]]
         counts += np.bincount(pairs, minlength=counts.size).reshape(counts.shape)
     return counts

@@ -25,7 +25,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "lvis_x101"
     config.data.sampler = "repeat_factor"
     config.data.eval_split = "val"
-    config.data.batch_size = 64
     config.data.scales = (480, 560, 640, 720, 800)
     config.data.mask_size = 112
     config.model.backbone = "resnext101_64x4d"

@@ -31,7 +31,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.norm = "sync"
     config.model.fpn_norm = "sync"
     config.optimizer.warmup_epochs = 2.0
-    config.optimizer.clip_norm = 35.0
     config.checkpoint.every_steps = 0  # besides the ends of epochs
     config.evaluation.batch_size = 1024
     return config

@@ -38,7 +38,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.loss_weights.weak_refinement = 0.1
     config.model.loss_weights.mined = 0.1
     config.optimizer.warmup_epochs = 2.0
-    config.optimizer.clip_norm = 35.0
     config.checkpoint.every_steps = 0  # besides the ends of epochs
     config.evaluation.batch_size = 1024
     return config

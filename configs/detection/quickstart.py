@@ -34,7 +34,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.box_head.kind = "decoupling"
     config.model.box_head.width = 256
     config.model.box_head.sample.num_samples = 128
-    config.optimizer.learning_rate_per_image = 0.002
     config.optimizer.warmup_steps = 30
     config.optimizer.num_epochs = 22.0
     config.optimizer.decay_epochs = (17, 20)

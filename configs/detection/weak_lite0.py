@@ -56,7 +56,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.clip_norm = 5.0
     config.checkpoint.every_steps = 500
     config.checkpoint.keep_epochs = False
-    config.evaluation.every_epochs = 0
     config.evaluation.batch_size = 8
     config.log.every_steps = 20
     return config

@@ -24,7 +24,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg`: "two_stage" (default) or "joint"."""
     config = naive.get_config()
     config.name = "auto"
-    config.tree = ""  # what ensemble.merge applies
     config.max_detections = 0  # of an image; 0: all, as the search counts them
 
     # joint: one stage over trees and operators; topology, operators: the paper's two stages

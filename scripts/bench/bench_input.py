@@ -23,7 +23,6 @@ import io
 import itertools
 import math
 import os
-import resource
 import tempfile
 import time
 import typing
@@ -51,6 +50,7 @@ from common.io.settings import read_settings
 from configs.detection import base
 from scripts.bench.emulated_loader import EmulatedLoader
 from scripts.bench.generated import generated_index
+from scripts.bench.timing import peak_mib
 
 _PARTS = ("plan", "padding", "decoders", "batches", "emulated")
 
@@ -110,7 +110,7 @@ def bench_plan() -> None:
     """Plans over an index of OpenImages' size with a long-tailed class distribution."""
     index = generated_index(num_images=1_743_042, num_boxes=12_195_144, num_classes=500)
     for sampler in typing.get_args(Sampler):
-        before = _peak_mib()
+        before = peak_mib()
         start = time.perf_counter()
         plan = train_plan(index, _settings((800, 1333), sampler=sampler, batch_size=1024), 0)
         built = time.perf_counter() - start
@@ -119,7 +119,7 @@ def bench_plan() -> None:
             plan.batch(step * 1000)
         each = (time.perf_counter() - start) / 50
         print(
-            f"plan {sampler:16} built in {built:5.2f} s (peak memory +{_peak_mib() - before:.0f} "
+            f"plan {sampler:16} built in {built:5.2f} s (peak memory +{peak_mib() - before:.0f} "
             f"MiB), batch(1024) {each * 1e3:5.2f} ms",
             flush=True,
         )
@@ -128,7 +128,7 @@ def bench_plan() -> None:
     shapes = find_box_shapes(index, index.split("train"), 0)
     print(
         f"shapes of {shapes.counts.sum():,} boxes found in {time.perf_counter() - start:5.2f} s "
-        f"(peak memory {_peak_mib():.0f} MiB)",
+        f"(peak memory {peak_mib():.0f} MiB)",
         flush=True,
     )
 
@@ -372,10 +372,6 @@ def _size(text: str) -> tuple[int, int]:
     except ValueError as error:
         raise UserError(f"size {text!r}: expected HEIGHTxWIDTH, e.g. 800x1333") from error
     return height, width
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 from common.io.errors import UserError
 from common.nn.backbones.resnet import BasicBlock, BottleneckBlock, Stage
 from common.nn.layers.conv import Conv
+from common.nn.layers.enlarge import enlarge
 from common.nn.layers.norm import Norm, frozen_pattern
-from common.nn.xla_cpu.enlarge import enlarge
 from common.nn.xla_cpu.shortcut import relu_of_sum
 
 

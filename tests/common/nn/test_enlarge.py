@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.nn.xla_cpu.enlarge import enlarge
+from common.nn.layers.enlarge import enlarge
 
 
 @pytest.mark.parametrize(("shape", "factor"), [((2, 3, 5, 4), 2), ((1, 1, 2, 3), 8)])

@@ -1,7 +1,7 @@
 """Bilinear enlargement by a whole factor, with half-pixel centres (`align_corners=False`).
 
 `jax.image.resize` computes each output from all inputs of its row, as a product with a matrix. Here
-it is a weighted sum of two neighbours, and so is the gradient. It is used on every platform.
+it is a weighted sum of two neighbours, and so is the gradient.
 
 Shapes: B batch, h w map, f factor, H W = f h, f w, C channels.
 """
