@@ -172,9 +172,12 @@ def pretrain_in(
         def measure(step: int, variables: dict) -> dict[str, float]:
             where = f"on {len(eval_images)} images after step {step}"
             if eval_images.verified:
-                precisions = class_precisions(variables, eval_images, settings, predict, mesh)
+                precisions, always = class_precisions(
+                    variables, eval_images, settings, predict, mesh
+                )
                 mean = float(np.mean(list(precisions.values()))) if precisions else math.nan
-                say(f"mAP {mean:.4f} of {len(precisions)} classes {where}", flush=True)
+                without = f", without {always} that no photo is known to lack," if always else ""
+                say(f"mAP {mean:.4f} of {len(precisions)} classes{without} {where}", flush=True)
                 return {MEAN_AP: mean} | {f"AP/{name}": ap for name, ap in precisions.items()}
             top1 = top1_accuracy(variables, eval_images, settings, predict, mesh)
             say(f"top-1 {top1:.4f} {where}", flush=True)
@@ -308,8 +311,9 @@ def class_precisions(
     settings: PretrainSettings,
     predict: Callable,
     mesh: Mesh,
-) -> dict[str, float]:
-    """Average precision of each class that some photo shows, by name; collective."""
+) -> tuple[dict[str, float], int]:
+    """Average precision of each class that some photo shows and some photo lacks, by name, and how
+    many classes some show and none is known to lack; collective."""
     batches = eval_batches(
         images,
         settings.data,
@@ -327,9 +331,11 @@ def class_precisions(
         found, known, valid = distributed.to_host(whole)
         scores.append(found[valid])
         labels.append(known[valid])
-    values = class_average_precisions(np.concatenate(scores), np.concatenate(labels))
+    known = np.concatenate(labels)
+    values = class_average_precisions(np.concatenate(scores), known)
+    always = int(np.count_nonzero((known > 0).any(axis=0) & ~(known < 0).any(axis=0)))
     names = zip(images.class_names, values.tolist(), strict=True)
-    return {name: value for name, value in names if not math.isnan(value)}
+    return {name: value for name, value in names if not math.isnan(value)}, always
 
 
 def write_backbone(path: epath.Path, state: TrainState, settings: PretrainSettings) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from common.data.settings import DataSettings, LabelledDataSettings
+from common.io.errors import UserError
 from common.io.settings import check, read_settings
 from common.metrics.names import Metric
 from common.metrics.official import needs_masks
-from common.training.optimizer import OptimizerSettings
+from common.training.optimizer import OptimizerSettings, warmup_steps
 from common.training.settings import CheckpointSettings, LogSettings
 from detection.models.settings import ClassifierSettings, ModelSettings
 from detection.tta.settings import ViewSettings
@@ -104,6 +105,30 @@ class RunSettings:
             expected = "at least 1: box_head.kind 'regressor' refines the boxes of a table"
             check(size >= 1, "data.max_proposals", size, expected)
             check(not scales, "test_time.scales", scales, "(): a refiner has one view")
+
+    def check_classes(self, num_classes: int) -> None:
+        """What cannot be trained with so few classes.
+
+        Raises:
+          UserError: a weak head whose softmax over the classes is always 1.
+        """
+        weak = self.model.weak
+        if weak.is_on and weak.class_stream == "softmax" and num_classes == 1:
+            raise UserError(
+                "config.model.weak.class_stream: found 'softmax' with one class, expected 'sigmoid'"
+            )
+
+    def mining_note(self, steps_per_epoch: int) -> str:
+        """A line for the start of a run whose mined boxes count before the warm-up is over; "" of
+        others."""
+        start = self.model.weak.mining.start_steps
+        warmup = warmup_steps(self.optimizer, steps_per_epoch)
+        if not self.data.label_steps.share or start >= warmup:
+            return ""
+        return (
+            f"note: mined boxes count from step {start} of both kinds on, the warm-up ends with "
+            f"step {warmup} (config.model.weak.mining.start_steps)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as nested dictionaries, for config.json and the metadata of tables."""

@@ -82,6 +82,7 @@ def train(settings: RunSettings, directory: str) -> dict[str, float]:
     command.check_weights(settings.model.pretrained, settings.init_from)
     mesh, say = command.start(data=settings.data.batch_size)
     dataset = command.open_dataset(settings.data.directory)
+    settings.check_classes(dataset.num_classes)
     settings = check_evaluation(settings, dataset, say)  # refused now rather than after training
     config = settings.to_dict()
     with command.training_workdir(directory, config, MAY_DIFFER, say) as workdir:
@@ -104,15 +105,17 @@ def train_in(
         f"{dataset.num_classes} classes, {steps_per_epoch} steps an epoch",
         flush=True,
     )
-    if plan.box_sources and not plan.boxed_images:
-        say("note: no training image has a box: nothing but background is learned", flush=True)
-    if note := warmup_note(settings.optimizer, steps_per_epoch):
+    if not plan.boxed_images:
+        learned = "nothing but background is" if plan.box_sources else "no box is"
+        say(f"note: no training image has a box: {learned} learned", flush=True)
+    notes = warmup_note(settings.optimizer, steps_per_epoch), settings.mining_note(steps_per_epoch)
+    for note in filter(None, notes):
         say(note, flush=True)
     for source in plan.sources if settings.data.sources else ():
         say(f"source: {source.summary}", flush=True)
         if source.mapped_names:
             say(f"  its classes in the run: {', '.join(source.mapped_names)}", flush=True)
-    for source in plan.label_sources if settings.data.label_steps.share else ():
+    for source in plan.label_sources:
         say(f"labels: {labelled_classes(source, dataset.class_names)}", flush=True)
     proposals = open_proposals(settings, dataset, say)  # None: the model makes its own
 

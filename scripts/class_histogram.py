@@ -16,7 +16,7 @@ import io
 import numpy as np
 from absl import flags
 
-from common.data.plans.class_index import annotated_classes
+from common.data.plans.class_index import annotated_classes, annotated_images
 from common.data.plans.plan import ClassHistogram, TrainPlan, class_histogram, train_plan
 from common.io import run_flags
 from common.io.atomic import write_text
@@ -35,11 +35,12 @@ def training_set(plan: TrainPlan, chunk: int = 1 << 16) -> ClassHistogram:
     count = plan.sources[0].num_classes
     found = ClassHistogram(*(np.zeros(count, np.int64) for _ in range(4)))
     for source in plan.sources:
+        for _, _, classes in annotated_images(source, chunk=chunk):
+            found.images[:] += np.bincount(classes, minlength=count)
+    for source in plan.box_sources:
         for first in range(0, len(source.images), chunk):
-            place, classes = annotated_classes(source, source.images[first : first + chunk])
+            _, classes = annotated_classes(source, source.images[first : first + chunk])
             found.boxes[:] += np.bincount(classes, minlength=count)
-            pairs = np.unique(place * count + classes)
-            found.images[:] += np.bincount(pairs % count, minlength=count)
     return found
 
 

@@ -3,7 +3,7 @@
     python -m scripts.select_experts --dataset=DIR --metrics=metrics.json --num_classes=10 \\
         --workdir=RUN --detections=validation.parquet --confusion_split=validation \\
         --base_config=configs/detection/r50.py --output=EXPERT
-    python -m detection.train --config=EXPERT/config.py --workdir=EXPERT_RUN
+    python -m detection.train --config=EXPERT/config.py --config.init_from=RUN --workdir=EXPERT_RUN
 
 C_pos are the classes of lowest AP (or those of --classes). C_neg are classes that a detector takes
 for them, by up to three views: siblings in the hierarchy, the confusion matrix of a detections
@@ -170,7 +170,10 @@ def main():
     )
     print_classes(report)
     print(f"wrote {output}; train it:")
-    print(f"python -m detection.train --config={output / 'config.py'} --workdir=DIR")
+    start = ""  # from the model that is looked at, where the output is of its architecture
+    if args.workdir and Path(args.workdir).is_dir():
+        start = f" --config.init_from={args.workdir}"
+    print(f"python -m detection.train --config={output / 'config.py'}{start} --workdir=DIR")
 
 
 _RECORDED = (

@@ -5,6 +5,7 @@ Shape legend: n boxes or images, C classes of a dataset, N bins of `BoxShapes.ra
 
 import contextlib
 import hashlib
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ ASSUMED_SIZE = (768, 1024)
 RATIO_BINS = 1000  # of equal width between 0 and 1
 
 _CHUNK = 1 << 16  # images looked at at once
-_VERSION = 1  # of what is kept
+_VERSION = 2  # of what is kept
 
 
 class BoxShapes(NamedTuple):
@@ -43,7 +44,7 @@ def box_shapes(dataset: Dataset, images: Int64[np.ndarray, " n"], ignore_flags: 
     """The shapes of the boxes of some images.
 
     They are kept in `DATASET/statistics/`, where it may be written, under a name that says of which
-    images they are; a dataset that is prepared again loses them.
+    images and of which annotations they are.
 
     Args:
       dataset: of the images.
@@ -52,7 +53,7 @@ def box_shapes(dataset: Dataset, images: Int64[np.ndarray, " n"], ignore_flags: 
     """
     images = np.ascontiguousarray(images, np.int64)
     digest = hashlib.blake2b(images.tobytes(), digest_size=8)
-    digest.update(np.array([_VERSION, ignore_flags, len(dataset.boxes)]).tobytes())
+    digest.update(np.array([_VERSION, ignore_flags, _checksum(dataset)]).tobytes())
     path = dataset.directory / "statistics" / f"box_shapes_{digest.hexdigest()}.npz"
     if (kept := _read(path)) is not None and len(kept.counts) == dataset.num_classes:
         return kept
@@ -63,6 +64,20 @@ def box_shapes(dataset: Dataset, images: Int64[np.ndarray, " n"], ignore_flags: 
         with open_atomic(path, "wb") as file:
             np.savez(file, **shapes._asdict())
     return shapes
+
+
+def _checksum(dataset: Dataset) -> int:
+    """Of all that shapes are found by; 14.6 M boxes take 0.3 s, beside reading them."""
+    found = 0
+    for array in (
+        dataset.boxes,
+        dataset.box_classes,
+        dataset.box_flags,
+        dataset.box_offsets,
+        dataset.image_sizes,
+    ):
+        found = zlib.crc32(array.data, found)
+    return found
 
 
 def _read(path: Path) -> BoxShapes | None:

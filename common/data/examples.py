@@ -1,7 +1,7 @@
 """One slot of a batch: photo and annotations on the canvas, augmented. NumPy and Pillow only.
 
 Shape legend: H, W canvas; M = max_boxes; G = max_ignore; P = max_proposals; K classes of the run;
-n boxes of an image.
+b boxes of an image, n of them.
 """
 
 import dataclasses
@@ -209,19 +209,25 @@ class TrainingLoader(PhotoLoader):
 
     def _annotate(self, example: Example, slot: Slot, geometry: placement.Geometry) -> None:
         super()._annotate(example, slot, geometry)
-        source = self._sources[slot.source]
+        source, visible = self._sources[slot.source], None
         if source.has_boxes:
-            ignored = self._add_boxes(example, slot, source, geometry)
+            visible, ignored = self._add_boxes(example, slot, source, geometry)
         else:  # nothing of the photo is known to be background
             ignored = np.array([[0, 0, *geometry.content[::-1]]], np.float32)
         self._add_ignore_boxes(example, ignored, slot, source)
         if self._labels is not None:
-            example["labels"][:] = self._labels.of_image(source, slot.index)
+            example["labels"][:] = self._labels.of_image(
+                source, slot.index, visible, cropped=geometry.is_cropped
+            )
 
     def _add_boxes(
         self, example: Example, slot: Slot, source: Source, geometry: placement.Geometry
-    ) -> Float32[np.ndarray, "n 4"]:
-        """Writes the objects; returns the ignore boxes, some without area."""
+    ) -> tuple[Bool[np.ndarray, " b"], Float32[np.ndarray, "n 4"]]:
+        """Writes the objects.
+
+        Returns:
+          which boxes of the photo are visible, and the ignore boxes, some without area.
+        """
         annotated, classes, flags = source.dataset.image_boxes(slot.index)
         ellipse = self._settings.elaborate.boxes == "ellipse"
         boxes, visible = placement.transform_boxes(annotated, geometry, ellipse=ellipse)
@@ -256,7 +262,7 @@ class TrainingLoader(PhotoLoader):
         regions = source.dataset.image_ignore_boxes(slot.index)
         # Hulls, turned or not: nothing that a region may hold is outside.
         regions = np.concatenate([annotated[ignored], regions])
-        return placement.transform_boxes(regions, geometry)[0]
+        return visible, placement.transform_boxes(regions, geometry)[0]
 
     def _add_ignore_boxes(
         self, example: Example, boxes: Float32[np.ndarray, "n 4"], slot: Slot, source: Source

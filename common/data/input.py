@@ -31,8 +31,8 @@ and in training
                                        that the run lacks, whole photos of sources without boxes
   ignore_valid   bool    (b, G)
   drawn_class    int32   (b,)          the class that the plan drew the image for, -1: none
-  labels         int8    (b, K)        with data.image_labels: 1 present, -1 verified absent, 0
-                                       unknown; expanded along the hierarchy
+  labels         int8    (b, K)        with data.image_labels: 1 present, -1 absent, 0 unknown or
+                                       cut away by a crop; expanded along the hierarchy
   class_known    bool    (b, K)        where some source has unknown classes: whether the source of
                                        the image says anything of the class
   source         int32   (b,)          with several sources: place of that of the image

@@ -22,7 +22,7 @@ from jaxtyping import Int8, Int32, Int64
 from common.data.dataset import Dataset
 from common.data.images import read_file
 from common.data.labels import VerifiedLabels
-from common.data.plans.class_index import annotated_classes
+from common.data.plans.class_index import absent_counts, annotated_classes
 from common.data.settings import LabelledDataSettings
 from common.data.sources import Source, single_source
 from common.io.errors import UserError
@@ -234,8 +234,11 @@ class VerifiedImages:
 def open_verified(directory: str, split: str) -> VerifiedImages:
     """The photos of a split of a dataset directory that have an image-level label or a box.
 
+    Of a dataset that is annotated exhaustively all photos: each lacks some class.
+
     Raises:
-      UserError: no dataset, no such split, or no such photo in it.
+      UserError: no dataset, no such split, or no such photo in it; or nothing says that a photo
+        lacks a class, so that calling all classes present would be right everywhere.
     """
     dataset = Dataset.open(directory)
     images = np.sort(dataset.split(split))
@@ -247,7 +250,22 @@ def open_verified(directory: str, split: str) -> VerifiedImages:
             f"{directory}: split {split!r} has no photo with an image-level label or a box, "
             "expected some"
         )
-    return VerifiedImages(single_source(dataset, images[labelled]), VerifiedLabels(dataset))
+    exhaustive = bool(dataset.meta.get("exhaustive"))
+    chosen = images if exhaustive else images[labelled]
+    found = VerifiedImages(single_source(dataset, chosen), VerifiedLabels(dataset))
+    if not absent_counts(found.source)[1] and not (exhaustive and _lacks_some(found)):
+        raise UserError(
+            f"{directory}: nothing says of a photo of split {split!r} that a class is absent, so "
+            "that 'present' would always be right, expected absent labels too, or a set whose "
+            "dataset.json says that it is exhaustive"
+        )
+    return found
+
+
+def _lacks_some(images: VerifiedImages) -> bool:
+    """Whether any photo is known to lack a class; the first one usually does."""
+    source = images.source
+    return any((images.labels.of_image(source, i) < 0).any() for i in source.images.tolist())
 
 
 def open_images(data: LabelledDataSettings, split: str) -> LabelledImages:

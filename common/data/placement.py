@@ -40,6 +40,11 @@ class Geometry:
     flip: bool
     angle: float = 0.0
 
+    @property
+    def is_cropped(self) -> bool:
+        """Whether part of the photo's frame is not on the canvas."""
+        return self.content != self.full
+
     def turn(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Points of the resized photo after turning."""
         height, width = self.full

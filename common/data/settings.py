@@ -180,6 +180,11 @@ class DataSettings:
                 f"(1.0, 1.0) beside elaborate.scale {self.elaborate.scale!r}",
             ),
             (
+                "scale_jitter",
+                high <= 1 or all(source.annotations != "labels" for source in self.sources),
+                "at most 1 with a source of annotations 'labels', which are of whole photos",
+            ),
+            (
                 "pools",
                 not self.pools or self.sampler in CLASS_SAMPLERS,
                 f"'' with sampler {self.sampler!r}; pools are of {', '.join(CLASS_SAMPLERS)}",

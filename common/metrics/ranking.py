@@ -24,16 +24,19 @@ def average_precision(scores: Float[np.ndarray, " n"], present: Bool[np.ndarray,
 def class_average_precisions(
     scores: Float[np.ndarray, "n K"], labels: Int8[np.ndarray, "n K"]
 ) -> Float64[np.ndarray, " K"]:
-    """Of each class over the images on which it was verified; NaN where none shows it.
+    """Of each class over the images on which it was verified; NaN where none shows it, or where all
+    do, so that any scores would be perfect.
 
     Args:
       scores: of the images.
       labels: 1 present, -1 absent, 0 unknown.
     """
-    verified = labels != 0
+    verified, is_absent = np.not_equal(labels, 0), np.less(labels, 0)
     return np.array(
         [
             average_precision(scores[verified[:, k], k], labels[verified[:, k], k] > 0)
+            if is_absent[:, k].any()
+            else np.nan
             for k in range(scores.shape[1])
         ]
     )

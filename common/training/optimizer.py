@@ -95,7 +95,7 @@ def total_steps(settings: OptimizerSettings, steps_per_epoch: int) -> int:
 
 def warmup_note(settings: OptimizerSettings, steps_per_epoch: int) -> str:
     """A line for the start of a run that ends before its warm-up does; "" of others."""
-    steps, warmup = total_steps(settings, steps_per_epoch), _warmup_steps(settings, steps_per_epoch)
+    steps, warmup = total_steps(settings, steps_per_epoch), warmup_steps(settings, steps_per_epoch)
     if warmup < steps:
         return ""
     return (
@@ -104,7 +104,8 @@ def warmup_note(settings: OptimizerSettings, steps_per_epoch: int) -> str:
     )
 
 
-def _warmup_steps(settings: OptimizerSettings, steps_per_epoch: int) -> int:
+def warmup_steps(settings: OptimizerSettings, steps_per_epoch: int) -> int:
+    """Number of steps of the warm-up."""
     return settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
 
 
@@ -123,9 +124,9 @@ def make_schedule(
     """
     peak = settings.learning_rate or settings.learning_rate_per_image * batch_size
     start = min(settings.warmup_start, peak)
-    warmup_steps = _warmup_steps(settings, steps_per_epoch)
-    warmup = optax.linear_schedule(start, peak, warmup_steps)
-    if not warmup_steps:  # optax would stay at `start`
+    rising = warmup_steps(settings, steps_per_epoch)
+    warmup = optax.linear_schedule(start, peak, rising)
+    if not rising:  # optax would stay at `start`
         warmup = optax.constant_schedule(peak)
     last = total_steps(settings, steps_per_epoch)
     if settings.decay == "step":
@@ -134,8 +135,8 @@ def make_schedule(
     elif settings.decay == "poly":  # of all steps, warm-up included
         decay = optax.polynomial_schedule(1.0, 0.0, settings.power, last)
     else:
-        cosine = optax.cosine_decay_schedule(1.0, max(last - warmup_steps, 1))
-        decay = optax.join_schedules([optax.constant_schedule(1.0), cosine], [warmup_steps])
+        cosine = optax.cosine_decay_schedule(1.0, max(last - rising, 1))
+        decay = optax.join_schedules([optax.constant_schedule(1.0), cosine], [rising])
     return lambda step: jnp.asarray(warmup(step) * decay(step), jnp.float32)
 
 

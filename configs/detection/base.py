@@ -82,7 +82,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         max_boxes=100,  # ground-truth boxes of a photo, a random subset; the others are ignored
         max_ignore=32,  # regions of a photo in which nothing is background
         flip=True,
-        scale_jitter=(1.0, 1.0),  # shrinks or enlarges the photo before it is fitted
+        scale_jitter=(1.0, 1.0),  # times the fitted size; what then exceeds the canvas is cut off
         elaborate=ELABORATE_OFF,
         group_of="ordinary",  # ordinary | ignore | drop: what a group-of box is in training
         mask_size=0,  # pixels of the side of an object's mask in batches, such as 112; 0: none
@@ -197,15 +197,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             num_proposals=512,  # of an image, the best
             refinements=0,  # classifiers that learn from the scores of the one before (OICR)
             truth_seeds=True,  # where there are boxes, refinements learn from these instead
-            unverified="unknown",  # unknown | absent: classes of photos with boxes nobody verified
             mining=dict(  # boxes of label steps, which the box heads learn from
                 rule="top1",  # top1 | mist: the best proposal of a class, or several
                 threshold=0.3,  # of the score
                 top_share=0.15,  # of mist: proposals of a class that are looked at
                 seed_iou=0.2,  # of mist: boxes of a class overlap less
                 max_boxes=16,  # of an image
-                background_iou=0.1,  # background overlaps a mined box by at least this
-                start_steps=0,  # of the run before the box heads learn from mined boxes
+                background_iou=0.1,  # background overlaps a mined box by this to 0.5
+                start_steps=0,  # of both kinds before the box heads learn from mined boxes
                 ramp_steps=0,  # until their losses have full weight
             ),
         ),

@@ -10,7 +10,7 @@ Paper:    "For models trained with 512 accelerators, we design a 'full class bat
           a window cut out of the photo; `--config.data.elaborate.scale=resize` reads otherwise.
 
 Not measured at this size. The classes of a batch: scripts.class_histogram; what it looks like:
-scripts.draw_batches; what augmentation costs: docs/guides/sampling.md.
+scripts.draw_batches; what augmentation costs: docs/results.md.
 """
 
 import ml_collections

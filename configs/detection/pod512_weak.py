@@ -32,8 +32,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.fpn_norm = "sync"
     config.model.weak.kind = "wsddn"
     config.model.weak.refinements = 3
-    config.model.weak.mining.start_steps = 1703
-    config.model.weak.mining.ramp_steps = 1703
+    # Of 8,515 steps an epoch, a fifth of them with boxes: from the end of the warm-up on, in which
+    # nothing good is mined, and with full weight an epoch later.
+    config.model.weak.mining.start_steps = 17_030
+    config.model.weak.mining.ramp_steps = 8_515
     config.model.loss_weights.weak = 0.1
     config.model.loss_weights.weak_refinement = 0.1
     config.model.loss_weights.mined = 0.1

@@ -3,7 +3,7 @@
     python -m detection.train --config=configs/detection/winners.py:17 --config.data.dir=DIR
         --config.model.pretrained=FILE --workdir=WORK
     python -m scripts.select_experts --base_config=configs/detection/winners.py:e1
-        --num_classes=150 --dataset=DIR --metrics=score.json --output=EXPERT
+        --num_classes=150 --dataset=DIR --metrics=score.json --workdir=RUN --output=EXPERT
 
 Hardware: as the family's file says, 2 images a device.
 Schedule: 13 or 26 epochs, as listed below.
@@ -19,6 +19,11 @@ have one, since it is the best setting of table 2.
 "For models trained with 512 accelerators" it has full-class batches and elaborate augmentation
 (section 5.3), and does not say which those are; here 17 to 28, as in pod512_elaborate.py. Models 1
 to 16 draw classes evenly and flip photos.
+
+Nor does it say which models are weakly supervised (section 5.7): none is here. `detection.train
+--config=configs/detection/pod512_weak.py --config.init_from=WORK` makes a baseline so, from a
+trained model; its fields `data.sources`, `data.label_steps`, `data.image_labels`, `model.weak` and
+`model.loss_weights` do it for any of them.
 
 Experts (sections 5.4 and 7): e1 to e3 for the 150, 27 and 40 classes of lowest AP, whose data sets
 `scripts.select_experts` writes; e4 and e5 on COCO, a Mask R-CNN ResNet-152 and a Cascade R-CNN

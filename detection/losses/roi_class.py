@@ -28,11 +28,13 @@ class ClassLosses(NamedTuple):
       key: random key of the step, the same on all devices.
       states: what each loss keeps between steps, by the label of its `Term`. A loss that is not
         among them starts anew in every step.
+      read_only: the states stay as they are.
     """
 
     classifier: RoIClassifier
     key: Array
     states: Mapping[str, nn.Variable]
+    read_only: bool = False
 
     def of_stage(
         self,
@@ -89,7 +91,8 @@ class StageClassLosses(NamedTuple):
     def share(
         self, name: str, branch: int | None, logits: Float[Array, "B R L"]
     ) -> Float[Array, ""]:
-        """This device's share of the mean over RoIs; the state of the loss moves on.
+        """This device's share of the mean over RoIs; the state of the loss moves on, unless the
+        step only reads it.
 
         Args:
           name: of the loss in `config.model.loss_weights`.
@@ -99,7 +102,7 @@ class StageClassLosses(NamedTuple):
         state = self.losses.states.get(Term(name, branch, self.stage).label(self.num_stages))
         before = self.classifier.start_state() if state is None else state.value
         values, after = self.classifier.loss(logits, self.targets, before, self.axis_name)
-        if state is not None:
+        if state is not None and not self.losses.read_only:
             state.value = after
         counted = self.targets.counted
         return share(self.weighted(values), counted, counted.sum(), self.axis_name)

@@ -140,7 +140,8 @@ class FasterRCNN(TwoStage):
     def _losses_of_labels(self, batch: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
         """Of photos with image-level labels alone; the proposal network learns nothing of them.
 
-        The names of what box heads learn of mined boxes begin with `mined_`.
+        The names of what box heads learn of mined boxes begin with `mined_`. Of these the class
+        losses remember nothing: what they keep between steps is of boxes that are true.
         """
         s, axis_name, images = self.settings, self.axis_name, batch["image_valid"]
         branches = self.read(batch, train=True)
@@ -154,7 +155,7 @@ class FasterRCNN(TwoStage):
             proposals,
             with_mined_truth(batch, mined),
             s,
-            self.class_losses(),
+            self.class_losses(read_only=True),
             axis_name,
         )
         weight = ramp(self._count_step(), s) * s.loss_weights.mined
@@ -172,9 +173,10 @@ class FasterRCNN(TwoStage):
         output = self.weak_head(branches[0].pool, proposals.boxes, proposals.valid)
         if self.is_initializing():  # parameters are made of batches without labels
             labels = jnp.zeros((len(batch["image_valid"]), self.num_classes), jnp.int8)
-            batch = {**batch, "labels": labels}
+        else:
+            labels = batch["labels"]
         ancestors = jnp.asarray(ancestor_matrix(self.ancestors or ((),) * self.num_classes))
-        return output, proposals, image_truth(batch, ancestors, weak.unverified)
+        return output, proposals, image_truth(labels, ancestors)
 
     def _count_step(self) -> Int[Array, ""]:
         """The number of earlier steps of the run, of both kinds; counts this one."""

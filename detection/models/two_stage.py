@@ -222,11 +222,14 @@ class TwoStage(nn.Module):
         slots = image_numbers(num_images, self.axis_name)
         return jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("sampling"), slots)
 
-    def class_losses(self) -> ClassLosses:
-        """How the heads learn to classify in this step; takes a key of the stream 'sampling'."""
+    def class_losses(self, read_only: bool = False) -> ClassLosses:
+        """How the heads learn to classify in this step; takes a key of the stream 'sampling'.
+
+        `read_only`: what losses keep between steps stays as it is.
+        """
         # Making the parameters is no step.
         states = {} if self.is_initializing() else self.loss_states
-        return ClassLosses(self.classifier, self.make_rng("sampling"), states)
+        return ClassLosses(self.classifier, self.make_rng("sampling"), states, read_only)
 
     def losses(self, batch: Mapping[str, Array]) -> dict:
         """Of a training batch: {'losses': terms that are summed, 'monitor': figures to log}."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from common.geometry import boxes as box_ops
 from detection.assign import matching, mining
@@ -39,23 +39,17 @@ class ImageTruth(NamedTuple):
     verified: Bool[Array, "B K"]  # the present classes are among them
 
 
-def image_truth(
-    batch: Mapping[str, Array], ancestors: Bool[Array, "K K"], unverified: str
-) -> ImageTruth:
+def image_truth(labels: Int[Array, "B K"], ancestors: Bool[Array, "K K"]) -> ImageTruth:
     """Image-level truth of a batch, in the most special classes.
 
     An ancestor of a present class is present too, but the same region stands for both and its class
     is one of the two: it counts as unknown.
 
     Args:
-      batch: labels (B,K), 1 present, -1 absent, 0 unknown; gt_boxes where the photos have boxes;
-        optional class_known (B,K).
+      labels: 1 present, -1 absent, 0 unknown.
       ancestors: row c marks the ancestors of class c.
-      unverified: what the others are on photos with boxes, "unknown" or "absent".
     """
-    present, verified = batch["labels"] > 0, batch["labels"] != 0
-    if "gt_boxes" in batch and unverified == "absent":
-        verified |= batch.get("class_known", True)
+    present, verified = labels > 0, labels != 0
     above = (present.astype(jnp.float32) @ ancestors.astype(jnp.float32)) > 0
     return ImageTruth(present & ~above, verified & ~above)
 
@@ -183,6 +177,8 @@ def right_boxes(
     their class."""
     same = mined.classes[:, :, None] == batch["gt_classes"][:, None]
     hit = (box_ops.iou(mined.boxes, batch["gt_boxes"]) >= _HIT) & same & batch["gt_valid"][:, None]
-    counted = mined.valid & batch["image_valid"][:, None]
+    # Photos with image-level labels alone may be mixed in, of whose boxes nothing is known.
+    images = batch["image_valid"] & batch["gt_valid"].any(axis=1)
+    counted = mined.valid & images[:, None]
     right = hit.any(axis=-1).astype(jnp.float32)
     return {"mined_right": share(right, counted, counted.sum(), axis_name)}

@@ -18,9 +18,9 @@ class MiningSettings:
     ramp_steps: int
 
     def __post_init__(self):
-        for name in ("threshold", "seed_iou", "background_iou"):
+        for name, limit in (("threshold", 1), ("seed_iou", 1), ("background_iou", 0.5)):
             value = getattr(self, name)
-            check(0 <= value < 1, name, value, "a number in [0, 1)")
+            check(0 <= value < limit, name, value, f"a number in [0, {limit})")
         check(0.001 <= self.top_share <= 1, "top_share", self.top_share, "from 0.001 to 1")
         check(self.max_boxes >= 1, "max_boxes", self.max_boxes, "at least 1")
         for name in ("start_steps", "ramp_steps"):
@@ -35,7 +35,6 @@ class WeakSettings:
     num_proposals: int
     refinements: int
     truth_seeds: bool
-    unverified: Literal["unknown", "absent"]
     mining: MiningSettings
 
     def __post_init__(self):

@@ -21,26 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, UInt8, UInt16
+from jaxtyping import Array, Bool, Float, UInt16
 
 from common.geometry import boxes as box_ops
 from common.geometry.nms import nms_top
+from common.nn.layers.canvas import mirror
 from common.training.compiling import announced
 from common.training.distributed import DATA_AXIS
 from detection.models.faster_rcnn import FasterRCNN, select_detections
 
 # ------------------------------------------------------------------- between photo and canvas
-
-
-def mirror(images: UInt8[Array, "b H W C"], widths: Float[Array, " b"]) -> UInt8[Array, "b H W C"]:
-    """Mirrors the content, `widths` pixels wide, left to right; it stays at the top left."""
-
-    def one(image, width):
-        behind = jnp.pad(image[:, ::-1], ((0, 0), (0, image.shape[1]), (0, 0)))
-        start = image.shape[1] - width.astype(jnp.int32)
-        return jax.lax.dynamic_slice_in_dim(behind, start, image.shape[1], axis=1)
-
-    return jax.vmap(one)(images, widths)
 
 
 def to_photo(

@@ -87,9 +87,10 @@ def test_average_precision_is_that_of_the_twin():
         precisions = [np.mean(present[scores >= score]) for score in scores[present]]
         expected = np.mean(precisions) if precisions else np.nan
         np.testing.assert_allclose(average_precision(scores, present), expected)
-    labels = np.int8([[1, 0], [-1, 0], [0, -1]])
-    found = class_average_precisions(np.array([[0.2, 1], [0.9, 1], [0.95, 1]]), labels)
-    assert found[0] == 0.5 and np.isnan(found[1])  # the third photo's first class is unknown
+    labels = np.int8([[1, 0, 1], [-1, 0, 1], [0, -1, 0]])
+    found = class_average_precisions(np.array([[0.2, 1, 1], [0.9, 1, 0], [0.95, 1, 1]]), labels)
+    assert found[0] == 0.5  # the third photo's first class is unknown
+    assert np.isnan(found[1:]).all()  # no photo shows the second, none lacks the third
 
 
 def test_classes_without_photos_are_named_and_sets_without_labels_refused(tmp_path):
@@ -114,6 +115,27 @@ def test_classes_without_photos_are_named_and_sets_without_labels_refused(tmp_pa
         data_config(dataset="x", dir="y")
     with pytest.raises(UserError, match="config.data.sampler: found 'class_aware'"):
         data_config(tfds="x", sampler="class_aware")
+
+
+@pytest.mark.parametrize("exhaustive", [True, False])
+def test_boxes_alone_say_what_is_absent_only_where_all_are_there(tmp_path, exhaustive):
+    """Otherwise "present" would be right everywhere."""
+    names, box = ["a", "b"], np.array([[0.1, 0.1, 0.5, 0.5]])
+    extra = {"exhaustive": exhaustive}
+    with DatasetWriter(tmp_path / "x", "x", names, names, None, extra=extra) as writer:
+        writer.add_image("1", "1.jpg", (4, 4), box, [1])
+        writer.add_image("2", "2.jpg", (4, 4))
+        writer.add_image("3", "3.jpg", (4, 4), np.tile(box, (2, 1)), [0, 1])
+        writer.add_split("train", [0, 1, 2])
+        writer.add_split("all", [2])
+    for split in ("all",) if exhaustive else ("all", "train"):
+        message = f"nothing says of a photo of split '{split}' that a class is absent"
+        with pytest.raises(UserError, match=message):
+            open_verified(str(tmp_path / "x"), split)
+    if exhaustive:
+        images = open_verified(str(tmp_path / "x"), "train")
+        labels = [images.labels.of_image(images.source, i).tolist() for i in range(3)]
+        assert len(images) == 3 and labels == [[-1, 1], [-1, -1], [1, 1]]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from detection.assign import mining
 from detection.assign.rois import sample_rois
 from detection.losses.weak import mil_scores, presence_loss, refinement_loss
 from detection.models.faster_rcnn import build
-from detection.models.weak_branch import image_truth
+from detection.models.weak_branch import image_truth, right_boxes
 from detection.settings import read_run
 from detection.structures import Proposals
 from tests import tiny
@@ -162,17 +162,28 @@ def test_refinement_loss_is_that_of_the_twin():
 def test_ancestors_of_present_classes_and_unverified_ones_count_as_unknown():
     ancestors = np.zeros((3, 3), bool)
     ancestors[1, 0] = True  # a man is a person
-    batch = {"labels": np.int8([[1, 1, 0], [1, -1, 0], [-1, -1, 1]])}
-    truth = image_truth(batch, jnp.asarray(ancestors), "absent")
+    labels = np.int8([[1, 1, 0], [1, -1, 0], [-1, -1, 1]])
+    truth = image_truth(labels, jnp.asarray(ancestors))
     assert truth.present.tolist() == [
         [False, True, False],
         [True, False, False],
         [False] * 2 + [True],
     ]
     assert truth.verified.tolist() == [[False, True, False], [True, True, False], [True] * 3]
-    with_boxes = batch | {"gt_boxes": np.zeros((3, 1, 4))}
-    truth = image_truth(with_boxes, jnp.asarray(ancestors), "absent")
-    assert truth.verified.tolist() == [[False, True, True], [True] * 3, [True] * 3]
+
+
+def test_mined_boxes_are_right_or_wrong_where_boxes_are_known():
+    boxes = np.tile(np.float32([[0, 0, 4, 4], [8, 8, 12, 12]]), (3, 1, 1))
+    mined = mining.Seeds(
+        jnp.asarray(boxes), np.zeros((3, 2), np.int32), np.ones((3, 2)), np.ones((3, 2), bool)
+    )
+    batch = {
+        "gt_boxes": boxes[:, :1],
+        "gt_classes": np.zeros((3, 1), np.int32),
+        "gt_valid": np.array([[True], [False], [True]]),  # the second has labels alone
+        "image_valid": np.array([True, True, False]),
+    }
+    assert right_boxes(mined, batch, None) == {"mined_right": 0.5}
 
 
 def test_regions_of_mined_boxes_weigh_as_much_and_background_is_near_them():
@@ -217,8 +228,10 @@ def test_regions_of_mined_boxes_weigh_as_much_and_background_is_near_them():
 
 
 def weak_config(**changes):
-    """The tiny detector with a weak head; `changes` to how boxes are mined."""
+    """The tiny detector with a weak head, whose class loss keeps a state; `changes` to how boxes
+    are mined."""
     config = tiny.get_config("weak")
+    config.model.box_head.classifier.kind = "seesaw"
     config.model.weak.mining.update(**changes)
     return config
 
@@ -254,8 +267,13 @@ def test_a_step_of_labels_teaches_no_proposals_and_mines_what_is_there(one_devic
     assert metrics["mined_per_image"] == 2  # the two classes of each image, none that is absent
     assert {"loss/weak", "loss/weak_refinement", "loss/mined_box_class"} <= metrics.keys()
     assert int(after.loss_state["weak_steps"]) == 1
+    assert not after.loss_state["box_class"]["counts"].any()
     after, metrics = step(after, weak_batch())
     assert int(after.loss_state["weak_steps"]) == 2
+    counts = after.loss_state["box_class"]["counts"]
+    assert counts.all()
+    again, _ = step(after, weak_batch(boxes=False))
+    np.testing.assert_array_equal(again.loss_state["box_class"]["counts"], counts)
     assert {"loss/weak", "loss/rpn_class", "mined_right"} <= metrics.keys()
     nothing = weak_batch(boxes=False)
     nothing["image_valid"][:] = False
@@ -306,6 +324,25 @@ def test_settings_that_do_not_fit_are_refused(change, message):
     config.data.update(change)
     with pytest.raises(UserError, match=message):
         read_run(config)
+
+
+@pytest.mark.parametrize("value", [0.5, 0.9])
+def test_background_near_mined_boxes_has_to_be_some(value):
+    with pytest.raises(UserError, match=rf"background_iou: found {value}, expected .* \[0, 0.5\)"):
+        read_run(weak_config(background_iou=value))
+
+
+def test_a_softmax_over_one_class_is_refused_and_mining_in_the_warm_up_noted():
+    config = weak_config(start_steps=3)
+    settings = read_run(config)
+    settings.check_classes(2)
+    with pytest.raises(UserError, match="found 'softmax' with one class, expected 'sigmoid'"):
+        settings.check_classes(1)
+    config.model.weak.class_stream = "sigmoid"
+    read_run(config).check_classes(1)
+    assert "from step 3 of both kinds on, the warm-up ends with step 4" in settings.mining_note(8)
+    assert settings.mining_note(6) == ""
+    assert tiny.settings().mining_note(8) == ""
 
 
 def test_label_steps_need_the_head_and_refiners_have_none():

@@ -32,6 +32,7 @@ def finished(dataset, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     output = run("detection.train", *flags(dataset, workdir), devices=2)
     assert "labels: " in output and "3 classes are verified on 9 of them" in output
+    assert "note: mined boxes count from step 0 of both kinds on" in output
     first = output.index("step 1")
     for kind in ("4 images of 64x64 ...", "4 images of 64x64 with labels only ..."):
         assert output.index(f"compiling the training step for {kind}") < first

@@ -70,6 +70,21 @@ def test_masks_and_captions(tmp_path):
     assert draw.caption(batch, 0, plan, dataset).endswith(f"64x48, drawn for {name}")
 
 
+def test_labels_are_no_boxes_in_the_histogram(config):
+    weak = tiny.get_config("weak")
+    weak.data.dir = config.data.dir
+    dataset = draw.open_dataset(config.data.dir)
+    plan = train_plan(dataset, read_run(weak).data, 0)
+    of_images = [dataset.image_boxes(i)[1] for i in dataset.split("train")]
+    there = histogram.training_set(plan, chunk=4)
+    boxes = np.bincount(np.concatenate(of_images), minlength=3)
+    assert there.boxes.tolist() == boxes.tolist()
+    photos = np.bincount(np.concatenate([np.unique(of) for of in of_images]), minlength=3)
+    assert there.images.tolist() == (2 * photos).tolist()  # once with boxes, once with labels
+    found = class_histogram(plan, [step for step in range(8) if plan.labels_only(step)])
+    assert found.images.any() and not found.boxes.any()
+
+
 def test_the_histogram_beside_the_training_set(config, tmp_path):
     dataset = draw.open_dataset(config.data.dir)
     plan = train_plan(dataset, read_run(config).data, 0)

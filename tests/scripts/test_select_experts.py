@@ -75,6 +75,7 @@ def test_three_views_make_a_dataset_and_a_config(folder):
     assert len(expert.boxes) == 3 + 1
     assert len(expert.split("validation")) == 4, "whole, to score the expert"
     path = str(folder / "expert" / "config.py")
+    assert f"--config={path} --workdir=DIR" in result.stdout
     config = runpy.run_path(path)["get_config"]()
     assert config.data.dir == str(folder / "expert")
     assert config.model.drop_background_rois and config.model.backbone == "efficientnet_lite0"
@@ -83,6 +84,13 @@ def test_three_views_make_a_dataset_and_a_config(folder):
     config.data.batch_size = 8
     images, drawn, _ = train_plan(expert, read_run(config).data, 0).batch(0)
     assert (drawn >= 0).sum() == 2 and len(images) == 8
+
+
+def test_an_expert_starts_from_the_run(folder, tmp_path):
+    new = tmp_path / "new"
+    result = run(folder, f"--output={new}", f"--workdir={folder}", "--views=hierarchy")
+    assert result.returncode == 0, result.stderr
+    assert f"--config={new}/config.py --config.init_from={folder} --workdir=DIR" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -77,22 +77,43 @@ def annotated_classes(
         keep = classes >= 0
         if ignore_flags:
             keep &= np.asarray(dataset.box_flags[rows]) & ignore_flags == 0
-    else:
-        place, rows = rows_of(dataset.label_offsets, images)
-        classes = source.classes[dataset.label_classes[rows]]
-        keep = (classes >= 0) & (np.asarray(dataset.label_confidences[rows]) != ABSENT)
+        return place[keep], classes[keep]
+    return _verified_classes(source, images, absent=False)
+
+
+def _verified_classes(
+    source: Source, images: Int64[np.ndarray, " n"], *, absent: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same for image-level labels of classes that are present, or of those that are not."""
+    dataset = source.dataset
+    place, rows = rows_of(dataset.label_offsets, images)
+    classes = source.classes[dataset.label_classes[rows]]
+    is_absent = np.asarray(dataset.label_confidences[rows]) == ABSENT
+    keep = (classes >= 0) & (is_absent == absent)
     return place[keep], classes[keep]
 
 
+def absent_counts(source: Source, chunk: int = 65536) -> tuple[int, int]:
+    """Of how many classes it was verified that an image lacks them, and on how many images."""
+    lacking, images = np.zeros(source.num_classes, bool), 0
+    for first in range(0, len(source.images), chunk):
+        part = source.images[first : first + chunk]
+        place, classes = _verified_classes(source, part, absent=True)
+        lacking[classes] = True
+        images += int(np.count_nonzero(np.diff(place, prepend=-1)))  # places ascend
+    return int(np.count_nonzero(lacking)), images
+
+
 def labelled_classes(source: Source, class_names: Sequence[str]) -> str:
-    """A line about the classes that the photos of a source of image-level labels are known to show,
-    which names those of the run that are on none.
+    """A line about the classes that the photos of a source of image-level labels are known to show
+    and to lack, which names those of the run that are on none.
 
     Args:
       source: of image-level labels.
       class_names: of the run's classes.
     """
     classes, images = images_by_class(source)
+    lacking, places = absent_counts(source)
     missing = np.setdiff1d(np.arange(source.num_classes), classes).tolist()
     named = [class_names[number] for number in missing[:_MAX_NAMED]]
     more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
@@ -100,6 +121,8 @@ def labelled_classes(source: Source, class_names: Sequence[str]) -> str:
         f"{source.dataset.directory}, {len(source.images)} photos, {len(classes)} classes are "
         f"verified on {len(np.unique(images.members))} of them"
         + (f", on none: {', '.join(named)}{more}" if missing else "")
+        + f"; {lacking} verified absent on {places}"
+        + ("" if places else " (note: nothing there says what is not on a photo)")
     )
 
 

@@ -369,7 +369,8 @@ class ClassHistogram(NamedTuple):
 
 
 def class_histogram(plan: TrainPlan, steps: Iterable[int]) -> ClassHistogram:
-    """Realised class frequencies of some steps of a plan (all boxes of each image counted)."""
+    """Realised class frequencies of some steps of a plan (all boxes of each image counted, none of
+    sources of image-level labels)."""
     count = plan.sources[0].num_classes
     counts = ClassHistogram(*(np.zeros(count, np.int64) for _ in range(4)))
     for step in steps:
@@ -378,7 +379,8 @@ def class_histogram(plan: TrainPlan, steps: Iterable[int]) -> ClassHistogram:
         shown = np.zeros(count, np.int64)
         for source in plan.sources:
             slot, classes = annotated_classes(source, images[places == source.place])
-            counts.boxes[:] += np.bincount(classes, minlength=count)
+            if source.has_boxes:
+                counts.boxes[:] += np.bincount(classes, minlength=count)
             once = np.unique(slot * count + classes) % count
             shown += np.bincount(once, minlength=count)
         counts.drawn[:] += slots

@@ -1,5 +1,6 @@
 """What a training batch says of its photos: objects, ignore regions, verified labels, sources."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -154,6 +155,60 @@ def test_verified_labels_are_those_of_the_walk_along_the_hierarchy(tmp_path):
     for slot, image in enumerate(batch["image_index"]):
         assert batch["labels"][slot].tolist() == expected[image]
     assert "labels" not in read(dataset)[0]
+
+
+def test_what_exhaustive_annotations_do_not_box_is_absent(tmp_path):
+    """But for what a region to ignore, or a box of a parent, may be."""
+    photos = [
+        {"boxes": BOXES[:2], "classes": [2, 4]},
+        {"boxes": BOXES[:1], "classes": [0]},
+        {"boxes": BOXES[:1], "classes": [4], "ignore": BOXES[1:2]},
+        NO_BOXES,
+    ]
+    dataset = write(tmp_path, "x", photos)
+    dataset.meta["exhaustive"] = True
+    verified, source = VerifiedLabels(dataset), single_source(dataset, dataset.split("train"))
+    assert [verified.of_image(source, i).tolist() for i in range(4)] == [
+        [1, 1, 1, -1, 1],
+        [1, 0, 0, 0, -1],
+        [0, 0, 0, 0, 1],
+        [-1] * 5,
+    ]
+    unknown = dataclasses.replace(source, known=np.arange(5) < 3)
+    assert verified.of_image(unknown, 3).tolist() == [-1, -1, -1, 0, 0]
+    alone = dataclasses.replace(source, has_boxes=False)
+    assert verified.of_image(alone, 3).tolist() == [0] * 5
+
+
+def test_classes_that_a_crop_cut_away_are_unknown(tmp_path):
+    """A tree at the left and a puppy at the right, an animal by its label, no cat."""
+    boxes = np.array([[0, 0.3, 0.2, 0.7], [0.8, 0.3, 1, 0.7]])
+    labels = {"label_classes": [0, 3], "label_confidences": [PRESENT, ABSENT]}
+    dataset = write(tmp_path, "x", [{"boxes": boxes, "classes": [4, 2], **labels}])
+    tree, puppy = [0, 0, 0, -1, 1], [1, 1, 1, -1, 0]
+    seen = set()
+    for batch in read(
+        dataset, 30, batch_size=1, image_labels=True, flip=True, scale_jitter=(0.9, 2.2)
+    ):
+        classes = sorted(batch["gt_classes"][0][batch["gt_valid"][0]].tolist())
+        expected = {(2, 4): [1, 1, 1, -1, 1], (4,): tree, (2,): puppy, (): [0, 0, 0, -1, 0]}
+        assert batch["labels"][0].tolist() == expected[tuple(classes)]
+        seen.add(tuple(classes))
+    assert {(2, 4), (2,), (4,)} <= seen
+
+
+def test_a_label_without_a_box_is_of_the_whole_photo(tmp_path):
+    labels = {"label_classes": [3, 4], "label_confidences": [PRESENT, PRESENT]}
+    dataset = write(tmp_path, "x", [{"boxes": BOXES[:1], "classes": [4], **labels}])
+    verified, source = VerifiedLabels(dataset), single_source(dataset, np.arange(1))
+    for visible, cropped, expected in (
+        ([True], False, [1, 0, 0, 1, 1]),
+        ([False], False, [1, 0, 0, 1, 0]),  # turned out of the frame
+        ([True], True, [0, 0, 0, 0, 1]),
+        ([False], True, [0] * 5),
+    ):
+        found = verified.of_image(source, 0, np.array(visible), cropped=cropped)
+        assert found.tolist() == expected
 
 
 def test_labels_follow_every_node_of_a_class_with_two_parents(tmp_path):

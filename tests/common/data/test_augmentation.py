@@ -412,6 +412,11 @@ def test_box_shapes_are_kept_with_the_dataset(tmp_path):
     assert box_shapes(dataset, dataset.split("train"), GROUP_OF).counts.sum() == keep.sum()
     box_shapes(dataset, dataset.split("train"), 0)
     assert len(list((dataset.directory / "statistics").iterdir())) == 2
+    mended = np.array(dataset.boxes)
+    mended[keep.argmax(), 2:] = mended[keep.argmax(), :2]  # corrected, as many as before
+    corrected = dataclasses.replace(dataset, boxes=mended)
+    again = box_shapes(corrected, dataset.split("train"), GROUP_OF)
+    assert again.counts.sum() == keep.sum() - 1
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def mixed(dataset, share=0.4, canvas=(), sampler="class_aware", **labels):
         image_labels=True,
         batch_size=4,
         canvas=(64, 96),
+        scale_jitter=(0.8, 1.0),
     )
     return train_plan(dataset, settings, 7)
 
@@ -112,7 +113,7 @@ def test_a_half_labelled_set_keeps_what_it_is_made_of(dataset, half):
             expected[image % 3] = 1
         assert VerifiedLabels(half).of_image(source, image).tolist() == expected
     assert labelled_classes(source, CLASSES).endswith(
-        "16 photos, 2 classes are verified on 16 of them, on none: bird"
+        "16 photos, 2 classes are verified on 16 of them, on none: bird; 1 verified absent on 8"
     )
     assert divide(dataset, "train", 0.5, 1).boxes.tolist() != boxes.tolist()
     assert divide(dataset, "train", 1.0, 0).labels.tolist() == list(range(2, 24, 3))
@@ -124,6 +125,31 @@ def test_every_class_is_known_where_all_are_annotated(dataset, tmp_path):
     half = Dataset.open(tmp_path / "half")
     assert half.image_labels(0)[1].tolist() == [PRESENT, ABSENT, ABSENT]
     assert half.image_labels(2)[0].tolist() == [0, 1]  # no photo of the split: as it was
+
+
+@pytest.mark.parametrize(("flags", "lacking"), [([], 2), (["--noabsent"], 0)])
+def test_halves_of_exhaustive_sets_say_what_is_absent(tmp_path, flags, lacking):
+    with DatasetWriter(
+        tmp_path / "x", "x", CLASSES, CLASSES, None, extra={"exhaustive": True}
+    ) as writer:
+        for i in range(4):
+            writer.add_image(f"{i}", f"{i}.jpg", (4, 4), np.array([[0.1, 0.1, 0.5, 0.5]]), [1])
+        writer.add_split("train", range(4))
+    folders = f"--dataset={tmp_path / 'x'}", f"--output={tmp_path / 'half'}"
+    run("scripts.make_half_labelled", *folders, *flags)
+    (source,) = mixed(Dataset.open(tmp_path / "half")).label_sources
+    note = "" if lacking else " (note: nothing there says what is not on a photo)"
+    assert labelled_classes(source, CLASSES).endswith(
+        "2 photos, 1 classes are verified on 2 of them, on none: cat, bird; "
+        f"{lacking} verified absent on {lacking}{note}"
+    )
+
+
+def test_photos_whose_labels_are_of_all_of_them_are_not_cropped():
+    sources = SourceSettings(split="boxes"), SourceSettings(split="labels", annotations="labels")
+    message = "scale_jitter: found .* expected at most 1 with a source of annotations 'labels'"
+    with pytest.raises(UserError, match=message):
+        data_settings(sources=sources, scale_jitter=(0.8, 1.1))
 
 
 @pytest.mark.parametrize(
