@@ -14,6 +14,8 @@ also compiles the step for the slice and prints memory per device and headroom, 
 devices and compile time; it exits with status 1 when the program does not fit the device's memory.
 --search=batch finds the largest batch that does, by a few compilations; --save=FILE keeps the
 compiled program.
+
+The batch is the config's, divided by the devices, or --images_per_device of each.
 """
 
 import os
@@ -42,6 +44,7 @@ from common.training import distributed
 from common.training.compiling import compiling
 from common.training.optimizer import OptimizerSettings, make_optimizer, total_steps
 from common.training.pod import flops, roofline, topologies
+from common.training.pod.batch import images_of_device
 from common.training.pod.places import Place, find_place
 from common.training.pod.plan_report import print_report
 from common.training.pod.saved import save_program
@@ -299,7 +302,8 @@ def define_flags() -> None:
     flags.DEFINE_string("slice", "v3-512", text)
     flags.DEFINE_bool("compile", True, "Also compile the program, which takes minutes.")
     flags.DEFINE_integer("num_classes", 500, "Classes of the data set.")
-    flags.DEFINE_integer("images_per_device", 2, "Images (or crops) of one device.")
+    text = "Images (or crops) of one device. Default: its share of config.data.batch_size, else 2."
+    flags.DEFINE_integer("images_per_device", None, text, lower_bound=1)
     text = "Finds the largest number of images of a device that fits, from --images_per_device on."
     flags.DEFINE_enum("search", None, ["batch"], text)
     flags.DEFINE_string("save", None, "Also write the compiled program here, local or gs://.")
@@ -332,7 +336,11 @@ def main() -> None:
     where = find_place(values.slice)
     if values.compile:
         topologies.topology(where)  # refused before anything is traced
-    config, images, labels_only = values.config, values.images_per_device, values.labels_only
+    config, labels_only = values.config, values.labels_only
+    asked = values.images_per_device
+    images, note = images_of_device(config.data.batch_size, where.devices, asked)
+    if note and not values.search:
+        print(note)
     step: CompiledStep | None = None
     tried: list[dict[str, Any]] = []
     if values.search:

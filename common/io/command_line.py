@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from common.io.errors import UserError
+from common.io.home import expand_home
 
 _HELP = re.compile(r"--?(h|help|helpshort)$")
 _OVERRIDE = re.compile(r"--(?:no)?config\.([^=]+)(?:=.*)?$", re.DOTALL)
@@ -27,22 +29,44 @@ _CONFIG_OF_WORKDIR = _ROOT / "configs" / "of_workdir.py"
 _WIDTH = 100
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], *, may_wait: bool = True) -> list[str]:
     """Parses a command line into `flags.FLAGS`; returns the arguments that are no flags.
 
-    A command with an optional --config that is not given takes the one that lies in --workdir. Of a
-    config field that is given twice, the last value counts.
+    A command with an optional --config that is not given takes the one that lies in --workdir; with
+    --watch it waits for a training to put it there. Of a config field that is given twice, the
+    last value counts.
+
+    Args:
+      argv: the command and its arguments.
+      may_wait: False: what a config that is still to come has for fields is not looked at.
 
     Raises:
       UserError: whatever is wrong with it, in one line.
     """
-    arguments = _last_overrides(_with_config_of_workdir(list(argv)))
+    arguments = _last_overrides(list(argv))
+    path = _config_of_workdir(arguments)
+    found = path and _exists(path)
+    if path and not found and "watch" in flags.FLAGS:
+        rest = _parsed([text for text in arguments if not _OVERRIDE.match(text)])
+        if flags.FLAGS.watch:
+            if not may_wait:
+                return rest
+            _wait_for_training(path)
+            found = True
+        flags.FLAGS.unparse_flags()
+    if found:
+        workdir = path.removesuffix("/config.json")
+        arguments.insert(1, f"--config={_CONFIG_OF_WORKDIR}:{workdir}")
     config = _value_of("config", arguments)
     overrides = [match[1] for match in map(_OVERRIDE.match, arguments) if match]
     if "config" in flags.FLAGS and config:
         _check_fields(load_config(config), overrides, config)
     elif "config" in flags.FLAGS and overrides:
         raise UserError(f"--config: missing, the file whose field {overrides[0]} is to be changed")
+    return _parsed(arguments)
+
+
+def _parsed(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
@@ -78,19 +102,35 @@ def help_text(module: str, doc: str, names: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def _with_config_of_workdir(arguments: list[str]) -> list[str]:
+def _config_of_workdir(arguments: Sequence[str]) -> str:
+    """Where the config lies of a command line that names none; '' where that is not asked for."""
     if "config" not in flags.FLAGS or "workdir" not in flags.FLAGS:
-        return arguments
+        return ""
     required = any("config" in names for names in _required_flags())
-    workdir = _value_of("workdir", arguments)
+    workdir = expand_home(_value_of("workdir", arguments))
     if required or not workdir or _value_of("config", arguments):
-        return arguments
+        return ""
+    return f"{workdir}/config.json"
+
+
+def _exists(path: str) -> bool:
     from common.io.paths import is_remote, to_epath  # not before a flag is known to need it
 
-    path = f"{workdir}/config.json"
-    if not (to_epath(path).exists() if is_remote(path) else os.path.exists(path)):
-        return arguments
-    return [arguments[0], f"--config={_CONFIG_OF_WORKDIR}:{workdir}", *arguments[1:]]
+    return to_epath(path).exists() if is_remote(path) else os.path.exists(path)
+
+
+def _wait_for_training(path: str) -> None:
+    """Waits until a training has written its config, as the flags of --watch say.
+
+    Raises:
+      UserError: not within --timeout.
+    """
+    timeout, since = flags.FLAGS.timeout, time.monotonic()
+    print(f"{path}: waiting for the training to begin", flush=True)
+    while not _exists(path):
+        if timeout and time.monotonic() - since > timeout:
+            raise UserError(f"{path}: no such file within {timeout:g} s")
+        time.sleep(flags.FLAGS.poll_seconds)
 
 
 def _required_flags() -> Iterable[Sequence[str]]:

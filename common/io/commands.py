@@ -44,16 +44,22 @@ def run_main(main: Callable[..., int | None], actions: Sequence[str] = ()) -> No
         except (UserError, OSError, RecursionError, MemoryError) as error:
             return _refuse(error)
         except KeyboardInterrupt:
-            try_to_say("interrupted")
-            return 128 + signal.SIGINT
+            return _interrupted()
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             return parse_flags(argv)
         except UserError as error:
             sys.exit(_refuse(error))
+        except KeyboardInterrupt:  # while it waited for a config
+            sys.exit(_interrupted())
 
     app.run(guarded, flags_parser=parse)
+
+
+def _interrupted() -> int:
+    try_to_say("interrupted")
+    return 128 + signal.SIGINT
 
 
 def _refuse(error: BaseException) -> int:

@@ -53,7 +53,7 @@ def answer(package: str) -> None:
         print(help_text(module, ast.get_docstring(tree) or "", own))
         sys.exit(0)
     try:
-        parse_flags([str(path), *sys.argv[1:]])
+        parse_flags([str(path), *sys.argv[1:]], may_wait=False)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

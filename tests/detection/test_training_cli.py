@@ -141,9 +141,10 @@ def test_sigterm_to_one_of_two_saves_and_two_devices_go_on(dataset, on_four_devi
 
 
 def test_a_watcher_beside_a_training_scores_each_checkpoint_once(dataset, tmp_path):
-    """It is killed in between; the best checkpoint outlives the training's retention."""
+    """Begun first, without a config, and killed; the best checkpoint outlives the retention."""
     workdir = tmp_path / "run"
-    watching = [*flags(dataset, workdir), "--watch", "--poll_seconds=0.1", "--export=best"]
+    watching = [f"--workdir={workdir}", f"--config.data.dir={dataset}"]
+    watching += ["--watch", "--poll_seconds=0.1", "--export=best"]
     scored = workdir / "watch" / "validation" / "metrics.jsonl"
     watcher = start("detection.evaluate", *watching)
     training = start("detection.train", *flags(dataset, workdir))

@@ -102,6 +102,7 @@ def test_a_plan_without_a_compiler(tmp_path):
     )
     assert 0 < report["mfu"][0] < report["mfu"][1] < 1
     assert "chip-hours, cost" in output and "images/s a host" in output
+    assert "batch of 64, 2 a device; config.data.batch_size is 4" in output
 
 
 @pytest.mark.parametrize("flag", ["--search=batch", "--save=program.zip"])
@@ -145,7 +146,7 @@ def test_a_program_is_saved_for_its_slice_alone(tmp_path):
     output = run(
         "scripts.plan_pod",
         *("--config=tests/tiny.py", "--config.optimizer.reduce_dtype=bfloat16", "--slice=v5e-4"),
-        *("--num_classes=3", f"--save={path}", f"--json={report_file}"),
+        *("--num_classes=3", "--images_per_device=2", f"--save={path}", f"--json={report_file}"),
     )
     assert f"program in {path}" in output
     report = json.loads(report_file.read_text())

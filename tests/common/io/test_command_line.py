@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -53,11 +54,13 @@ def parse(monkeypatch):
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
 
-    def parse(*arguments: str, **required: bool):
+    def parse(*arguments: str, watches: bool = False, may_wait: bool = True, **required: bool):
         forget()
         run_flags.define_flags(**required)
+        if watches:
+            run_flags.define_watch_flags()
         monkeypatch.setattr(sys, "argv", ["command", *arguments])  # read by ml_collections, too
-        return flags.FLAGS, command_line.parse_flags(["command", *arguments])
+        return flags.FLAGS, command_line.parse_flags(["command", *arguments], may_wait=may_wait)
 
     yield parse
     forget()
@@ -135,6 +138,34 @@ def test_without_config_that_of_the_work_directory_is_taken(parse, tmp_path):
     assert values.config.data.flip is True and values.config.model.backbone == "resnet50"
     values, _ = parse("--workdir=nowhere", config_required=False)
     assert values.config is None
+
+
+def test_a_watcher_waits_for_the_config_of_its_training(parse, tmp_path):
+    run = tmp_path / "run"
+    arguments = (f"--workdir={run}", "--config.data.dir=dataset", "--poll_seconds=0.01", "--watch")
+    options = dict(watches=True, config_required=False)
+
+    def begin_training() -> None:
+        run.mkdir()
+        (run / "new").write_text(json.dumps({"data": {"dir": "elsewhere", "canvas": [64, 96]}}))
+        (run / "new").rename(run / "config.json")
+
+    # What is wrong with its flags is said at once; a field, when there is a config.
+    _, rest = parse(*arguments, may_wait=False, **options)
+    assert rest == ["command"]
+    with pytest.raises(UserError, match="--splt: no such flag"):
+        parse(*arguments, "--splt=x", **options)
+    with pytest.raises(UserError, match=r"run/config\.json: no such file within 0\.02 s"):
+        parse(*arguments, "--timeout=0.02", **options)
+    with pytest.raises(UserError, match="--config: missing"):
+        parse(*arguments[:-1], **options)
+    training = threading.Timer(0.2, begin_training)
+    training.start()
+    values, _ = parse(*arguments, **options)
+    training.join()
+    assert (values.config.data.dir, values.config.data.canvas) == ("dataset", (64, 96))
+    with pytest.raises(UserError, match=r"--config\.data\.dr: no such field"):
+        parse(*arguments, "--config.data.dr=x", **options)
 
 
 @pytest.mark.parametrize(
