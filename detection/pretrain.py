@@ -12,7 +12,7 @@ detectors take as --config.model.pretrained.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,16 @@ from jax.sharding import Mesh
 from common.data.labelled_batches import eval_batches, train_batches
 from common.data.labelled_images import LabelledImages, open_images
 from common.data.settings import LabelledDataSettings
-from common.io import activity, run_flags
+from common.io import run_flags
 from common.io.commands import run_main
 from common.io.errors import UserError
-from common.io.progress import Progress
 from common.metrics.ranking import class_average_precisions
 from common.nn.weights.backbone_weights import save_backbone_weights
-from common.training import command, distributed, hardware, preemption
+from common.training import command, distributed, hardware
 from common.training.compiling import announced, compiled_together
-from common.training.goodput import Goodput
-from common.training.optimizer import make_optimizer, make_schedule, total_steps
+from common.training.loop import Evaluation, Steps, train_loop
+from common.training.optimizer import make_optimizer, make_schedule, total_steps, warmup_note
 from common.training.preemption import stoppable
-from common.training.profiling import Profiler
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import (
@@ -47,7 +45,7 @@ from common.training.step import (
     scheduled,
     variable_shapes,
 )
-from common.training.watchdog import MetricsCheck, StallWatchdog
+from common.training.watchdog import MetricsCheck
 from detection.models.classifier import Classifier
 from detection.models.settings import ClassifierSettings
 from detection.settings import PretrainSettings, read_pretrain
@@ -95,6 +93,8 @@ def pretrain_in(
         flush=True,
     )
 
+    if note := warmup_note(settings.optimizer, steps_per_epoch):
+        say(note, flush=True)
     if train_images.verified:
         say(f"labels: {without_photos(train_images)}", flush=True)
 
@@ -128,7 +128,6 @@ def pretrain_in(
     compiled = scheduled(compiled_together(jitted), schedule, mesh)
     train_step = announced(compiled, "training step", say)
     predict = announced(jax.jit(make_predict_step(model, mesh)), "evaluation step", say)
-    fields = first_batch.keys()
     batches = train_batches(
         train_images,
         settings.data,
@@ -138,93 +137,47 @@ def pretrain_in(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    extra = {
-        "steps_per_epoch": steps_per_epoch,
-        "batch_size": batch_size,
-        "config": settings.name,
-        "parts": mesh.size * accumulate,
-        "num_steps": num_steps,
-    }
-    progress = Progress(
-        num_steps,
-        batch_size,
-        mesh.size,
-        steps_per_epoch=steps_per_epoch,
-        peak_flops=hardware.peak_flops(mesh.devices.flat[0].device_kind),
+
+    def measure(step: int, variables: dict, log: RunMetrics) -> dict[str, float]:
+        where = f"on {len(eval_images)} images after step {step}"
+        if eval_images.verified:
+            precisions, always = class_precisions(variables, eval_images, settings, predict, mesh)
+            mean = float(np.mean(list(precisions.values()))) if precisions else math.nan
+            without = f", without {always} that no photo is known to lack," if always else ""
+            say(f"mAP {mean:.4f} of {len(precisions)} classes{without} {where}", flush=True)
+            return {MEAN_AP: mean} | {f"AP/{name}": ap for name, ap in precisions.items()}
+        top1 = top1_accuracy(variables, eval_images, settings, predict, mesh)
+        say(f"top-1 {top1:.4f} {where}", flush=True)
+        return {TOP1: top1}
+
+    evaluation = Evaluation(
+        settings.data.eval_split,
+        measure,
+        lambda step: settings.evaluation.is_due(step, steps_per_epoch, num_steps),
+        at_end=settings.evaluation.is_on,
     )
-    step = start_step
-    check = MetricsCheck(train_images.name)
-
-    def save_stopped() -> None:
-        if step > start_step:
-            check.latest()  # nothing that is not finite is kept
-        checkpoints.save(step, state, extra, wait=True)
-
-    with (
-        RunMetrics(workdir, start_step) as log,
-        Goodput(workdir, start_step) as goodput,
-        Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
-        StallWatchdog.of(settings.log),
-        preemption.saving(save_stopped),
-        checkpoints,  # an error in the loop does not lose the one that is being written
-    ):
-
-        def measure(step: int, variables: dict) -> dict[str, float]:
-            where = f"on {len(eval_images)} images after step {step}"
-            if eval_images.verified:
-                precisions, always = class_precisions(
-                    variables, eval_images, settings, predict, mesh
-                )
-                mean = float(np.mean(list(precisions.values()))) if precisions else math.nan
-                without = f", without {always} that no photo is known to lack," if always else ""
-                say(f"mAP {mean:.4f} of {len(precisions)} classes{without} {where}", flush=True)
-                return {MEAN_AP: mean} | {f"AP/{name}": ap for name, ap in precisions.items()}
-            top1 = top1_accuracy(variables, eval_images, settings, predict, mesh)
-            say(f"top-1 {top1:.4f} {where}", flush=True)
-            return {TOP1: top1}
-
-        def evaluate(step: int, variables: dict) -> dict[str, float]:
-            run = functools.partial(measure, step, variables)
-            with progress.pause(activity.EVALUATION):
-                return log.evaluated(step, settings.data.eval_split, run)
-
-        every = steps_per_epoch * settings.evaluation.every_epochs
-        if every and start_step and start_step % every == 0 and start_step != num_steps:
-            evaluate(start_step, state.variables)  # unless it was made before the run stopped
-        for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
-            on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
-            profiler.before(step)
-            state, metrics = train_step(state, on_devices)
-            profiler.after(step, metrics)
-            progress.step_done(step, step_flops(state, on_devices))
-            check.one_behind(step, metrics, batch["image_index"])
-
-            if settings.log.is_due(step, start_step + 1, num_steps):
-                figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
-                figures |= hardware.device_memory(mesh)
-                say(progress.line(step, figures) + distributed.slowest(), flush=True)
-                log.write(step, figures | progress.rates(step))
-                goodput.write(step)
-                checkpoints.check()
-
-            if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
-                check.latest()  # nothing that is not finite is kept
-                with progress.pause(activity.CHECKPOINT):
-                    checkpoints.save(step, state, extra)
-
-            if every and step % every == 0 and step != num_steps:
-                evaluate(step, state.variables)
-            preemption.passes()
-
-        with progress.pause(activity.CHECKPOINT):
-            checkpoints.close()
-        figure = MEAN_AP if eval_images.verified else TOP1
-        result = evaluate(num_steps, state.variables).get(figure, math.nan)
+    state, figures = train_loop(
+        workdir,
+        settings,
+        Steps(start_step, num_steps, steps_per_epoch, batch_size),
+        state,
+        train_step=train_step,
+        step_flops=step_flops,
+        learning_rate=schedule,
+        batches=batches,
+        fields=lambda step: first_batch,
+        check=MetricsCheck(train_images.name),
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        parts=mesh.size * accumulate,
+        mesh=mesh,
+        say=say,
+    )
     if distributed.is_main_process():
         path = workdir / WEIGHTS
         write_backbone(path, state, settings)
         say(f"wrote {path} (config.model.pretrained of a detector)", flush=True)
-    return result
+    return figures.get(MEAN_AP if eval_images.verified else TOP1, math.nan)
 
 
 def open_splits(data: LabelledDataSettings) -> tuple[LabelledImages, LabelledImages]:
@@ -291,17 +244,9 @@ def top1_accuracy(
     mesh: Mesh,
 ) -> float:
     """Share of `images` whose highest logit is that of their class; collective."""
-    batches = eval_batches(
-        images,
-        settings.data,
-        batch_size=settings.evaluation.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     correct = jnp.zeros((), jnp.int32)
-    for batch in stoppable(batches):
-        del batch["image_index"]
-        correct += jnp.sum(predict(variables, distributed.to_global(batch, mesh))["correct"])
+    for batch in eval_on_devices(images, settings, mesh):
+        correct += jnp.sum(predict(variables, batch)["correct"])
     return int(correct) / len(images)
 
 
@@ -314,20 +259,11 @@ def class_precisions(
 ) -> tuple[dict[str, float], int]:
     """Average precision of each class that some photo shows and some photo lacks, by name, and how
     many classes some show and none is known to lack; collective."""
-    batches = eval_batches(
-        images,
-        settings.data,
-        batch_size=settings.evaluation.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     everywhere = jax.jit(lambda tree: tree, out_shardings=distributed.replicated(mesh))
     scores, labels = [], []
-    for batch in stoppable(batches):
-        del batch["image_index"]
-        on_devices = distributed.to_global(batch, mesh)
-        found = predict(variables, on_devices)["scores"]
-        whole = everywhere((found, on_devices["labels"], on_devices["image_valid"]))
+    for batch in eval_on_devices(images, settings, mesh):
+        found = predict(variables, batch)["scores"]
+        whole = everywhere((found, batch["labels"], batch["image_valid"]))
         found, known, valid = distributed.to_host(whole)
         scores.append(found[valid])
         labels.append(known[valid])
@@ -336,6 +272,21 @@ def class_precisions(
     always = int(np.count_nonzero((known > 0).any(axis=0) & ~(known < 0).any(axis=0)))
     names = zip(images.class_names, values.tolist(), strict=True)
     return {name: value for name, value in names if not math.isnan(value)}, always
+
+
+def eval_on_devices(
+    images: LabelledImages, settings: PretrainSettings, mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches of all images, once each."""
+    batches = eval_batches(
+        images,
+        settings.data,
+        batch_size=settings.evaluation.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch in stoppable(batches):
+        yield distributed.to_global(batch, mesh, batch.keys() - {"image_index"})
 
 
 def write_backbone(path: epath.Path, state: TrainState, settings: PretrainSettings) -> None:

@@ -22,34 +22,21 @@ from detection.tta.settings import ViewSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """How a detector is scored.
+class PretrainEvaluationSettings:
+    """When a training measures its state.
 
     Attributes:
       batch_size: images of all devices together; rounded up to a multiple of the devices.
       every_epochs: of a training; 0: only at the end; -1: never.
-      metric: official metric of the figures, of boxes or of masks.
-      mask_threshold: probability that a pixel of a mask must exceed, in export too.
-      expand_predictions: copies detections to parent classes first (paper section 1).
-      proposals: of a refiner: the detections table that is refined and scored.
-      num_pictures: photos whose detections a training shows in TensorBoard; 0: none.
     """
 
     batch_size: int
     every_epochs: int
-    metric: Metric
-    mask_threshold: float
-    expand_predictions: bool
-    proposals: str
-    num_pictures: int
 
     def __post_init__(self):
         check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         expected = "-1 (never), 0 (at the end) or more"
         check(self.every_epochs >= -1, "every_epochs", self.every_epochs, expected)
-        check(self.num_pictures >= 0, "num_pictures", self.num_pictures, "0 (none) or more")
-        threshold = self.mask_threshold
-        check(0 <= threshold < 1, "mask_threshold", threshold, "a number in [0, 1)")
 
     @property
     def is_on(self) -> bool:
@@ -60,6 +47,31 @@ class EvaluationSettings:
         """Whether the state after `step` is evaluated before the training goes on."""
         every = self.every_epochs * steps_per_epoch
         return every > 0 and 0 < step < num_steps and step % every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings(PretrainEvaluationSettings):
+    """How a detector is scored, and when.
+
+    Attributes:
+      metric: official metric of the figures, of boxes or of masks.
+      mask_threshold: probability that a pixel of a mask must exceed, in export too.
+      expand_predictions: copies detections to parent classes first (paper section 1).
+      proposals: of a refiner: the detections table that is refined and scored.
+      num_pictures: photos whose detections a training shows in TensorBoard; 0: none.
+    """
+
+    metric: Metric
+    mask_threshold: float
+    expand_predictions: bool
+    proposals: str
+    num_pictures: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.num_pictures >= 0, "num_pictures", self.num_pictures, "0 (none) or more")
+        threshold = self.mask_threshold
+        check(0 <= threshold < 1, "mask_threshold", threshold, "a number in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +154,6 @@ def read_run(config: ConfigDict) -> RunSettings:
       UserError: a field that is missing, unknown, of the wrong type or out of range, by its name.
     """
     return read_settings(RunSettings, config)
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainEvaluationSettings:
-    """When top-1 accuracy is measured: see `EvaluationSettings`."""
-
-    batch_size: int
-    every_epochs: int
-
-    def __post_init__(self):
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        check(self.every_epochs >= 0, "every_epochs", self.every_epochs, "0 (at the end) or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,11 @@ from common.data.frequencies import class_frequencies
 from common.data.input import train_batches
 from common.data.plans.class_index import labelled_classes
 from common.data.plans.plan import ignored_flags, train_plan
-from common.io import activity, run_flags
+from common.io import run_flags
 from common.io.commands import run_main
-from common.io.progress import Progress
 from common.nn.weights.backbone_weights import load_backbone_weights
 from common.tables.hierarchy import ancestor_lists
-from common.training import command, distributed, hardware, preemption
+from common.training import command, distributed, hardware
 from common.training.compiling import (
     announce_canvases,
     announced,
@@ -33,7 +32,7 @@ from common.training.compiling import (
     compiled_together,
 )
 from common.training.distributed import DATA_AXIS
-from common.training.goodput import Goodput
+from common.training.loop import Evaluation, Steps, train_loop
 from common.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -41,11 +40,10 @@ from common.training.optimizer import (
     trained_mask,
     warmup_note,
 )
-from common.training.profiling import Profiler
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import TrainState, init_state, jit_train_step, scheduled, variable_shapes
-from common.training.watchdog import MetricsCheck, StallWatchdog
+from common.training.watchdog import MetricsCheck
 from common.training.workdir import keep_classes
 from detection.batch_fields import init_shapes, program_shapes
 from detection.evaluate import check_evaluation, evaluate_variables, evaluation_pictures
@@ -178,84 +176,40 @@ def train_in(
         process_count=jax.process_count(),
         proposals=proposals,
     )
-    extra = {
-        "steps_per_epoch": steps_per_epoch,
-        "batch_size": batch_size,
-        "config": settings.name,
-        "parts": mesh.size * accumulate,
-        "num_steps": num_steps,
-    }
-    progress = Progress(
-        num_steps,
-        batch_size,
-        mesh.size,
-        steps_per_epoch=steps_per_epoch,
-        peak_flops=hardware.peak_flops(mesh.devices.flat[0].device_kind),
+
+    def measure(step: int, variables: dict, log: RunMetrics) -> dict[str, float]:
+        folder = workdir / "evaluation" / f"{step}"
+        figures = evaluate_variables(
+            settings, model, dataset, mesh, variables, step, folder, say=say
+        )
+        if figures and settings.evaluation.num_pictures:
+            log.pictures(step, lambda: evaluation_pictures(settings, dataset, folder))
+        return figures
+
+    evaluation = Evaluation(
+        f"{settings.data.eval_split} {settings.evaluation.metric}",
+        measure,
+        lambda step: settings.evaluation.is_due(step, steps_per_epoch, num_steps),
+        at_end=settings.evaluation.is_on,
     )
-    step = start_step
-    check = MetricsCheck(plan.image_name)
-
-    def save_stopped() -> None:
-        if step > start_step:
-            check.latest()  # nothing that is not finite is kept
-        checkpoints.save(step, state, extra, wait=True)
-
-    with (
-        RunMetrics(workdir, start_step) as log,
-        Goodput(workdir, start_step) as goodput,
-        Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
-        StallWatchdog.of(settings.log),
-        preemption.saving(save_stopped),
-        checkpoints,  # an error in the loop does not lose the one that is being written
-    ):
-
-        def evaluate(step: int, variables: dict) -> dict[str, float]:
-            folder = workdir / "evaluation" / f"{step}"
-            arguments = (settings, model, dataset, mesh, variables, step, folder)
-
-            def run() -> dict[str, float]:
-                figures = evaluate_variables(*arguments, say=say)
-                if figures and settings.evaluation.num_pictures:
-                    log.pictures(step, lambda: evaluation_pictures(settings, dataset, folder))
-                return figures
-
-            what = f"{settings.data.eval_split} {settings.evaluation.metric}"
-            with progress.pause(activity.EVALUATION):
-                return log.evaluated(step, what, run)
-
-        if settings.evaluation.is_due(start_step, steps_per_epoch, num_steps):
-            evaluate(start_step, state.variables)  # unless it was made before the run stopped
-        for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
-            fields = label_fields if plan.labels_only(step - 1) else box_fields
-            on_devices = distributed.to_global({name: batch[name] for name in fields}, mesh)
-            profiler.before(step)
-            state, metrics = train_step(state, on_devices)
-            profiler.after(step, metrics)
-            progress.step_done(step, step_flops(state, on_devices))
-            check.one_behind(step, metrics, batch["image_index"])
-
-            if settings.log.is_due(step, start_step + 1, num_steps):
-                figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
-                figures |= hardware.device_memory(mesh)
-                say(progress.line(step, figures) + distributed.slowest(), flush=True)
-                log.write(step, figures | progress.rates(step))
-                goodput.write(step)
-                checkpoints.check()
-
-            if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
-                check.latest()  # nothing that is not finite is kept
-                with progress.pause(activity.CHECKPOINT):
-                    checkpoints.save(step, state, extra)
-
-            if settings.evaluation.is_due(step, steps_per_epoch, num_steps):
-                evaluate(step, state.variables)
-            preemption.passes()
-
-        with progress.pause(activity.CHECKPOINT):
-            checkpoints.close()
-        if batches.left_out:
-            say(f"data: {batches.left_out}", flush=True)
-        return evaluate(num_steps, state.variables) if settings.evaluation.is_on else {}
+    _, figures = train_loop(
+        workdir,
+        settings,
+        Steps(start_step, num_steps, steps_per_epoch, batch_size),
+        state,
+        train_step=train_step,
+        step_flops=step_flops,
+        learning_rate=schedule,
+        batches=batches,
+        fields=lambda step: label_fields if plan.labels_only(step) else box_fields,
+        check=MetricsCheck(plan.image_name),
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        parts=mesh.size * accumulate,
+        mesh=mesh,
+        say=say,
+    )
+    return figures
 
 
 def with_pretrained_backbone(state: TrainState, path: str, mesh, say) -> TrainState:

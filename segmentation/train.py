@@ -17,14 +17,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common.data.dataset import Dataset
-from common.io import activity, run_flags
+from common.io import run_flags
 from common.io.commands import run_main
-from common.io.progress import Progress
 from common.nn.layers import norm
-from common.training import command, distributed, hardware, preemption
+from common.training import command, hardware
 from common.training.compiling import announce_canvases, announced, compiled_together
 from common.training.distributed import DATA_AXIS
-from common.training.goodput import Goodput
+from common.training.loop import Evaluation, Steps, train_loop
 from common.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -32,11 +31,10 @@ from common.training.optimizer import (
     trained_mask,
     warmup_note,
 )
-from common.training.profiling import Profiler
 from common.training.restore import choose_parts, first_state, open_checkpoints
 from common.training.run_metrics import RunMetrics, log_parameter_overview
 from common.training.step import init_state, jit_train_step, scheduled, variable_shapes
-from common.training.watchdog import MetricsCheck, StallWatchdog
+from common.training.watchdog import MetricsCheck
 from common.training.workdir import keep_classes
 from segmentation.batch_fields import init_shapes
 from segmentation.crops.batches import train_batches
@@ -136,76 +134,36 @@ def train_in(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    extra = {
-        "steps_per_epoch": steps_per_epoch,
-        "batch_size": settings.data.batch_size,
-        "config": settings.name,
-        "parts": mesh.size * accumulate,
-        "num_steps": num_steps,
-    }
-    progress = Progress(
-        num_steps,
-        settings.data.batch_size,
-        mesh.size,
-        steps_per_epoch=steps_per_epoch,
-        peak_flops=hardware.peak_flops(mesh.devices.flat[0].device_kind),
+
+    def measure(step: int, variables: dict, log: RunMetrics) -> dict[str, float]:
+        folder = workdir / "evaluation" / f"{step}"
+        return evaluate_variables(settings, model, dataset, mesh, variables, step, folder, say=say)
+
+    evaluation = Evaluation(
+        f"{settings.data.eval_split} masks",
+        measure,
+        lambda step: settings.evaluation.is_due(step, num_steps),
+        at_end=settings.evaluation.is_on,
     )
-    step = start_step
-    check = MetricsCheck(functools.partial(instance_name, dataset))
-
-    def save_stopped() -> None:
-        if step > start_step:
-            check.latest()  # nothing that is not finite is kept
-        checkpoints.save(step, state, extra, wait=True)
-
-    with (
-        RunMetrics(workdir, start_step) as log,
-        Goodput(workdir, start_step) as goodput,
-        Profiler(workdir / "profile", settings.log.profile_steps, say) as profiler,
-        StallWatchdog.of(settings.log),
-        preemption.saving(save_stopped),
-        checkpoints,  # an error in the loop does not lose the one that is being written
-    ):
-
-        def evaluate(step: int, variables: dict) -> dict[str, float]:
-            folder = workdir / "evaluation" / f"{step}"
-            arguments = (settings, model, dataset, mesh, variables, step, folder)
-            run = functools.partial(evaluate_variables, *arguments, say=say)
-            with progress.pause(activity.EVALUATION):
-                return log.evaluated(step, f"{settings.data.eval_split} masks", run)
-
-        if settings.evaluation.is_due(start_step, num_steps):
-            evaluate(start_step, state.variables)  # unless it was made before the run stopped
-        for step, batch in enumerate(progress.timed(batches), start=start_step + 1):
-            on_devices = distributed.to_global(batch, mesh, fields)
-            profiler.before(step)
-            state, metrics = train_step(state, on_devices)
-            profiler.after(step, metrics)
-            progress.step_done(step, step_flops(state, on_devices))
-            check.one_behind(step, metrics, batch["instance_index"])
-
-            if settings.log.is_due(step, start_step + 1, num_steps):
-                figures = check.latest() | {"learning_rate": float(schedule(step - 1))}
-                figures |= hardware.device_memory(mesh)
-                say(progress.line(step, figures) + distributed.slowest(), flush=True)
-                log.write(step, figures | progress.rates(step))
-                goodput.write(step)
-                checkpoints.check()
-
-            if settings.checkpoint.is_due(step, steps_per_epoch, num_steps):
-                check.latest()  # nothing that is not finite is kept
-                with progress.pause(activity.CHECKPOINT):
-                    checkpoints.save(step, state, extra)
-
-            if settings.evaluation.is_due(step, num_steps):
-                evaluate(step, state.variables)
-            preemption.passes()
-
-        with progress.pause(activity.CHECKPOINT):
-            checkpoints.close()
-        if batches.skipped_images:
-            say(f"data: {batches.skipped_images} unreadable photos or masks skipped", flush=True)
-        return evaluate(num_steps, state.variables) if settings.evaluation.is_on else {}
+    _, figures = train_loop(
+        workdir,
+        settings,
+        Steps(start_step, num_steps, steps_per_epoch, settings.data.batch_size),
+        state,
+        train_step=train_step,
+        step_flops=step_flops,
+        learning_rate=schedule,
+        batches=batches,
+        fields=lambda step: fields,
+        check=MetricsCheck(functools.partial(instance_name, dataset)),
+        index="instance_index",
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        parts=mesh.size * accumulate,
+        mesh=mesh,
+        say=say,
+    )
+    return figures
 
 
 def instance_name(dataset: Dataset, row: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.data import remote
 from common.data.photo_errors import PhotoErrors
 from common.data.workers.blocks import Block, Blocks, Fields, Layout
 from common.data.workers.pool import Workers, worker_count
@@ -161,6 +162,7 @@ class Batches(Iterator[Example]):
         """
         self.num_batches = len(numbers) // batch_size
         self._photo_errors = loader.photo_errors
+        self._repeated_before = remote.repeated.count
         starts = range(numbers.start, numbers.start + self.num_batches * batch_size, batch_size)
         self._examples = stack_examples(
             loader,
@@ -175,6 +177,19 @@ class Batches(Iterator[Example]):
     def skipped_images(self) -> int:
         """Photos left out so far because they cannot be read (those loaded ahead too)."""
         return self._photo_errors.skipped
+
+    @property
+    def left_out(self) -> str:
+        """What was left out or read again so far, in words; '' if nothing was."""
+        counts = self.counts().items()
+        return ", ".join(f"{count} {what}" for what, count in counts if count)
+
+    def counts(self) -> dict[str, int]:
+        """What `left_out` tells."""
+        return {
+            "reads from remote storage repeated": remote.repeated.count - self._repeated_before,
+            "unreadable photos skipped": self.skipped_images,
+        }
 
     def __next__(self) -> Example:
         return next(self._examples)

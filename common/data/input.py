@@ -43,7 +43,6 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int64
 
-from common.data import remote
 from common.data.augmentation import ElaborateAugmentation
 from common.data.batches import Batches, StepMemo, generator, local_batch
 from common.data.canvases import Canvas, is_portrait, orientations
@@ -70,7 +69,6 @@ class PhotoBatches(Batches):
         settings: DataSettings,
     ):
         self._loader = loader
-        self._repeated_before = remote.repeated.count
         super().__init__(
             loader,
             slot,
@@ -96,17 +94,12 @@ class PhotoBatches(Batches):
         """Masks left out so far because they cannot be read (those loaded ahead too)."""
         return 0 if self._loader.masks is None else self._loader.masks.errors.skipped
 
-    @property
-    def left_out(self) -> str:
-        """What was left out so far, in words; '' if nothing was."""
-        counts = {
-            "reads from remote storage repeated": remote.repeated.count - self._repeated_before,
-            "unreadable photos skipped": self.skipped_images,
+    def counts(self) -> dict[str, int]:
+        return super().counts() | {
             "unreadable masks skipped": self.skipped_masks,
             "boxes beyond config.data.max_boxes ignored": self.dropped_boxes,
             "ignore boxes beyond config.data.max_ignore": self.dropped_ignore_boxes,
         }
-        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def train_batches(
