@@ -15,7 +15,7 @@ from common.training import distributed
 from detection.evaluate import evaluate_variables
 from detection.models.settings import ModelSettings
 from detection.settings import read_run
-from detection.tta import blocks, test_time
+from detection.tta import photo_blocks, test_time
 from tests import tiny
 
 BOXES = [(0.1, 0.2, 0.4, 0.6), (0.5, 0.5, 0.9, 0.75), (0.0, 0.3, 0.3, 1.0)]
@@ -174,7 +174,7 @@ def test_one_view_on_the_same_canvas_is_the_plain_export(dataset, tmp_path):
     [(4, 9, [4]), (4, 3, [2, 2]), (4, 0, [1] * 4), (6, 4, [3, 3]), (1, 5, [1])],
 )
 def test_large_canvases_take_fewer_photos_at_a_time(count, limit, sizes):
-    rows = blocks.batch_rows(count, 3, limit)
+    rows = photo_blocks.batch_rows(count, 3, limit)
     assert [len(part) for part in rows] == [3 * size for size in sizes]
     assert sorted(np.concatenate(rows)) == list(range(3 * count))
     # Device d of a batch holds photos that it also has in the block.
