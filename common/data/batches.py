@@ -113,8 +113,9 @@ def stack_examples(
 
     with contextlib.ExitStack() as stack:
         load, threads = load_here, num_threads(threads, processes)
+        workers = None
         if processes > 1:
-            workers = stack.enter_context(contextlib.closing(Workers(loader, processes, threads)))
+            workers = Workers(loader, processes, threads)
             threads = workers.num_threads
 
             def load(task: tuple[_Batch, int, Any]) -> tuple[_Batch, int]:
@@ -124,7 +125,12 @@ def stack_examples(
                 workers.load(what, block, batch.size, place)
                 return batch, place
 
-        for batch, place in map_ordered(load, tasks(), threads=threads, ahead=ahead):
+        loaded = stack.enter_context(
+            contextlib.closing(map_ordered(load, tasks(), threads=threads, ahead=ahead))
+        )
+        if workers is not None:  # ended first: no thread then waits for them any more
+            stack.enter_context(contextlib.closing(workers))
+        for batch, place in loaded:
             if place == batch.size - 1:
                 for array in batch.arrays.values():
                     array.flags.writeable = False

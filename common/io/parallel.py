@@ -3,12 +3,16 @@
 import collections
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_LEAVE_SECONDS = 10.0  # that calls under way may take when nobody wants their results any more
 
 
 def usable_cores() -> int:
@@ -29,12 +33,13 @@ def map_ordered(
     *,
     threads: int = 0,
     ahead: int | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yields function(item) for each item, in order, computed in threads.
 
     Items are drawn in the caller's thread, as results are asked for. An exception of `function` is
     raised at the place of its result, one of `items` after the results of all items before it.
-    Closing the iterator early cancels the calls that have not begun and waits for the others.
+    Closing the iterator early cancels the calls that have not begun and waits for the others, but
+    not for long: one that hangs, as a read of a dead file system, keeps nobody from ending.
 
     Args:
       function: of one item; called from several threads.
@@ -45,7 +50,7 @@ def map_ordered(
     """
     threads = num_threads(threads)
     ahead = 2 * threads if ahead is None else ahead
-    pool = ThreadPoolExecutor(threads)
+    pool = _Threads(threads)
     pending: collections.deque[Future[Result]] = collections.deque()
     try:
         for call in _calls(pool, function, items):
@@ -55,11 +60,57 @@ def map_ordered(
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for call in pending:
+            call.cancel()
+        pool.leave()
+
+
+class _Threads:
+    """Threads that make calls. (Python would wait at its end for those of its own executor.)"""
+
+    def __init__(self, count: int):
+        """At most `count`, started as calls come."""
+        self._count = count
+        self._calls: queue.SimpleQueue[tuple[Future, Callable, Any] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+        future: Future[Result] = Future()
+        self._calls.put((future, function, item))
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._work, name="map", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return future
+
+    def leave(self) -> None:
+        """Ends the threads once the calls are made; after a while without those that hang."""
+        for _ in self._threads:
+            self._calls.put(None)
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            _make(*call)
+            del call  # or its result would stay in memory until the next one
+
+
+def _make(future: Future[Result], function: Callable[[Item], Result], item: Item) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function(item)
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # which this frame, and so the error, would hold
+    else:
+        future.set_result(result)
 
 
 def _calls(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
+    pool: _Threads, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Future[Result]]:
     """The call for each item; if `items` raises, the last call is one that failed so."""
     try:

@@ -1,5 +1,6 @@
 """Starts the worker processes of a loader, gives them slots, and ends them."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -8,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ from common.io.parallel import usable_cores
 _CORES = 4  # for which a process: eight would wait for the lock of their interpreter
 _MANY = 16  # cores from which more than one process is needed
 _WORTH = 4096  # examples for which starting processes pays
-_GRACE = 5.0  # seconds until a process that does not end is killed
+_GRACE = 5.0  # seconds until a process that does not end is killed, and then left alone
 # What the run answers to, which may be saving; its processes end with it.
 _UNSTOPPABLE = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 _MAIN = (
@@ -77,7 +80,8 @@ class Workers:
         self.num_threads, self.blocks = each * processes, Blocks()
         block, lengths, self._sinks = handover.pack(loader, [remote.repeated])
         order = {"path": sys.path, "lengths": lengths, "repeated": 0}
-        self._idle: queue.SimpleQueue[tuple[_Worker, socket.socket]] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[tuple[_Worker, socket.socket] | None] = queue.SimpleQueue()
+        self._closed, self._lock = False, threading.Lock()
         self._workers: list[_Worker] = []
         channels: list[list[socket.socket]] = []
         try:
@@ -98,35 +102,53 @@ class Workers:
         """Has the example of a slot written into a row of a batch, and waits for it.
 
         Raises:
-          UserError: the process has ended.
+          UserError: the process has ended, or `close` was called.
           Exception: what the loader raises.
         """
         message = pickle.dumps((slot, size, place, block.number, self.blocks.alive), 5)
-        worker, channel = self._idle.get()
+        if (idle := self._idle.get()) is None:
+            self._idle.put(None)  # for the next one that waits
+            raise UserError("the data workers have been ended")
+        worker, channel = idle
         try:
             wire.send(channel, message, block.fd)
             reply, _ = wire.receive(channel)
         except (EOFError, OSError) as error:
             raise UserError(_ending(worker)) from error
         finally:
-            self._idle.put((worker, channel))
+            self._give_back(worker, channel)
         notes, failure = pickle.loads(reply)
         replay(notes, self._sinks)
         if failure is not None:
             raise failure
 
+    def _give_back(self, worker: _Worker, channel: socket.socket) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.put((worker, channel))
+                return
+        channel.close()
+
     def close(self) -> None:
-        """Ends the processes."""
-        while not self._idle.empty():
-            self._idle.get()[1].close()
+        """Ends the processes, whatever they do; those who wait in `load` then get an error."""
+        with self._lock:
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while (idle := self._idle.get_nowait()) is not None:
+                idle[1].close()
+        self._idle.put(None)
         for worker in self._workers:
             worker.life.close()
+        deadline = time.monotonic() + _GRACE
         for worker in self._workers:
             try:
-                worker.process.wait(_GRACE)
+                worker.process.wait(max(deadline - time.monotonic(), 0.0))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
-                worker.process.wait()
+        for worker in self._workers:
+            # Not even KILL ends one at once whose read the kernel does not give up.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(deadline + _GRACE - time.monotonic(), 0.0))
 
 
 def _start(title: str, threads: int) -> tuple[_Worker, list[socket.socket]]:

@@ -1,6 +1,9 @@
 import itertools
+import subprocess
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -51,6 +54,38 @@ def test_closing_early_cancels_waiting_calls_and_leaves_no_thread():
     results.close()
     assert len(called) <= 51
     assert threading.active_count() <= before
+
+
+HANGING = """
+import time
+from common.io import parallel
+
+parallel._LEAVE_SECONDS = 0.2
+results = parallel.map_ordered(lambda n: time.sleep(1000 * n), range(9), threads=2)
+next(results)
+results.close()
+print("closed", flush=True)
+"""
+
+
+def test_a_call_that_hangs_keeps_nobody_from_ending():
+    """Neither those who close the iterator nor the process."""
+    program = [sys.executable, "-c", HANGING]
+    assert subprocess.check_output(program, text=True, timeout=60) == "closed\n"
+
+
+def test_results_are_not_kept_by_the_threads_that_made_them():
+    class Result:
+        pass
+
+    results = map_ordered(lambda _: Result(), range(3), threads=2, ahead=0)
+    first = weakref.ref(next(results))
+    next(results)
+    deadline = time.monotonic() + 20
+    while first() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert first() is None
+    results.close()
 
 
 def test_behind_draws_the_next_item_before_it_yields_one():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -29,7 +30,7 @@ from segmentation.crops import batches as crops
 from segmentation.crops.plan import make_plan
 from tests.commands import ROOT
 from tests.common.data.factories import data_settings
-from tests.common.data.workers.loaders import Failing, Numbers
+from tests.common.data.workers.loaders import Failing, Numbers, Sleeping
 from tests.segmentation import coded_photos as coded
 
 ELABORATE = ElaborateSettings(scale="crop", rotate=True, boxes="hull", max_zoom=4.0)
@@ -224,6 +225,17 @@ def test_closing_early_ends_the_processes():
     first = next(batches)["number"]
     batches.close()
     np.testing.assert_array_equal(first[:, 0], [0, 1, 2])  # held memory stays as it is
+
+
+def test_closing_does_not_wait_for_reads_that_hang(tmp_path, capfd):
+    """The processes are ended in the middle of them, and nobody says so."""
+    batches = numbers(Sleeping(str(tmp_path), first=3), 300)
+    next(batches)
+    _wait(lambda: len(list(tmp_path.iterdir())) == 2)
+    begin, threads = time.monotonic(), threading.active_count()
+    batches.close()
+    assert time.monotonic() - begin < 4 and threading.active_count() < threads
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
