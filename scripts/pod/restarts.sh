@@ -27,7 +27,8 @@ note() {
 
 # What gcloud said last, in one line: its error, if there is one.
 gcloud_said() {
-  grep -m 1 '^ERROR' "$said" || grep -vE '^ *$|Attempting' "$said" | tail -n 1 || true
+  grep -m 1 '^ERROR' "$said" || grep -vE '^ *$|Attempting' "$said" | tail -n 1 ||
+    echo "nothing more within $answer_within s"
 }
 
 # What the hosts said last, if any said something.
@@ -139,12 +140,12 @@ begin() {
 
 # Starts on all hosts, in as many tries as that takes: one restart.
 start_again() {
-  local pause=$poll tries=0 installed=yes removed=''
-  ((restarts > 0)) || fail "$module ended ($outcome), and all restarts are used up"
-  printf '%s  %s: starts again, %d more times at most\n' "$(date +%T)" "$outcome" "$((restarts - 1))"
+  local pause=$poll tries=0 installed=yes removed='' why=${outcome/#again/ended with 75}
+  ((restarts > 0)) || fail "$module: $why, and all restarts are used up"
+  printf '%s  %s: starts again, %d more times at most\n' "$(date +%T)" "$why" "$((restarts - 1))"
   case $outcome in
     gone) removed=yes ;;
-    preempted) sleep "$poll" ;; # a slice that is taken away says so a little later
+    again) sleep "$poll" ;; # a slice that is taken away says so a little later
   esac
   until try_to_start; do
     ((tries < most_tries)) ||
@@ -216,7 +217,8 @@ have_slice() {
 }
 
 # wait_for_hosts: waits until no host runs the command any more; sets answers and outcome: finished,
-# stopped, failed, preempted (exit 75), lost (a host or its process), gone (the slice).
+# stopped, failed, again (exit 75: preempted, stalled, or without one of its processes), lost (a host
+# or its process), gone (the slice).
 wait_for_hosts() {
   local silent=0 waited=0
   while :; do
@@ -236,13 +238,13 @@ wait_for_hosts() {
       printf '%s  the others still run: they are stopped\n' "$(date +%T)"
       limit=$((grace + answer_within)) on_hosts "scripts/pod/host.sh stop $grace again" > /dev/null 2>&1 || true
     fi
-    # A host that was killed ends the others, which exit with 75 or 1: the cause is the signal.
+    # A host that was killed ends the others, which exit with 75: the cause is the signal.
     if (($(hosts_that stopped))); then
       outcome=stopped
     elif (($(hosts_that 'lost|idle|ended (129|1[3-9][0-9]|2[0-9][0-9])'))); then
       outcome=lost
     elif (($(hosts_that 'ended 75'))); then
-      outcome=preempted
+      outcome=again
     elif (($(hosts_that 'ended 0') == hosts)); then
       outcome=finished
     else
@@ -263,7 +265,7 @@ judge_silence() {
     deleting | absent) fail "$name was deleted" ;;
     ready | unknown)
       if [[ $state == unknown && $heard -eq 0 ]]; then problem=$(gcloud_said); fi
-      note "$heard of $hosts hosts answer: ${problem:-nothing else within $answer_within s}"
+      note "$heard of $hosts hosts answer: $problem"
       if (($(hosts_that "$ended|bare") && ++silent >= 5)); then outcome=lost; fi
       ;;
     *) note "$name is $state" ;;
