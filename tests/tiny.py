@@ -78,7 +78,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.sources = (dict(split="train"), dict(split="train", annotations="labels"))
         config.data.label_steps.share = 0.5
         config.model.weak.update(kind="wsddn", width=16, num_proposals=20, refinements=2)
-        config.model.weak.mining.threshold = 0.0
+        config.model.weak.mining.update(threshold=0.0, refine=True)
         config.optimizer.num_epochs = 1.5
     else:
         config.optimizer.num_epochs = float(arg or 3)

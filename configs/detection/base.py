@@ -203,6 +203,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 top_share=0.15,  # of mist: proposals of a class that are looked at
                 seed_iou=0.2,  # of mist: boxes of a class overlap less
                 max_boxes=16,  # of an image
+                refine=False,  # boxes are moved by the box heads first
                 background_iou=0.1,  # background overlaps a mined box by this to 0.5
                 start_steps=0,  # of both kinds before the box heads learn from mined boxes
                 ramp_steps=0,  # until their losses have full weight

@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.weak.refinements = 3
     # Of 8,515 steps an epoch, a fifth of them with boxes: from the end of the warm-up on, in which
     # nothing good is mined, and with full weight an epoch later.
+    config.model.weak.mining.refine = True
     config.model.weak.mining.start_steps = 17_030
     config.model.weak.mining.ramp_steps = 8_515
     config.model.loss_weights.weak = 0.1

@@ -44,6 +44,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.weak.width = 256
     config.model.weak.num_proposals = 100
     config.model.weak.refinements = 3
+    config.model.weak.mining.threshold = 0.5
+    config.model.weak.mining.refine = True
     config.model.weak.mining.start_steps = 500
     config.model.weak.mining.ramp_steps = 200
     # The norm of all gradients is clipped: with larger weights the head's leave the others little.

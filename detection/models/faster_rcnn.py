@@ -32,6 +32,7 @@ from common.geometry.nms import multiclass_nms
 from common.masks.probability import quantise
 from common.tables.hierarchy import Ancestors, ancestor_matrix
 from detection.assign import anchors as anchor_ops
+from detection.assign.mining import Seeds
 from detection.losses.rpn import recall, rpn_losses
 from detection.losses.weights import Term, weighted
 from detection.models.box_refiner import BoxRefiner
@@ -53,7 +54,7 @@ from detection.models.weak_branch import (
     with_mined_truth,
 )
 from detection.models.weak_head import WeakHead, WeakOutput
-from detection.structures import Proposals
+from detection.structures import Proposals, of_class
 
 
 class FasterRCNN(TwoStage):
@@ -133,7 +134,7 @@ class FasterRCNN(TwoStage):
             self._count_step()
             output, proposals, truth = self._weakly(branches, proposals, batch)
             terms |= weak_losses(output, proposals, truth, batch, s, axis_name)
-            mined = mine(output, proposals, truth, s)
+            mined = self._mined(branches, batch, output, proposals, truth)
             monitor |= right_boxes(mined, batch, axis_name)
         return {"losses": weighted(terms, s), "monitor": monitor}
 
@@ -148,7 +149,7 @@ class FasterRCNN(TwoStage):
         proposals = self._proposals(branches, batch, s.rpn.train_proposals)
         output, best, truth = self._weakly(branches, proposals, batch)
         losses = weighted(weak_losses(output, best, truth, batch, s, axis_name), s)
-        mined = mine(output, best, truth, s)
+        mined = self._mined(branches, batch, output, best, truth)
         terms, monitor = stage_losses(
             branches,
             self.image_keys(len(images)),
@@ -177,6 +178,22 @@ class FasterRCNN(TwoStage):
             labels = batch["labels"]
         ancestors = jnp.asarray(ancestor_matrix(self.ancestors or ((),) * self.num_classes))
         return output, proposals, image_truth(labels, ancestors)
+
+    def _mined(
+        self,
+        branches: list[RoIBranch],
+        batch: Mapping[str, Array],
+        output: WeakOutput,
+        proposals: Proposals,
+        truth: ImageTruth,
+    ) -> Seeds:
+        """Boxes that stand for the classes of the images, cut off from the gradient."""
+        mined = mine(output, proposals, truth, self.settings)
+        if self.settings.weak.mining.refine:
+            seeds = Proposals(mined.boxes, mined.valid)
+            _, boxes = self._score(branches, batch, seeds)
+            mined = mined._replace(boxes=of_class(boxes, mined.classes))
+        return jax.lax.stop_gradient(mined)
 
     def _count_step(self) -> Int[Array, ""]:
         """The number of earlier steps of the run, of both kinds; counts this one."""
@@ -256,7 +273,7 @@ class FasterRCNN(TwoStage):
         self, branches: list[RoIBranch], batch: Mapping[str, Array], proposals: Proposals
     ) -> dict[str, Array]:
         output, proposals, truth = self._weakly(branches, proposals, batch)
-        mined = mine(output, proposals, truth, self.settings)
+        mined = self._mined(branches, batch, output, proposals, truth)
         valid = mined.valid & batch["image_valid"][:, None]
         return mined._replace(valid=valid)._asdict()
 

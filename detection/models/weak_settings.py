@@ -13,6 +13,7 @@ class MiningSettings:
     top_share: float
     seed_iou: float
     max_boxes: int
+    refine: bool
     background_iou: float
     start_steps: int
     ramp_steps: int

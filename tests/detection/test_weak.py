@@ -281,6 +281,32 @@ def test_a_step_of_labels_teaches_no_proposals_and_mines_what_is_there(one_devic
     assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
 
 
+def test_mined_boxes_are_moved_by_the_box_heads():
+    plain, moving = (
+        build(read_run(weak_config(refine=refine)).model, 3, ancestors=((), (), ()))
+        for refine in (False, True)
+    )
+    batch = weak_batch(2)
+
+    @jax.jit
+    def run(key):
+        variables = plain.init({"params": key, "sampling": key}, batch, method="losses")
+        mined, moved = (model.apply(variables, batch, method="detect") for model in (plain, moving))
+        heads = plain.apply(
+            variables, batch, mined["boxes"], mined["valid"], method="score_proposals"
+        )
+        return mined, moved, heads["boxes"]
+
+    mined, moved, boxes = jax.device_get(run(jax.random.key(0)))
+    for name in ("classes", "scores", "valid"):
+        np.testing.assert_array_equal(moved[name], mined[name])
+    assert mined["valid"].sum() == 4
+    expected = np.take_along_axis(boxes, mined["classes"][..., None, None], axis=2)[:, :, 0]
+    valid = mined["valid"]
+    np.testing.assert_allclose(moved["boxes"][valid], expected[valid], atol=1e-4)
+    assert np.abs(moved["boxes"] - mined["boxes"])[valid].max() > 0
+
+
 def test_mined_boxes_wait_for_their_ramp():
     state, step = make_step(weak_config(start_steps=1, ramp_steps=2), 1, rate=0.0)
     losses = []
