@@ -32,7 +32,7 @@ from common.metrics.ranking import class_average_precisions
 from common.nn.weights.backbone_weights import save_backbone_weights
 from common.training import command, distributed, hardware
 from common.training.compiling import announced, compiled_together
-from common.training.loop import Evaluation, Steps, train_loop
+from common.training.loop import Steps, train_loop
 from common.training.optimizer import make_optimizer, make_schedule, total_steps, warmup_note
 from common.training.preemption import stoppable
 from common.training.restore import choose_parts, first_state, open_checkpoints
@@ -150,12 +150,6 @@ def pretrain_in(
         say(f"top-1 {top1:.4f} {where}", flush=True)
         return {TOP1: top1}
 
-    evaluation = Evaluation(
-        settings.data.eval_split,
-        measure,
-        lambda step: settings.evaluation.is_due(step, steps_per_epoch, num_steps),
-        at_end=settings.evaluation.is_on,
-    )
     state, figures = train_loop(
         workdir,
         settings,
@@ -167,7 +161,8 @@ def pretrain_in(
         batches=batches,
         fields=lambda step: first_batch,
         check=MetricsCheck(train_images.name),
-        evaluation=evaluation,
+        measure=measure,
+        measured=settings.data.eval_split,
         checkpoints=checkpoints,
         parts=mesh.size * accumulate,
         mesh=mesh,

@@ -32,7 +32,7 @@ from common.training.compiling import (
     compiled_together,
 )
 from common.training.distributed import DATA_AXIS
-from common.training.loop import Evaluation, Steps, train_loop
+from common.training.loop import Steps, train_loop
 from common.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -186,12 +186,6 @@ def train_in(
             log.pictures(step, lambda: evaluation_pictures(settings, dataset, folder))
         return figures
 
-    evaluation = Evaluation(
-        f"{settings.data.eval_split} {settings.evaluation.metric}",
-        measure,
-        lambda step: settings.evaluation.is_due(step, steps_per_epoch, num_steps),
-        at_end=settings.evaluation.is_on,
-    )
     _, figures = train_loop(
         workdir,
         settings,
@@ -203,7 +197,8 @@ def train_in(
         batches=batches,
         fields=lambda step: label_fields if plan.labels_only(step) else box_fields,
         check=MetricsCheck(plan.image_name),
-        evaluation=evaluation,
+        measure=measure,
+        measured=f"{settings.data.eval_split} {settings.evaluation.metric}",
         checkpoints=checkpoints,
         parts=mesh.size * accumulate,
         mesh=mesh,

@@ -71,8 +71,9 @@ class EvaluationSettings:
         """Whether a training evaluates at all; it then does so at its end."""
         return self.every_steps >= 0
 
-    def is_due(self, step: int, num_steps: int) -> bool:
+    def is_due(self, step: int, steps_per_epoch: int, num_steps: int) -> bool:
         """Whether the state after `step` is evaluated before the training goes on."""
+        del steps_per_epoch  # it is due after so many steps
         return self.every_steps > 0 and 0 < step < num_steps and step % self.every_steps == 0
 
 

@@ -23,7 +23,7 @@ from common.nn.layers import norm
 from common.training import command, hardware
 from common.training.compiling import announce_canvases, announced, compiled_together
 from common.training.distributed import DATA_AXIS
-from common.training.loop import Evaluation, Steps, train_loop
+from common.training.loop import Steps, train_loop
 from common.training.optimizer import (
     make_optimizer,
     make_schedule,
@@ -139,12 +139,6 @@ def train_in(
         folder = workdir / "evaluation" / f"{step}"
         return evaluate_variables(settings, model, dataset, mesh, variables, step, folder, say=say)
 
-    evaluation = Evaluation(
-        f"{settings.data.eval_split} masks",
-        measure,
-        lambda step: settings.evaluation.is_due(step, num_steps),
-        at_end=settings.evaluation.is_on,
-    )
     _, figures = train_loop(
         workdir,
         settings,
@@ -157,7 +151,8 @@ def train_in(
         fields=lambda step: fields,
         check=MetricsCheck(functools.partial(instance_name, dataset)),
         index="instance_index",
-        evaluation=evaluation,
+        measure=measure,
+        measured=f"{settings.data.eval_split} masks",
         checkpoints=checkpoints,
         parts=mesh.size * accumulate,
         mesh=mesh,

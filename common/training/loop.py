@@ -1,7 +1,6 @@
 """The loop that all trainings share: steps, log, checkpoints, evaluations, and how it stops.
 
-A training makes its data, model and state, and hands them to `train_loop`. What it measures of the
-state, and when, is an `Evaluation`.
+A training makes its data, model and state, and hands them to `train_loop`.
 """
 
 import dataclasses
@@ -25,6 +24,17 @@ from common.training.step import TrainState
 from common.training.watchdog import MetricsCheck, StallWatchdog
 
 
+class EvaluationTimes(Protocol):
+    """When a training measures its state."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it does at all; then also at its end."""
+
+    def is_due(self, step: int, steps_per_epoch: int, num_steps: int) -> bool:
+        """Whether it does after a step, before it goes on."""
+
+
 class LoopSettings(Protocol):
     """The fields of a run's settings that the loop looks at."""
 
@@ -36,6 +46,9 @@ class LoopSettings(Protocol):
 
     @property
     def checkpoint(self) -> CheckpointSettings: ...
+
+    @property
+    def evaluation(self) -> EvaluationTimes: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +68,6 @@ class Steps:
     batch_size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What a training measures of its state.
-
-    Attributes:
-      what: is measured, such as the split and the metric; another one is another evaluation.
-      measure: figures of (step, variables, log).
-      is_due: whether the state after a step is measured before the training goes on.
-      at_end: whether the last state is.
-    """
-
-    what: str
-    measure: Callable[[int, dict, RunMetrics], dict[str, float]]
-    is_due: Callable[[int], bool]
-    at_end: bool = True
-
-
 def train_loop(
     workdir: epath.Path,
     settings: LoopSettings,
@@ -85,7 +81,8 @@ def train_loop(
     fields: Callable[[int], Iterable[str]],
     check: MetricsCheck,
     index: str = "image_index",
-    evaluation: Evaluation,
+    measure: Callable[[int, dict, RunMetrics], dict[str, float]],
+    measured: str,
     checkpoints: Checkpoints,
     parts: int,
     mesh: Mesh,
@@ -105,7 +102,8 @@ def train_loop(
       fields: of a batch that the step behind so many reads.
       check: of the metrics.
       index: field with the numbers by which `check` names examples.
-      evaluation: see there.
+      measure: figures of (step, variables, log) for an evaluation.
+      measured: what is, such as the split and the metric; another one is another evaluation.
       checkpoints: are closed.
       parts: that a batch is summed up in, on all devices together.
       mesh: all devices.
@@ -142,11 +140,11 @@ def train_loop(
     ):
 
         def evaluate(step: int, variables: dict) -> dict[str, float]:
-            run = functools.partial(evaluation.measure, step, variables, log)
+            run = functools.partial(measure, step, variables, log)
             with progress.pause(activity.EVALUATION):
-                return log.evaluated(step, evaluation.what, run)
+                return log.evaluated(step, measured, run)
 
-        if evaluation.is_due(step):
+        if settings.evaluation.is_due(step, steps.per_epoch, steps.total):
             evaluate(step, state.variables)  # unless it was made before the run stopped
         for step, batch in enumerate(progress.timed(batches), start=steps.start + 1):
             on_devices = distributed.to_global(batch, mesh, fields(step - 1))
@@ -169,7 +167,7 @@ def train_loop(
                 with progress.pause(activity.CHECKPOINT):
                     checkpoints.save(step, state, extra)
 
-            if evaluation.is_due(step):
+            if settings.evaluation.is_due(step, steps.per_epoch, steps.total):
                 evaluate(step, state.variables)
             preemption.passes()
 
@@ -177,5 +175,5 @@ def train_loop(
             checkpoints.close()
         if batches.left_out:
             say(f"data: {batches.left_out}", flush=True)
-        figures = evaluate(steps.total, state.variables) if evaluation.at_end else {}
+        figures = evaluate(steps.total, state.variables) if settings.evaluation.is_on else {}
     return state, figures

@@ -27,6 +27,9 @@ def test_an_error_that_cannot_be_written_is_dropped(monkeypatch):
         print("step 7")
         say_error("photos/7.jpg: cannot read the image")
         print("what follows", flush=True)
+        nowhere = os.stat(os.devnull)
+        for stream in (stdout, stderr):
+            assert os.path.samestat(os.fstat(stream.fileno()), nowhere)
 
 
 def test_an_error_comes_after_what_was_printed(tmp_path, monkeypatch):
