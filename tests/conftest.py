@@ -1,6 +1,7 @@
 """Four CPU devices for every test, so that sharding is tested on any machine."""
 
 import os
+import shutil
 import sys
 import tempfile
 
@@ -31,8 +32,16 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Frees the programs of a file's tests: kept, they make a worker grow to 6 GiB."""
+def leave_little(request, tmp_path_factory):
+    """Frees programs and folders of a file's tests, which make 6 GiB of memory and more on disk.
+
+    Folders stay where a test of the file failed.
+    """
+    failed = request.session.testsfailed
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+    if request.session.testsfailed == failed:
+        for path in tmp_path_factory.getbasetemp().iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
