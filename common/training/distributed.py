@@ -28,6 +28,7 @@ from common.training.team import Team
 
 DATA_AXIS = "data"
 _JOIN_SECONDS = 300
+_LEAVE_SECONDS = 15  # after all have come to the end; who is not there then was killed
 _BARRIER_SECONDS = 1800.0
 
 _team: Team | None = None
@@ -54,7 +55,11 @@ def initialize() -> None:
     with joining.watched(address, index, cluster.count, host, _JOIN_SECONDS):
         # JAX's own timeout, the later one, aborts without saying who is absent.
         timeout = _JOIN_SECONDS + 30
-        jax.distributed.initialize(**cluster.arguments, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            **cluster.arguments,
+            initialization_timeout=timeout,
+            shutdown_timeout_seconds=_LEAVE_SECONDS,
+        )
     # JAX takes SIGTERM for a notice; commands that look for it say so (`preemption.install`).
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     store = jax_distributed.global_state.client
@@ -62,7 +67,7 @@ def initialize() -> None:
     _team = Team(store, jax.process_index(), jax.process_count(), host)
     _team.start()
     on_error(_end_all)
-    atexit.register(_team.finish)  # before JAX's own, which waits for five minutes only
+    atexit.register(_team.finish)  # before JAX's own, which waits for `_LEAVE_SECONDS` only
 
 
 def team() -> Team | None:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.multiprocess
 SECONDS = 20  # from the failure to the last exit
 
 PROGRAM = """
-import sys, time
+import atexit, os, signal, sys, time
 import jax, numpy as np
 from common.io.commands import run_main
 from common.io.progress import Progress
@@ -26,13 +26,15 @@ workdir, what = sys.argv[1:]
 del sys.argv[1:]
 
 def batches(process):
-    for step in range(100000):
+    for step in range(20 if what == "ends" else 100000):
         if process == 1 and step == 5 and what == "sleeps":
             time.sleep(1000)
         time.sleep(0.02)
         yield np.full((1,), step, np.float32)
 
 def main():
+    if what == "ends" and os.environ["JAX_PROCESS_ID"] == "1":  # after our end, before that of JAX
+        atexit.register(os.kill, os.getpid(), signal.SIGKILL)
     mesh, say = command.start()
     process = jax.process_index()
     print("host", process, flush=True)
@@ -137,6 +139,12 @@ def test_the_death_of_one_ends_the_other_by_name(pair, killed):
     said = pair.output(1 - killed)
     # Of the end of process 0, JAX's own client may be the first to tell.
     assert f"process {killed} ({HOST})" in said or (killed == 0 and "leader" in said), said
+
+
+@pytest.mark.parametrize("pair", ["ends"], indirect=True)
+def test_the_death_of_one_that_has_ended_does_not_keep_the_other(pair):
+    pair.wait_for("ten")
+    assert pair.ends(SECONDS + 5) == [-signal.SIGABRT, -signal.SIGKILL]
 
 
 @pytest.mark.parametrize("pair", ["cannot write"], indirect=True)
