@@ -3,9 +3,10 @@
     python -m scripts.report_run --workdir=WORK --output=run.html
 
 Also while the training runs. The page needs nothing but a browser: losses, learning rate, images a
-second and wait for data, proposal recall; the official figures and the AP of each class at each
-evaluation (those of `detection.evaluate --watch` included); photos with what was detected on them;
-of a detector, some photos as training is fed with them.
+second and wait for data, proposal recall; where the time went (`goodput.json`); the official
+figures and the AP of each class at each evaluation (those of `detection.evaluate --watch`
+included); photos with what was detected on them; of a detector, some photos as training is fed with
+them.
 
 Shape legend: K classes.
 """

@@ -71,6 +71,12 @@ class RunLog:
         found = dict.fromkeys(name for line in self.lines for name in line)
         return [name for name in found if name not in ("step", "evaluation_of")]
 
+    @functools.cached_property
+    def goodput(self) -> dict[str, Any]:
+        """`goodput.json` (`common.training.goodput`); empty where the run wrote none."""
+        file = self.workdir / "goodput.json"
+        return read_json(file) if file.exists() else {}
+
     def curve(self, name: str) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Steps and values of one figure.
 

@@ -104,6 +104,8 @@ def _summary(view: RunView) -> str:
         facts["images a second, median"] = f"{np.median(log.curve('images_per_second')[1]):,.1f}"
     if "data_wait_share" in log.names:
         facts["waiting for data, mean"] = f"{np.mean(log.curve('data_wait_share')[1]):.0%}"
+    if log.goodput:
+        facts["time"] = _time(log.goodput)
     rows = [
         f'<tr><th scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>'
         for key, value in facts.items()
@@ -118,6 +120,16 @@ def _summary(view: RunView) -> str:
                 f"<td>{best.figures[figure]:.4f} at step {best.step:,}</td></tr>"
             )
     return f'<div class="scroll"><table class="facts"><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _time(goodput: dict[str, Any]) -> str:
+    """Hours of a run with what took them, the longest first, and how often it was started."""
+    seconds, starts = goodput["seconds"], goodput["starts"]
+    total = max(sum(seconds.values()), 1e-9)
+    parts = sorted(seconds, key=seconds.__getitem__, reverse=True)
+    shares = ", ".join(f"{part} {seconds[part] / total:.0%}" for part in parts if seconds[part])
+    times = "once" if starts == 1 else f"{starts} times"
+    return f"{total / 3600:,.2f} h, started {times}: {shares}"
 
 
 def _by_name(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:

@@ -196,6 +196,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             width=1024,
             num_proposals=512,  # of an image, the best
             refinements=0,  # classifiers that learn from the scores of the one before (OICR)
+            feature_gradient=1.0,  # share of its gradient that the features it reads get: 0 to 1
             truth_seeds=True,  # where there are boxes, refinements learn from these instead
             mining=dict(  # boxes of label steps, which the box heads learn from
                 rule="top1",  # top1 | mist: the best proposal of a class, or several

@@ -69,8 +69,14 @@ class FasterRCNN(TwoStage):
         )
         if s.weak.is_on:
             w = s.weak
-            fields = dict(class_stream=w.class_stream, width=w.width, refinements=w.refinements)
-            self.weak_head = WeakHead(self.num_classes, dtype=jnp.dtype(s.dtype), **fields)
+            self.weak_head = WeakHead(
+                self.num_classes,
+                w.class_stream,
+                w.width,
+                w.refinements,
+                w.feature_gradient,
+                dtype=jnp.dtype(s.dtype),
+            )
             if self.is_mutable_collection("loss_state"):
                 self.weak_steps = self.variable("loss_state", "weak_steps", _no_steps)
 

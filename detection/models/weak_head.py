@@ -52,12 +52,14 @@ class WeakHead(nn.Module):
       class_stream: "softmax" or "sigmoid" over the classes of a proposal.
       width: of the fully connected layers.
       refinements: how many.
+      feature_gradient: share of the gradient that goes on to the features, 0 to 1.
     """
 
     num_classes: int
     class_stream: str
     width: int
     refinements: int
+    feature_gradient: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -67,6 +69,9 @@ class WeakHead(nn.Module):
         """Proposals that are not `valid` have scores 0 and change no others."""
         num_images, num_proposals = valid.shape
         x = pool(boxes).reshape(num_images * num_proposals, -1)
+        if self.feature_gradient < 1:
+            fixed = jax.lax.stop_gradient(x)
+            x = fixed + self.feature_gradient * (x - fixed) if self.feature_gradient else fixed
         x = dense_layers(x, self.width, self.dtype)
 
         def logits(name: str, outputs: int) -> Array:

@@ -35,12 +35,15 @@ class WeakSettings:
     width: int
     num_proposals: int
     refinements: int
+    feature_gradient: float
     truth_seeds: bool
     mining: MiningSettings
 
     def __post_init__(self):
         for name in ("width", "num_proposals"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        share = self.feature_gradient
+        check(0 <= share <= 1, "feature_gradient", share, "a share from 0 to 1")
         check(self.refinements >= 0, "refinements", self.refinements, "0 (none) or more")
 
     @property

@@ -227,10 +227,11 @@ def test_regions_of_mined_boxes_weigh_as_much_and_background_is_near_them():
 # ------------------------------------------------------------------------------ in a model
 
 
-def weak_config(**changes):
+def weak_config(feature_gradient: float = 1.0, **changes):
     """The tiny detector with a weak head, whose class loss keeps a state; `changes` to how boxes
     are mined."""
     config = tiny.get_config("weak")
+    config.model.weak.feature_gradient = feature_gradient
     config.model.box_head.classifier.kind = "seesaw"
     config.model.weak.mining.update(**changes)
     return config
@@ -279,6 +280,25 @@ def test_a_step_of_labels_teaches_no_proposals_and_mines_what_is_there(one_devic
     nothing["image_valid"][:] = False
     _, metrics = step(state, nothing)
     assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
+
+
+def test_a_share_of_the_gradient_of_the_head_reaches_the_features():
+    moved = {}
+    for share in (1.0, 0.25, 0.0):  # mined boxes do not count yet
+        config = weak_config(share, start_steps=1)
+        state, step = make_step(config, 1)
+        after, _ = step(state, weak_batch(boxes=False))
+        moved[share] = jax.tree.map(lambda a, b: np.asarray(a - b), after.params, state.params)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(moved[1.0]["backbone"])) > 0
+    for part, share in (("weak_head", 1.0), ("neck", 0.25), ("backbone", 0.25)):
+        for whole, less in zip(
+            *(jax.tree.leaves(moved[g][part]) for g in (1.0, 0.25)), strict=True
+        ):
+            np.testing.assert_allclose(less, share * whole, rtol=1e-3, atol=1e-6)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(moved[0.0]["weak_head"])) > 0
+    assert not any(
+        x.any() for part in ("neck", "backbone") for x in jax.tree.leaves(moved[0.0][part])
+    )
 
 
 def test_mined_boxes_are_moved_by_the_box_heads():

@@ -39,6 +39,8 @@ def run(tmp_path_factory):
         for s in range(1, 41)
     ]
     (work / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    goodput = {"seconds": {"init": 36.0, "steps": 324.0, "lost": 0.0}, "starts": 2}
+    (work / "goodput.json").write_text(json.dumps(goodput))
     for step, value in ((20, 0.25), (40, 0.5)):
         place = work / "evaluation" / str(step)
         place.mkdir(parents=True)
@@ -57,6 +59,7 @@ def test_the_page_holds_curves_classes_and_pictures(run):
     assert "<b>Dog" not in text
     rows = [row for row in page.rows.values() if row and row[0] == "Cat"]
     assert [row[1:] for row in rows] == [["1", "0.250000", "0.500000", "0.500000", "0.000000"]]
+    assert "0.10 h, started 2 times: steps 90%, init 10%" in text
     # At step 20 the dog scores too little to be drawn; at step 40 it is, on the cat.
     assert text.count("&lt;b&gt;Dog 0.50") == 2 and "Dog 0.25" not in text
     assert text.count('class="box correct"') == 2 and text.count('class="box background"') == 1
