@@ -49,7 +49,7 @@ from detection.batch_fields import init_shapes, program_shapes
 from detection.evaluate import check_evaluation, evaluate_variables, evaluation_pictures
 from detection.fine_tuning import with_trained_detector
 from detection.models.faster_rcnn import build
-from detection.models.two_stage import frozen_pattern
+from detection.models.two_stage import CLIPPED_APART, frozen_pattern
 from detection.refine import open_proposals
 from detection.settings import RunSettings, read_run
 
@@ -131,7 +131,7 @@ def train_in(
     )
     shapes = variable_shapes(model, init_shapes(settings.data))
     frozen = frozen_pattern(settings.model)
-    tx = make_optimizer(settings.optimizer, shapes["params"], frozen)
+    tx = make_optimizer(settings.optimizer, shapes["params"], frozen, CLIPPED_APART)
     log_parameter_overview(shapes["params"], say, trained_mask(shapes["params"], frozen))
 
     # ---------------------------------------------------------------- state

@@ -69,6 +69,7 @@ class Program(NamedTuple):
     init_batch: dict[str, jax.ShapeDtypeStruct]
     batch: dict[str, jax.ShapeDtypeStruct]
     frozen_pattern: str
+    apart_pattern: str | None
     optimizer: OptimizerSettings
     shapes: list[tuple[int, int]]  # height, width of the photos of all programs of the run
 
@@ -96,6 +97,7 @@ def program(
             crop_fields.init_shapes(),
             crop_fields.train_shapes(run.data, batch_size),
             norm.frozen_pattern([], run.model.norm),
+            None,
             run.optimizer,
             list(run.data.canvases),
         )
@@ -107,6 +109,7 @@ def program(
         batch_fields.init_shapes(settings.data),
         shapes_of(settings.data, batch_size, num_classes),
         two_stage.frozen_pattern(settings.model),
+        two_stage.CLIPPED_APART,
         settings.optimizer,
         canvases.train_canvases(data),
     )
@@ -138,7 +141,7 @@ def make_step(
     batch_size = images_per_device * mesh.size
     made = program(config, num_classes, batch_size, labels_only)
     shapes = variable_shapes(made.model, made.init_batch)
-    tx = make_optimizer(made.optimizer, shapes["params"], made.frozen_pattern)
+    tx = make_optimizer(made.optimizer, shapes["params"], made.frozen_pattern, made.apart_pattern)
     state = jax.eval_shape(lambda: init_state(made.model, tx, config.seed, made.init_batch))
     parameters = sum(x.size for x in jax.tree.leaves(shapes["params"]))
     optimizer = made.optimizer

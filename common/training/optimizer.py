@@ -2,7 +2,7 @@
 
 One update, with g the gradient, w a parameter and m its momentum buffer:
 
-    g <- g * min(1, clip_norm / |all g|)         all trained parameters together
+    g <- g * min(1, clip_norm / |all g|)         of all trained parameters, see `make_optimizer`
     g <- g + weight_decay * w                    kernels of convolutions and dense layers only
     m <- momentum * m + g
     w <- w - learning_rate(step) * m
@@ -141,7 +141,10 @@ def make_schedule(
 
 
 def make_optimizer(
-    settings: OptimizerSettings, params: Any, frozen_pattern: str | None = None
+    settings: OptimizerSettings,
+    params: Any,
+    frozen_pattern: str | None = None,
+    apart_pattern: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The update of the module's head, `tx.update(grads, state, params, learning_rate=...)`.
 
@@ -152,6 +155,8 @@ def make_optimizer(
       params: tree of parameters, or of their shapes.
       frozen_pattern: regular expression for the whole '/'-joined path of parameters that are not
         trained, such as 'backbone/(?:conv1|layer1)/.*'.
+      apart_pattern: the same for parameters whose gradients have a norm, and are clipped, by
+        themselves, since their losses say nothing of the others' scale.
 
     Returns:
       a transformation whose state is a step count and one momentum buffer per trained parameter.
@@ -168,10 +173,14 @@ def make_optimizer(
         optax.trace(decay=settings.momentum, nesterov=False),
         _scale_by_given_rate(),
     ]
-    return optax.partition(
-        {"trained": optax.chain(*steps), "frozen": optax.set_to_zero()},
-        jax.tree.map(lambda is_trained: "trained" if is_trained else "frozen", trained),
-    )
+
+    def group(is_trained: bool, is_with_others: bool) -> str:
+        return ("trained" if is_with_others else "apart") if is_trained else "frozen"
+
+    groups = jax.tree.map(group, trained, trained_mask(params, apart_pattern))
+    learning = sorted({"trained", *jax.tree.leaves(groups)} - {"frozen"})
+    updates = dict.fromkeys(learning, optax.chain(*steps))
+    return optax.partition(updates | {"frozen": optax.set_to_zero()}, groups)
 
 
 def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:

@@ -244,6 +244,11 @@ class TwoStage(nn.Module):
         return self.losses(batch) if train else self.detect(batch)
 
 
+# A classifier of whole photos, whose losses are sums over classes: what it learns with at the start
+# would leave a detector beside it a small part of the clipped step.
+CLIPPED_APART = "weak_head/.*"
+
+
 def frozen_pattern(settings: ModelSettings) -> str:
     """Regular expression of the paths of parameters that are not trained."""
     backbone = make_backbone(

@@ -224,6 +224,20 @@ def test_frozen_gradients_do_not_count_for_clipping():
     )
 
 
+def test_gradients_apart_are_clipped_by_themselves():
+    params = toy_params()
+    grads = jax.tree.map(np.zeros_like, params)
+    grads["head"]["bias"] = np.array([3.0, 0.0, 4.0], np.float32)
+    grads["backbone"]["norm1"]["bias"] += 1e6
+    tx = make_optimizer(config(clip_norm=1.0, weight_decay=0.0), params, None, "backbone/.*")
+    updates, _ = tx.update(grads, tx.init(params), params, learning_rate=1.0)
+    np.testing.assert_allclose(updates["head"]["bias"], [-0.6, 0.0, -0.8], rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(updates["backbone"]["norm1"]["bias"]), 1, rtol=1e-5)
+    alone = make_optimizer(config(), params, None, "no_such_module/.*").init(params)
+    together = make_optimizer(config(), params).init(params)
+    assert jax.tree.structure(alone) == jax.tree.structure(together)
+
+
 def test_clipping_can_be_off():
     params = toy_params()
     grads = jax.tree.map(lambda x: 1e4 * x, params)
