@@ -25,6 +25,7 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
 import dataclasses
 import functools
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class Program(NamedTuple):
     apart_pattern: str | None
     optimizer: OptimizerSettings
     shapes: list[tuple[int, int]]  # height, width of the photos of all programs of the run
+    label_share: float = 0.0  # of the run's steps, those of image-level labels alone
 
 
 def program(
@@ -112,6 +114,7 @@ def program(
         two_stage.CLIPPED_APART,
         settings.optimizer,
         canvases.train_canvases(data),
+        settings.data.label_steps.share,
     )
 
 
@@ -267,7 +270,10 @@ def plan(
     arguments = (step.state, step.batch, step.rate)
     found = roofline.merged(flops.operations(step.jitted, *arguments, platform=platform))
     batch_size = images_per_device * where.devices
-    steps = total_steps(step.program.optimizer, max(photos // batch_size, 1))
+    others = step.program.label_share  # an epoch is one of the photos with boxes
+    epoch = math.ceil(max(photos // batch_size, 1) / (1 - others))
+    steps_of_run = total_steps(step.program.optimizer, epoch)
+    steps = round(steps_of_run * (others if labels_only else 1 - others))
     summed_bytes = step.parameters * jnp.dtype(step.program.optimizer.reduce_dtype).itemsize
     bound = roofline.step_seconds(found, summed_bytes, where)
     step_flops = sum(op.flops for op in found)
@@ -292,6 +298,7 @@ def plan(
         "mfu": [step_flops / seconds / peak for seconds in (high, low)],
         "images_per_second": [batch_size / seconds for seconds in (high, low)],
         "steps": steps,
+        "steps_of_run": steps_of_run,
         "hours": steps * likely / 3600,
         "checkpoint_bytes": state_bytes,
     }

@@ -105,6 +105,18 @@ def test_a_plan_without_a_compiler(tmp_path):
     assert "batch of 64, 2 a device; config.data.batch_size is 4" in output
 
 
+def test_steps_of_either_kind_are_planned_by_themselves():
+    """An epoch is one of the photos with boxes: here of 25 such steps, and 75 others."""
+    config = tiny.get_config("weak")
+    config.data.label_steps.share, config.optimizer.num_epochs = 0.75, 2.0
+    reports = [
+        plan_pod.plan(config, "v3-8", 3, 2, photos=400, labels_only=labels_only)[0]
+        for labels_only in (False, True)
+    ]
+    assert [report["steps"] for report in reports] == [50, 150]
+    assert [report["steps_of_run"] for report in reports] == [200, 200]
+
+
 @pytest.mark.parametrize("flag", ["--search=batch", "--save=program.zip"])
 def test_what_only_the_compiler_knows_is_refused_without_it(flag):
     process = start("scripts.plan_pod", "--config=tests/tiny.py", "--nocompile", flag)

@@ -51,9 +51,10 @@ def print_prediction(report: dict[str, Any]) -> None:
     hours = [report["steps"] * seconds / 3600 for seconds in (low, high)]
     chip_hours = [report["chips"] * h for h in hours]
     cost = f", cost {span([report['price'] * h for h in chip_hours])}" if report["price"] else ""
+    kind = "" if (every := report["steps_of_run"]) == report["steps"] else f" of {every}"
     print(
-        f"  schedule {report['steps']} steps: {span(hours, ' h')}, {span(chip_hours)} chip-hours"
-        f"{cost}"
+        f"  schedule {report['steps']} steps{kind}: {span(hours, ' h')}, "
+        f"{span(chip_hours)} chip-hours{cost}"
     )
 
 
