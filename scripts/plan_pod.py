@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import math
 import time
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -73,7 +74,7 @@ class Program(NamedTuple):
     apart_pattern: str | None
     optimizer: OptimizerSettings
     shapes: list[tuple[int, int]]  # height, width of the photos of all programs of the run
-    label_share: float = 0.0  # of the run's steps, those of image-level labels alone
+    label_share: Fraction = Fraction()  # of the run's steps, those of image-level labels alone
 
 
 def program(
@@ -114,7 +115,7 @@ def program(
         two_stage.CLIPPED_APART,
         settings.optimizer,
         canvases.train_canvases(data),
-        settings.data.label_steps.share,
+        settings.data.label_steps.exact_share,
     )
 
 
@@ -270,8 +271,8 @@ def plan(
     arguments = (step.state, step.batch, step.rate)
     found = roofline.merged(flops.operations(step.jitted, *arguments, platform=platform))
     batch_size = images_per_device * where.devices
-    others = step.program.label_share  # an epoch is one of the photos with boxes
-    epoch = math.ceil(max(photos // batch_size, 1) / (1 - others))
+    others = step.program.label_share
+    epoch = math.ceil(math.ceil(photos / batch_size) / (1 - others))  # of the photos with boxes
     steps_of_run = total_steps(step.program.optimizer, epoch)
     steps = round(steps_of_run * (others if labels_only else 1 - others))
     summed_bytes = step.parameters * jnp.dtype(step.program.optimizer.reduce_dtype).itemsize

@@ -37,11 +37,12 @@ def leave_little(request, tmp_path_factory):
 
     Folders stay where a test of the file failed.
     """
-    failed = request.session.testsfailed
+    failed, base = request.session.testsfailed, tmp_path_factory.getbasetemp()
+    earlier = set(base.iterdir())
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     if request.session.testsfailed == failed:
-        for path in tmp_path_factory.getbasetemp().iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+        for path in set(base.iterdir()) - earlier:
+            if not path.is_symlink():  # a process that a test killed may still write
+                shutil.rmtree(path, ignore_errors=True)

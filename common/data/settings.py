@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Literal
 
 from common.io.settings import check
@@ -91,6 +92,11 @@ class LabelStepSettings:
         check(holds, "share", self.share, "0 (off) or a number from 0.01 to 0.99")
         holds = not self.canvas or (len(self.canvas) == 2 and 1 <= self.canvas[0] <= self.canvas[1])
         check(holds, "canvas", self.canvas, "() or (short, long) side in pixels")
+
+    @property
+    def exact_share(self) -> Fraction:
+        """`share` in hundredths."""
+        return Fraction(self.share).limit_denominator(100)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _summary(view: RunView) -> str:
 
 def _time(goodput: dict[str, Any]) -> str:
     """Hours of a run with what took them, the longest first, and how often it was started."""
-    seconds, starts = goodput["seconds"], goodput["starts"]
+    seconds, starts = goodput.get("seconds", {}), goodput.get("starts", 1)
     total = max(sum(seconds.values()), 1e-9)
     parts = sorted(seconds, key=seconds.__getitem__, reverse=True)
     shares = ", ".join(f"{part} {seconds[part] / total:.0%}" for part in parts if seconds[part])

@@ -44,7 +44,8 @@ class OptimizerSettings:
       decay: how the rate falls: 'step' by `decay_factor` at each of `decay_epochs`, 'cosine' half a
         cosine to 0, or 'poly' with the `power` of the share of steps that is left.
       momentum, weight_decay: see the head of the module.
-      clip_norm: of the gradient of all trained parameters together; 0: not clipped.
+      clip_norm: of the gradient of all trained parameters together, but for those that
+        `make_optimizer` is told to clip by themselves; 0: not clipped.
       accumulate: parts, one after another, in which each device computes its images of a step.
       reduce_dtype: to which gradients are rounded for their sum over devices; all else is float32.
     """
@@ -159,7 +160,8 @@ def make_optimizer(
         themselves, since their losses say nothing of the others' scale.
 
     Returns:
-      a transformation whose state is a step count and one momentum buffer per trained parameter.
+      a transformation whose state is a step count (one more with parameters apart) and one momentum
+      buffer per trained parameter.
 
     Raises:
       UserError: nothing is left to train.

@@ -48,6 +48,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(dataset, finished, tmp_path):
     assert "resuming at step 5" in run(*command, devices=2)
     assert losses(workdir) == losses(finished)
     assert [step for step, *_ in losses(finished)] == list(range(1, 10))
+    # Gradients of the weak head are clipped by themselves.
+    assert '"apart"' in (finished / "checkpoints" / "9" / "training" / "_METADATA").read_text()
 
 
 @pytest.mark.multiprocess

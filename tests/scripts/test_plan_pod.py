@@ -106,15 +106,17 @@ def test_a_plan_without_a_compiler(tmp_path):
 
 
 def test_steps_of_either_kind_are_planned_by_themselves():
-    """An epoch is one of the photos with boxes: here of 25 such steps, and 75 others."""
+    """An epoch is one of the photos with boxes: here of 25 such steps, and 100 others."""
     config = tiny.get_config("weak")
-    config.data.label_steps.share, config.optimizer.num_epochs = 0.75, 2.0
+    config.data.label_steps.share, config.optimizer.num_epochs = 0.8, 2.0
     reports = [
-        plan_pod.plan(config, "v3-8", 3, 2, photos=400, labels_only=labels_only)[0]
+        plan_pod.plan(config, "v3-8", 3, 2, photos=390, labels_only=labels_only)[0]
         for labels_only in (False, True)
     ]
-    assert [report["steps"] for report in reports] == [50, 150]
-    assert [report["steps_of_run"] for report in reports] == [200, 200]
+    assert [report["steps"] for report in reports] == [50, 200]
+    assert [report["steps_of_run"] for report in reports] == [250, 250]
+    step = plan_pod.make_step(config, jax.make_mesh((1,), ("data",)), 3, 2)
+    assert "apart" in step.state.opt_state.inner_states  # as in training
 
 
 @pytest.mark.parametrize("flag", ["--search=batch", "--save=program.zip"])

@@ -184,7 +184,7 @@ def train_plan(dataset: Dataset, data: DataSettings, seed: int) -> TrainPlan:
         pools,
         int(stream_key(seed, LABEL_STEPS)[0]),
     )
-    kinds = StepKinds(Fraction(data.label_steps.share).limit_denominator(100), seed)
+    kinds = StepKinds(data.label_steps.exact_share, seed)
     epoch = math.ceil(boxes.steps_per_epoch / (1 - kinds.share))
     return MixedPlan(**vars(boxes) | {"steps_per_epoch": epoch}, labels=labels, kinds=kinds)
 
