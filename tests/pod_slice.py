@@ -67,8 +67,11 @@ class Slice:
         )
 
     def starts(self) -> list[int]:
-        """How often each host has started a command that counts that (`COUNTED`)."""
-        return [len((host / "starts").read_text().splitlines()) for host in self.hosts]
+        """How often each host has started a command that counts that (`COUNTED`).
+
+        Waits for the first start: a launcher may end before a slow machine has come so far.
+        """
+        return [len(wait_for(host / "starts").splitlines()) for host in self.hosts]
 
     def file(self, name: str, host: int = 0) -> Path:
         return self.hosts[host] / "openimages-detection" / name
