@@ -71,9 +71,9 @@ class Program(NamedTuple):
     init_batch: dict[str, jax.ShapeDtypeStruct]
     batch: dict[str, jax.ShapeDtypeStruct]
     frozen_pattern: str
-    apart_pattern: str | None
     optimizer: OptimizerSettings
     shapes: list[tuple[int, int]]  # height, width of the photos of all programs of the run
+    apart_pattern: str | None = None
     label_share: Fraction = Fraction()  # of the run's steps, those of image-level labels alone
 
 
@@ -100,7 +100,6 @@ def program(
             crop_fields.init_shapes(),
             crop_fields.train_shapes(run.data, batch_size),
             norm.frozen_pattern([], run.model.norm),
-            None,
             run.optimizer,
             list(run.data.canvases),
         )
@@ -112,9 +111,9 @@ def program(
         batch_fields.init_shapes(settings.data),
         shapes_of(settings.data, batch_size, num_classes),
         two_stage.frozen_pattern(settings.model),
-        two_stage.CLIPPED_APART,
         settings.optimizer,
         canvases.train_canvases(data),
+        two_stage.CLIPPED_APART,
         settings.data.label_steps.exact_share,
     )
 

@@ -59,7 +59,7 @@ class WeakHead(nn.Module):
     class_stream: str
     width: int
     refinements: int
-    feature_gradient: float = 1.0
+    feature_gradient: float
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
